@@ -1,0 +1,267 @@
+# Copyright 2026 The JAI authors
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of JAI: phi-3 blocks, repeated in place with skip alphas, and a router over experts.
+
+This file ships to the Hub beside every checkpoint, so it imports nothing but transformers.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from packaging import version
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_jai.JaiConfig",
+    "AutoModel": "modeling_jai.JaiModel",
+    "AutoModelForCausalLM": "modeling_jai.JaiForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_jai.JaiForSequenceClassification",
+}
+
+# transformers renamed Mixtral's expert-parallel styles in 5.19; vLLM and SGLang pin versions on both sides.
+_EXPERT_PARALLEL = (
+    {"layers.*.mlp.experts": "ep_dispatch_experts"}
+    if version.parse(transformers.__version__) >= version.parse("5.19.0")
+    else {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}
+)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """Where one layer of a JAI comes from (paper, Table 2). All indices count from 0.
+
+    Attributes:
+        layer: index of the layer in the JAI.
+        block: index of its block, n in equation 1.
+        copy: which run of the block it belongs to, d in equation 1 (0 is the first).
+        origin: index of the layer of the base model that it was copied from.
+        opens_copy: whether it is the first layer of its copy.
+    """
+
+    layer: int
+    block: int
+    copy: int
+    origin: int
+    opens_copy: bool
+
+    @property
+    def takes_anchor(self) -> bool:
+        """Its input is the anchor of equation 1: what enters the first copy of the block."""
+        return self.opens_copy and self.copy == 0
+
+    @property
+    def adds_anchor(self) -> bool:
+        """It owns a skip alpha and adds alpha x anchor to its input."""
+        return self.opens_copy and self.copy > 0
+
+
+def plan_layers(block_size: int, block_repeats: list[int]) -> tuple[PlannedLayer, ...]:
+    """Lay out the blocks: block n has `block_size` layers and runs `block_repeats[n]` times in place.
+
+    >>> [p.origin for p in plan_layers(2, [1, 2])]
+    [0, 1, 2, 3, 2, 3]
+    """
+    layers: list[PlannedLayer] = []
+    for block, repeats in enumerate(block_repeats):
+        for copy in range(repeats):
+            for offset in range(block_size):
+                layers.append(
+                    PlannedLayer(
+                        layer=len(layers),
+                        block=block,
+                        copy=copy,
+                        origin=block * block_size + offset,
+                        opens_copy=offset == 0,
+                    )
+                )
+    return tuple(layers)
+
+
+@strict
+class JaiConfig(PreTrainedConfig):
+    r"""Configuration of a JAI. The defaults are JAI-1 (paper, Tables 2 and 3): 75.3 B parameters, 64 layers, 4 experts.
+
+    Args:
+        vocab_size: entries of the vocabulary.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside each expert (or inside the MLP of a dense JAI).
+        num_hidden_layers: layers to run. `None` runs the whole plan, `block_size * sum(block_repeats)`; fewer runs its
+            first layers; more is an error.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads (grouped-query attention).
+        head_dim: width of one head; `None` is `hidden_size // num_attention_heads`.
+        hidden_act: activation of the gate.
+        max_position_embeddings: longest context the model is made for, in tokens.
+        initializer_range: standard deviation of freshly drawn weights.
+        rms_norm_eps: epsilon of the norms.
+        block_size: layers of a block.
+        block_repeats: how often each block runs in place; copies have weights of their own.
+        skip_alpha: start value of the skip alphas of equation 1 where weights are drawn fresh: one number for all, or
+            one for each copy after the first, in layer order. The trained values live in the weights.
+        skip_alpha_trainable: whether the alphas are parameters (else they are buffers; both are in the state dict).
+        skip_alpha_normalize: divide by 1 + alpha after adding the anchor. Ours, not the paper's.
+        num_local_experts: experts of a layer (`num_experts` is the same key); 1 is the dense JAI, without a router.
+        num_experts_per_tok: experts chosen for a token; `None` is `min(2, num_experts)`.
+        output_router_logits: return the router's logits, and add the auxiliary loss to the loss.
+        router_aux_loss_coef: weight of the load-balancing loss; 0 for a dense JAI.
+        rope_parameters: RoPE, as in transformers; the default is plain RoPE with base 1,000,000.
+        original_max_position_embeddings: for LongRoPE, the context the base was trained with before it was stretched.
+        sliding_window: only `None`: JAI drops phi-3's window (paper, section 3.2).
+
+    Raises:
+        ValueError: (inside huggingface_hub's `StrictDataclassError`) if the values do not fit each other.
+    """
+
+    model_type = "jai"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_experts": "num_local_experts"}
+    default_theta = 1_000_000.0
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        **_EXPERT_PARALLEL,
+    }
+
+    vocab_size: int = 64000
+    hidden_size: int = 5120
+    intermediate_size: int = 17920
+    num_hidden_layers: int | None = None
+    num_attention_heads: int = 40
+    num_key_value_heads: int | None = 10
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    original_max_position_embeddings: int | None = None
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = 32000
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 32000
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    attention_dropout: float | int = 0.0
+    block_size: int = 4
+    block_repeats: list[int] | tuple[int, ...] = (1, 1, 1, 2, 3, 3, 2, 1, 1, 1)
+    skip_alpha: float | int | list[float | int] = 0.1
+    skip_alpha_trainable: bool = True
+    skip_alpha_normalize: bool = False
+    num_local_experts: int = 4
+    num_experts_per_tok: int | None = None
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.001
+    rope_parameters: RopeParameters | dict | None = None
+
+    def __post_init__(self, **kwargs):
+        self.num_local_experts = kwargs.pop("num_experts", self.num_local_experts)
+        self.block_repeats = list(self.block_repeats)
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = len(self.layer_plan)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_experts_per_tok is None:
+            self.num_experts_per_tok = min(2, self.num_local_experts)
+        if self.num_local_experts == 1:
+            # TRL asks any model with `output_router_logits` for its auxiliary loss unless the weight is 0.
+            self.router_aux_loss_coef = 0.0
+        # Whole from the start, and flat: saving adds only the entry of the saved class, and a load from the Hub may
+        # have put the name of the first repository before the others.
+        kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_plan(self) -> tuple[PlannedLayer, ...]:
+        """The whole plan, `block_size * sum(block_repeats)` layers, of which the first `num_hidden_layers` run."""
+        return plan_layers(self.block_size, self.block_repeats)
+
+    @property
+    def running_plan(self) -> tuple[PlannedLayer, ...]:
+        """The layers that run."""
+        return self.layer_plan[: self.num_hidden_layers]
+
+    @property
+    def skip_alphas(self) -> dict[int, float]:
+        """Start value of each skip alpha, by the index of the layer that owns it."""
+        owners = [planned.layer for planned in self.layer_plan if planned.adds_anchor]
+        values = self.skip_alpha if isinstance(self.skip_alpha, list) else [self.skip_alpha] * len(owners)
+        return dict(zip(owners, map(float, values)))
+
+    @property
+    def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:
+        """A pipeline carries `hidden_states` from stage to stage and no anchor, so a model with a skip has no plan."""
+        if any(planned.adds_anchor for planned in self.running_plan):
+            return None
+        return {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+            "norm": (["hidden_states"], ["hidden_states"]),
+        }
+
+    def validate_architecture(self):
+        """Part of `@strict`'s validation: refuse values that do not fit each other, and say what to change."""
+        if self.block_size < 1:
+            raise ValueError(f"`block_size` is {self.block_size}; a block needs at least 1 layer.")
+        if not self.block_repeats or min(self.block_repeats) < 1:
+            raise ValueError(
+                f"`block_repeats` is {self.block_repeats}; every block must run at least once. To drop a block, leave "
+                "its layers out of the base model."
+            )
+        planned = self.block_size * sum(self.block_repeats)
+        if not 0 <= self.num_hidden_layers <= planned:
+            raise ValueError(
+                f"`num_hidden_layers` is {self.num_hidden_layers}, but `block_size`={self.block_size} with "
+                f"`block_repeats`={self.block_repeats} plans {planned} layers. Give {planned} or fewer (fewer runs the "
+                "first layers), or change the plan."
+            )
+        copies = sum(repeats - 1 for repeats in self.block_repeats)
+        if isinstance(self.skip_alpha, list) and len(self.skip_alpha) != copies:
+            raise ValueError(
+                f"`skip_alpha` has {len(self.skip_alpha)} values, but `block_repeats`={self.block_repeats} makes "
+                f"{copies} copies after the first. Give {copies} values, or one number for all."
+            )
+        if self.skip_alpha_normalize and any(alpha == -1 for alpha in self.skip_alphas.values()):
+            raise ValueError("`skip_alpha` of -1 divides by zero when `skip_alpha_normalize` is true; choose another.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads})."
+            )
+        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads}) unless `head_dim` is given; it is {self.head_dim}."
+            )
+        if self.num_local_experts < 1:
+            raise ValueError(f"`num_experts` is {self.num_local_experts}; give 1 for a dense JAI, or more.")
+        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` is {self.num_experts_per_tok}, but there are {self.num_local_experts} experts. "
+                f"Give a number from 1 to {self.num_local_experts}."
+            )
+        if self.sliding_window is not None:
+            raise ValueError(
+                f"`sliding_window` is {self.sliding_window}, but JAI has no window (paper, section 3.2). Leave it out."
+            )
+        super().validate_architecture()
+
+
+JaiConfig.register_for_auto_class()
+
+__all__ = ["JaiConfig"]

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that a user can mend."""
+
+
+class UserError(ValueError):
+    """Bad input. The message says what was given, what was expected, and what to do.
+
+    The command line prints the message alone, without a traceback, and exits with 1.
+    """
