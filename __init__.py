@@ -5,15 +5,26 @@ Importing this package registers the classes with transformers' Auto classes; no
 absolute because the repository's root is the package: its folder may have any name.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+import os
+from importlib import import_module
+from typing import Any
 
-from jai.configuration_jai import JaiConfig
-from jai.modeling_jai import JaiForCausalLM, JaiForSequenceClassification, JaiModel
 from jai.version import __version__
 
-AutoConfig.register(JaiConfig.model_type, JaiConfig, exist_ok=True)
-AutoModel.register(JaiConfig, JaiModel, exist_ok=True)
-AutoModelForCausalLM.register(JaiConfig, JaiForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(JaiConfig, JaiForSequenceClassification, exist_ok=True)
-
+_HOME_OF = {
+    "JaiConfig": "jai.configuration_jai",
+    "JaiForCausalLM": "jai.modeling_jai",
+    "JaiForSequenceClassification": "jai.modeling_jai",
+    "JaiModel": "jai.modeling_jai",
+}
 __all__ = ["JaiConfig", "JaiForCausalLM", "JaiForSequenceClassification", "JaiModel", "__version__"]
+
+# The shell sets this at every TAB: completion needs no model, and answers in half a second instead of four.
+if "_JAI_COMPLETE" not in os.environ:
+    import_module("jai.auto")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'jai' has no attribute {name!r}")

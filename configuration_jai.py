@@ -108,7 +108,6 @@ class JaiConfig(PreTrainedConfig):
         output_router_logits: return the router's logits, and add the auxiliary loss to the loss.
         router_aux_loss_coef: weight of the load-balancing loss; 0 for a dense JAI.
         rope_parameters: RoPE, as in transformers; the default is plain RoPE with base 1,000,000.
-        original_max_position_embeddings: for LongRoPE, the context the base was trained with before it was stretched.
         sliding_window: only `None`: JAI drops phi-3's window (paper, section 3.2).
 
     Raises:
@@ -146,7 +145,6 @@ class JaiConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
-    original_max_position_embeddings: int | None = None
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
     use_cache: bool = True
@@ -175,7 +173,7 @@ class JaiConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
         if self.num_experts_per_tok is None:
             self.num_experts_per_tok = min(2, self.num_local_experts)
         if self.num_local_experts == 1:
@@ -184,6 +182,10 @@ class JaiConfig(PreTrainedConfig):
         # Whole from the start, and flat: saving adds only the entry of the saved class, and a load from the Hub may
         # have put the name of the first repository before the others.
         kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
+        # No field of its own: transformers puts this attribute over the entry of `rope_parameters`, even a None.
+        original_context = kwargs.pop("original_max_position_embeddings", None)
+        if original_context is not None:
+            self.original_max_position_embeddings = original_context
         super().__post_init__(**kwargs)
 
     @property
@@ -238,15 +240,15 @@ class JaiConfig(PreTrainedConfig):
             )
         if self.skip_alpha_normalize and any(alpha == -1 for alpha in self.skip_alphas.values()):
             raise ValueError("`skip_alpha` of -1 divides by zero when `skip_alpha_normalize` is true; choose another.")
-        if self.num_attention_heads % self.num_key_value_heads:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if min(heads, kv_heads) < 1 or heads % kv_heads:
             raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-                f"({self.num_key_value_heads})."
+                f"`num_attention_heads` ({heads}) must be a multiple of `num_key_value_heads` ({kv_heads})."
             )
-        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % heads and self.head_dim == self.hidden_size // heads:
             raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads}) unless `head_dim` is given; it is {self.head_dim}."
+                f"`hidden_size` ({self.hidden_size}) is no multiple of `num_attention_heads` ({heads}). Change one of "
+                "them, or give `head_dim`."
             )
         if self.num_local_experts < 1:
             raise ValueError(f"`num_experts` is {self.num_local_experts}; give 1 for a dense JAI, or more.")

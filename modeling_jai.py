@@ -369,6 +369,8 @@ class JaiModel(JaiPreTrainedModel):
         hidden_states = inputs_embeds
         anchor = None  # Output(n - 1, last copy) of equation 1: what entered the first copy of the running block
         self._refuse_cut_skips()
+        if kwargs.get("output_router_logits"):
+            self._refuse_lost_auxiliary_loss()
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             if getattr(decoder_layer, "takes_anchor", False):
                 anchor = hidden_states
@@ -391,13 +393,13 @@ class JaiModel(JaiPreTrainedModel):
 
         transformers looks at restarting `position_ids` only where there is no attention mask at all.
         """
-        mask_arguments = dict(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask_arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
         if attention_mask is None or attention_mask.ndim != 2 or past_key_values is not None:
             return create_causal_mask(**mask_arguments)
         position_ids = position_ids.expand(attention_mask.shape[0], -1)
@@ -433,6 +435,30 @@ class JaiModel(JaiPreTrainedModel):
                     f"joins (block {planned.block}, copy {planned.copy}). Cut it only before one of the layers "
                     f"{starts}, or use tensor or expert parallelism."
                 )
+
+    def _refuse_lost_auxiliary_loss(self):
+        """Reentrant checkpointing runs the layers without gradients at first, when router logits are recorded."""
+        reentrant = any(
+            getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
+            for layer in self.layers
+            if getattr(layer, "gradient_checkpointing", False)
+        )
+        if reentrant and self.training and torch.is_grad_enabled() and self.config.router_aux_loss_coef:
+            raise ValueError(
+                "Under reentrant gradient checkpointing the router's auxiliary loss has no gradient. Give "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`, or `router_aux_loss_coef=0`.'
+            )
+
+
+def keep_positions(x_BSH: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The last n positions (0: all), those of a 1-D tensor, or by row those of a 2-D one (ids or a boolean mask)."""
+    if isinstance(logits_to_keep, int):
+        return x_BSH[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 1:
+        return x_BSH[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return x_BSH[logits_to_keep]
+    return torch.take_along_dim(x_BSH, logits_to_keep[..., None], dim=1)
 
 
 @auto_docstring
@@ -486,8 +512,7 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
 
         loss = None
         if labels is not None:
@@ -495,7 +520,9 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
 
         aux_loss = None
         if output_router_logits and self.config.num_local_experts > 1:
-            mask_BS = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            mask_BS = None
+            if attention_mask is not None and attention_mask.ndim == 2:
+                mask_BS = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # less what a cache holds
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, self.config.num_local_experts, self.config.num_experts_per_tok, mask_BS
             )
@@ -511,6 +538,13 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        # LongRoPE turns every key differently once the context outgrows the original one: compute the cache anew.
+        limit = self.config.original_max_position_embeddings
+        if limit and past_key_values is not None and 0 < past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
+            past_key_values, kwargs["next_sequence_length"] = None, None
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
 
 
 class JaiForSequenceClassification(GenericForSequenceClassification, JaiPreTrainedModel):

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Each verb is the thin face of one function that can be imported."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from jai.errors import UserError
+from jai.version import __version__
+
+app = typer.Typer(
+    name="jai",
+    help="Grow phi-3 into a Thai-centric mixture of experts, fine-tune it with TRL, and publish it to the Hub.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog="The usual order: tokenizer train → convert → inspect → sft → dpo → generate → publish. "
+    "[bold]jai demo[/bold] runs all of it on tiny models.",
+)
+tokenizer_app = typer.Typer(help="Extend phi-3's vocabulary.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
+
+# Everything after the verb goes to TRL's own parser: its options are TRL's, and so is their help.
+PASS_THROUGH: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    "add_help_option": False,
+}
+
+
+class DuplicateInit(StrEnum):
+    copy = "copy"
+    identity = "identity"
+
+
+class ExpertInit(StrEnum):
+    copy = "copy"
+    noise = "noise"
+    random = "random"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"jai {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    text: Annotated[list[Path], typer.Argument(help="Files of text: .txt, .jsonl or .jsonl.gz (field `text`).")],
+    base: Annotated[str, typer.Option(help="Folder or Hub id of the tokenizer to extend.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    vocab_size: Annotated[int, typer.Option(help="Entries of the result, special tokens included.")] = 64000,
+    max_token_chars: Annotated[int, typer.Option(help="Longest new token, in characters.")] = 16,
+    script: Annotated[str, typer.Option(help="Unicode script to learn merges in.")] = "Thai",
+) -> None:
+    """Extend a phi-3 tokenizer with merges learnt from text. Ids of other scripts do not change."""
+    from jai.tokenization.extend import train_tokenizer
+
+    train_tokenizer(text, base, out, vocab_size, max_token_chars=max_token_chars, script=script)
+
+
+@app.command()
+def convert(
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of a Phi3ForCausalLM checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these options; the command line wins.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer that extends the base's.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Layers of a block. [default: 4]", show_default=False)] = None,
+    block_repeats: Annotated[
+        str | None,
+        typer.Option(help="Runs of each block, such as 1,1,1,2,3,3,2,1,1,1. [default: each block once]"),
+    ] = None,
+    skip_alpha: Annotated[
+        float | None, typer.Option(help="Start of the skip alphas. [default: 0.1; with identity 0]", show_default=False)
+    ] = None,
+    skip_alpha_normalize: Annotated[
+        bool | None, typer.Option("--skip-alpha-normalize", help="Divide by 1 + alpha (ours, not the paper's).")
+    ] = None,
+    duplicate_init: Annotated[
+        DuplicateInit | None,
+        typer.Option(help="copy: the paper's way; identity: keeps the function. [default: copy]", show_default=False),
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts of a layer; 1 is dense. [default: 4]", show_default=False)
+    ] = None,
+    expert_init: Annotated[
+        ExpertInit | None, typer.Option(help="How experts 1 and up begin. [default: copy]", show_default=False)
+    ] = None,
+    expert_noise: Annotated[
+        float | None, typer.Option(help="Relative noise for `noise`. [default: 0.01]", show_default=False)
+    ] = None,
+    rope_theta: Annotated[
+        float | None, typer.Option(help="RoPE base; changes the function until trained. [default: the source's]")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. [default: the source's]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of routers and noise. [default: 0]", show_default=False)
+    ] = None,
+    max_shard_size: Annotated[
+        int | None, typer.Option(help="Largest shard in bytes. [default: 5000000000]", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Then compare the logits with the base's.")] = False,
+    verify_text: Annotated[Path | None, typer.Option(help="Text for --verify. [default: a Thai-English one]")] = None,
+) -> None:
+    """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts."""
+    from jai.conversion.convert import ConvertOptions
+    from jai.conversion.convert import convert as run
+    from jai.conversion.verify import DEFAULT_TEXT
+    from jai.conversion.verify import verify as run_verify
+
+    if verify_text is not None and not verify_text.is_file():
+        raise UserError(f"--verify-text {verify_text} is no file. Give a UTF-8 text file.")
+    given = {
+        "tokenizer": tokenizer,
+        "block_size": block_size,
+        "block_repeats": _integers("--block-repeats", block_repeats),
+        "skip_alpha": skip_alpha,
+        "skip_alpha_normalize": skip_alpha_normalize,
+        "duplicate_init": duplicate_init,
+        "experts": experts,
+        "expert_init": expert_init,
+        "expert_noise": expert_noise,
+        "rope_theta": rope_theta,
+        "dtype": dtype,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+    }
+    values = _read_yaml(config) if config else {}
+    values |= {key: value for key, value in given.items() if value is not None}
+    run(ConvertOptions(**{"base": base, "out": out} | values), dry_run=dry_run)
+    if verify and not dry_run:
+        run_verify(base, out, verify_text or DEFAULT_TEXT)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Folder or Hub id of a JAI, or jai-1 for the paper's, without weights.")],
+) -> None:
+    """Show the layer plan, the parameters beside phi-3's, and the memory that it takes."""
+    from jai.conversion.inspection import inspect as run
+
+    run(path)
+
+
+@app.command(**PASS_THROUGH)
+def sft(context: typer.Context) -> None:
+    """Fine-tune on chats or plain text with TRL's SFTTrainer: --config X.yaml, then any of TRL's options."""
+    from jai.trainers.sft import main as run
+
+    run(context.args)
+
+
+@app.command(**PASS_THROUGH)
+def dpo(context: typer.Context) -> None:
+    """Align with preference pairs with TRL's DPOTrainer: --config X.yaml, then any of TRL's options."""
+    from jai.trainers.dpo import main as run
+
+    run(context.args)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text instead of answering as in a chat.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the checkpoint, not the installed one.")
+    ] = False,
+) -> None:
+    """Generate text, streamed."""
+    from jai.generate import GenerateOptions
+    from jai.generate import generate as run
+
+    options = GenerateOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        raw=raw,
+        trust_remote_code=trust_remote_code,
+    )
+    run(model, prompt, options)
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Folder of a JAI checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to. [default: main]")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; upload nothing.")] = False,
+) -> None:
+    """Check a checkpoint in a clean process, write its model card, and upload it."""
+    from jai.hub_card.publish import publish as run
+
+    run(folder, repo_id, private=private, revision=revision, commit_message=message, dry_run=dry_run)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """See it all on tiny models in a few minutes, without a GPU: base, convert, sft, dpo, Hub, report."""
+    from jai.demo.run import run_demo
+
+    run_demo(out, seed=seed)
+
+
+def _integers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; give whole numbers with commas between, such as 1,2,1.") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import dataclasses
+
+    from jai.conversion.convert import ConvertOptions
+
+    if not path.is_file():
+        raise UserError(f"--config {path} is no file. Give a YAML file of options.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    known = {field.name for field in dataclasses.fields(ConvertOptions)}
+    if not isinstance(values, dict) or values.keys() - known:
+        unknown = sorted(values.keys() - known) if isinstance(values, dict) else [str(values)]
+        raise UserError(f"{path} has unknown options: {', '.join(unknown)}. Known are: {', '.join(sorted(known))}.")
+    return values
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is one message and exit code 1, Ctrl-C is 130."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except SystemExit as exit_:
+        if exit_.code == INTERRUPTED:
+            Console(stderr=True).print("Interrupted; nothing half-written was kept.")
+        raise

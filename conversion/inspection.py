@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai inspect`: what a JAI is made of, from its configuration and its weights' headers. No weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
+from rich.table import Table
+from transformers import Phi3Config
+
+from jai.configuration_jai import JaiConfig, PlannedLayer
+from jai.conversion import names
+from jai.conversion.checkpoint import INDEX_FILE, WEIGHTS_FILE, CheckpointReader, resolve_checkpoint
+from jai.errors import UserError
+
+DEFAULT_NAME = "jai-1"
+GB = 1e9
+# NF4 with bitsandbytes' double quantisation: 4 bits, and 0.127 bits of scales a weight (QLoRA paper, section 3).
+NF4_BYTES = (4 + 0.127) / 8
+# AdamW in mixed precision: bf16 weight and gradient, fp32 master weight and two moments.
+FULL_TRAINING_BYTES = 2 + 2 + 4 + 4 + 4
+
+PHI3_MEDIUM = Phi3Config(
+    hidden_size=5120,
+    intermediate_size=17920,
+    num_hidden_layers=40,
+    num_attention_heads=40,
+    num_key_value_heads=10,
+    sliding_window=2047,
+)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a JAI by part.
+
+    Attributes:
+        embeddings: `embed_tokens` and, unless tied, `lm_head`.
+        attention: all attention matrices.
+        experts: all experts (or the MLPs of a dense JAI).
+        routers: all routers.
+        norms: all norms.
+        skip_alphas: skip alphas, trainable or frozen.
+        active: parameters that one token uses, its embedding rows counted as whole matrices.
+    """
+
+    embeddings: int
+    attention: int
+    experts: int
+    routers: int
+    norms: int
+    skip_alphas: int
+    active: int
+
+    @property
+    def total(self) -> int:
+        """All weights without the skip alphas, as the paper counts."""
+        return self.embeddings + self.attention + self.experts + self.routers + self.norms
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `jai inspect` shows.
+
+    Attributes:
+        name: what was inspected.
+        config: its configuration.
+        count: its parameters.
+        skip_alphas: value of each skip alpha by layer; from the weights where there are any.
+        checkpoint_bytes: size of the weights on disk; None without weights.
+    """
+
+    name: str
+    config: JaiConfig
+    count: ParameterCount
+    skip_alphas: dict[int, float]
+    checkpoint_bytes: int | None
+
+    @property
+    def plan(self) -> tuple[PlannedLayer, ...]:
+        return self.config.running_plan
+
+
+def count_parameters(config: JaiConfig) -> ParameterCount:
+    """Count the parameters of a configuration from its shapes (paper, Table 3)."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    heads = config.num_attention_heads + config.num_key_value_heads
+    attention = layers * 2 * hidden * heads * config.head_dim
+    expert = 3 * hidden * config.intermediate_size
+    routers = layers * hidden * config.num_local_experts if config.num_local_experts > 1 else 0
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
+    norms = (2 * layers + 1) * hidden
+    return ParameterCount(
+        embeddings=embeddings,
+        attention=attention,
+        experts=layers * config.num_local_experts * expert,
+        routers=routers,
+        norms=norms,
+        skip_alphas=sum(planned.adds_anchor for planned in config.running_plan),
+        active=embeddings + attention + layers * config.num_experts_per_tok * expert + routers + norms,
+    )
+
+
+def inspect(path: str, *, console: Console | None = None) -> Inspection:
+    """Print the layer plan, the parameter table beside phi-3's, and what it takes to store, serve and train a JAI.
+
+    Args:
+        path: folder or Hub id of a JAI, or `jai-1` for the default configuration without weights.
+        console: where to print; None is standard output.
+
+    Raises:
+        UserError: if `path` holds no JAI.
+    """
+    console = console or Console()
+    if path == DEFAULT_NAME:
+        config, reader = JaiConfig(), None
+    else:
+        folder = resolve_checkpoint(path)
+        config = load_jai_config(folder)
+        has_weights = (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
+        reader = CheckpointReader(folder) if has_weights else None
+    alphas = {layer: alpha for layer, alpha in config.skip_alphas.items() if layer < config.num_hidden_layers}
+    if reader is not None:
+        alphas = {layer: reader.rows(names.skip_alpha_name(layer)).item() for layer in alphas}
+    inspection = Inspection(
+        name=path,
+        config=config,
+        count=count_parameters(config),
+        skip_alphas=alphas,
+        checkpoint_bytes=sum(file.stat().st_size for file in reader.files) if reader else None,
+    )
+    console.print(layer_table(inspection))
+    console.print(parameter_table(inspection))
+    console.print(memory_table(inspection))
+    return inspection
+
+
+def load_jai_config(folder: Path) -> JaiConfig:
+    """Read the configuration of a JAI checkpoint.
+
+    Raises:
+        UserError: if the folder holds no JAI.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has no config.json. Give a JAI checkpoint, or {DEFAULT_NAME} for the default.")
+    try:
+        raw, _ = JaiConfig.get_config_dict(folder, local_files_only=True)
+        if raw.get("model_type") != JaiConfig.model_type:
+            raise UserError(
+                f"{folder} is a model of type {raw.get('model_type')!r}, not 'jai'. Convert it first: jai convert."
+            )
+        return JaiConfig.from_dict(raw)
+    except StrictDataclassError as error:
+        raise UserError(f"The config.json in {folder} is not valid: {error.__cause__ or error}") from None
+
+
+def layer_table(inspection: Inspection) -> Table:
+    """One row for each copy of each block: which layers it has and where they come from."""
+    config = inspection.config
+    title = f"Layer plan of {inspection.name}: {config.num_hidden_layers} layers"
+    table = Table(title=title, title_justify="left")
+    for column in ("block", "copy", "layers", "origin layers", "skip alpha"):
+        table.add_column(column, justify="right")
+    for opening in inspection.plan:
+        if not opening.opens_copy:
+            continue
+        copy = [p for p in inspection.plan if (p.block, p.copy) == (opening.block, opening.copy)]
+        alpha = inspection.skip_alphas.get(opening.layer)
+        table.add_row(
+            str(opening.block + 1),
+            f"{opening.copy + 1} of {config.block_repeats[opening.block]}",
+            _range(copy[0].layer, copy[-1].layer),
+            _range(copy[0].origin, copy[-1].origin),
+            "" if alpha is None else f"{alpha:.4g}",
+        )
+    table.caption = "Layers count from 0, as in the weights' names; blocks and copies from 1, as in the paper."
+    return table
+
+
+def parameter_table(inspection: Inspection) -> Table:
+    """The paper's Table 3: the JAI beside phi-3-medium."""
+    config, count, phi3 = inspection.config, inspection.count, PHI3_MEDIUM
+    phi3_count = count_parameters(
+        JaiConfig(
+            vocab_size=phi3.vocab_size,
+            hidden_size=phi3.hidden_size,
+            intermediate_size=phi3.intermediate_size,
+            num_attention_heads=phi3.num_attention_heads,
+            num_key_value_heads=phi3.num_key_value_heads,
+            block_size=1,
+            block_repeats=[1] * phi3.num_hidden_layers,
+            num_local_experts=1,
+        )
+    )
+    table = Table(title="Architecture (paper, Table 3)", title_justify="left")
+    table.add_column("")
+    table.add_column("phi-3-medium", justify="right")
+    table.add_column(inspection.name, justify="right")
+    table.add_row("parameters", _billions(phi3_count.total), _billions(count.total))
+    table.add_row("active for a token", _billions(phi3_count.active), _billions(count.active))
+    table.add_row("  embeddings", f"{phi3_count.embeddings:,}", f"{count.embeddings:,}")
+    table.add_row("  attention", f"{phi3_count.attention:,}", f"{count.attention:,}")
+    table.add_row("  experts", f"{phi3_count.experts:,}", f"{count.experts:,}")
+    table.add_row("  routers", "", f"{count.routers:,}")
+    table.add_row("  norms", f"{phi3_count.norms:,}", f"{count.norms:,}")
+    table.add_row("  skip alphas", "", f"{count.skip_alphas:,}")
+    table.add_row("embedding size", f"{phi3.hidden_size:,}", f"{config.hidden_size:,}")
+    table.add_row("intermediate size", f"{phi3.intermediate_size:,}", f"{config.intermediate_size:,}")
+    table.add_row("experts (used)", "1", f"{config.num_local_experts} ({config.num_experts_per_tok})")
+    table.add_row("layers", str(phi3.num_hidden_layers), str(config.num_hidden_layers))
+    table.add_row("vocabulary", f"{phi3.vocab_size:,}", f"{config.vocab_size:,}")
+    table.add_row(
+        "heads (key/value)",
+        f"{phi3.num_attention_heads} ({phi3.num_key_value_heads})",
+        f"{config.num_attention_heads} ({config.num_key_value_heads})",
+    )
+    table.add_row(
+        "RoPE base", f"{phi3.rope_parameters['rope_theta']:,.0f}", f"{config.rope_parameters['rope_theta']:,.0f}"
+    )
+    table.add_row("sliding window", str(phi3.sliding_window), "none")
+    return table
+
+
+def memory_table(inspection: Inspection) -> Table:
+    """Sizes in GB (10^9 bytes) of weights and optimiser states; activations come on top."""
+    config, count = inspection.config, inspection.count
+    weights = count.total + count.skip_alphas
+    # Embeddings, norms and routers stay in bf16 in every 4-bit scheme.
+    unquantised = count.embeddings + count.norms + count.routers
+    four_bits = NF4_BYTES * (count.attention + count.experts) + 2 * unquantised
+    experts_are_linear = config.num_local_experts == 1
+    bitsandbytes = four_bits if experts_are_linear else NF4_BYTES * count.attention + 2 * (unquantised + count.experts)
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    table = Table(title="Memory, without activations", title_justify="left")
+    table.add_column("")
+    table.add_column("GB", justify="right")
+    if inspection.checkpoint_bytes is not None:
+        table.add_row("checkpoint on disk", _gigabytes(inspection.checkpoint_bytes))
+    table.add_row("serving: weights in bf16", _gigabytes(2 * weights))
+    table.add_row("serving: weights in 4 bits (NF4), experts too", _gigabytes(four_bits))
+    table.add_row("serving: weights in 4 bits with bitsandbytes (nn.Linear only)", _gigabytes(bitsandbytes))
+    context = config.max_position_embeddings
+    table.add_row(f"serving: cache of one context of {context:,} tokens in bf16", _gigabytes(cache * context))
+    table.add_row("training: all weights, AdamW, mixed precision", _gigabytes(FULL_TRAINING_BYTES * weights))
+    table.add_row("training: LoRA on bf16 weights, without the adapter", _gigabytes(2 * weights))
+    table.add_row("training: LoRA on 4-bit weights, experts too, without the adapter", _gigabytes(four_bits))
+    return table
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _billions(number: int) -> str:
+    return f"{number:,} ({number / 1e9:.1f} B)" if number >= 1e8 else f"{number:,}"
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / GB:,.1f}" if number >= 1e8 else f"{number / GB:.4f}"

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a folder is a whole JAI checkpoint that loads anywhere: first its files, then a load in a clean process."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from jai.errors import UserError
+from jai.hub_card.contents import Contents, read_contents
+from jai.hub_card.weights import read_json, read_tensors
+
+_CLEAN_LOAD = Path(__file__).with_name("clean_load.py")
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a clean process found.
+
+    Attributes:
+        contents: the files that were checked, those that the manifest lists.
+        parameters: parameters of the model.
+        dtype: of its weights, as in "bfloat16".
+        logits_sha256: hash of the logits (as float32) of a fixed input; the same weights give the same hash on the same
+            machine. `None` without a forward pass.
+        tokenizer: name of the tokenizer's class, `None` where the folder has no tokenizer.
+    """
+
+    contents: Contents
+    parameters: int
+    dtype: str
+    logits_sha256: str | None
+    tokenizer: str | None
+
+
+def check_files(folder: str | os.PathLike) -> Contents:
+    """Check that a folder holds every file of a JAI checkpoint, and that its weight files are whole.
+
+    Reads headers only, so it takes no time on a large model.
+
+    Raises:
+        UserError: if it does not; the message names the file and what to do.
+    """
+    contents = read_contents(folder)
+    folder = contents.folder
+    if "config.json" not in contents.kept:
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{folder} is a PEFT adapter, not a whole model. Merge it first (`model.merge_and_unload()`, then "
+                "`save_pretrained`), or publish the adapter alone with `model.push_to_hub`."
+            )
+        raise UserError(f"{folder} has no config.json, so it is no checkpoint. Give the folder that holds the weights.")
+    config = read_json(folder / "config.json")
+    auto_map = config.get("auto_map") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or config.get("model_type") != "jai":
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise UserError(
+            f"{folder}/config.json has model_type {kind!r}, not 'jai'. Make a JAI of it with `jai convert`."
+        )
+    if not isinstance(auto_map, dict) or not auto_map:
+        raise UserError(
+            f"{folder}/config.json has no auto_map, so transformers cannot find the model's code. Load the model with "
+            "`jai` imported and save it again with save_pretrained."
+        )
+    modules = sorted({where.split("--")[-1].split(".")[0] + ".py" for where in auto_map.values()})
+    missing = [name for name in modules if name not in contents.kept]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {', '.join(missing)}, which auto_map in its config.json names. Load the model with `jai` "
+            "imported and save it again with save_pretrained: that puts the code beside the weights."
+        )
+    foreign = sorted({where for where in auto_map.values() if "--" in where})
+    if foreign:
+        raise UserError(
+            f"auto_map in {folder}/config.json takes code from another repository ({', '.join(foreign)}). Remove all up "
+            "to and with `--`, so that the code beside the weights is used."
+        )
+    read_tensors(folder)
+    return contents
+
+
+def check_checkpoint(folder: str | os.PathLike, *, forward: bool = True) -> CheckReport:
+    """Check a folder's files, then load it through the Auto classes in a process that cannot import `jai`.
+
+    That process sees only the files that would be published, has no network, no token and empty caches.
+
+    Args:
+        folder: a checkpoint folder.
+        forward: load the weights and run one forward pass; without, only names and shapes are compared, for models that
+            do not fit in memory.
+
+    Raises:
+        UserError: if the folder is no whole JAI checkpoint or does not load.
+    """
+    contents = check_files(folder)
+    with tempfile.TemporaryDirectory(prefix="jai-check-") as scratch:
+        staged = Path(scratch) / "model"
+        for name in contents.kept:
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).symlink_to((contents.folder / name).resolve())
+        report = Path(scratch) / "report.json"
+        request = json.dumps({"folder": str(staged), "forward": forward, "report": str(report)})
+        process = subprocess.run(
+            [sys.executable, "-P", str(_CLEAN_LOAD), request],
+            env=_clean_environment(Path(scratch)),
+            cwd=scratch,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        if not report.is_file():
+            why = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+            last = (process.stdout.strip().splitlines() or ["no output"])[-1]
+            raise UserError(
+                f"The clean process that loads {folder} died ({why}: {last}). If it ran out of memory, check without a "
+                "forward pass, or on a machine with more memory."
+            )
+        found = json.loads(report.read_text(encoding="utf-8"))
+    if "error" in found:
+        error = found["error"].replace(str(staged), str(folder))
+        raise UserError(
+            f"{folder} does not load in a clean process: {error}\nNobody could load it from the Hub either. Mend the "
+            "folder, or save the model again with save_pretrained."
+        )
+    return CheckReport(contents, **found)
+
+
+def _clean_environment(scratch: Path) -> dict[str, str]:
+    """This environment without tokens, network and caches."""
+    kept = {key: value for key, value in os.environ.items() if "TOKEN" not in key and not key.startswith("HF_")}
+    return kept | {
+        "HF_HOME": str(scratch / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

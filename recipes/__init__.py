@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commented configurations to copy, one for each stage."""

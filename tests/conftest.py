@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models, configurations and data, built by the tests themselves."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
+
+from jai import JaiConfig, JaiForCausalLM
+
+torch.set_num_threads(1)
+
+# Enough Thai and English for a few hundred merges.
+SENTENCES = (
+    "ประเทศไทยมีกรุงเทพมหานครเป็นเมืองหลวง และมีแม่น้ำเจ้าพระยาไหลผ่าน",
+    "วันนี้อากาศดีมาก เราไปตลาดซื้อผลไม้กับแม่",
+    "The quick brown fox jumps over the lazy dog near the river.",
+    "Language models learn to predict the next word from the words before it.",
+    "แมวนอนอยู่บนเก้าอี้ในบ้าน ส่วนหมาวิ่งเล่นอยู่ในสวน",
+    "ราคา 1,250 บาท for 3 kilograms of rice, paid in cash at 10:30.",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run the tests that are marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: give --run-slow"))
+
+
+def build_tiny_config(**overrides) -> JaiConfig:
+    """Seven layers in three blocks, all of them run again; weights wide enough that errors show in the logits."""
+    values = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "block_size": 1,
+        "block_repeats": [2, 3, 2],
+        "skip_alpha": 0.3,
+        "num_local_experts": 4,
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return JaiConfig(**{**values, **overrides})
+
+
+def build_tiny_model(seed: int = 0, **overrides) -> JaiForCausalLM:
+    torch.manual_seed(seed)
+    return JaiForCausalLM(build_tiny_config(**overrides)).eval()
+
+
+def build_tiny_phi3(folder: str | os.PathLike, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> Path:
+    values = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "original_max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "sliding_window": 127,
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    Phi3ForCausalLM(Phi3Config(**{**values, **overrides})).to(dtype).save_pretrained(folder)
+    return Path(folder)
+
+
+class Phi3Oracle:
+    """A dense JAI with the weights of a Phi-3, by a mapping of the tests' own (not the conversion's)."""
+
+    @staticmethod
+    def split(tensors: dict[str, torch.Tensor], config: Phi3Config) -> dict[str, torch.Tensor]:
+        """Phi-3's tensors (weights or gradients) under the names of a dense JAI without repeats."""
+        head_dim = config.hidden_size // config.num_attention_heads
+        rows = [head_dim * config.num_attention_heads] + [head_dim * config.num_key_value_heads] * 2
+        parts = {}
+        for name, tensor in tensors.items():
+            if name.endswith("qkv_proj.weight"):
+                for projection, part in zip(("q_proj", "k_proj", "v_proj"), tensor.split(rows)):
+                    parts[name.replace("qkv_proj", projection)] = part
+            elif name.endswith("gate_up_proj.weight"):
+                for projection, part in zip(("gate_proj", "up_proj"), tensor.chunk(2)):
+                    parts[name.replace("gate_up_proj", projection)] = part
+            else:
+                parts[name] = tensor
+        return parts
+
+    @classmethod
+    def jai_of(cls, phi3: Phi3ForCausalLM) -> JaiForCausalLM:
+        """The JAI that must compute the same, in evaluation mode."""
+        config = phi3.config
+        shared = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "rms_norm_eps",
+            "rope_parameters",
+            "max_position_embeddings",
+            "original_max_position_embeddings",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+        )
+        model = JaiForCausalLM(
+            JaiConfig(
+                **{name: getattr(config, name) for name in shared},
+                block_size=1,
+                block_repeats=[1] * config.num_hidden_layers,
+                num_experts=1,
+                attn_implementation=config._attn_implementation,
+            )
+        )
+        model.load_state_dict(cls.split(phi3.state_dict(), config), strict=True)
+        return model.eval()
+
+
+@pytest.fixture(scope="session")
+def phi3_oracle() -> type[Phi3Oracle]:
+    """`phi3_oracle.jai_of(phi3)` and `phi3_oracle.split(tensors, phi3_config)`."""
+    return Phi3Oracle
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., JaiConfig]:
+    """`tiny_config(**overrides) -> JaiConfig`: 7 layers, 4 experts, vocabulary of 99."""
+    return build_tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., JaiForCausalLM]:
+    """`tiny_model(seed=0, **config_overrides) -> JaiForCausalLM` with fresh weights, in evaluation mode."""
+    return build_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_phi3() -> Callable[..., Path]:
+    """`tiny_phi3(folder, seed=0, dtype=torch.float32, **config_overrides) -> folder` with a saved Phi3ForCausalLM.
+
+    Six layers, vocabulary of 99, no tokenizer.
+    """
+    return build_tiny_phi3
+
+
+@pytest.fixture(scope="session")
+def sentences() -> tuple[str, ...]:
+    """A few Thai and English sentences."""
+    return SENTENCES
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(sentences: tuple[str, ...]) -> PreTrainedTokenizerBase:
+    """A phi-3-style tokenizer (BPE with byte fallback, special tokens after the vocabulary) of about 400 entries."""
+    from jai.tokenization.phi3_style import train_phi3_style
+
+    return train_phi3_style(sentences * 4, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the real Phi-3 tokenizer and texts; tests that need it are skipped where it is absent."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data, which is not at {folder}")
+    return folder

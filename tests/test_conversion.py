@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""phi-3 → JAI: the function is kept where it should be, every tensor comes from where the plan says, and bad input
+leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from jai.conversion import names
+from jai.conversion.checkpoint import CheckpointReader, read_header
+from jai.conversion.convert import RECORD_FILE, ConvertOptions, convert
+from jai.conversion.verify import verify
+from jai.errors import UserError
+from jai.files import sha256
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_phi3) -> Path:
+    return tiny_phi3(tmp_path_factory.mktemp("base") / "phi3")
+
+
+@pytest.fixture(scope="module")
+def base_with_tokenizer(tmp_path_factory, tiny_phi3, tiny_tokenizer) -> Path:
+    folder = tiny_phi3(
+        tmp_path_factory.mktemp("base") / "phi3",
+        vocab_size=len(tiny_tokenizer),
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extended_tokenizer(tmp_path_factory, tiny_tokenizer, sentences) -> Path:
+    from jai.tokenization.extend import extend_tokenizer
+
+    folder = tmp_path_factory.mktemp("extended")
+    extended = extend_tokenizer(tiny_tokenizer, sentences * 4, vocab_size=510)
+    extended.save_pretrained(folder)
+    return folder
+
+
+def run(base: Path, out: Path, **options):
+    values = {"block_size": 2, "block_repeats": [1, 3, 2]} | options
+    return convert(ConvertOptions(base=str(base), out=out, **values))
+
+
+@pytest.mark.parametrize(
+    ("options", "base_overrides"),
+    [
+        ({"duplicate_init": "identity"}, {}),
+        ({"duplicate_init": "identity", "skip_alpha_normalize": True}, {}),
+        ({"duplicate_init": "identity", "experts": 1}, {}),
+        ({"block_repeats": [1, 1, 1]}, {}),
+        ({"block_repeats": [1, 1, 1], "experts": 1}, {}),
+        ({"duplicate_init": "identity"}, {"tie_word_embeddings": True}),
+        ({"duplicate_init": "identity"}, {"num_key_value_heads": 4}),
+        ({"duplicate_init": "identity"}, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
+        (
+            {"duplicate_init": "identity"},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        ),
+    ],
+)
+def test_function_is_kept(tmp_path, tiny_phi3, options, base_overrides):
+    base = tiny_phi3(tmp_path / "base", **base_overrides)
+    run(base, tmp_path / "jai", **options)
+    result = verify(str(base), tmp_path / "jai")
+    assert result.same_function
+    assert result.max_difference < 1e-4
+
+
+def test_longrope_keeps_both_factors(tmp_path, tiny_phi3):
+    """32 positions use the short factors, more use the long ones, and generation may cross from one to the other."""
+    base = tiny_phi3(tmp_path / "base", rope_parameters=LONGROPE, original_max_position_embeddings=32)
+    run(base, tmp_path / "jai", duplicate_init="identity")
+    phi3 = Phi3ForCausalLM.from_pretrained(base).eval()
+    jai = AutoModelForCausalLM.from_pretrained(tmp_path / "jai").eval()
+    for length in (20, 60):
+        ids = torch.randint(3, 99, (1, length), generator=torch.Generator().manual_seed(length))
+        torch.testing.assert_close(jai(ids).logits, phi3(ids).logits, atol=1e-4, rtol=1e-4)
+    ids = torch.randint(3, 99, (1, 28), generator=torch.Generator().manual_seed(1))
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    assert torch.equal(jai.generate(ids, **settings), phi3.generate(ids, **settings))
+
+
+def test_papers_way_changes_the_function_and_says_so(tmp_path, base, capsys):
+    run(base, tmp_path / "jai", duplicate_init="copy")
+    result = verify(str(base), tmp_path / "jai")
+    assert not result.same_function
+    assert result.kl > 1e-4
+    assert "another function" in capsys.readouterr().out
+
+
+def test_every_tensor_comes_from_its_origin(tmp_path, base):
+    config = run(base, tmp_path / "jai", skip_alpha=0.25)
+    phi3 = load_file(base / "model.safetensors")
+    jai = load_file(tmp_path / "jai" / "model.safetensors")
+    seen = set()
+    for planned in config.layer_plan:
+        for name, source in names.layer_sources(config, planned.layer, planned.origin).items():
+            rows = phi3[source.name][source.start : source.stop]
+            copies = jai[name] if names.is_expert_stack(name) else [jai[name]]
+            assert all(torch.equal(copy, rows) for copy in copies), name
+            seen.add(name)
+        seen.add(names.router_name(planned.layer))
+        if planned.adds_anchor:
+            assert jai[names.skip_alpha_name(planned.layer)].tolist() == [0.25]
+            seen.add(names.skip_alpha_name(planned.layer))
+    assert [planned.origin for planned in config.layer_plan] == [0, 1, 2, 3, 2, 3, 2, 3, 4, 5, 4, 5]
+    assert jai.keys() - seen == {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+
+
+def test_name_table_is_exact_both_ways(base, tmp_path):
+    """Without repeats and with one expert, the JAI's rows put back together are the phi-3's tensors, all of them."""
+    config = run(base, tmp_path / "jai", block_repeats=[1, 1, 1], experts=1)
+    phi3 = load_file(base / "model.safetensors")
+    jai = load_file(tmp_path / "jai" / "model.safetensors")
+    sources = names.outer_sources(config, 99)
+    for planned in config.layer_plan:
+        sources |= names.layer_sources(config, planned.layer, planned.origin)
+    rebuilt: dict[str, torch.Tensor] = {}
+    for name, source in sources.items():
+        target = rebuilt.setdefault(source.name, torch.full(source.source_shape, float("nan")))
+        target[source.start : source.stop] = jai[name]
+    assert rebuilt.keys() == phi3.keys()
+    assert all(torch.equal(rebuilt[name], phi3[name]) for name in phi3)
+
+
+def test_new_rows_are_means_of_their_pieces(tmp_path, base_with_tokenizer, extended_tokenizer):
+    from jai.tokenization.extend import new_token_pieces
+
+    run(base_with_tokenizer, tmp_path / "jai", tokenizer=str(extended_tokenizer))
+    old_tokenizer = AutoTokenizer.from_pretrained(base_with_tokenizer)
+    new_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "jai")
+    pieces = new_token_pieces(old_tokenizer, new_tokenizer)
+    assert len(pieces) == len(new_tokenizer) - len(old_tokenizer) > 0
+    reserved = {id_ for id_, ids in pieces.items() if not ids}
+    assert reserved == set(range(len(old_tokenizer), 448))
+    phi3 = load_file(base_with_tokenizer / "model.safetensors")
+    jai = load_file(tmp_path / "jai" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert len(jai[name]) == len(new_tokenizer)
+        assert torch.equal(jai[name][: len(old_tokenizer)], phi3[name])
+        assert jai[name][sorted(reserved)].std() > 0
+        for id_ in pieces.keys() - reserved:
+            ids = pieces[id_]
+            torch.testing.assert_close(jai[name][id_], phi3[name][ids].mean(0), msg=f"{name}[{id_}]")
+
+
+def test_more_vocabulary_keeps_the_function(tmp_path, base_with_tokenizer, extended_tokenizer):
+    run(base_with_tokenizer, tmp_path / "jai", tokenizer=str(extended_tokenizer), duplicate_init="identity")
+    assert verify(str(base_with_tokenizer), tmp_path / "jai").same_function
+
+
+def test_shards_do_not_change_the_values(tmp_path, base):
+    options = {"expert_init": "noise", "seed": 3}
+    run(base, tmp_path / "one", **options)
+    run(base, tmp_path / "many", **options, max_shard_size=40_000)
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 5
+    one, many = CheckpointReader(tmp_path / "one"), CheckpointReader(tmp_path / "many")
+    assert one.shapes == many.shapes
+    assert all(torch.equal(one.rows(name), many.rows(name)) for name in one.shapes)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
+    assert all(torch.equal(loaded[name], one.rows(name)) for name in one.shapes)
+
+
+def test_sharded_base_is_read(tmp_path, base):
+    Phi3ForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    run(base, tmp_path / "a")
+    run(tmp_path / "sharded", tmp_path / "b")
+    assert sha256(tmp_path / "a" / "model.safetensors") == sha256(tmp_path / "b" / "model.safetensors")
+
+
+def test_expert_inits(tmp_path, base):
+    name = "model.layers.0.mlp.experts.down_proj"
+    stacks = {}
+    for init in ("copy", "noise", "random"):
+        run(base, tmp_path / init, expert_init=init, expert_noise=0.01)
+        stacks[init] = load_file(tmp_path / init / "model.safetensors")[name]
+    first = stacks["copy"][0]
+    assert all(torch.equal(stack[0], first) for stack in stacks.values())
+    assert all(torch.equal(expert, first) for expert in stacks["copy"])
+    noise = (stacks["noise"][1:] - first).std() / first.std()
+    assert 0.008 < noise < 0.012
+    assert not torch.equal(stacks["noise"][1], stacks["noise"][2])
+    assert (stacks["random"][1:] - first).std() > first.std()
+
+
+def test_seed_decides_the_bytes(tmp_path, base):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(base, tmp_path / out, expert_init="noise", seed=seed)
+    hashes = [sha256(tmp_path / out / "model.safetensors") for out in "abc"]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_dtype_and_rope_theta(tmp_path, base):
+    config = run(base, tmp_path / "jai", dtype="bfloat16", rope_theta=1e6)
+    assert config.rope_parameters["rope_theta"] == 1e6
+    assert {entry["dtype"] for entry in read_header(tmp_path / "jai" / "model.safetensors")[0].values()} == {"BF16"}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "jai", dtype="auto").dtype == torch.bfloat16
+
+
+def test_folder_is_complete_and_records_its_making(tmp_path, base_with_tokenizer):
+    run(base_with_tokenizer, tmp_path / "jai", duplicate_init="identity", seed=7)
+    files = {path.name for path in (tmp_path / "jai").iterdir()}
+    assert files >= {
+        "config.json",
+        "configuration_jai.py",
+        "modeling_jai.py",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        RECORD_FILE,
+    }
+    config = json.loads((tmp_path / "jai" / "config.json").read_text())
+    assert config["architectures"] == ["JaiForCausalLM"]
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_jai.JaiForCausalLM"
+    text = (tmp_path / "jai" / RECORD_FILE).read_text()
+    record = json.loads(text)
+    assert record["base"]["files"]["model.safetensors"] == sha256(base_with_tokenizer / "model.safetensors")
+    assert record["options"]["duplicate_init"] == "identity"
+    assert record["options"]["skip_alpha"] == 0.0
+    assert record["options"]["seed"] == 7
+    assert record["result"]["parameters"] == sum(
+        parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "jai").parameters()
+    )
+    assert str(tmp_path) not in text
+
+
+def test_dry_run_writes_nothing(tmp_path, base, capsys):
+    convert(ConvertOptions(base=str(base), out=tmp_path / "jai", block_size=2, block_repeats=[1, 2, 1]), dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    assert "Dry run" in capsys.readouterr().out
+
+
+def edit_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def break_model_type(folder: Path) -> None:
+    edit_config(folder, model_type="llama", architectures=["LlamaForCausalLM"])
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def break_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def break_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x00\x01")
+
+
+def break_shapes(folder: Path) -> None:
+    edit_config(folder, intermediate_size=64)
+
+
+def break_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def break_quantised(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_model_type, "LlamaForCausalLM of type 'llama'"),
+        (break_config, "has no config.json"),
+        (break_weights, "truncated or damaged"),
+        (break_header, "header cannot be read"),
+        (break_shapes, "do not match its config.json"),
+        (break_pickle, "no safetensors weights"),
+        (break_quantised, "is quantised"),
+    ],
+)
+def test_bad_bases_are_refused(tmp_path, tiny_phi3, damage, message):
+    base = tiny_phi3(tmp_path / "base")
+    damage(base)
+    with pytest.raises(UserError, match=message):
+        run(base, tmp_path / "jai")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_repeats": [1, 2]}, "--block-repeats with 3 numbers"),
+        ({"block_size": 4, "block_repeats": [1]}, "a --block-size that divides 6"),
+        ({"block_size": 0}, "at least 1 layer"),
+        ({"block_repeats": [1, 0, 1]}, "every block must run at least once"),
+        ({"experts": 0}, "give 1 for a dense JAI"),
+        ({"skip_alpha": -1.0, "skip_alpha_normalize": True}, "divides by zero"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, base, options, message):
+    with pytest.raises(UserError, match=message):
+        run(base, tmp_path / "jai", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_tokenizers_are_refused(tmp_path, base, base_with_tokenizer, tiny_tokenizer, sentences):
+    from jai.tokenization.phi3_style import train_phi3_style
+
+    smaller, other = tmp_path / "smaller", tmp_path / "other"
+    train_phi3_style(sentences * 4, vocab_size=len(tiny_tokenizer) - 20).save_pretrained(smaller)
+    train_phi3_style([sentence.upper() for sentence in sentences * 4], vocab_size=len(tiny_tokenizer)).save_pretrained(
+        other
+    )
+    with pytest.raises(UserError, match="fewer than the base's"):
+        run(base_with_tokenizer, tmp_path / "jai", tokenizer=str(smaller))
+    with pytest.raises(UserError, match="does not extend the base's"):
+        run(base_with_tokenizer, tmp_path / "jai", tokenizer=str(other))
+    with pytest.raises(UserError, match="BASE has no tokenizer files"):
+        run(base, tmp_path / "jai", tokenizer=str(smaller))
+    assert not (tmp_path / "jai").exists()
+
+
+def test_existing_output_is_left_alone(tmp_path, base):
+    (tmp_path / "jai").mkdir()
+    (tmp_path / "jai" / "precious").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        run(base, tmp_path / "jai")
+    assert (tmp_path / "jai" / "precious").read_text() == "mine"
+
+
+def test_full_disk_leaves_nothing(tmp_path, base):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        with pytest.raises(UserError, match="No space left on device"):
+            run(base, disk / "jai")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_interrupt_leaves_nothing(tmp_path, tiny_phi3):
+    base = tiny_phi3(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    out = tmp_path / "out" / "jai"
+    options = ["--block-size", "1", "--block-repeats", ",".join(["12"] * 8), "--expert-init", "noise"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jai", "convert", str(base), str(out), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (partial := list(tmp_path.glob("out/.jai.partial-*/model*.safetensors"))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Interrupted" in output
+    assert "Traceback" not in output
+    assert not partial[0].exists()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_unknown_name_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="neither a folder nor a Hub id"):
+        run(Path("no/such/folder/at/all"), tmp_path / "jai")

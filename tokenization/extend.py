@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tokenizer of phi-3's form, extended by one script: the base's ids stay, the script's merges are appended.
+
+New merges only touch pieces that hold the script, and rank after every merge of the base. So text without the script
+keeps its ids, and text with it is first cut as the base would cut it, then joined further.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+import regex
+from tokenizers import Tokenizer, models, trainers
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+from jai.errors import UserError
+from jai.tokenization.chat import with_chat_template
+from jai.tokenization.phi3_style import SPECIAL_TOKENS
+
+RESERVED_TOKEN = "<|reserved_{}|>"
+_SPACE = "▁"
+
+
+def extend_tokenizer(
+    base: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    vocab_size: int,
+    script: str = "Thai",
+    max_token_chars: int = 16,
+    first_new_id: int | None = None,
+) -> TokenizersBackend:
+    """Learn pieces of a script from text and append them to a byte-fallback BPE (paper, section 3.1.1).
+
+    Merges are learned inside runs of the script, with an optional space before the run. The characters that the base
+    lacks come first, then the merges, until the vocabulary has exactly `vocab_size` entries. The script's combining
+    marks are put in the order of NFC inside the tokenizer, so training and inference see the same; text without the
+    script is not normalised, because that would change its ids.
+
+    Args:
+        base: tokenizer to extend; it is not changed.
+        texts: training text; each is normalised to NFC here.
+        vocab_size: entries of the result, `len(result)`.
+        script: Unicode name of the script.
+        max_token_chars: longest new piece, in characters, its leading space included.
+        first_new_id: id of the first new piece, at least the base's size; ids between are reserved. By default the
+            base's size rounded up to a multiple of 64, as phi-3's embeddings are (32,011 entries, 32,064 rows).
+
+    Raises:
+        UserError: if the base is no byte-fallback BPE or has merges of the script, the script is unknown, or the text
+            cannot fill the vocabulary.
+    """
+    runs = _runs_pattern(script)
+    if max_token_chars < 2:
+        raise UserError(f"max_token_chars is {max_token_chars}, which leaves nothing to merge. Give 2 or more.")
+    state = json.loads(base.backend_tokenizer.to_str())
+    _check_base(state["model"], runs, script)
+    vocab: dict[str, int] = base.get_vocab()
+    base_end = max(vocab.values()) + 1
+    if first_new_id is None:
+        first_new_id = -(-base_end // 64) * 64
+    if first_new_id < base_end or vocab_size <= first_new_id:
+        raise UserError(
+            f"A vocabulary of {vocab_size} with new pieces from id {first_new_id} on does not fit: the base uses the "
+            f"ids up to {base_end - 1}. Give a vocab_size above {max(first_new_id, base_end)}."
+        )
+
+    # The learner counts the characters that the base has already as pieces of its own.
+    known = sum(1 for piece in vocab if len(piece) == 1)
+    characters, merges = _learn(_runs(texts, runs), vocab_size - first_new_id + known, max_token_chars)
+    if not characters - {_SPACE}:
+        raise UserError(f"The text has no character of the script {script}. Give text in {script}, or another script.")
+    new_pieces = sorted(characters - vocab.keys())
+    learned = dict.fromkeys(new_pieces)
+    kept_merges = []
+    for left, right in merges:
+        if left + right not in learned:
+            if len(learned) == vocab_size - first_new_id:
+                break
+            learned[left + right] = None
+        kept_merges.append([left, right])
+    if first_new_id + len(learned) != vocab_size:
+        fits = first_new_id + len(learned)
+        advice = f"Give vocab_size={fits}, or more text." if fits < vocab_size else f"Give a vocab_size above {fits}."
+        raise UserError(
+            f"A vocabulary of {vocab_size} needs {vocab_size - first_new_id} new pieces from id {first_new_id} on, but "
+            f"the text gave {len(learned)} ({len(new_pieces)} characters and {len(learned) - len(new_pieces)} merges). "
+            f"{advice}"
+        )
+
+    taken = set(vocab.values())
+    vocab |= {RESERVED_TOKEN.format(i): i for i in range(first_new_id) if i not in taken}
+    vocab |= {piece: first_new_id + i for i, piece in enumerate(learned)}
+    # Special tokens included: `tokenizers` would renumber those that are not in the model's vocabulary when it loads.
+    state["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda entry: entry[1]))
+    state["model"]["merges"] = [*state["model"]["merges"], *kept_merges]
+    state["normalizer"] = _with_mark_order(state["normalizer"], characters)
+    extended = TokenizersBackend(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        **base.special_tokens_map,
+        chat_template=base.chat_template,
+        clean_up_tokenization_spaces=False,
+        model_max_length=base.model_max_length,
+        padding_side=base.padding_side,
+    )
+    if set(SPECIAL_TOKENS) <= base.get_vocab().keys():
+        with_chat_template(extended)
+    return extended
+
+
+def new_token_pieces(base: PreTrainedTokenizerBase, extended: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+    """For every id of `extended` after the base's last, the base's ids of the same string.
+
+    Their mean is where the new rows of the embeddings start (paper, section 3.1.1). Reserved and special ids have no
+    pieces: their list is empty.
+
+    Raises:
+        UserError: if `extended` does not keep every id of `base`.
+    """
+    base_vocab, vocab = base.get_vocab(), extended.get_vocab()
+    moved = [token for token, i in base_vocab.items() if vocab.get(token) != i]
+    if moved:
+        raise UserError(
+            f"The tokenizer does not extend its base: {len(moved)} of the base's {len(base_vocab)} tokens are missing "
+            f"or have another id ({moved[0]!r} is {vocab.get(moved[0])}, not {base_vocab[moved[0]]}). Give a tokenizer "
+            "that was extended from this base."
+        )
+    # The bare BPE: the tokenizer around it would put a space before a piece that has none.
+    bpe = base.backend_tokenizer.model
+    without_pieces = {token.content for token in extended.added_tokens_decoder.values()}
+    end = max(base_vocab.values()) + 1
+    pieces: dict[int, list[int]] = {}
+    for surface, i in sorted(vocab.items(), key=lambda entry: entry[1]):
+        if i < end:
+            continue
+        if surface in without_pieces or surface == RESERVED_TOKEN.format(i):
+            pieces[i] = []
+        else:
+            pieces[i] = [piece.id for piece in bpe.tokenize(surface) if piece.id != base.unk_token_id]
+    return pieces
+
+
+def _runs_pattern(script: str) -> regex.Pattern:
+    try:
+        return regex.compile(rf"{_SPACE}?\p{{Script={script}}}+")
+    except regex.error as error:
+        raise UserError(
+            f"{script!r} is no script that Unicode knows. Give a name such as Thai, Lao, Khmer or Myanmar."
+        ) from error
+
+
+def _check_base(model: dict, runs: regex.Pattern, script: str) -> None:
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
+        raise UserError(
+            f"The base tokenizer is a {model['type']} {'without byte fallback' if model['type'] == 'BPE' else 'model'}; "
+            "a BPE with byte fallback is needed, such as phi-3's."
+        )
+    # Appended after such merges, ours would start from pieces that the learner has never seen.
+    merged = [left + right for left, right in model["merges"] if runs.search(left + right)]
+    if merged:
+        raise UserError(
+            f"The base tokenizer has {len(merged)} merges of the script {script} already (such as {merged[0]!r}). "
+            "Choose a script that it only has single characters of."
+        )
+
+
+def _runs(texts: Iterable[str], runs: regex.Pattern) -> Iterator[list[str]]:
+    for text in texts:
+        yield runs.findall(_SPACE + unicodedata.normalize("NFC", text).replace(" ", _SPACE))
+
+
+def _learn(runs: Iterable[list[str]], size: int, max_token_chars: int) -> tuple[set[str], list[tuple[str, str]]]:
+    """The characters in the runs, and merges in the order learned, until there are `size` pieces of both kinds."""
+    learner = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        max_token_length=max_token_chars + 1,  # its limit is exclusive
+    )
+    learner.train_from_iterator(runs, trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    return {piece for piece in learner.get_vocab() if len(piece) == 1}, merges
+
+
+def _with_mark_order(normalizer: dict | None, characters: set[str]) -> dict | None:
+    """Append the swaps that put neighbouring marks of the script in the order of NFC (14 for Thai).
+
+    The whole of NFC would also change text without the script. One pass of swaps is exact for two marks after a
+    letter, which is as many as text that can be read has.
+    """
+    marks = sorted(character for character in characters if unicodedata.category(character).startswith("M"))
+    swaps = [
+        {"type": "Replace", "pattern": {"String": first + second}, "content": composed}
+        for first in sorted(characters)
+        for second in marks
+        if (composed := unicodedata.normalize("NFC", first + second)) != first + second
+    ]
+    if not swaps:
+        return normalizer
+    return {"type": "Sequence", "normalizers": [*([normalizer] if normalizer else []), *swaps]}

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What JAI adds to any of transformers' trainers."""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PrinterCallback, ProgressCallback
+
+from jai.trainers.monitor import ReadablePrinter, ReadableProgress, RouterMonitor
+
+
+class JaiTrainerMixin:
+    """Put before a trainer class: `class MyTrainer(JaiTrainerMixin, SFTTrainer)`.
+
+    Skip alphas are not weight-decayed; router statistics and alphas are in the logs (`router_statistics=False` leaves
+    them out); checkpoints written under FSDP2 carry the model's code.
+    """
+
+    def __init__(self, *args: Any, router_statistics: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._router_monitor = RouterMonitor(self.model) if router_statistics else None
+        for theirs, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
+            if self.pop_callback(theirs) is not None:
+                self.add_callback(ours)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The parameters that weight decay applies to: none of the skip alphas, whose zero means "no skip"."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("skip_alpha")]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._router_monitor is not None and "loss" in logs:  # a training step, not an evaluation or the summary
+            logs.update(self._router_monitor.pop(lambda sums: self.accelerator.reduce(sums, "sum")))
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Only for `push_to_hub`: of a local folder TRL's card says "a fine-tuned version of None"."""
+        if self.args.push_to_hub:
+            super().create_model_card(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        restore_class_names(self.model)
+        super()._save(output_dir, state_dict)
+
+
+def restore_class_names(model: nn.Module) -> None:
+    """Undo FSDP2's renaming of the model's class, by which saving finds the code and writes `auto_map`."""
+    cls = type(model)
+    if issubclass(cls, FSDPModule):
+        original = next(base for base in cls.__bases__ if base is not FSDPModule)
+        cls.__module__, cls.__name__, cls.__qualname__ = original.__module__, original.__name__, original.__qualname__
