@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from jai.errors import UserError
 from jai.version import __version__
@@ -68,7 +69,9 @@ def _root(
 
 @tokenizer_app.command("train")
 def tokenizer_train(
-    text: Annotated[list[Path], typer.Argument(help="Files of text: .txt, .jsonl or .jsonl.gz (field `text`).")],
+    text: Annotated[
+        list[Path], typer.Argument(metavar="TEXT...", help="Files of text: .txt, .jsonl or .jsonl.gz (field `text`).")
+    ],
     base: Annotated[str, typer.Option(help="Folder or Hub id of the tokenizer to extend.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     vocab_size: Annotated[int, typer.Option(help="Entries of the result, special tokens included.")] = 64000,
@@ -83,49 +86,45 @@ def tokenizer_train(
 
 @app.command()
 def convert(
-    base: Annotated[str, typer.Argument(help="Folder or Hub id of a Phi3ForCausalLM checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id of a Phi3ForCausalLM checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any of these options; the command line wins.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer that extends the base's.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Layers of a block. [default: 4]", show_default=False)] = None,
+    block_size: Annotated[int | None, typer.Option(help="Layers of a block.", show_default="4")] = None,
     block_repeats: Annotated[
         str | None,
-        typer.Option(help="Runs of each block, such as 1,1,1,2,3,3,2,1,1,1. [default: each block once]"),
+        typer.Option(help="How often each block runs in place.", show_default="1,1,1,2,3,3,2,1,1,1"),
     ] = None,
     skip_alpha: Annotated[
-        float | None, typer.Option(help="Start of the skip alphas. [default: 0.1; with identity 0]", show_default=False)
+        float | None, typer.Option(help="Start of the skip alphas.", show_default="0.1; with identity 0")
     ] = None,
     skip_alpha_normalize: Annotated[
         bool | None, typer.Option("--skip-alpha-normalize", help="Divide by 1 + alpha (ours, not the paper's).")
     ] = None,
     duplicate_init: Annotated[
         DuplicateInit | None,
-        typer.Option(help="copy: the paper's way; identity: keeps the function. [default: copy]", show_default=False),
+        typer.Option(help="copy: the paper's way; identity: keeps the function.", show_default="copy"),
     ] = None,
-    experts: Annotated[
-        int | None, typer.Option(help="Experts of a layer; 1 is dense. [default: 4]", show_default=False)
-    ] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts of a layer; 1 is dense.", show_default="4")] = None,
     expert_init: Annotated[
-        ExpertInit | None, typer.Option(help="How experts 1 and up begin. [default: copy]", show_default=False)
+        ExpertInit | None, typer.Option(help="How experts 1 and up begin.", show_default="copy")
     ] = None,
-    expert_noise: Annotated[
-        float | None, typer.Option(help="Relative noise for `noise`. [default: 0.01]", show_default=False)
-    ] = None,
+    expert_noise: Annotated[float | None, typer.Option(help="Relative noise for `noise`.", show_default="0.01")] = None,
     rope_theta: Annotated[
-        float | None, typer.Option(help="RoPE base; changes the function until trained. [default: the source's]")
+        float | None, typer.Option(help="RoPE base; changes the function until trained.", show_default="the source's")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. [default: the source's]")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of routers and noise. [default: 0]", show_default=False)
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights.", show_default="the source's")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of routers and noise.", show_default="0")] = None,
     max_shard_size: Annotated[
-        int | None, typer.Option(help="Largest shard in bytes. [default: 5000000000]", show_default=False)
+        int | None, typer.Option(help="Largest shard in bytes.", show_default="5000000000")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Then compare the logits with the base's.")] = False,
-    verify_text: Annotated[Path | None, typer.Option(help="Text for --verify. [default: a Thai-English one]")] = None,
+    verify_text: Annotated[
+        Path | None, typer.Option(help="Text for --verify.", show_default="a Thai-English one")
+    ] = None,
 ) -> None:
     """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts."""
     from jai.conversion.convert import ConvertOptions
@@ -159,7 +158,10 @@ def convert(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="Folder or Hub id of a JAI, or jai-1 for the paper's, without weights.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Folder or Hub id of a JAI, or jai-1 for the paper's, without weights."),
+    ],
 ) -> None:
     """Show the layer plan, the parameters beside phi-3's, and the memory that it takes."""
     from jai.conversion.inspection import inspect as run
@@ -185,8 +187,8 @@ def dpo(context: typer.Context) -> None:
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint.")],
-    prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a checkpoint.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to say to it.")],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
@@ -213,10 +215,12 @@ def generate(
 
 @app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(help="Folder of a JAI checkpoint.")],
-    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub; made if it does not exist.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a JAI checkpoint.")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made if it does not exist.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to. [default: main]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.", show_default="main")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; upload nothing.")] = False,
 ) -> None:
@@ -228,7 +232,9 @@ def publish(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write; it must not exist.")] = Path(
+        "runs/demo"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
 ) -> None:
     """See it all on tiny models in a few minutes, without a GPU: base, convert, sft, dpo, Hub, report."""
@@ -267,9 +273,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def main() -> None:
     """Entry point: an error that the user can mend is one message and exit code 1, Ctrl-C is 130."""
     try:
-        app()
+        app(prog_name="jai")
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as exit_:
         if exit_.code == INTERRUPTED:

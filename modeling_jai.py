@@ -400,14 +400,20 @@ class JaiModel(JaiPreTrainedModel):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
-        if attention_mask is None or attention_mask.ndim != 2 or past_key_values is not None:
+        if attention_mask is not None and len(attention_mask.shape) != 2:  # made by the caller: taken as it is
             return create_causal_mask(**mask_arguments)
-        position_ids = position_ids.expand(attention_mask.shape[0], -1)
-        if attention_mask.shape != position_ids.shape:  # prefix tuning: the mask also covers the prefix
+        if past_key_values is not None:
+            if not is_tracing(position_ids) and self._positions_restart(position_ids, attention_mask):
+                raise ValueError(
+                    "`position_ids` restart (packed documents) beside `past_key_values`: the documents would see each "
+                    "other through the cache. Leave `past_key_values` out, or give one document a row."
+                )
+            return create_causal_mask(**mask_arguments)
+        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+        if attention_mask is None or attention_mask.shape != position_ids.shape:  # it may cover a tuned prefix too
             return create_causal_mask(**mask_arguments)
         if not is_tracing(attention_mask):
-            both_real = (attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] != 0)
-            if not ((position_ids.diff() != 1) & both_real).any():  # one document a row, padded or not
+            if not self._positions_restart(position_ids, attention_mask):  # one document a row, padded or not
                 return create_causal_mask(**mask_arguments)
             if attention_mask.all():
                 return create_causal_mask(**{**mask_arguments, "attention_mask": None})
@@ -420,6 +426,15 @@ class JaiModel(JaiPreTrainedModel):
         if document is None:
             return create_causal_mask(**mask_arguments)
         return create_causal_mask(**mask_arguments, and_mask_function=packed_sequence_mask_function(document))
+
+    @staticmethod
+    def _positions_restart(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether two real tokens stand side by side in a row, and their positions do not."""
+        restarts = position_ids.diff() != 1
+        if attention_mask is not None:
+            real = attention_mask[:, -position_ids.shape[1] :] != 0  # the mask covers what a cache holds, too
+            restarts = restarts & real[:, 1:] & real[:, :-1]
+        return bool(restarts.any())
 
     def _refuse_cut_skips(self):
         """A pipeline stage gets `hidden_states` from the stage before and no anchor, so it would compute wrongly."""
@@ -541,7 +556,8 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         # LongRoPE turns every key differently once the context outgrows the original one: compute the cache anew.
-        limit = self.config.original_max_position_embeddings
+        rope = self.config.rope_parameters
+        limit = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else None
         if limit and past_key_values is not None and 0 < past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
             past_key_values, kwargs["next_sequence_length"] = None, None
         return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)

@@ -11,7 +11,7 @@ import platform
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "tokenizer_training.json",
 )
+PAPER_BLOCK_REPEATS = (1, 1, 1, 2, 3, 3, 2, 1, 1, 1)
 PAPER_SKIP_ALPHA = 0.1
 _MEAN_CHUNK = 4096  # new rows made at a time: 4096 x 5120 in fp32 is 84 MB
 
@@ -56,7 +57,7 @@ class ConvertOptions:
         out: folder to write; it must not exist.
         tokenizer: folder or Hub id of a tokenizer that extends the base's; None keeps the base's.
         block_size: layers of a block (paper, section 3.1.2).
-        block_repeats: how often each block runs (paper, Table 2). None runs each block once.
+        block_repeats: how often each block runs in place (paper, Table 2).
         skip_alpha: start value of the skip alphas; None is 0.1 with copied layers and 0 with identity layers.
         skip_alpha_normalize: divide by 1 + alpha after adding the anchor (ours, not the paper's).
         duplicate_init: `copy` gives later copies of a block the block's weights (the paper's way; it changes the
@@ -77,7 +78,7 @@ class ConvertOptions:
     out: Path
     tokenizer: str | None = None
     block_size: int = 4
-    block_repeats: list[int] | None = None
+    block_repeats: list[int] = field(default_factory=lambda: list(PAPER_BLOCK_REPEATS))
     skip_alpha: float | None = None
     skip_alpha_normalize: bool = False
     duplicate_init: Literal["copy", "identity"] = "copy"
@@ -250,10 +251,10 @@ def plan_config(
     if options.block_size < 1:
         raise UserError(f"--block-size is {options.block_size}; a block needs at least 1 layer.")
     blocks, left_over = divmod(base.num_hidden_layers, options.block_size)
-    repeats = options.block_repeats if options.block_repeats is not None else [1] * blocks
+    repeats = options.block_repeats
     if left_over or len(repeats) != blocks:
         fitting = (
-            f"--block-repeats with {blocks} numbers"
+            f"--block-repeats with {blocks} numbers ({','.join(['1'] * blocks)} repeats nothing)"
             if not left_over
             else f"a --block-size that divides {base.num_hidden_layers}"
         )

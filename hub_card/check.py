@@ -22,6 +22,7 @@ class CheckReport:
 
     Attributes:
         contents: the files that were checked, those that the manifest lists.
+        auto_class: the Auto class of transformers that loads it, as in "AutoModelForCausalLM".
         parameters: parameters of the model.
         dtype: of its weights, as in "bfloat16".
         logits_sha256: hash of the logits (as float32) of a fixed input; the same weights give the same hash on the same
@@ -30,6 +31,7 @@ class CheckReport:
     """
 
     contents: Contents
+    auto_class: str
     parameters: int
     dtype: str
     logits_sha256: str | None
@@ -75,8 +77,8 @@ def check_files(folder: str | os.PathLike) -> Contents:
     foreign = sorted({where for where in auto_map.values() if "--" in where})
     if foreign:
         raise UserError(
-            f"auto_map in {folder}/config.json takes code from another repository ({', '.join(foreign)}). Remove all up "
-            "to and with `--`, so that the code beside the weights is used."
+            f"auto_map in {folder}/config.json takes code from another repository ({', '.join(foreign)}). "
+            "Remove all up to and with `--`, so that the code beside the weights is used."
         )
     read_tensors(folder)
     return contents

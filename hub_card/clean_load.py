@@ -20,7 +20,7 @@ class _NoJai(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(
                 f"{name} is not there for a stranger: published code must not import it", name=name
             )
-        return None
+        return
 
 
 def load(folder: Path, forward: bool) -> dict[str, object]:
@@ -60,6 +60,7 @@ def load(folder: Path, forward: bool) -> dict[str, object]:
     if not module.startswith("transformers_modules"):
         raise ValueError(f"the model came from {module}, not from the code in the folder")
     found = {
+        "auto_class": autos[0],
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype if forward else config.dtype).removeprefix("torch."),
         "logits_sha256": fingerprint,
@@ -69,8 +70,8 @@ def load(folder: Path, forward: bool) -> dict[str, object]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         if len(tokenizer) > config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} entries, the model only vocab_size={config.vocab_size}: some texts "
-                "would fail"
+                f"the tokenizer has {len(tokenizer)} entries, the model only vocab_size={config.vocab_size}: "
+                "some texts would fail"
             )
         tokenizer("ภาษาไทย and English")
         found["tokenizer"] = type(tokenizer).__name__

@@ -37,6 +37,16 @@ def in_manifest(path: str) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in manifest())
 
 
+def size_text(size: int) -> str:
+    """A number of bytes for people: "1.23 GB"."""
+    amount, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if amount < 1000 or unit == "TB":
+            break
+        amount /= 1000
+    return f"{amount:.3g} {unit}"
+
+
 def read_contents(folder: str | os.PathLike) -> Contents:
     """Sort the files of a folder into what may be published and what stays.
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
+
 from jai.conversion import names
 from jai.conversion.checkpoint import CheckpointReader, read_header
 from jai.conversion.convert import RECORD_FILE, ConvertOptions, convert
 from jai.conversion.verify import verify
 from jai.errors import UserError
 from jai.files import sha256
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
 
 LONGROPE = {
     "rope_type": "longrope",

@@ -6,6 +6,7 @@ keeps its ids, and text with it is first cut as the base would cut it, then join
 """
 
 import json
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -52,8 +53,8 @@ def extend_tokenizer(
     runs = _runs_pattern(script)
     if max_token_chars < 2:
         raise UserError(f"max_token_chars is {max_token_chars}, which leaves nothing to merge. Give 2 or more.")
+    _check_base(base, runs, script)
     state = json.loads(base.backend_tokenizer.to_str())
-    _check_base(state["model"], runs, script)
     vocab: dict[str, int] = base.get_vocab()
     base_end = max(vocab.values()) + 1
     if first_new_id is None:
@@ -64,8 +65,8 @@ def extend_tokenizer(
             f"ids up to {base_end - 1}. Give a vocab_size above {max(first_new_id, base_end)}."
         )
 
-    # The learner counts the characters that the base has already as pieces of its own.
-    known = sum(1 for piece in vocab if len(piece) == 1)
+    # The learner counts the space and the script's characters that the base has already among its pieces.
+    known = 1 + sum(1 for piece in vocab if len(piece) == 1 and runs.match(piece))
     characters, merges = _learn(_runs(texts, runs), vocab_size - first_new_id + known, max_token_chars)
     if not characters - {_SPACE}:
         raise UserError(f"The text has no character of the script {script}. Give text in {script}, or another script.")
@@ -80,7 +81,7 @@ def extend_tokenizer(
         kept_merges.append([left, right])
     if first_new_id + len(learned) != vocab_size:
         fits = first_new_id + len(learned)
-        advice = f"Give vocab_size={fits}, or more text." if fits < vocab_size else f"Give a vocab_size above {fits}."
+        advice = f"Give a vocab_size of {fits}" + (", or more text." if fits < vocab_size else " or more.")
         raise UserError(
             f"A vocabulary of {vocab_size} needs {vocab_size - first_new_id} new pieces from id {first_new_id} on, but "
             f"the text gave {len(learned)} ({len(new_pieces)} characters and {len(learned) - len(new_pieces)} merges). "
@@ -148,18 +149,18 @@ def _runs_pattern(script: str) -> regex.Pattern:
         ) from error
 
 
-def _check_base(model: dict, runs: regex.Pattern, script: str) -> None:
-    if model["type"] != "BPE" or not model.get("byte_fallback"):
-        raise UserError(
-            f"The base tokenizer is a {model['type']} {'without byte fallback' if model['type'] == 'BPE' else 'model'}; "
-            "a BPE with byte fallback is needed, such as phi-3's."
-        )
-    # Appended after such merges, ours would start from pieces that the learner has never seen.
+def _check_base(base: PreTrainedTokenizerBase, runs: regex.Pattern, script: str) -> None:
+    state = json.loads(base.backend_tokenizer.to_str()) if isinstance(base, TokenizersBackend) else {}
+    model = state.get("model", {})
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        kind = "BPE without byte fallback" if model.get("type") == "BPE" else model.get("type", type(base).__name__)
+        raise UserError(f"The base tokenizer is a {kind}. Give a BPE with byte fallback, such as phi-3's.")
+    # Ours would come after such merges and start from pieces that the learner has never seen.
     merged = [left + right for left, right in model["merges"] if runs.search(left + right)]
     if merged:
         raise UserError(
             f"The base tokenizer has {len(merged)} merges of the script {script} already (such as {merged[0]!r}). "
-            "Choose a script that it only has single characters of."
+            "Choose a script of which it only has single characters."
         )
 
 
@@ -175,6 +176,7 @@ def _learn(runs: Iterable[list[str]], size: int, max_token_chars: int) -> tuple[
         vocab_size=size,
         min_frequency=2,
         max_token_length=max_token_chars + 1,  # its limit is exclusive
+        show_progress=sys.stderr.isatty(),
     )
     learner.train_from_iterator(runs, trainer)
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
 from jai.errors import UserError
@@ -20,6 +21,8 @@ LORA_TARGETS = ("attention", "experts", "both")
 @dataclass
 class JaiTrainingArguments:
     """Options of JAI's training stages that TRL does not have."""
+
+    _argument_group_name = "options of JAI's own"
 
     lora_targets: str = field(
         default="attention",
@@ -61,45 +64,49 @@ class _Parser(TrlParser):
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
     """Parse `--config FILE.yaml` and command-line overrides into one instance of each dataclass.
 
-    LoRA's dropout is 0 unless it is given, because PEFT has none for experts.
+    Two defaults are not TRL's: LoRA's dropout is 0, because PEFT has none for experts, and bf16 is off on hardware
+    that cannot do it.
 
     Raises:
         UserError: for a configuration file that cannot be read, unknown options, and values that do not fit.
     """
     argv = [part for argument in argv for part in _split_config(argument)]
-    parser = _Parser(dataclass_types, prog=prog, allow_abbrev=False)
+    parser = _Parser(
+        dataclass_types,
+        prog=prog,
+        usage=f"{prog} --config FILE.yaml [--option VALUE ...]",
+        description="The options of TRL and transformers, and JAI's own at the end. A YAML file may set any of them; "
+        "the command line overrides it. Start from a copy of the file in recipes/, which explains what most runs need.",
+        allow_abbrev=False,
+    )
     parser.set_defaults(lora_dropout=0.0)
-    _check_config_file(argv)
+    if not is_torch_bf16_gpu_available():
+        parser.set_defaults(bf16=False)
+    known = {action.dest for action in parser._actions} | {"env"}
+    config, overrides = _read_config(argv)
+    _refuse_unknown(sorted(set(config) - known), known, "The configuration file", prog)
+    _refuse_unknown(parser.parse_known_args(overrides)[1], known, "The command line", prog)
     try:
-        *parsed, from_file, from_command_line = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
-        )
+        return parser.parse_args_and_config(argv)
     except UserError:
         raise
     except ValueError as error:  # the dataclasses' own checks
         hint = " On a machine without a GPU give `bf16: false`." if "bf16" in str(error) else ""
         raise UserError(f"{error}{hint}") from error
-    known = {action.dest for action in parser._actions}
-    for where, unknown in (("the configuration file", from_file), ("the command line", from_command_line)):
-        if unknown:
-            name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-            close = difflib.get_close_matches(name, known, n=1)
-            advice = f"Did you mean `{close[0]}`?" if close else "See --help for the options."
-            raise UserError(f"{where.capitalize()} has `{name}`, which is no option of {prog}. {advice}")
-    return tuple(parsed)
 
 
 def _split_config(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
+def _read_config(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The mapping in the configuration file (empty without one), and the arguments beside `--config FILE`."""
     if "--config" not in argv:
-        return
-    position = argv.index("--config") + 1
-    if position == len(argv):
+        return {}, list(argv)
+    position = argv.index("--config")
+    if position + 1 == len(argv):
         raise UserError("`--config` is given without a file. Give a YAML file, for example recipes/sft.yaml.")
-    path = Path(argv[position])
+    path = Path(argv[position + 1])
     if not path.is_file():
         raise UserError(f"The configuration file {path} does not exist. Give the path of a YAML file.")
     try:
@@ -108,6 +115,15 @@ def _check_config_file(argv: Sequence[str]) -> None:
         raise UserError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} must be a YAML mapping of options to values; see recipes/sft.yaml.")
+    return config, [*argv[:position], *argv[position + 2 :]]
+
+
+def _refuse_unknown(unknown: Sequence[str], known: set[str], where: str, prog: str) -> None:
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        close = difflib.get_close_matches(name, known, n=1)
+        advice = f"Did you mean `{close[0]}`?" if close else "See --help for the options."
+        raise UserError(f"{where} has `{name}`, which is no option of {prog}. {advice}")
 
 
 def resume_point(training_args: TrainingArguments) -> str | None:

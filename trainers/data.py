@@ -73,14 +73,14 @@ def load_training_data(
     Raises:
         UserError: if the data cannot be found or read, lacks a split, has no rows, or has other columns.
     """
-    splits = _load(script_args)
     name = script_args.dataset_name
-    train = _split(splits, script_args.dataset_train_split, name, "dataset_train_split")
-    evaluation = _split(splits, script_args.dataset_test_split, name, "dataset_test_split") if evaluate else None
     try:
+        splits = _load(script_args)
+        train = _split(splits, script_args.dataset_train_split, name, "dataset_train_split")
         first = next(iter(train))
-    except StopIteration:
+    except StopIteration:  # `load_dataset` raises it too, for an empty file
         raise UserError(f"The data {name} has no rows. Give a dataset with at least one example.") from None
+    evaluation = _split(splits, script_args.dataset_test_split, name, "dataset_test_split") if evaluate else None
     form, columns = (_preference_form if preference else _sft_form)(first, name, text_column)
     # The others go: a stray `prompt` beside `messages` would make TRL take the rows for something else.
     kept = [*columns, *(column for column in _CHAT_EXTRAS if column in first)]

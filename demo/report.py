@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's report: one self-contained HTML page, and the same as Markdown with its figures beside it."""
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from jai.configuration_jai import JaiConfig
+from jai.demo.measure import Answer
+from jai.demo.results import Results
+
+LANGUAGES = {"en": "English", "th": "Thai"}
+INK, MUTED, RULE = "#1c2430", "#66707f", "#dfe3e8"
+BLUE, ORANGE = "#2563a8", "#d9772b"
+COLORS = {"en": BLUE, "th": ORANGE}
+BLOCK_COLORS = ("#dbe6f3", "#f8e3d0")  # a block that runs once, a block that is repeated
+
+mpl.rcParams.update(
+    {
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.edgecolor": RULE,
+        "axes.labelcolor": MUTED,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 10,
+        "axes.titlecolor": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "text.color": INK,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "jai",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a paragraph that says what to see, and figures and tables as (kind, content) pairs."""
+
+    title: str
+    text: str
+    figures: tuple[str, ...] = ()
+    table: tuple[list[str], list[list[str]]] | None = None
+    code: str = ""
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Write `report.html`, `report.md` and `figures/` into `folder`; returns the page."""
+    figures = {name: _svg(draw(results)) for name, draw in FIGURES.items()}
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, svg in figures.items():
+        (folder / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    sections = _sections(results)
+    (folder / "report.md").write_text(_markdown(results, sections), encoding="utf-8")
+    page = folder / "report.html"
+    page.write_text(_page(results, sections, figures), encoding="utf-8")
+    return page
+
+
+# Figures
+
+
+def plan_figure(results: Results) -> Figure:
+    """The layers as they run, left to right; an arc from each anchor to each copy that adds it."""
+    plan = JaiConfig.from_dict(results.config).running_plan
+    repeats = results.config["block_repeats"]
+    figure = Figure(figsize=(9.2, 2.6))
+    axes = figure.add_axes((0.01, 0.02, 0.98, 0.96))
+    for layer in plan:
+        repeated = repeats[layer.block] > 1
+        axes.add_patch(
+            mpl.patches.FancyBboxPatch(
+                (layer.layer + 0.08, 0),
+                0.84,
+                0.9,
+                boxstyle="round,pad=0,rounding_size=0.1",
+                facecolor=BLOCK_COLORS[repeated],
+                edgecolor=ORANGE if layer.adds_anchor else "none",
+                linewidth=1.4,
+            )
+        )
+        axes.text(layer.layer + 0.5, 0.52, str(layer.layer), ha="center", va="center", fontsize=10, color=INK)
+        axes.text(layer.layer + 0.5, 0.2, f"of {layer.origin}", ha="center", va="center", fontsize=7, color=MUTED)
+        if layer.takes_anchor:
+            anchor = layer.layer
+        if layer.adds_anchor:
+            start, end = anchor + 0.04, layer.layer + 0.04
+            height = 0.75 + 0.35 * layer.copy
+            arc = mpl.path.Path(
+                [(start, 0.95), (start, 0.95 + height), (end, 0.95 + height), (end, 0.95)],
+                [mpl.path.Path.MOVETO] + [mpl.path.Path.CURVE4] * 3,
+            )
+            axes.add_patch(
+                mpl.patches.FancyArrowPatch(path=arc, arrowstyle="-|>", mutation_scale=9, color=ORANGE, linewidth=1.3)
+            )
+            alpha = results.alphas_after[layer.layer]
+            axes.text((start + end) / 2, 1.02 + height * 0.78, f"α {alpha:.3f}", ha="center", fontsize=8, color=ORANGE)
+    for layer in plan:
+        if layer.takes_anchor:
+            width = repeats[layer.block] * results.config["block_size"]
+            axes.plot([layer.layer + 0.1, layer.layer + width - 0.1], [-0.12, -0.12], color=MUTED, linewidth=1)
+            axes.text(
+                layer.layer + width / 2,
+                -0.22,
+                f"block {layer.block + 1}",
+                ha="center",
+                va="top",
+                fontsize=7,
+                color=MUTED,
+            )
+    axes.set_xlim(-0.2, len(plan) + 0.2)
+    axes.set_ylim(-0.5, 2.6)
+    axes.axis("off")
+    return figure
+
+
+def stages_figure(results: Results) -> Figure:
+    """Bits per character at each stage."""
+    figure = Figure(figsize=(9.2, 2.7), layout="constrained")
+    for axes, (language, name) in zip(figure.subplots(1, 2), LANGUAGES.items()):
+        names = [stage.name for stage in results.stages]
+        bits = [stage.bits[language] for stage in results.stages]
+        bars = axes.bar(names, bits, color=COLORS[language], width=0.62)
+        axes.bar_label(bars, fmt="%.2f", padding=2, color=INK)
+        axes.set_title(f"{name}: bits per character, held-out text")
+        _bare(axes)
+    return figure
+
+
+def curves_figure(results: Results) -> Figure:
+    """Training loss of each stage."""
+    names = {"base": "phi-3 base", "pretrained": "continued pre-training", "sft": "SFT", "dpo": "DPO"}
+    losses = [curve for curve in results.curves if curve.metric == "loss"]
+    figure = Figure(figsize=(9.2, 2.3), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, len(losses)), losses):
+        axes.plot(curve.steps, curve.values, color=BLUE, linewidth=1.4)
+        axes.set_title(f"{names[curve.stage]}: loss")
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+    return figure
+
+
+def dpo_figure(results: Results) -> Figure:
+    """How DPO comes to prefer the chosen answer."""
+    titles = {
+        "rewards/accuracies": "DPO: share of pairs in which the chosen answer wins",
+        "rewards/margins": "DPO: reward margin, chosen − rejected",
+    }
+    figure = Figure(figsize=(9.2, 2.1), layout="constrained")
+    for axes, (metric, title) in zip(figure.subplots(1, 2), titles.items()):
+        (curve,) = (curve for curve in results.curves if curve.metric == metric)
+        axes.plot(curve.steps, curve.values, color=BLUE, linewidth=1.4)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+    return figure
+
+
+def router_figure(results: Results) -> Figure:
+    """Share of tokens that each expert gets, by layer and language."""
+    figure = Figure(figsize=(9.2, 2.4), layout="constrained")
+    experts = results.config["num_local_experts"]
+    both = figure.subplots(1, 2)
+    for axes, (language, name) in zip(both, LANGUAGES.items()):
+        load = results.router_load[language]
+        image = axes.imshow(list(zip(*load)), aspect="auto", cmap="Blues", vmin=0, vmax=0.5)
+        axes.set_title(f"{name}: share of choices")
+        axes.set_xlabel("layer")
+        axes.set_ylabel("expert")
+        axes.set_yticks(range(experts))
+        axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=both, shrink=0.9, label="0.25 is even")
+    return figure
+
+
+def fertility_figure(results: Results) -> Figure:
+    """Tokens per character before and after the vocabulary grew."""
+    figure = Figure(figsize=(5.2, 2.2), layout="constrained")
+    axes = figure.subplots()
+    for offset, (label, values, color) in enumerate(
+        (("base tokenizer", results.fertility.base, "#aab4c0"), ("extended", results.fertility.extended, BLUE))
+    ):
+        positions = [i + (offset - 0.5) * 0.36 for i in range(len(LANGUAGES))]
+        bars = axes.bar(positions, [values[language] for language in LANGUAGES], width=0.34, color=color, label=label)
+        axes.bar_label(bars, fmt="%.2f", padding=2, color=INK)
+    axes.set_xticks(range(len(LANGUAGES)), LANGUAGES.values())
+    axes.set_title("tokens per character, held-out text")
+    axes.legend(frameon=False, loc="upper left")
+    _bare(axes)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Results], Figure]] = {
+    "plan": plan_figure,
+    "stages": stages_figure,
+    "curves": curves_figure,
+    "dpo": dpo_figure,
+    "router": router_figure,
+    "fertility": fertility_figure,
+}
+CAPTIONS = {
+    "plan": "Layers of the JAI in the order in which they run; 'of n' is the base layer that each was copied from. "
+    "An arc is a skip connection with its trained alpha.",
+    "stages": "Lower is better. Bits per character can be compared between tokenizers, the loss of a token cannot.",
+    "curves": "Training loss, in nats a token (SFT: of the assistant's turns only).",
+    "dpo": "Preference training.",
+    "router": "Router load by layer, after all training.",
+    "fertility": "Fewer tokens per character mean longer contexts and faster generation.",
+}
+
+
+def _bare(axes) -> None:
+    axes.spines["left"].set_visible(False)
+    axes.set_yticks([])
+    axes.tick_params(axis="x", length=0)
+    axes.margins(y=0.18)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+# Sections
+
+
+def _sections(results: Results) -> list[Section]:
+    config, stages = results.config, results.stages
+    base, converted, final = stages[0], stages[1], stages[-1]
+    th, en = "th", "en"
+    return [
+        Section(
+            "The layer plan",
+            f"{max(layer.origin for layer in JaiConfig.from_dict(config).layer_plan) + 1} layers of phi-3 become "
+            f"{config['num_hidden_layers']}: the paper's Table 2, with blocks of {config['block_size']}. Blocks in the "
+            "middle run two or three times in place, each copy with weights of its own, and equation 1 leads what "
+            "entered the first copy of a block around to its later copies.",
+            ("plan",),
+        ),
+        Section(
+            "What each step did",
+            f"Conversion changed Thai from {base.bits[th]:.2f} to {converted.bits[th]:.2f} bits per character and "
+            f"English from {base.bits[en]:.2f} to {converted.bits[en]:.2f}; after a few minutes of training they "
+            f"stand at {final.bits[th]:.2f} and {final.bits[en]:.2f}. Right answers to questions that were not in "
+            f"the training chats: {_share(stages[2].correct, th)} → {_share(final.correct, th)} in Thai, "
+            f"{_share(stages[2].correct, en)} → {_share(final.correct, en)} in English. (Chat training moves a model "
+            "away from plain text, so bits per character may rise again at SFT.)",
+            ("stages",),
+        ),
+        Section(
+            "The price of a start",
+            "Repeating blocks changes the function, and the start of the copies decides by how much. `identity` costs "
+            "nothing; the paper's way costs most and is what the rest of this run uses. KL is KL(phi-3 ‖ JAI) in nats "
+            "a token, before any training, on text that the program ships.",
+            table=(
+                ["start of the later copies", "KL", "bits/char English", "bits/char Thai"],
+                [
+                    [start.name, f"{start.kl:.2g}", f"{start.bits[en]:.3f}", f"{start.bits[th]:.3f}"]
+                    for start in results.starts
+                ],
+            ),
+        ),
+        Section("Training", "TRL's trainers, as they are.", ("curves", "dpo")),
+        Section(
+            "Router load",
+            "All experts begin as copies of the base's MLP, so the routers' first choices are arbitrary and mean "
+            "nothing yet; training and the load-balancing loss then pull them apart.",
+            ("router",),
+        ),
+        Section(
+            "Skip alphas",
+            "Each alpha is one trained number; optimisers do not decay it.",
+            table=(
+                ["layer", *map(str, results.alphas_after)],
+                [
+                    ["before", *(f"{alpha:.4f}" for alpha in results.alphas_before.values())],
+                    ["after", *(f"{alpha:.4f}" for alpha in results.alphas_after.values())],
+                ],
+            ),
+        ),
+        Section(
+            "Vocabulary",
+            f"Thai text takes {results.fertility.base[th]:.2f} tokens per character in the base and "
+            f"{results.fertility.extended[th]:.2f} in the JAI; text without Thai keeps its ids exactly. One sentence, "
+            "cut by both:",
+            ("fertility",),
+            code=f"base      {_pieces(results.fertility.base_pieces)}\n"
+            f"extended  {_pieces(results.fertility.extended_pieces)}",
+        ),
+        Section(
+            "Answers",
+            "The same questions, none of them in the training chats, before chat training and after all of it, "
+            "answered greedily.",
+            table=(["question", "expected", "before", "after"], _answer_rows(results)),
+        ),
+        Section(
+            "Checks",
+            "What was checked on the way; any failure stops the demo.",
+            table=(["check", "finding"], [[name, finding] for name, finding in results.checks.items()]),
+        ),
+        Section(
+            "Every command",
+            "As run, in the folder of this report.",
+            table=(["command", "seconds"], [[c.line, f"{c.seconds:.1f}"] for c in results.commands]),
+        ),
+        Section(
+            "Versions",
+            f"Seed {results.seed}; {results.seconds:.0f} s in all; at most {results.peak_memory_mb:,.0f} MB in one "
+            "process.",
+            table=(list(results.versions), [list(results.versions.values())]),
+        ),
+    ]
+
+
+def _share(correct: dict[str, float] | None, language: str) -> str:
+    return "–" if correct is None else f"{100 * correct[language]:.0f} %"
+
+
+def _pieces(pieces: list[str]) -> str:
+    return "·".join(pieces)
+
+
+def _answer_rows(results: Results, each: int = 6) -> list[list[str]]:
+    rows = []
+    for language in ("th", "en"):
+        pairs = [
+            (before, after)
+            for before, after in zip(results.answers_before, results.answers_after)
+            if after.language == language
+        ]
+        # Evenly spread, so that no kind of question is picked for its success.
+        for before, after in pairs[:: max(len(pairs) // each, 1)][:each]:
+            rows.append([after.question, after.expected, before.given.strip(), _marked(after)])
+    return rows
+
+
+def _marked(answer: Answer) -> str:
+    return f"{'✓' if answer.correct else '✗'} {answer.given.strip()}"
+
+
+# Output
+
+
+def _tiles(results: Results) -> list[tuple[str, str]]:
+    first, last = results.stages[0], results.stages[-1]
+    return [
+        ("parameters", f"{results.base_parameters / 1e6:.1f} M → {results.jai_parameters / 1e6:.1f} M"),
+        ("active for a token", f"{results.jai_active / 1e6:.1f} M"),
+        ("Thai, bits per character", f"{first.bits['th']:.2f} → {last.bits['th']:.2f}"),
+        ("Thai, tokens per character", f"{results.fertility.base['th']:.2f} → {results.fertility.extended['th']:.2f}"),
+        ("right answers, Thai / English", f"{_share(last.correct, 'th')} / {_share(last.correct, 'en')}"),
+        ("time", f"{results.seconds / 60:.1f} min"),
+    ]
+
+
+TITLE = "From phi-3 to JAI"
+LEAD = (
+    "A small phi-3 was given a Thai vocabulary, scaled in depth with skip alphas, made a mixture of four experts, "
+    "trained on Thai and English text, chats and preferences, pushed to a Hub and pulled back. Everything here was "
+    "measured in this run."
+)
+
+
+def _markdown(results: Results, sections: list[Section]) -> str:
+    lines = [f"# {TITLE}", "", LEAD, ""]
+    lines += [f"- **{name}**: {value}" for name, value in _tiles(results)]
+    for section in sections:
+        lines += ["", f"## {section.title}", "", section.text]
+        for name in section.figures:
+            lines += ["", f"![{CAPTIONS[name]}](figures/{name}.svg)"]
+        if section.code:
+            lines += ["", "```", section.code, "```"]
+        if section.table:
+            header, rows = section.table
+            lines += ["", _row(header), _row(["---"] * len(header)), *map(_row, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _page(results: Results, sections: list[Section], figures: dict[str, str]) -> str:
+    tiles = "".join(
+        f"<div class=tile><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
+        for name, value in _tiles(results)
+    )
+    body = "".join(_section(section, figures) for section in sections)
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{TITLE}</title><style>{STYLE}</style><main><h1>{TITLE}</h1><p class=lead>{LEAD}</p>"
+        f"<div class=tiles>{tiles}</div>{body}</main></html>\n"
+    )
+
+
+def _section(section: Section, figures: dict[str, str]) -> str:
+    parts = [f"<section><h2>{html.escape(section.title)}</h2><p>{_inline(section.text)}</p>"]
+    for name in section.figures:
+        image = base64.b64encode(figures[name].encode()).decode()
+        caption = html.escape(CAPTIONS[name])
+        parts.append(
+            f"<figure><img src='data:image/svg+xml;base64,{image}' alt='{caption}'>"
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    if section.code:
+        parts.append(f"<pre>{html.escape(section.code)}</pre>")
+    if section.table:
+        header, rows = section.table
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        parts.append(f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>")
+    return "".join(parts) + "</section>"
+
+
+def _inline(text: str) -> str:
+    """Escape, and set `code` between backticks."""
+    pieces = html.escape(text).split("`")
+    return "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+STYLE = f"""
+body {{ margin: 0; background: #fff; color: {INK};
+  font: 15px/1.55 system-ui, "Segoe UI", "Noto Sans", "Noto Sans Thai", Sarabun, sans-serif; }}
+main {{ max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }}
+h1 {{ font-size: 2rem; margin: 0 0 .4rem; letter-spacing: -.01em; }}
+h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .3rem; }}
+.lead {{ font-size: 1.05rem; color: {MUTED}; max-width: 46rem; margin: 0; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; margin-top: 1.6rem; }}
+.tile {{ border: 1px solid {RULE}; border-radius: .5rem; padding: .7rem .8rem; }}
+.tile b {{ display: block; font-size: 1.05rem; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+.tile span {{ color: {MUTED}; font-size: .8rem; }}
+section p {{ max-width: 46rem; margin: .2rem 0 .8rem; }}
+figure {{ margin: .8rem 0; }} figure img {{ width: 100%; }}
+figure img[alt^="Fewer"] {{ width: 56%; }}
+figcaption {{ color: {MUTED}; font-size: .82rem; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; width: 100%; }}
+th {{ text-align: left; font-weight: 600; color: {MUTED}; border-bottom: 1px solid {RULE}; padding: .35rem .6rem; }}
+td {{ border-bottom: 1px solid {RULE}; padding: .35rem .6rem; vertical-align: top; overflow-wrap: anywhere; }}
+code, pre {{ font: .85em/1.7 ui-monospace, "DejaVu Sans Mono", "Noto Sans Thai", monospace; }}
+pre {{ background: #f6f7f9; border-radius: .5rem; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+code {{ background: #f1f3f5; border-radius: .25rem; padding: .05em .3em; }}
+"""

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of the demo found, in the form that the report reads."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jai.demo.measure import Answer
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass
+class Command:
+    """A command of the run, as one would type it, and the seconds that it took."""
+
+    line: str
+    seconds: float
+
+
+@dataclass
+class Stage:
+    """A checkpoint on the way, with bits per character on held-out text and its share of right answers.
+
+    `bits` has the keys "en" and "th"; `correct` as well, and is None where the stage cannot chat yet.
+    """
+
+    name: str
+    folder: str
+    bits: dict[str, float]
+    correct: dict[str, float] | None = None
+
+
+@dataclass
+class Start:
+    """One way to begin the later copies of a block: its price before any training."""
+
+    name: str
+    options: str
+    kl: float
+    bits: dict[str, float]
+
+
+@dataclass
+class Curve:
+    """One metric over the steps of a stage."""
+
+    stage: str
+    metric: str
+    steps: list[float]
+    values: list[float]
+
+
+@dataclass
+class Fertility:
+    """Tokens per character on held-out text, by tokenizer and language, and one sentence cut by both."""
+
+    base: dict[str, float]
+    extended: dict[str, float]
+    example: str
+    base_pieces: list[str]
+    extended_pieces: list[str]
+
+
+@dataclass
+class Results:
+    """Everything that the report shows; `results.json` holds it."""
+
+    seed: int
+    seconds: float
+    versions: dict[str, str]
+    base_parameters: int
+    jai_parameters: int
+    jai_active: int
+    config: dict[str, Any]
+    stages: list[Stage]
+    starts: list[Start]
+    curves: list[Curve]
+    fertility: Fertility
+    router_load: dict[str, list[list[float]]]
+    alphas_before: dict[int, float]
+    alphas_after: dict[int, float]
+    answers_before: list[Answer]
+    answers_after: list[Answer]
+    checks: dict[str, str]
+    commands: list[Command] = field(default_factory=list)
+    peak_memory_mb: float = 0.0
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        (folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")

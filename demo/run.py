@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai demo`: the whole way on tiny models, with the verbs that a user would type, and a report at the end."""
+
+import json
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.progress import Progress
+from rich.rule import Rule
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from jai.configuration_jai import JaiConfig
+from jai.conversion.inspection import count_parameters
+from jai.conversion.verify import verify
+from jai.demo.base import train_base
+from jai.demo.corpus import Corpus, build_corpus, write_corpus
+from jai.demo.measure import Answer, Subject
+from jai.demo.report import write_report
+from jai.demo.results import Command, Curve, Fertility, Results, Stage, Start
+from jai.errors import UserError
+from jai.files import sha256
+from jai.hub_card.check import check_checkpoint
+from jai.hub_card.loopback_hub import LoopbackHub
+from jai.tokenization.phi3_style import train_phi3_style
+from jai.version import __version__
+
+REPO_ID = "demo/jai-tiny"
+QUESTION = "2 + 3 = ?"
+BASE_STEPS = 220
+BASE_VOCABULARY = 1536
+VOCABULARY = 3072
+RECIPES = ("convert.yaml", "pretrain.yaml", "sft.yaml", "dpo.yaml")
+# Ways to begin the later copies of a block, by the options that ask for them.
+STARTS = {
+    "copy, α = 0.1 (paper)": "",
+    "copy, α = 0": "--skip-alpha 0",
+    "copy, α = 1, normalised": "--skip-alpha 1 --skip-alpha-normalize",
+    "identity, α = 0": "--duplicate-init identity --skip-alpha 0",
+}
+
+
+@dataclass
+class Shell:
+    """Runs the program's own verbs as processes in `folder`, and keeps what was run."""
+
+    folder: Path
+    console: Console
+    commands: list[Command] = field(default_factory=list)
+
+    def jai(self, line: str, environment: dict[str, str] | None = None) -> str:
+        """Run `jai LINE`; its output is shown and returned.
+
+        Raises:
+            UserError: if it fails.
+        """
+        self.console.print(f"[bold cyan]$ jai {line}[/]", highlight=False, soft_wrap=True)
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jai", *shlex.split(line)],
+            cwd=self.folder,
+            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", **(environment or {})},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        output = []
+        for text in process.stdout:
+            output.append(text)
+            self.console.print(f"  {text.rstrip()}", markup=False, highlight=False, soft_wrap=True)
+        if process.wait():
+            raise UserError(f"`jai {line}` failed with exit code {process.returncode}; what it said stands above.")
+        self.commands.append(Command(f"jai {line}", time.perf_counter() - began))
+        return "".join(output)
+
+
+def run_demo(out: Path, *, seed: int = 0, console: Console | None = None) -> Path:
+    """Run the demo and write its report.
+
+    Args:
+        out: folder for everything that the demo makes; it must not exist.
+        seed: seed of the text, of the base and of the training.
+        console: where to print; None is standard output.
+
+    Returns:
+        The report, an HTML page.
+
+    Raises:
+        UserError: if `out` exists, or a verb fails.
+    """
+    console = console or Console()
+    if out.exists():
+        raise UserError(f"{out} exists already. Give another folder (jai demo FOLDER), or remove this one first.")
+    out.mkdir(parents=True)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    shell = Shell(out, console)
+    began = time.perf_counter()
+
+    _say(console, "Text", "the demo's own Thai and English, made from templates")
+    corpus = build_corpus(seed)
+    write_corpus(corpus, out / "corpus")
+    for recipe in RECIPES:
+        shutil.copy(Path(__file__).with_name(recipe), out / recipe)
+    heldout = {"en": corpus.heldout_en, "th": corpus.heldout_th}
+    console.print(f"  {len(corpus.sft):,} chats, {len(corpus.preferences):,} preference pairs, in {out / 'corpus'}")
+
+    _say(console, "Base", "a small phi-3 is trained from nothing, mostly on English")
+    base_curve = _make_base(corpus, out / "base", seed, console, shell)
+
+    _say(console, "Vocabulary", "Thai merges are appended to the base's tokenizer")
+    shell.jai(f"tokenizer train corpus/pretrain_th.txt --base base --out tokenizer --vocab-size {VOCABULARY}")
+    fertility = _fertility(out, heldout)
+
+    _say(console, "Conversion", "the paper's way, and its alternatives to compare the price")
+    starts = []
+    for number, (name, options) in enumerate(STARTS.items()):
+        folder = "jai" if number == 0 else f"starts/{number}"
+        shell.jai(f"convert base {folder} --config convert.yaml {options}".strip())
+        proof = verify(str(out / "base"), out / folder, console=console)
+        starts.append(Start(name, options, proof.kl, _bits(Subject(out / folder), heldout)))
+    shell.jai("inspect jai")
+
+    _say(console, "Training", "continued pre-training, then chats, then preferences")
+    shell.jai("sft --config pretrain.yaml")
+    shell.jai("sft --config sft.yaml")
+    shell.jai("dpo --config dpo.yaml")
+
+    _say(console, "Measurement", "bits per character, answers, router load")
+    subjects = {folder: Subject(out / folder) for folder in ("base", "jai", "pretrained", "sft", "dpo")}
+    answers = {folder: subjects[folder].answers(corpus.eval_chats) for folder in ("pretrained", "sft", "dpo")}
+    stages = [
+        Stage(name, folder, _bits(subjects[folder], heldout), _correct(answers[folder]) if folder in answers else None)
+        for name, folder in (
+            ("phi-3 base", "base"),
+            ("converted", "jai"),
+            ("pre-trained", "pretrained"),
+            ("SFT", "sft"),
+            ("DPO", "dpo"),
+        )
+    ]
+    router_load = {language: subjects["dpo"].router_load(texts) for language, texts in heldout.items()}
+
+    _say(console, "Hub", "pushed to a Hub on this machine, pulled back, compared")
+    checks = _round_trip(out, shell)
+
+    config: JaiConfig = subjects["dpo"].model.config
+    count = count_parameters(config)
+    results = Results(
+        seed=seed,
+        seconds=time.perf_counter() - began,
+        versions=_versions(),
+        base_parameters=sum(parameter.numel() for parameter in subjects["base"].model.parameters()),
+        jai_parameters=count.total + count.skip_alphas,
+        jai_active=count.active,
+        config=config.to_dict(),
+        stages=stages,
+        starts=starts,
+        curves=[base_curve, *_curves(out)],
+        fertility=fertility,
+        router_load=router_load,
+        alphas_before=subjects["jai"].skip_alphas(),
+        alphas_after=subjects["dpo"].skip_alphas(),
+        answers_before=answers["pretrained"],
+        answers_after=answers["dpo"],
+        checks=checks,
+        commands=shell.commands,
+        peak_memory_mb=_peak_memory_mb(),
+    )
+    results.save(out)
+    report = write_report(results, out)
+
+    console.print(Rule("Done"))
+    for name, finding in checks.items():
+        console.print(f"[green]✓[/] {name}: {finding}", highlight=False, soft_wrap=True)
+    console.print(f"{results.seconds:.0f} s, at most {results.peak_memory_mb:,.0f} MB in one process.")
+    console.print(f"[bold green]The report lies in[/] {report}", soft_wrap=True)
+    console.print(f'Next: jai generate {out / "dpo"} "{QUESTION}"', highlight=False, soft_wrap=True)
+    return report
+
+
+def _say(console: Console, title: str, text: str) -> None:
+    console.print(Rule(f"[bold]{title}[/]: {text}", align="left"))
+
+
+def _make_base(corpus: Corpus, folder: Path, seed: int, console: Console, shell: Shell) -> Curve:
+    # A tenth of the Thai text: phi-3 has seen some Thai too.
+    texts = corpus.pretrain_en + corpus.pretrain_th[: len(corpus.pretrain_th) // 10]
+    tokenizer = train_phi3_style(corpus.pretrain_en + corpus.pretrain_th, BASE_VOCABULARY)
+    began = time.perf_counter()
+    with Progress(console=console) as progress:
+        task = progress.add_task("training", total=BASE_STEPS)
+        training = train_base(
+            texts,
+            tokenizer,
+            folder,
+            steps=BASE_STEPS,
+            seed=seed,
+            on_step=lambda step, loss: progress.update(task, completed=step, description=f"training, loss {loss:.2f}"),
+        )
+    shell.commands.append(Command("(the base: jai.demo.base.train_base)", time.perf_counter() - began))
+    steps, losses = zip(*training.losses)
+    return Curve("base", "loss", list(steps), list(losses))
+
+
+def _fertility(out: Path, heldout: dict[str, list[str]]) -> Fertility:
+    base, extended = (AutoTokenizer.from_pretrained(out / name) for name in ("base", "tokenizer"))
+
+    def per_character(tokenizer, texts: list[str]) -> float:
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return sum(map(len, ids)) / sum(map(len, texts))
+
+    example = heldout["th"][0].splitlines()[0]
+    return Fertility(
+        base={language: per_character(base, texts) for language, texts in heldout.items()},
+        extended={language: per_character(extended, texts) for language, texts in heldout.items()},
+        example=example,
+        base_pieces=base.tokenize(example),
+        extended_pieces=extended.tokenize(example),
+    )
+
+
+def _bits(subject: Subject, heldout: dict[str, list[str]]) -> dict[str, float]:
+    return {language: subject.bits_per_character(texts) for language, texts in heldout.items()}
+
+
+def _correct(answers: list[Answer]) -> dict[str, float]:
+    by_language = {language: [a.correct for a in answers if a.language == language] for language in ("en", "th")}
+    return {language: sum(correct) / len(correct) for language, correct in by_language.items()}
+
+
+def _curves(out: Path) -> list[Curve]:
+    metrics = {
+        "pretrained": ["loss"],
+        "sft": ["loss"],
+        "dpo": ["loss", "rewards/accuracies", "rewards/margins"],
+    }
+    curves = []
+    for stage, names in metrics.items():
+        history = json.loads((out / stage / "trainer_state.json").read_text())["log_history"]
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            steps, values = zip(*points)
+            curves.append(Curve(stage, name, list(steps), list(values)))
+    return curves
+
+
+def _round_trip(out: Path, shell: Shell) -> dict[str, str]:
+    """Push `dpo` to a Hub on 127.0.0.1, pull it back, and compare files and logits.
+
+    Raises:
+        UserError: if anything differs.
+    """
+    with LoopbackHub(out / "hub", user="demo") as hub:
+        environment = hub.environment()
+        shell.jai(f"publish dpo {REPO_ID}", environment)
+        pulled = Path(snapshot_download(REPO_ID, endpoint=hub.endpoint, token=hub.token, local_dir=out / "pulled"))
+        names = sorted(path.name for path in (out / "dpo").glob("*.safetensors"))
+        names += ["config.json", "tokenizer.json", "modeling_jai.py", "configuration_jai.py"]
+        different = [name for name in names if sha256(out / "dpo" / name) != sha256(pulled / name)]
+        if different:
+            raise UserError(f"What came back from the Hub differs from what was pushed: {', '.join(different)}.")
+        before, after = check_checkpoint(out / "dpo"), check_checkpoint(pulled)
+        if before.logits_sha256 != after.logits_sha256:
+            raise UserError("The pulled checkpoint computes other logits than the pushed one.")
+        shell.jai(
+            f'generate {REPO_ID} "2 + 3 = ?" --temperature 0 --max-new-tokens 20 --trust-remote-code', environment
+        )
+    shutil.rmtree(out / "hub")
+    return {
+        "Loads in a clean process": f"{after.parameters:,} parameters through trust_remote_code, jai not importable",
+        "Back from the Hub bit-equal": f"{len(names)} files, SHA-256 equal; logits {after.logits_sha256[:16]}… equal",
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "huggingface_hub")
+    return {
+        "jai-llm": __version__,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in packages},
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _peak_memory_mb() -> float:
+    kilobytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return kilobytes / 1024

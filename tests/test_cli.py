@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user meets it: help, errors without tracebacks, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jai import cli
+from jai.version import __version__
+
+VERBS = ("convert", "inspect", "sft", "dpo", "generate", "publish", "demo", "tokenizer")
+
+
+@pytest.fixture
+def jai(monkeypatch, capsys):
+    """Run `jai …` in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()  # what fixtures printed
+        monkeypatch.setattr(sys, "argv", ["jai", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_help_names_every_verb(jai):
+    code, out, _ = jai("--help")
+    assert code == 0
+    assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("sft", "dpo")])
+def test_every_verb_has_help(jai, verb):
+    code, out, _ = jai(verb, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize("verb", ["sft", "dpo"])
+def test_training_verbs_show_trls_help(jai, verb):
+    code, out, _ = jai(verb, "--help")
+    assert code == 0
+    assert "--learning_rate" in out
+    assert "--lora_targets" in out
+
+
+def test_version(jai):
+    assert jai("--version") == (0, f"jai {__version__}\n", "")
+
+
+def test_completion_is_offered_and_quick():
+    """Completion must not load torch: it runs at every TAB."""
+    code = (
+        "import os, sys; os.environ.update(_JAI_COMPLETE='complete_bash', COMP_WORDS='jai con', COMP_CWORD='1')\n"
+        "sys.argv = ['jai']\n"
+        "from jai.cli import main\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout.split() == ["convert"], process.stderr
+
+
+def test_convert_with_yaml_and_overrides(jai, tmp_path, tiny_phi3):
+    base = tiny_phi3(tmp_path / "base")
+    recipe = tmp_path / "plan.yaml"
+    recipe.write_text("block_size: 2\nblock_repeats: [1, 2, 1]\nduplicate_init: identity\nexperts: 2\n")
+    code, out, err = jai("convert", base, tmp_path / "jai", "--config", recipe, "--experts", "3", "--verify")
+    assert code == 0, err
+    assert "the same function" in out
+    config = json.loads((tmp_path / "jai" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["num_local_experts"]) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "BASE", "OUT", "--block-repeats", "1,x"], "give whole numbers with commas between"),
+        (["convert", "BASE", "OUT", "--config", "missing.yaml"], "is no file"),
+        (["convert", "BASE", "OUT", "--block-size", "4"], "a --block-size that divides 6"),
+        (
+            ["convert", "BASE", "OUT", "--verify", "--verify-text", "missing.txt"],
+            "missing.txt is no file",
+        ),
+        (["convert", "BASE", "BASE"], "exists already"),
+        (["inspect", "BASE"], "not 'jai'"),
+        (["generate", "BASE", ""], "The prompt is empty"),
+        (["sft", "--no_such_option", "1"], "no_such_option"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_1(jai, tmp_path, tiny_phi3, arguments, message):
+    base = tiny_phi3(tmp_path / "base")
+    names = {"BASE": str(base), "OUT": str(tmp_path / "out")}
+    code, _, err = jai(*(names.get(argument, argument) for argument in arguments))
+    assert code == 1
+    assert message in err
+    assert err.startswith("Error: ")
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["no_such_key: 1", "[1, 2]", "a: [", "just words"])
+def test_bad_yaml_is_refused(jai, tmp_path, tiny_phi3, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    code, _, err = jai("convert", tiny_phi3(tmp_path / "base"), tmp_path / "out", "--config", tmp_path / "bad.yaml")
+    assert code == 1
+    assert "unknown options" in err or "not valid YAML" in err
+
+
+def test_wrong_usage_is_exit_code_2(jai):
+    code, _, err = jai("convert", "only-one-argument")
+    assert code == 2
+    assert "OUT" in err
+
+
+def test_generate_streams_what_it_returns(jai, tmp_path, tiny_phi3, tiny_tokenizer):
+    base = tiny_phi3(
+        tmp_path / "base",
+        vocab_size=len(tiny_tokenizer),
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    tiny_tokenizer.save_pretrained(base)
+    assert jai("convert", base, tmp_path / "jai", "--block-size", "6", "--block-repeats", "1")[0] == 0
+    for options in (["--temperature", "0"], ["--seed", "3"], ["--raw", "--temperature", "0"]):
+        code, out, err = jai("generate", tmp_path / "jai", "สวัสดี hello", "--max-new-tokens", "8", *options)
+        assert code == 0, err
+        assert out.strip()

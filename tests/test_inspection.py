@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai inspect`: the paper's tables from the shapes, and a checkpoint's from its headers."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import Phi3ForCausalLM
+
+from jai.configuration_jai import JaiConfig
+from jai.conversion.convert import ConvertOptions, convert
+from jai.conversion.inspection import PHI3_MEDIUM, count_parameters, inspect
+from jai.errors import UserError
+from jai.modeling_jai import JaiForCausalLM
+
+
+def show(path: str):
+    console = Console(record=True, width=140, file=io.StringIO())
+    inspection = inspect(path, console=console)
+    return inspection, console.export_text()
+
+
+def test_jai_1_is_the_papers():
+    inspection, text = show("jai-1")
+    assert inspection.count.total == 75_315_942_400
+    assert inspection.count.skip_alphas == 6
+    assert inspection.count.active == 40_083_788_800
+    assert inspection.checkpoint_bytes is None
+    with torch.device("meta"):
+        model = JaiForCausalLM(JaiConfig())
+        phi3 = Phi3ForCausalLM(PHI3_MEDIUM)
+    assert sum(p.numel() for p in model.parameters()) == inspection.count.total + inspection.count.skip_alphas
+    # The paper's Table 3 beside it
+    assert f"{sum(p.numel() for p in phi3.parameters()):,} (14.0 B)" in text
+    assert "75,315,942,400 (75.3 B)" in text
+    assert "block" in text
+    assert "36-39" in text
+
+
+@pytest.mark.parametrize("overrides", [{}, {"num_local_experts": 1}, {"tie_word_embeddings": True}])
+def test_count_is_the_models(tiny_model, overrides):
+    model = tiny_model(**overrides)
+    count = count_parameters(model.config)
+    assert count.total + count.skip_alphas == sum(p.numel() for p in model.parameters())
+    assert (count.active == count.total) == (model.config.num_local_experts == 1)
+
+
+def test_checkpoint_shows_its_own_alphas_and_size(tmp_path, tiny_phi3):
+    base = tiny_phi3(tmp_path / "base")
+    convert(ConvertOptions(base=str(base), out=tmp_path / "jai", block_size=3, block_repeats=[1, 2], skip_alpha=0.37))
+    config = json.loads((tmp_path / "jai" / "config.json").read_text())
+    (tmp_path / "jai" / "config.json").write_text(json.dumps(config | {"skip_alpha": 0.9}))  # the weights win
+    inspection, text = show(str(tmp_path / "jai"))
+    assert inspection.skip_alphas == {6: pytest.approx(0.37)}
+    assert "0.37" in text
+    assert inspection.checkpoint_bytes == (tmp_path / "jai" / "model.safetensors").stat().st_size
+
+
+def test_other_models_are_refused(tmp_path, tiny_phi3):
+    with pytest.raises(UserError, match="type 'phi3', not 'jai'"):
+        inspect(str(tiny_phi3(tmp_path / "base")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        inspect(str(tmp_path / "empty"))

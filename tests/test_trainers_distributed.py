@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training over several processes, and under FSDP2, gives what one process gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from jai.configuration_jai import AUTO_MAP
+from jai.trainers.mixin import restore_class_names
+from jai.trainers.monitor import RouterMonitor
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model(vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory, sentences) -> Path:
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
+        for ask in sentences
+        for answer in sentences[:2]
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def launch(folder: Path, processes: int, checkpoint: Path, chats: Path, **options: Any) -> list[dict[str, Any]]:
+    """Run SFT by `accelerate launch` on CPU processes, and return the logs of its steps."""
+    out = folder / f"out-{processes}"
+    options = {
+        "model_name_or_path": checkpoint,
+        "dataset_name": chats,
+        "output_dir": out,
+        "assistant_only_loss": True,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **options,
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [
+        "-m",
+        "jai.trainers.sft",
+        *(part for key, value in options.items() for part in (f"--{key}", str(value))),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "c")}
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Checkpoint written to") == 1  # the main process alone speaks
+    record = json.loads((out / "training.json").read_text())[0]
+    assert record["hardware"]["processes"] == processes
+    return [log for log in json.loads((out / record["log_history"]).read_text()) if "loss" in log]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_doubled_batch(checkpoint, chats, tmp_path):
+    """Losses, weights and router statistics. Without the auxiliary loss, which is a batch's and not a token's."""
+    options = {"router_aux_loss_coef": 0}
+    two = launch(tmp_path, 2, checkpoint, chats, per_device_train_batch_size=2, **options)
+    one = launch(tmp_path, 1, checkpoint, chats, per_device_train_batch_size=4, **options)
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        statistics = {key: value for key, value in theirs.items() if key.startswith(("router/", "skip_alpha/"))}
+        assert len(statistics) == 7 * (4 + 3) + 3 + 4 + 1
+        assert {key: ours[key] for key in statistics} == pytest.approx(statistics, abs=1e-5)
+    weights = load_file(tmp_path / "out-1" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "out-2" / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def one_gloo_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_checkpoints_under_fsdp2_carry_their_code(tiny_model, tmp_path, one_gloo_process):
+    """FSDP2 renames the class, and saving would then copy torch's wrapper instead of the model's code."""
+    model = tiny_model().train()
+    alphas = RouterMonitor(model).pop(lambda sums: sums)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model, FSDPModule)
+    assert type(model).__name__ != "JaiForCausalLM"
+
+    monitor = RouterMonitor(model)
+    model(torch.arange(3, 40)[None])
+    logs = monitor.pop(lambda sums: sums)
+    assert sum(logs[f"router/load/layer_06/expert_{expert}"] for expert in range(4)) == pytest.approx(1)
+    assert {key: logs[key] for key in alphas} == alphas  # read from sharded parameters
+
+    restore_class_names(model)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    model.save_pretrained(tmp_path / "saved", state_dict=whole)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["auto_map"] == AUTO_MAP
+    assert config["architectures"] == ["JaiForCausalLM"]
+    assert {file.name for file in (tmp_path / "saved").glob("*.py")} == {"modeling_jai.py", "configuration_jai.py"}
+    loaded = type(tiny_model()).from_pretrained(tmp_path / "saved")
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, whole[name])
