@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.message import Message
@@ -130,6 +131,9 @@ class LoopbackServer:
             return self._answer(request)
         except HttpError as error:
             return error_answer(error)
+        except Exception as error:  # a fault of the server is an answer, too
+            traceback.print_exc()
+            return error_answer(HttpError(500, f"{type(error).__name__}: {error}"))
 
 
 class _Server(ThreadingHTTPServer):

@@ -139,22 +139,27 @@ class XetStore:
         file = self._files.get(xet_hash)
         if file is None:
             return None
-        terms: list[dict[str, object]] = []
-        fetch: dict[str, list[dict[str, object]]] = {}
+        wanted: list[Segment] = []
         skipped = position = 0
         for segment in file.segments:
             begin, position = position, position + segment.length
             if position <= start or (end is not None and begin >= end):
                 continue
-            if not terms:
+            if not wanted:
                 skipped = start - begin
-            chunks = {"start": segment.first_chunk, "end": segment.end_chunk}
-            offsets = chunk_offsets(self.xorb_path(segment.xorb).read_bytes())
-            first, last = offsets[segment.first_chunk], offsets[segment.end_chunk] - 1
-            terms.append({"hash": segment.xorb, "unpacked_length": segment.length, "range": chunks})
-            where = {"range": chunks, "url": xorb_url(segment.xorb), "url_range": {"start": first, "end": last}}
-            if where not in fetch.setdefault(segment.xorb, []):
-                fetch[segment.xorb].append(where)
-        if not terms:
+            wanted.append(segment)
+        if not wanted:
             return None
+        terms = [
+            {"hash": s.xorb, "unpacked_length": s.length, "range": {"start": s.first_chunk, "end": s.end_chunk}}
+            for s in wanted
+        ]
+        # One entry for each xorb, from the first chunk to the last: clients lose count over entries that overlap.
+        fetch = {}
+        for xorb in {segment.xorb for segment in wanted}:
+            first = min(segment.first_chunk for segment in wanted if segment.xorb == xorb)
+            last = max(segment.end_chunk for segment in wanted if segment.xorb == xorb)
+            offsets = chunk_offsets(self.xorb_path(xorb).read_bytes())
+            where = {"start": offsets[first], "end": offsets[last] - 1}
+            fetch[xorb] = [{"range": {"start": first, "end": last}, "url": xorb_url(xorb), "url_range": where}]
         return {"offset_into_first_range": skipped, "terms": terms, "fetch_info": fetch}

@@ -96,9 +96,7 @@ def publish(
     contents = check_files(folder)
     _refuse_tokens(contents, token)
     api = HfApi(endpoint=endpoint, token=token)
-    own_readme = (contents.folder / _README).read_text("utf-8") if _README in contents.kept else None
-    if own_readme is not None and not written_by_hand(own_readme):
-        own_readme = None
+    own_readme = _own_readme(contents)
     _print_plan(console, contents, f"{api.endpoint}/{repo_id}", private, revision, own_readme is not None)
     if dry_run:
         console.print("Dry run: nothing was loaded or uploaded.")
@@ -226,6 +224,17 @@ def _refuse_tokens(contents: Contents, token: str | None) -> None:
         )
 
 
+def _own_readme(contents: Contents) -> str | None:
+    """The folder's README.md, if a person wrote it."""
+    if _README not in contents.kept:
+        return None
+    try:
+        readme = (contents.folder / _README).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{contents.folder / _README} is not in UTF-8 ({error}). Save it as UTF-8.") from error
+    return readme if written_by_hand(readme) else None
+
+
 def _print_plan(
     console: Console, contents: Contents, url: str, private: bool, revision: str | None, own_readme: bool
 ) -> None:
@@ -274,7 +283,7 @@ def _look_at_hub(api: HfApi, repo_id: str, private: bool, revision: str | None) 
 def _remote_readme_by_hand(api: HfApi, repo_id: str, remote: _Remote) -> bool:
     with tempfile.TemporaryDirectory() as cache:
         path = api.hf_hub_download(repo_id, _README, revision=remote.head, cache_dir=cache)
-        return written_by_hand(Path(path).read_text("utf-8"))
+        return written_by_hand(Path(path).read_text("utf-8", errors="replace"))
 
 
 def _stale_files(contents: Contents, remote: _Remote) -> list[str]:
@@ -304,7 +313,7 @@ def _explain(error: BaseException, repo_id: str) -> str:
         chain.append(cause)
     for link in chain:
         if isinstance(link, HfHubHTTPError):
-            return _explain_status(link, repo_id)
+            return _explain_status(link, repo_id, str(error))
     if any(isinstance(link, OfflineModeIsEnabled) for link in chain):
         return "HF_HUB_OFFLINE is set, so the Hub cannot be asked. Unset it and publish again."
     # By name: the client is httpx or httpx2, depending on huggingface_hub's version.
@@ -320,8 +329,10 @@ def _explain(error: BaseException, repo_id: str) -> str:
     return f"Publishing to {repo_id} failed: {type(error).__name__}: {said}. {again}"
 
 
-def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
+def _explain_status(error: HfHubHTTPError, repo_id: str, raised: str) -> str:
     status = error.response.status_code
+    if status == 400:  # the client has put the Hub's findings, as on the README's metadata, into what it raised
+        return f"The Hub refused the upload to {repo_id}: {raised.strip()}\nNothing was published."
     said = error.response.headers.get("X-Error-Message") or error.server_message or "no reason given"
     if status == 401:
         return (

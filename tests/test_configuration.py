@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig
+
 from jai import JaiConfig, JaiForCausalLM, JaiForSequenceClassification, JaiModel
 from jai.configuration_jai import AUTO_MAP, plan_layers
-from transformers import AutoConfig
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, Phi3ForCausalLM, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, Phi3ForCausalLM, StaticCache
 
 from jai import JaiForCausalLM
 
@@ -107,7 +107,8 @@ def test_continuous_batching_generates_the_same(tiny_model):
     expected = [full_forward_greedy(model, prompt, 6)[0, prompt.shape[1] :].tolist() for prompt in prompts]
     model.set_attn_implementation("paged|eager")
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    requests = model.generate_batch([prompt[0].tolist() for prompt in prompts], generation_config=config)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # the default takes all memory
+    requests = model.generate_batch([prompt[0].tolist() for prompt in prompts], config, small)
     generated = {tuple(request.prompt_ids): request.generated_tokens for request in requests.values()}
     assert [generated[tuple(prompt[0].tolist())] for prompt in prompts] == expected
 

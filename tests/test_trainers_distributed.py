@@ -55,7 +55,9 @@ def launch(folder: Path, processes: int, checkpoint: Path, chats: Path, **option
         "use_cpu": True,
         **options,
     }
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    # Its `--cpu` starts one process only; torchrun, which starts several, is behind `--multi_gpu`.
+    command += ["--multi_gpu"] if processes > 1 else ["--cpu"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [
         "-m",
@@ -118,6 +120,7 @@ def test_checkpoints_under_fsdp2_carry_their_code(tiny_model, tmp_path, one_gloo
     assert config["auto_map"] == AUTO_MAP
     assert config["architectures"] == ["JaiForCausalLM"]
     assert {file.name for file in (tmp_path / "saved").glob("*.py")} == {"modeling_jai.py", "configuration_jai.py"}
-    loaded = type(tiny_model()).from_pretrained(tmp_path / "saved")
-    for name, weight in loaded.state_dict().items():
-        assert torch.equal(weight, whole[name])
+    expected = tiny_model()
+    loaded = type(expected).from_pretrained(tmp_path / "saved").state_dict()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, loaded[name])
