@@ -79,7 +79,7 @@ def tokenizer_train(
     script: Annotated[str, typer.Option(help="Unicode script to learn merges in.")] = "Thai",
 ) -> None:
     """Extend a phi-3 tokenizer with merges learnt from text. Ids of other scripts do not change."""
-    from jai.tokenization.extend import train_tokenizer
+    from jai.tokenization.train import train_tokenizer
 
     train_tokenizer(text, base, out, vocab_size, max_token_chars=max_token_chars, script=script)
 

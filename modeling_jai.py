@@ -322,6 +322,15 @@ class JaiPreTrainedModel(PreTrainedModel):
         elif isinstance(module, JaiDecoderLayer) and module.skip_alpha is not None:
             init.constant_(module.skip_alpha, self.config.skip_alphas[module.layer_idx])
 
+    def save_pretrained(self, *args, **kwargs):
+        # FSDP2 gives the model a class of its own, whose name and file would be saved as the remote code.
+        wrapper = type(self)
+        if wrapper.__module__.startswith("torch."):
+            model_class = next(cls for cls in wrapper.__mro__ if "_auto_class" in vars(cls))
+            for name in ("__module__", "__name__", "__qualname__"):
+                setattr(wrapper, name, getattr(model_class, name))
+        super().save_pretrained(*args, **kwargs)
+
 
 @auto_docstring
 class JaiModel(JaiPreTrainedModel):

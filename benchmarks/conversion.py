@@ -8,6 +8,7 @@ layers and 6 GB. Conversion moves bytes, so the limit is the copy of the output;
 """
 
 import argparse
+import multiprocessing
 import os
 import resource
 import shutil
@@ -19,9 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from provenance import append, provenance
-from transformers import Phi3Config, Phi3ForCausalLM
 
 PLAN = "1,1,1,2,3,3,2,1,1,1"
 
@@ -49,7 +48,11 @@ def median(runs: list[Run]) -> Run:
 
 
 def write_base(folder: Path, tokenizer: Path | None) -> None:
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
     config = Phi3Config(
         hidden_size=1024,
         intermediate_size=3584,
@@ -59,7 +62,6 @@ def write_base(folder: Path, tokenizer: Path | None) -> None:
         sliding_window=2047,
         dtype=torch.bfloat16,
     )
-    torch.set_default_dtype(torch.bfloat16)
     Phi3ForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if tokenizer:
@@ -77,7 +79,10 @@ def main() -> None:
     jai = [sys.executable, "-m", "jai"]
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         base, out, copy = (Path(scratch) / name for name in ("base", "jai", "copy"))
-        write_base(base, arguments.tokenizer)
+        # In a process of its own: a child's peak memory starts at its parent's.
+        writer = multiprocessing.get_context("spawn").Process(target=write_base, args=(base, arguments.tokenizer))
+        writer.start()
+        writer.join()
         start = median([measure([*jai, "--version"]) for _ in range(arguments.repeats)])
         conversions, copies = [], []
         for _ in range(arguments.repeats):

@@ -4,7 +4,7 @@
 Written for this project, except the names of the provinces, which come from PyThaiNLP's list (CC0).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from pythainlp.corpus import provinces
 
@@ -12,7 +12,7 @@ from pythainlp.corpus import provinces
 class Region(NamedTuple):
     th: str
     en: str
-    provinces: frozenset[str]
+    provinces: str
 
 
 class Province(NamedTuple):
@@ -105,54 +105,45 @@ REGIONS = (
     Region(
         "ภาคเหนือ",
         "northern",
-        frozenset(("เชียงใหม่ เชียงราย ลำปาง ลำพูน แม่ฮ่องสอน น่าน พะเยา แพร่ อุตรดิตถ์").split()),
+        "เชียงใหม่ เชียงราย ลำปาง ลำพูน แม่ฮ่องสอน น่าน พะเยา แพร่ อุตรดิตถ์",
     ),
     Region(
         "ภาคตะวันออกเฉียงเหนือ",
         "northeastern",
-        frozenset(
-            (
-                "อำนาจเจริญ บึงกาฬ บุรีรัมย์ ชัยภูมิ กาฬสินธุ์ ขอนแก่น เลย มหาสารคาม มุกดาหาร "
-                "นครพนม นครราชสีมา หนองบัวลำภู หนองคาย ร้อยเอ็ด สกลนคร ศรีสะเกษ สุรินทร์ "
-                "อุบลราชธานี อุดรธานี ยโสธร"
-            ).split()
-        ),
+        "อำนาจเจริญ บึงกาฬ บุรีรัมย์ ชัยภูมิ กาฬสินธุ์ ขอนแก่น เลย มหาสารคาม มุกดาหาร "
+        "นครพนม นครราชสีมา หนองบัวลำภู หนองคาย ร้อยเอ็ด สกลนคร ศรีสะเกษ สุรินทร์ "
+        "อุบลราชธานี อุดรธานี ยโสธร",
     ),
     Region(
         "ภาคกลาง",
         "central",
-        frozenset(
-            (
-                "อ่างทอง กรุงเทพมหานคร ชัยนาท กำแพงเพชร ลพบุรี นครนายก นครปฐม นครสวรรค์ นนทบุรี "
-                "ปทุมธานี เพชรบูรณ์ พิจิตร พิษณุโลก พระนครศรีอยุธยา สมุทรปราการ สมุทรสาคร "
-                "สมุทรสงคราม สระบุรี สิงห์บุรี สุโขทัย สุพรรณบุรี อุทัยธานี"
-            ).split()
-        ),
+        "อ่างทอง กรุงเทพมหานคร ชัยนาท กำแพงเพชร ลพบุรี นครนายก นครปฐม นครสวรรค์ นนทบุรี "
+        "ปทุมธานี เพชรบูรณ์ พิจิตร พิษณุโลก พระนครศรีอยุธยา สมุทรปราการ สมุทรสาคร "
+        "สมุทรสงคราม สระบุรี สิงห์บุรี สุโขทัย สุพรรณบุรี อุทัยธานี",
     ),
     Region(
         "ภาคตะวันออก",
         "eastern",
-        frozenset(("ฉะเชิงเทรา จันทบุรี ชลบุรี ปราจีนบุรี ระยอง สระแก้ว ตราด").split()),
+        "ฉะเชิงเทรา จันทบุรี ชลบุรี ปราจีนบุรี ระยอง สระแก้ว ตราด",
     ),
     Region(
         "ภาคตะวันตก",
         "western",
-        frozenset(("กาญจนบุรี เพชรบุรี ประจวบคีรีขันธ์ ราชบุรี ตาก").split()),
+        "กาญจนบุรี เพชรบุรี ประจวบคีรีขันธ์ ราชบุรี ตาก",
     ),
     Region(
         "ภาคใต้",
         "southern",
-        frozenset(("ชุมพร กระบี่ นครศรีธรรมราช นราธิวาส ปัตตานี พังงา พัทลุง ภูเก็ต ระนอง สตูล สงขลา สุราษฎร์ธานี ตรัง ยะลา").split()),
+        "ชุมพร กระบี่ นครศรีธรรมราช นราธิวาส ปัตตานี พังงา พัทลุง ภูเก็ต ระนอง สตูล สงขลา สุราษฎร์ธานี ตรัง ยะลา",
     ),
 )
 
 
 def load_provinces() -> tuple[Province, ...]:
     """The 77 provinces (Bangkok among them) with their region, in the order of PyThaiNLP's list."""
-    region_of = {name: region for region in REGIONS for name in region.provinces}
-    return tuple(
-        Province(entry["name_th"], entry["name_en"], region_of[entry["name_th"]]) for entry in provinces(details=True)
-    )
+    region_of = {name: region for region in REGIONS for name in region.provinces.split()}
+    entries = cast(list[dict[str, str]], provinces(details=True))
+    return tuple(Province(entry["name_th"], entry["name_en"], region_of[entry["name_th"]]) for entry in entries)
 
 
 COUNTRIES = tuple(
@@ -233,18 +224,18 @@ ANIMALS = tuple(
 FRUITS = tuple(
     Fruit(*row)
     for row in (
-        ("กล้วย", "banana", "bananas", "เหลือง", "yellow", "หวาน", "sweet"),
-        ("มะม่วงสุก", "ripe mango", "ripe mangoes", "เหลือง", "yellow", "หวาน", "sweet"),
-        ("มะนาว", "lime", "limes", "เขียว", "green", "เปรี้ยว", "sour"),
-        ("ฝรั่ง", "guava", "guavas", "เขียว", "green", "กรอบ", "crisp"),
-        ("แอปเปิล", "apple", "apples", "แดง", "red", "กรอบ", "crisp"),
-        ("เงาะ", "rambutan", "rambutans", "แดง", "red", "หวาน", "sweet"),
-        ("มังคุด", "mangosteen", "mangosteens", "ม่วง", "purple", "หวาน", "sweet"),
-        ("องุ่น", "grape", "grapes", "ม่วง", "purple", "หวาน", "sweet"),
-        ("ส้ม", "orange", "oranges", "ส้ม", "orange", "เปรี้ยวอมหวาน", "sweet and sour"),
-        ("มะละกอสุก", "ripe papaya", "ripe papayas", "ส้ม", "orange", "หวาน", "sweet"),
-        ("ลำไย", "longan", "longans", "น้ำตาล", "brown", "หวาน", "sweet"),
-        ("ชมพู่", "rose apple", "rose apples", "ชมพู", "pink", "กรอบ", "crisp"),
+        ("กล้วย", "banana", "bananas", "เหลือง", "yellow", "มีรสหวาน", "tastes sweet"),
+        ("มะม่วงสุก", "ripe mango", "ripe mangoes", "เหลือง", "yellow", "มีรสหวาน", "tastes sweet"),
+        ("มะนาว", "lime", "limes", "เขียว", "green", "มีรสเปรี้ยว", "tastes sour"),
+        ("ฝรั่ง", "guava", "guavas", "เขียว", "green", "มีเนื้อกรอบ", "crisp"),
+        ("แอปเปิล", "apple", "apples", "แดง", "red", "มีเนื้อกรอบ", "crisp"),
+        ("เงาะ", "rambutan", "rambutans", "แดง", "red", "มีรสหวาน", "tastes sweet"),
+        ("มังคุด", "mangosteen", "mangosteens", "ม่วง", "purple", "มีรสหวาน", "tastes sweet"),
+        ("องุ่น", "grape", "grapes", "ม่วง", "purple", "มีรสหวาน", "tastes sweet"),
+        ("ส้ม", "orange", "oranges", "ส้ม", "orange", "มีรสเปรี้ยวอมหวาน", "tastes sweet and sour"),
+        ("มะละกอสุก", "ripe papaya", "ripe papayas", "ส้ม", "orange", "มีรสหวาน", "tastes sweet"),
+        ("ลำไย", "longan", "longans", "น้ำตาล", "brown", "มีรสหวาน", "tastes sweet"),
+        ("ชมพู่", "rose apple", "rose apples", "ชมพู", "pink", "มีเนื้อกรอบ", "crisp"),
     )
 )
 
@@ -341,14 +332,14 @@ JOBS = tuple(
         ("หมอ", "doctor", "รักษาคนไข้ในโรงพยาบาล", "treats patients in a hospital"),
         ("พยาบาล", "nurse", "ดูแลคนไข้ในโรงพยาบาล", "cares for patients in a hospital"),
         ("ชาวนา", "rice farmer", "ปลูกข้าวในทุ่งนา", "grows rice in the fields"),
-        ("ชาวประมง", "fisherman", "จับปลาในทะเล", "catches fish in the sea"),
-        ("พ่อครัว", "cook", "ทำอาหารในครัว", "prepares food in the kitchen"),
+        ("ชาวประมง", "fisher", "จับปลาในทะเล", "catches fish in the sea"),
+        ("กุ๊ก", "cook", "ทำอาหารในครัว", "prepares food in the kitchen"),
         ("ช่างไม้", "carpenter", "ทำโต๊ะและเก้าอี้จากไม้", "makes tables and chairs out of wood"),
         ("คนขับรถเมล์", "bus driver", "ขับรถเมล์ไปตามถนน", "drives a bus along the street"),
-        ("แม่ค้า", "market seller", "ขายผักและผลไม้ในตลาด", "sells vegetables and fruit at the market"),
+        ("คนขายผลไม้", "fruit seller", "ขายผลไม้ในตลาด", "sells fruit at the market"),
         ("นักร้อง", "singer", "ร้องเพลงบนเวที", "sings songs on a stage"),
         ("คนสวน", "gardener", "รดน้ำต้นไม้ในสวน", "waters the plants in the garden"),
-        ("บุรุษไปรษณีย์", "postman", "ส่งจดหมายไปตามบ้าน", "brings letters to the houses"),
+        ("คนส่งจดหมาย", "mail carrier", "ส่งจดหมายไปตามบ้าน", "brings letters to the houses"),
         ("นักบิน", "pilot", "ขับเครื่องบินบนท้องฟ้า", "flies a plane through the sky"),
         ("ช่างตัดผม", "barber", "ตัดผมให้ลูกค้า", "cuts the hair of customers"),
     )
@@ -446,9 +437,9 @@ MONTH_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 _THAI_DIGITS = ("ศูนย์", "หนึ่ง", "สอง", "สาม", "สี่", "ห้า", "หก", "เจ็ด", "แปด", "เก้า")
 _ENGLISH_NUMBERS = (
-    ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    + ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
-)  # fmt: skip
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
 _ENGLISH_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
@@ -485,3 +476,28 @@ def thai_numerals(number: int) -> str:
     '๔๒'
     """
     return str(number).translate({ord("0") + digit: 0x0E50 + digit for digit in range(10)})
+
+
+def with_article(noun: str) -> str:
+    """An English noun with its indefinite article.
+
+    >>> with_article("ant")
+    'an ant'
+    """
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def vocabulary() -> tuple[Pair, ...]:
+    """The words that the demo's text translates, Thai and English, each side without repeats."""
+    words: dict[str, Pair] = {}
+    seen_english: set[str] = set()
+    adjectives = (word for pair in OPPOSITES for word in pair)
+    colours = (Pair(f"สี{colour.th}", colour.en) for colour in COLOURS)
+    months = (Pair(f"เดือน{month.th}", month.en) for month in MONTHS)
+    days = (day for day, _ in DAYS)
+    for group in (ANIMALS, FRUITS, THINGS, FAMILY, PLACES, JOBS, DISHES, colours, adjectives, days, months):
+        for word in group:
+            if word.th not in words and word.en not in seen_english:
+                words[word.th] = Pair(word.th, word.en)
+                seen_english.add(word.en)
+    return tuple(words.values())

@@ -151,11 +151,12 @@ def _base_text(base: str | None, on_hub: bool) -> str:
 def _facts(config: JaiConfig, tensors: Mapping[str, TensorInfo]) -> list[tuple[str, str]]:
     total = sum(info.parameters for info in tensors.values())
     in_experts = sum(info.parameters for name, info in tensors.items() if ".mlp.experts." in name)
-    active = total - in_experts + in_experts * config.num_experts_per_tok // config.num_local_experts
+    active = total - in_experts + in_experts * (config.num_experts_per_tok or 1) // config.num_local_experts
     files = {info.file for info in tensors.values()}
     size = sum(file.stat().st_size for file in files)
     experts = f"{config.num_local_experts}, of which {config.num_experts_per_tok} run for a token"
     origins = len({planned.origin for planned in config.running_plan})
+    rope = config.rope_parameters or {}  # of LongRoPE without its factors, which are long lists
     heads = f"{config.num_attention_heads} for queries, {config.num_key_value_heads} for keys and values"
     return [
         ("parameters", f"{total:,}"),
@@ -166,13 +167,9 @@ def _facts(config: JaiConfig, tensors: Mapping[str, TensorInfo]) -> list[tuple[s
         ("attention heads", heads),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("longest context", f"{config.max_position_embeddings:,} tokens"),
-        ("RoPE", ", ".join(f"{key} {value}" for key, value in sorted(config.rope_parameters.items()) if _short(value))),
+        ("RoPE", ", ".join(f"{key} {value}" for key, value in sorted(rope.items()) if not isinstance(value, list))),
         ("weights", f"{_dtypes(tensors.values())}, {size_text(size)} in {len(files)} file{'s' * (len(files) > 1)}"),
     ]
-
-
-def _short(value: object) -> bool:
-    return not isinstance(value, list)  # LongRoPE's factors are long lists
 
 
 def _dtypes(tensors: Iterable[TensorInfo]) -> str:
@@ -209,16 +206,14 @@ def _read_conversion(folder: Path) -> Conversion | None:
     record = read_json(folder / "conversion.json")
     if not isinstance(record, dict):
         raise UserError(f"{folder / 'conversion.json'} is no record of a conversion. Remove it, or convert again.")
-    base = record.get("base") if isinstance(record.get("base"), dict) else {}
-    files = base.get("files") if isinstance(base.get("files"), dict) else {}
-    options = record.get("options") if isinstance(record.get("options"), dict) else {}
+    base = _mapping(record.get("base"))
     rest = {key: value for key, value in record.items() if key not in ("base", "options", "license")}
     return Conversion(
         base=base.get("name"),
         base_on_hub=bool(base.get("is_hub_id")) and bool(_HUB_ID.fullmatch(base.get("name") or "")),
         license=base.get("license") or record.get("license"),
-        options=[(str(key), _cell(value)) for key, value in options.items()],
-        files=[(str(key), _cell(value)) for key, value in files.items()],
+        options=[(str(key), _cell(value)) for key, value in _mapping(record.get("options")).items()],
+        files=[(str(key), _cell(value)) for key, value in _mapping(base.get("files")).items()],
         other=_yaml(rest),
     )
 
@@ -242,16 +237,19 @@ def _read_stages(folder: Path) -> list[Stage]:
 
 
 def _stage(record: dict[str, Any], number: int) -> Stage:
-    metrics = record.get("metrics") if isinstance(record.get("metrics"), dict) else {}
     known = ("stage", "dataset", "metrics")
     settings = {key: value for key, value in record.items() if key not in known and value is not None}
     name = str(record.get("stage") or f"stage {number}")
     return Stage(
         title=name.upper() if len(name) <= 4 else name.capitalize(),
         dataset=_cell(record.get("dataset")) if record.get("dataset") is not None else "",
-        metrics=[(_cell(key), _cell(value)) for key, value in metrics.items()],
+        metrics=[(_cell(key), _cell(value)) for key, value in _mapping(record.get("metrics")).items()],
         settings=_yaml(settings),
     )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _portable(value: Any) -> Any:

@@ -81,7 +81,7 @@ def load(folder: Path, forward: bool) -> dict[str, object]:
 def _compare_shapes(model, folder: Path, tied: bool) -> None:
     from safetensors import safe_open
 
-    stored = {}
+    stored: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -4,6 +4,7 @@
 import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 from jai.errors import UserError
@@ -26,6 +27,7 @@ class Contents:
     left_out: dict[str, int]
 
 
+@cache
 def manifest() -> tuple[str, ...]:
     """The glob patterns of what a published folder may hold."""
     lines = (line.strip() for line in _MANIFEST.read_text(encoding="utf-8").splitlines())

@@ -71,7 +71,8 @@ def json_answer(value: Any, headers: dict[str, str] | None = None, status: int =
 
 def error_answer(error: HttpError) -> Answer:
     """An error as the Hub words it."""
-    headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
+    one_line = " ".join(error.message.split()).encode("ascii", "replace").decode()
+    headers = {"X-Error-Message": one_line} | ({"X-Error-Code": error.code} if error.code else {})
     return json_answer({"error": error.message}, headers, error.status)
 
 

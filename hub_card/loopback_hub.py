@@ -119,6 +119,7 @@ class LoopbackHub:
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
         }
 
     def repo(self, repo_id: str) -> Repo | None:
@@ -127,7 +128,7 @@ class LoopbackHub:
 
     def content(self, repo_id: str, path: str, revision: str = "main") -> bytes:
         """Bytes of a file of a repository, read on the server's side."""
-        return (self._objects / self._repos[repo_id].head(revision).files[path].sha256).read_bytes()
+        return self._object(self._repos[repo_id].head(revision).files[path].sha256).read_bytes()
 
     @property
     def requests(self) -> list[SeenRequest]:
@@ -206,7 +207,7 @@ class LoopbackHub:
         with self._lock:
             if repo_id in self._repos:
                 return json_answer({**url, "error": "You already created this model repo"}, status=409)
-            # `visibility` since huggingface_hub 1.6, `private` before
+            # `visibility` from newer clients, `private` from older ones
             repo = Repo(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
             attributes = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in _LARGE_SUFFIXES).encode()
             files = {".gitattributes": self._store(attributes)}
@@ -235,18 +236,10 @@ class LoopbackHub:
         repo = self._readable(request, repo_id)
         commit = repo.head(unquote(revision))
         siblings = [{"rfilename": path, "size": file.size, "blobId": file.oid} for path, file in commit.files.items()]
-        card = metadata_load(self._objects / commit.files["README.md"].sha256) if "README.md" in commit.files else None
-        info = {
-            "id": repo.id,
-            "modelId": repo.id,
-            "sha": commit.sha,
-            "private": repo.private,
-            "lastModified": commit.date,
-        }
-        info |= {"gated": False, "disabled": False, "downloads": 0, "likes": 0, "siblings": siblings, "cardData": card}
-        card = card or {}
-        info |= {"tags": card.get("tags") or [], "library_name": card.get("library_name")}
-        return json_answer(info | {"pipeline_tag": card.get("pipeline_tag")})
+        card = metadata_load(self._object(commit.files["README.md"].sha256)) if "README.md" in commit.files else None
+        info = {"id": repo.id, "sha": commit.sha, "private": repo.private, "siblings": siblings, "cardData": card}
+        from_card = {key: (card or {}).get(key) for key in ("tags", "library_name", "pipeline_tag")}
+        return json_answer({**info, **from_card, "lastModified": commit.date, "gated": False, "disabled": False})
 
     # Reading files
 
@@ -284,7 +277,7 @@ class LoopbackHub:
         if file is None:
             raise HttpError(404, "Entry not found", "EntryNotFound")
         if not file.large:
-            return Answer(self._objects / file.sha256, {**headers, "ETag": f'"{file.oid}"'})
+            return Answer(self._object(file.sha256), {**headers, "ETag": f'"{file.oid}"'})
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
         if (xet_hash := self._xet.xet_hash(file.sha256)) is not None:
             route = f"{self.endpoint}/api/models/{repo.id}/xet-read-token/{commit.sha}"
@@ -293,13 +286,19 @@ class LoopbackHub:
 
     def _get_object(self, request: Request, sha256: str) -> Answer:
         self._check_signature(request, f"objects/{sha256}")
-        return Answer(self._objects / sha256, {"ETag": f'"{sha256}"'})
+        return Answer(self._object(sha256), {"ETag": f'"{sha256}"'})
 
     # Writing files
 
+    def _object(self, sha256: str) -> Path:
+        """Where the content with this hash lies, or would."""
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise HttpError(400, "not a SHA-256")
+        return self._objects / sha256
+
     def _store(self, content: bytes) -> StoredFile:
         sha256 = hashlib.sha256(content).hexdigest()
-        (self._objects / sha256).write_bytes(content)
+        self._object(sha256).write_bytes(content)
         return StoredFile(sha256, len(content), _git_oid(content), large=False)
 
     def _validate_card(self, request: Request) -> Answer:
@@ -310,10 +309,12 @@ class LoopbackHub:
             metadata = yaml.safe_load(head[1]) if head else None
         except yaml.YAMLError as error:
             metadata, errors = {}, [f"YAML: {error}"]
+        if metadata is not None and not isinstance(metadata, dict):
+            metadata, errors = {}, ["the metadata is no mapping"]
         if metadata is None:
             metadata, warnings = {}, ["empty or missing yaml metadata in repo card"]
-        lists = {"tags": list, "license": str, "library_name": str, "pipeline_tag": str, "base_model_relation": str}
-        for key, kind in lists.items():
+        kinds = {"tags": list, "license": str, "library_name": str, "pipeline_tag": str, "base_model_relation": str}
+        for key, kind in kinds.items():
             if key in metadata and not isinstance(metadata[key], kind):
                 errors.append(f'"{key}" must be a {"list" if kind is list else "string"}')
         base = metadata.get("base_model")
@@ -340,7 +341,7 @@ class LoopbackHub:
         objects = []
         for asked in request.json()["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
-            if not (self._objects / asked["oid"]).exists():
+            if not self._object(asked["oid"]).exists():
                 upload = {"href": self._signed_url(f"uploads/{asked['oid']}")}
                 verify = {"href": f"{self.endpoint}/{repo.id}.git/info/lfs/objects/verify"}
                 answer["actions"] = {"upload": upload, "verify": verify}
@@ -362,12 +363,12 @@ class LoopbackHub:
         if digest.hexdigest() != sha256:
             partial.unlink()
             raise HttpError(400, f"the content is not {sha256}")
-        partial.rename(self._objects / sha256)
+        partial.rename(self._object(sha256))
 
     def _verify_object(self, request: Request, repo_id: str) -> Answer:
         self._writable(request, repo_id)
         asked = request.json()
-        path = self._objects / asked["oid"]
+        path = self._object(asked["oid"])
         if not path.exists() or path.stat().st_size != asked["size"]:
             raise HttpError(404, f"{asked['oid']} was not uploaded")
         return Answer()
@@ -407,11 +408,11 @@ class LoopbackHub:
         return json_answer({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
 
     def _large_file(self, sha256: str) -> StoredFile:
-        if not (self._objects / sha256).exists():
+        if not self._object(sha256).exists():
             if self._xet.xet_hash(sha256) is None:
                 raise HttpError(400, f"LFS pointer pointed to a file that does not exist: {sha256}")
             self._unpack_xet(sha256)
-        size = (self._objects / sha256).stat().st_size
+        size = self._object(sha256).stat().st_size
         return StoredFile(sha256, size, _git_oid(_pointer(sha256, size)), large=True)
 
     def _unpack_xet(self, sha256: str) -> None:
@@ -465,14 +466,14 @@ class LoopbackHub:
                 raise HttpError(416 if start else 404, "no such file or range")
             return json_answer(answer)
         if request.method == "POST" and "_write_" in token:
-            if kind == "v1/xorbs/default":
-                return json_answer({"was_inserted": self._xet.put_xorb(name, request.body())})
-            if path == "v1/shards":
-                try:
+            try:
+                if kind == "v1/xorbs/default":
+                    return json_answer({"was_inserted": self._xet.put_xorb(name, request.body())})
+                if path == "v1/shards":
                     self._xet.put_shard(request.body())
-                except ValueError as error:
-                    raise HttpError(400, str(error)) from error
-                return json_answer({"result": 1})
+                    return json_answer({"result": 1})
+            except ValueError as error:
+                raise HttpError(400, str(error)) from error
         # No deduplication across repositories, and none of the protocol's later versions: clients fall back.
         raise HttpError(404, "not found")
 
@@ -496,7 +497,7 @@ class LoopbackHub:
 
 
 _R = r"([^/]+/[^/]+)"  # a repository's id; revisions come with their slashes quoted
-_ROUTES: list[tuple[tuple[str, ...], re.Pattern[str], Callable[..., Answer]]] = [
+_ROUTES: list[tuple[list[str], re.Pattern[str], Callable[..., Answer]]] = [
     (methods.split(), re.compile(pattern.replace("R!", _R)), route)
     for methods, pattern, route in (
         ("GET", "/api/whoami-v2", LoopbackHub._whoami),

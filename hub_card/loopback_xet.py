@@ -5,6 +5,7 @@ Only what a server needs of https://huggingface.co/docs/xet: it stores what clie
 of a file lie. It never unpacks a chunk; clients chunk, compress, hash and verify.
 """
 
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -126,7 +127,13 @@ class XetStore:
         return sum(segment.length for segment in self._by_sha256[sha256].segments)
 
     def xorb_path(self, name: str) -> Path:
-        """Where the xorb of that name lies, or would."""
+        """Where the xorb of that name lies, or would.
+
+        Raises:
+            ValueError: if that is no name of a xorb.
+        """
+        if not re.fullmatch("[0-9a-f]{64}", name):
+            raise ValueError(f"{name!r} is no Xet hash")
         return self._folder / name
 
     def reconstruction(

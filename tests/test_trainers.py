@@ -202,7 +202,7 @@ def test_assistant_only_loss_covers_the_answers_and_their_ends(checkpoint, chats
 
 
 def test_completions_alone_are_trained_on(checkpoint, tmp_path, sentences):
-    rows = [{"prompt": sentences[0] + " ", "completion": sentences[2]}, {"prompt": "สวัสดี ", "completion": "hello"}]
+    rows = [{"prompt": sentences[0], "completion": f" {sentences[2]}"}, {"prompt": "สวัสดี", "completion": " hello"}]
     data = write_rows(tmp_path / "pairs.jsonl", rows)
     out = sft.main(arguments(checkpoint, data, "out", max_steps=1, router_aux_loss_coef=0, learning_rate=0))
     tokenizer, model = AutoTokenizer.from_pretrained(checkpoint), load(checkpoint)
@@ -210,7 +210,8 @@ def test_completions_alone_are_trained_on(checkpoint, tmp_path, sentences):
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
-        start = next((i for i, (a, b) in enumerate(zip(prompt, ids)) if a != b), len(prompt))
+        start = len(prompt)
+        assert ids[:start] == prompt
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0]
         loss += F.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[start:]), reduction="sum").item()
@@ -706,6 +707,22 @@ def test_checkpoints_that_are_refused(checkpoint, chats, tmp_path, tiny_model, t
     (foreign / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"no chat template, and lacks <\|assistant\|>"):
         sft.main(arguments(foreign, chats, "out"))
+
+
+def test_a_damaged_history_is_refused_before_training(checkpoint, chats, tmp_path):
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    for content in ('{"stage": "sft"}', "[1]", "not json"):
+        (damaged / "training.json").write_text(content)
+        with pytest.raises(UserError, match=r"training.json of .*damaged is no list of training records"):
+            sft.main(arguments(damaged, chats, "out"))
+
+
+def test_a_history_cannot_write_outside_of_the_output(checkpoint, chats, tmp_path):
+    hostile = shutil.copytree(checkpoint, tmp_path / "inner" / "hostile")
+    (hostile / "training.json").write_text('[{"stage": "sft", "log_history": "../secret.json"}]')
+    (tmp_path / "inner" / "secret.json").write_text("{}")
+    sft.main(arguments(hostile, chats, tmp_path / "out", max_steps=1))
+    assert not (tmp_path / "secret.json").exists()
 
 
 def test_a_script_prints_one_line_and_exits_with_1(monkeypatch, capsys):

@@ -70,4 +70,5 @@ def train_phi3_style(texts: Iterable[str], vocab_size: int) -> LlamaTokenizer:
         [AddedToken(token, rstrip=True, normalized=False, special=True) for token in SPECIAL_TOKENS[1:]],
         special_tokens=True,
     )
-    return with_chat_template(tokenizer)
+    with_chat_template(tokenizer)
+    return tokenizer

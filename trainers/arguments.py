@@ -5,15 +5,16 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import yaml
-from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import TrlParser
+from trl import DPOConfig, SFTConfig, TrlParser
 
 from jai.errors import UserError
+
+TrlConfig: TypeAlias = SFTConfig | DPOConfig
 
 LORA_TARGETS = ("attention", "experts", "both")
 
@@ -61,7 +62,7 @@ class _Parser(TrlParser):
         raise UserError(f"{message}. See --help for the options.")
 
 
-def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
+def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
     """Parse `--config FILE.yaml` and command-line overrides into one instance of each dataclass.
 
     Two defaults are not TRL's: LoRA's dropout is 0, because PEFT has none for experts, and bf16 is off on hardware
@@ -126,7 +127,7 @@ def _refuse_unknown(unknown: Sequence[str], known: set[str], where: str, prog: s
         raise UserError(f"{where} has `{name}`, which is no option of {prog}. {advice}")
 
 
-def resume_point(training_args: TrainingArguments) -> str | None:
+def resume_point(training_args: TrlConfig) -> str | None:
     """The checkpoint to resume from, or None for a fresh start.
 
     `resume_from_checkpoint` is a folder, or "true" for the last checkpoint in the output folder.
@@ -134,7 +135,7 @@ def resume_point(training_args: TrainingArguments) -> str | None:
     Raises:
         UserError: if there is no such checkpoint, or a fresh start would write into a folder that is not empty.
     """
-    out = Path(training_args.output_dir)
+    out = Path(str(training_args.output_dir))
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         if out.is_dir() and any(out.iterdir()):

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import datasets
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -17,7 +16,7 @@ from trl import ScriptArguments
 
 from jai.errors import UserError
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _READABLE = ".jsonl, .jsonl.gz, .json, .json.gz or .parquet"
@@ -74,10 +73,14 @@ def load_training_data(
         UserError: if the data cannot be found or read, lacks a split, has no rows, or has other columns.
     """
     name = script_args.dataset_name
+    if not name:
+        raise UserError(
+            f"No training data is given. Set `dataset_name` to a Hub id, a folder, or a file that ends in {_READABLE}."
+        )
     try:
-        splits = _load(script_args)
+        splits = _load(name, script_args)
         train = _split(splits, script_args.dataset_train_split, name, "dataset_train_split")
-        first = next(iter(train))
+        first: dict[str, Any] = next(iter(train))
     except StopIteration:  # `load_dataset` raises it too, for an empty file
         raise UserError(f"The data {name} has no rows. Give a dataset with at least one example.") from None
     evaluation = _split(splits, script_args.dataset_test_split, name, "dataset_test_split") if evaluate else None
@@ -94,40 +97,33 @@ def load_training_data(
     )
 
 
-def _load(script_args: ScriptArguments) -> Any:
-    name = script_args.dataset_name
-    if not name:
-        raise UserError(
-            f"No training data is given. Set `dataset_name` to a Hub id, a folder, or a file that ends in {_READABLE}."
-        )
-    streaming = script_args.dataset_streaming
+def _load(name: str, script_args: ScriptArguments) -> Any:
+    """The splits of a file, a folder or a Hub dataset, by name."""
     path = Path(name)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if path.is_file() and suffix not in _BUILDERS:
+        raise UserError(f"{name} is no data file that can be read. Give one that ends in {_READABLE}.")
+    looks_local = suffix in _BUILDERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if looks_local and not path.exists():
+        raise UserError(f"The data {name} does not exist. Give an existing file or folder, or a Hub id.")
+    if (path / "dataset_dict.json").exists():  # what `save_to_disk` writes
+        return load_from_disk(name)
+    if (path / "state.json").exists():
+        return {"train": load_from_disk(name)}
     try:
-        if path.is_dir():
-            if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-                loaded = load_from_disk(name)
-                return {"train": loaded} if isinstance(loaded, Dataset) else loaded
-            return load_dataset(name, script_args.dataset_config, streaming=streaming)
         if path.is_file():
-            if suffix not in _BUILDERS:
-                raise UserError(f"{name} is no data file that can be read. Give one that ends in {_READABLE}.")
-            return load_dataset(_BUILDERS[suffix], data_files=name, streaming=streaming)
-        if suffix in _BUILDERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-            raise UserError(f"The data {name} does not exist. Give an existing file or folder, or a Hub id.")
-        return load_dataset(name, script_args.dataset_config, streaming=streaming)
+            return load_dataset(_BUILDERS[suffix], data_files=name, streaming=script_args.dataset_streaming)
+        return load_dataset(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
     except DatasetGenerationError as error:
         raise UserError(
             f"The data {name} cannot be read: {error.__cause__ or error}. Every line must be one JSON object, and a "
             "column must have the same type in all of them."
         ) from error
-    except (DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, FileNotFoundError) as error:
+    except (DatasetNotFoundError, FileNotFoundError) as error:
         raise UserError(
             f"The data {name} was not found: {error} Give an existing file or folder, or a Hub id."
         ) from error
     except (ConnectionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"The data {name} cannot be loaded: {error}") from error
 
 

@@ -7,17 +7,18 @@ accelerate launch -m jai.trainers.dpo --config recipes/dpo.yaml
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from datasets import Dataset
 from rich.console import Console
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, get_quantization_config
 
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments, resume_point
-from jai.trainers.checkpoint import open_source, prepare_chat
 from jai.trainers.data import load_training_data
 from jai.trainers.lora import lora_config
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.plan import print_plan
+from jai.trainers.source import open_source, prepare_chat
 from jai.trainers.stage import (
     building_trainer,
     hush_known_warnings,
@@ -87,7 +88,7 @@ def run_dpo(
             router_statistics=jai_args.router_statistics,
         )
     if isinstance(data.train, Dataset):
-        left = len(trainer.train_dataset)
+        left = len(cast(Dataset, trainer.train_dataset))
         why = f"their prompts alone have {training_args.max_length} tokens or more (raise `max_length`)"
         report_dropped(console, data, len(data.train) - left, left, why)
     return train_and_save(trainer, "dpo", source, data, model_args, jai_args, resume, console)

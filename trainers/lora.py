@@ -7,7 +7,7 @@ its `all-linear` adapts attention alone, without a word.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -65,7 +65,7 @@ def lora_config(model_args: ModelConfig, jai_args: JaiTrainingArguments, config:
                 )
     if jai_args.lora_router:
         model_args = replace(model_args, lora_modules_to_save=[*(model_args.lora_modules_to_save or []), ROUTER])
-    return get_peft_config(model_args)
+    return cast(LoraConfig, get_peft_config(model_args))
 
 
 def merge_adapter(adapter: Path, out: Path, base: str, **loading: Any) -> None:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What JAI adds to any of transformers' trainers."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from jai.trainers.monitor import ReadablePrinter, ReadableProgress, RouterMonitor
 
 
-class JaiTrainerMixin:
+class JaiTrainerMixin(Trainer):
     """Put before a trainer class: `class MyTrainer(JaiTrainerMixin, SFTTrainer)`.
 
     Skip alphas are not weight-decayed; router statistics and alphas are in the logs (`router_statistics=False` leaves
@@ -19,7 +19,7 @@ class JaiTrainerMixin:
 
     def __init__(self, *args: Any, router_statistics: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._router_monitor = RouterMonitor(self.model) if router_statistics else None
+        self._router_monitor = RouterMonitor(cast(nn.Module, self.model)) if router_statistics else None
         for theirs, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(ours)
@@ -39,7 +39,7 @@ class JaiTrainerMixin:
             super().create_model_card(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        restore_class_names(self.model)
+        restore_class_names(cast(nn.Module, self.model))
         super()._save(output_dir, state_dict)
 
 

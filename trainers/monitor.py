@@ -7,7 +7,7 @@ imbalance. So this reads the routers themselves, by hooks.
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -97,14 +97,14 @@ class RouterMonitor:
                 logs[f"router/entropy/layer_{layer:02}"] = entropy / tokens
             _add_means(logs, ("router/load_max", "router/load_min", "router/entropy"))
         if self._alpha_owners:
-            alphas = torch.stack([_whole(owner.skip_alpha) for owner in self._alpha_owners.values()]).tolist()
+            alphas = torch.stack([_read_alpha(owner) for owner in self._alpha_owners.values()]).tolist()
             logs |= {f"skip_alpha/layer_{layer:02}": alpha for layer, alpha in zip(self._alpha_owners, alphas)}
             _add_means(logs, ("skip_alpha",))
         return logs
 
 
-def _whole(alpha: torch.Tensor) -> torch.Tensor:
-    alpha = alpha.detach()
+def _read_alpha(owner: nn.Module) -> torch.Tensor:
+    alpha = cast(torch.Tensor, owner.skip_alpha).detach()
     return (alpha.full_tensor() if isinstance(alpha, DTensor) else alpha).float().cpu().squeeze()
 
 

@@ -9,11 +9,12 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, SchedulerType
 from trl import ModelConfig
 
-from jai.trainers.checkpoint import Source
+from jai.trainers.arguments import TrlConfig
 from jai.trainers.data import TrainingData, estimate_tokens
+from jai.trainers.source import Source
 
 
 def count_parameters(source: Source, lora: LoraConfig | None) -> tuple[int, int]:
@@ -27,7 +28,7 @@ def count_parameters(source: Source, lora: LoraConfig | None) -> tuple[int, int]
 
 
 def estimate_steps(
-    training_args: TrainingArguments, rows: int | None, tokens_per_row: float, packing: bool, max_length: int | None
+    training_args: TrlConfig, rows: int | None, tokens_per_row: float, packing: bool, max_length: int | None
 ) -> int | None:
     """Optimiser steps of the run; None where the number of rows is unknown and no `max_steps` is set."""
     if training_args.max_steps > 0:
@@ -46,7 +47,7 @@ def print_plan(
     title: str,
     source: Source,
     data: TrainingData,
-    training_args: TrainingArguments,
+    training_args: TrlConfig,
     model_args: ModelConfig,
     lora: LoraConfig | None,
     *,
@@ -81,7 +82,7 @@ def print_plan(
             adapter += f"; whole: {', '.join(lora.modules_to_save)}"
     length = f"at most {max_length:,} tokens each" if max_length else "of any length"
     size = "streamed" if data.rows is None else f"{data.rows:,} rows, about {data.rows * tokens:,.0f} tokens"
-    precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
+    autocast = ", autocast to bf16" if training_args.bf16 else ", autocast to fp16" if training_args.fp16 else ""
 
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
@@ -97,10 +98,11 @@ def print_plan(
         f"{'unknown' if steps is None else f'about {steps:,}'}, each on {math.prod(batch):,} sequences "
         f"({batch[0]} a device x {batch[1]} accumulated x {batch[2]} processes)",
     )
-    table.add_row("learning rate", f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}")
-    table.add_row("device", f"{training_args.device.type}, weights in {model_args.dtype}, computed in {precision}")
+    schedule = SchedulerType(training_args.lr_scheduler_type).value
+    table.add_row("learning rate", f"{training_args.learning_rate:g}, {schedule}")
+    table.add_row("device", f"{training_args.device.type}, weights in {model_args.dtype}{autocast}")
     table.add_row(
-        "output", f"{escape(training_args.output_dir)} ({'adapter' if lora and not merge else 'full checkpoint'})"
+        "output", f"{escape(str(training_args.output_dir))} ({'adapter' if lora and not merge else 'full checkpoint'})"
     )
     console.print(table)
 

@@ -14,11 +14,11 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_quantiz
 
 from jai.errors import UserError
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments, resume_point
-from jai.trainers.checkpoint import open_source, prepare_chat
 from jai.trainers.data import Form, TrainingData, count_unsupervised, drop_unanswered, load_training_data
 from jai.trainers.lora import lora_config
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.plan import print_plan
+from jai.trainers.source import open_source, prepare_chat
 from jai.trainers.stage import (
     building_trainer,
     hush_known_warnings,

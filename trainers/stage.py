@@ -6,21 +6,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from jinja2 import TemplateError
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from trl import ModelConfig
 
 from jai.errors import UserError
-from jai.trainers.arguments import JaiTrainingArguments
-from jai.trainers.checkpoint import Source, write_record
+from jai.trainers.arguments import JaiTrainingArguments, TrlConfig
 from jai.trainers.data import TrainingData
 from jai.trainers.lora import merge_adapter
+from jai.trainers.record import write_record
+from jai.trainers.source import Source
 
 _RECORDED_TRAINING = (
     "learning_rate",
@@ -61,14 +62,14 @@ def main_console() -> Console:
     return Console(quiet=not PartialState().is_main_process)
 
 
-def loading_arguments(model_args: ModelConfig, training_args: TrainingArguments) -> dict[str, Any]:
+def loading_arguments(model_args: ModelConfig, training_args: TrlConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` for the trainer, in which `model_init_kwargs` has the last word."""
     return {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **cast(dict[str, Any], training_args.model_init_kwargs or {}),
     }
 
 
@@ -112,7 +113,7 @@ def train_and_save(
 ) -> Path:
     """Train, and leave a whole checkpoint (or an adapter) with its record in the output folder."""
     args = trainer.args
-    out = Path(args.output_dir)
+    out = Path(str(args.output_dir))
     metrics = trainer.train(resume_from_checkpoint=resume).metrics
     if trainer.is_fsdp_enabled:  # the final model in one piece, whatever the checkpoints are
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -123,7 +124,7 @@ def train_and_save(
         if jai_args.merge_adapter:
             console.print("Merging the adapter …")
             merge_adapter(adapter, out, source.name, dtype=model_args.dtype, **source.loading)
-            trainer.processing_class.save_pretrained(out)
+            source.tokenizer.save_pretrained(out)
             (adapter / "training_args.bin").unlink()
         options = {name: getattr(args, name) for name in _RECORDED_TRAINING if hasattr(args, name)}
         if model_args.use_peft:

@@ -1,43 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint that a stage starts from, and the one that it leaves."""
+"""The checkpoint that a stage starts from."""
 
 import json
-import platform
-import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from trl import ModelConfig
 from trl.chat_template_utils import get_training_chat_template
 
-from jai.configuration_jai import AUTO_MAP, JaiConfig
+from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
 from jai.tokenization.chat import with_chat_template
+from jai.trainers.arguments import TrlConfig
 from jai.trainers.data import TrainingData
-from jai.version import __version__
 
 RECORD_FILE = "training.json"
-CONVERSION_FILE = "conversion.json"
-LOGS_FOLDER = "training_logs"
 END_OF_TURN = "<|end|>"
 _CHAT_TOKENS = ("<|user|>", "<|assistant|>", END_OF_TURN)
-
-# TRL and transformers set these for the training; the model that comes out has the values that went in.
-_TRAINING_ONLY = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
 @dataclass(frozen=True)
@@ -49,12 +33,14 @@ class Source:
         loading: what `from_pretrained` needs beside the name: revision and trust_remote_code.
         config: its configuration.
         tokenizer: its tokenizer.
+        history: the records in its `training.json`, oldest first.
     """
 
     name: str
     loading: dict[str, Any]
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    history: list[dict[str, Any]]
 
     @property
     def is_jai(self) -> bool:
@@ -63,22 +49,15 @@ class Source:
 
     def file(self, name: str) -> Path | None:
         """A small file of the checkpoint, or None where it has no such file."""
-        found = cached_file(
-            self.name,
-            name,
-            revision=self.loading["revision"],
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return None if found is None else Path(found)
+        return _find_file(self.name, name, self.loading["revision"])
 
 
-def open_source(model_args: ModelConfig, training_args: TrainingArguments) -> Source:
+def open_source(model_args: ModelConfig, training_args: TrlConfig) -> Source:
     """Read the configuration and the tokenizer of the model to train; its weights are left for the trainer.
 
     Raises:
-        UserError: if the model is not there, is an adapter alone, has no tokenizer, or a tokenizer that is larger than
-            the model's vocabulary.
+        UserError: if the model is not there, is an adapter alone, has no tokenizer, a tokenizer that is larger than
+            the model's vocabulary, or a damaged `training.json`.
     """
     name = model_args.model_name_or_path
     if not name:
@@ -124,7 +103,38 @@ def open_source(model_args: ModelConfig, training_args: TrainingArguments) -> So
             f"The tokenizer of {name} has ids up to {largest}, but the model has a vocabulary of {config.vocab_size}. "
             "Convert the model with this tokenizer (`jai convert --tokenizer`); training never resizes a vocabulary."
         )
-    return Source(name, loading, config, tokenizer)
+    return Source(name, loading, config, tokenizer, _read_history(name, model_args.model_revision))
+
+
+def _find_file(checkpoint: str, name: str, revision: str) -> Path | None:
+    found = cached_file(
+        checkpoint,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _read_history(checkpoint: str, revision: str) -> list[dict[str, Any]]:
+    path = _find_file(checkpoint, RECORD_FILE, revision)
+    if path is None:
+        return []
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(record["log_history"], str) for record in history):
+            return history
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(
+        f"{RECORD_FILE} of {checkpoint} is no list of training records, so this stage could not be added to it. Fetch "
+        "the checkpoint again, or remove the file to begin a new history."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def prepare_chat(
@@ -169,92 +179,3 @@ def prepare_chat(
                 f"{source.name} has none. Set `chat_template_path` to a marked template (JAI's is "
                 "tokenization/chat_template.jinja), or `assistant_only_loss: false`."
             ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-def write_record(
-    out: Path, source: Source, data: TrainingData, trainer: Trainer, stage: str, options: dict[str, Any], metrics: dict
-) -> None:
-    """Complete a saved checkpoint: its configuration as it was, its history, and nothing that belongs to the run alone.
-
-    Args:
-        out: the folder that the trainer saved the model in.
-        source: the checkpoint that the stage started from; its `training.json`, logs and `conversion.json` come along.
-        data: what was trained on.
-        trainer: the trainer, after training.
-        stage: "sft", "dpo" or "pretrain".
-        options: the options worth recording.
-        metrics: what `train` returned.
-    """
-    # It is a pickle, it holds the Hub token if one was given, and nothing needs it.
-    (out / "training_args.bin").unlink(missing_ok=True)
-    _restore_config(out, source)
-    _stop_at_end_of_turn(out, trainer.processing_class)
-    if (conversion := source.file(CONVERSION_FILE)) is not None:
-        shutil.copyfile(conversion, out / CONVERSION_FILE)
-
-    earlier = source.file(RECORD_FILE)
-    records: list[dict[str, Any]] = json.loads(earlier.read_text(encoding="utf-8")) if earlier is not None else []
-    (out / LOGS_FOLDER).mkdir(exist_ok=True)
-    for record in records:
-        if (log := source.file(record["log_history"])) is not None:
-            shutil.copyfile(log, out / record["log_history"])
-    log_history = f"{LOGS_FOLDER}/{len(records) + 1:02}_{stage}.json"
-    _write_json(out / log_history, trainer.state.log_history)
-    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
-    device = trainer.args.device
-    records.append(
-        {
-            "stage": stage,
-            # Names without folders: the record travels to the Hub, and paths say more than the user may want to.
-            "model": {"name": Path(source.name).name if Path(source.name).is_dir() else source.name},
-            "dataset": {"name": Path(data.name).name if Path(data.name).exists() else data.name, "rows": data.rows},
-            "options": options,
-            "metrics": {**metrics, **(evaluations[-1] if evaluations else {})},
-            "steps": trainer.state.global_step,
-            "hardware": {
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                "processes": trainer.args.world_size,
-            },
-            "versions": {
-                "jai": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")},
-            },
-            "log_history": log_history,
-        }
-    )
-    _write_json(out / RECORD_FILE, records)
-
-
-def _restore_config(out: Path, source: Source) -> None:
-    path = out / "config.json"
-    if not path.exists():  # an adapter alone
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    original = source.config.to_dict()
-    config |= {key: original[key] for key in _TRAINING_ONLY if key in original}
-    if source.is_jai:
-        config["auto_map"] = AUTO_MAP
-    _write_json(path, config)
-
-
-def _stop_at_end_of_turn(out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """`generate` must stop where a chat model ends its turn, which for phi-3 is before the end of text."""
-    path = out / "generation_config.json"
-    if not path.exists() or END_OF_TURN not in (tokenizer.chat_template or ""):
-        return
-    generation = json.loads(path.read_text(encoding="utf-8"))
-    stops = generation.get("eos_token_id") or []
-    stops = [stops] if isinstance(stops, int) else stops
-    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    if end_of_turn not in stops:
-        generation["eos_token_id"] = [*stops, end_of_turn]
-        _write_json(path, generation)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two traps of the layout: files for the Hub must be flat, and the folder `kernels/` must not hide PyPI's."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
+
+import jai
+
+ROOT = Path(jai.__file__).parent
+SHIPPED = ("configuration_jai.py", "modeling_jai.py")
+OPTIONAL = ("triton", "liger_kernel", "bitsandbytes")
+HEAVY = (*OPTIONAL, "trl", "peft", "datasets", "matplotlib", "typer", "pythainlp", "torch._inductor")
+
+
+def run(*arguments: str, cwd: Path = ROOT, path: Path | None = None) -> str:
+    """Standard output of a Python process in the working directory `cwd`, with `path` on its search path."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    finished = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+# --- Files for the Hub ---
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_import_only_what_every_user_has(name):
+    allowed = {"torch", "transformers", "huggingface_hub", "packaging"} | set(sys.stdlib_module_names)
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Import):
+            assert {alias.name.partition(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module.partition(".")[0] in allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.level, node.module, name) == (1, "configuration_jai", "modeling_jai.py")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_transformers_finds_the_same_files_by_its_regular_expression(name):
+    """It also reads docstrings and `try` blocks, so a mention there would be taken for a file to copy."""
+    expected = ["configuration_jai"] if name == "modeling_jai.py" else []
+    assert get_relative_imports(ROOT / name) == expected
+    assert [Path(file).name for file in get_relative_import_files(ROOT / name)] == [
+        f"{module}.py" for module in expected
+    ]
+
+
+def test_experts_and_attention_live_in_the_models_own_file():
+    """transformers searches the source of the class's module for these words."""
+    source = (ROOT / "modeling_jai.py").read_text()
+    assert "@use_experts_implementation" in source
+    assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
+
+
+# --- The folder `kernels/` ---
+
+
+def kernels_is_installed() -> bool:
+    try:
+        importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture(params=["with", "without"])
+def site(request, tmp_path) -> Path | None:
+    """A folder on the search path that holds the package `kernels` as pip lays it out, or None to have none at all."""
+    if request.param == "without":
+        if kernels_is_installed():
+            pytest.skip("the PyPI package `kernels` is installed here")
+        return None
+    if not kernels_is_installed():
+        # Older than transformers takes, so that only the search for it is at stake.
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.0.1'\n")
+        (tmp_path / "kernels-0.0.1.dist-info").mkdir()
+        metadata = "Metadata-Version: 2.1\nName: kernels\nVersion: 0.0.1\n"
+        (tmp_path / "kernels-0.0.1.dist-info" / "METADATA").write_text(metadata)
+    return tmp_path
+
+
+def test_kernels_is_a_namespace_folder():
+    assert (ROOT / "kernels").is_dir()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_python_at_the_root_finds_transformers_and_the_right_kernels(site):
+    code = """
+import json, kernels, transformers
+from transformers.utils import is_kernels_available
+print(json.dumps([transformers.__file__, kernels.__file__, is_kernels_available()]))
+"""
+    transformers_file, kernels_file, available = json.loads(run("-c", code, path=site).splitlines()[-1])
+    assert not Path(transformers_file).is_relative_to(ROOT) or "site-packages" in transformers_file
+    if site is None:
+        assert kernels_file is None
+        assert not available
+    else:
+        assert Path(kernels_file).parent.name == "kernels"
+        assert Path(kernels_file).parent != ROOT / "kernels"
+
+
+def test_python_m_jai_works_at_the_root(site):
+    assert jai.__version__ in run("-m", "jai", "--version", path=site)
+
+
+# --- `import jai` ---
+
+
+def test_import_jai_imports_nothing_heavy(tmp_path):
+    """Nothing but what any other model of transformers imports (which is triton itself, where it is installed)."""
+    code = f"""
+import sys
+from transformers import MixtralForCausalLM
+before = set(sys.modules)
+import jai
+print([name for name in {HEAVY!r} if name in sys.modules and name not in before])
+"""
+    assert run("-c", code, cwd=tmp_path).strip() == "[]"
+
+
+def test_jai_registers_and_works_without_the_optional_packages(tmp_path):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # each import of them raises ImportError
+import torch, jai, jai.cli
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model("jai", vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=2,
+    num_key_value_heads=1, block_size=1, block_repeats=[1, 2], pad_token_id=0, eos_token_id=1)
+model = AutoModelForCausalLM.from_config(config)
+print(type(config).__name__, type(model).__name__, *model(torch.arange(6)[None]).logits.shape)
+"""
+    assert run("-c", code, cwd=tmp_path).split() == ["JaiConfig", "JaiForCausalLM", "1", "6", "16"]

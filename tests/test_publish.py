@@ -1,0 +1,618 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing: the check, the card, the upload, and what others get who know nothing but the repository's name."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, constants, metadata_load
+from huggingface_hub.utils import _http, disable_progress_bars
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from jai import JaiForCausalLM
+from jai.errors import UserError
+from jai.hub_card import publish as publishing
+from jai.hub_card.card import model_card, written_by_hand
+from jai.hub_card.check import CheckReport, check_checkpoint, check_files
+from jai.hub_card.contents import read_contents, size_text
+from jai.hub_card.loopback_hub import LoopbackHub
+from jai.hub_card.publish import publish, upload
+from jai.hub_card.redaction import redact
+
+REPO = "loopback/tiny-jai"
+INPUT_IDS = [[5, 6, 7, 8, 9]]
+README = "---\nlicense: mit\n---\n# A card\n"
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    disable_progress_bars()
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path_factory.getbasetemp() / "xet"))
+    for name in ("HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH"):  # nobody's own login
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's retries at once: it would wait 23 seconds in all."""
+    monkeypatch.setattr(_http, "time", types.SimpleNamespace(sleep=lambda _: None))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    """A whole checkpoint with tokenizer, chat template and records, as conversion and training leave it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-jai"
+    model = tiny_model(
+        vocab_size=400,
+        block_repeats=[1, 2, 1],
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+    )
+    with torch.no_grad():
+        model.model.layers[2].skip_alpha.fill_(0.25)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    conversion = {
+        "base": {"name": "microsoft/Phi-3-medium-4k-instruct", "is_hub_id": True, "files": {"config.json": "ab" * 32}},
+        "options": {"duplicate_init": "identity", "block_repeats": [1, 2, 1], "tokenizer": None},
+        "versions": {"jai-llm": "0.1.0"},
+        "result": {"parameters": 1},
+        "of_a_later_version": {"x": 1},
+    }
+    (folder / "conversion.json").write_text(json.dumps(conversion))
+    stage = {
+        "stage": "sft",
+        "dataset": {"name": "chats.jsonl", "rows": 12},
+        "options": {"learning_rate": 1e-4, "note": "/home/me/runs/one"},
+        "metrics": {"train_loss": 1.23456789},
+    }
+    (folder / "training.json").write_text(json.dumps([stage, {"stage": "dpo"}]))
+    return folder
+
+
+@pytest.fixture
+def checked_before(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares tests of other matters the check, which is a process of its own."""
+    report = CheckReport(read_contents(checkpoint), "AutoModelForCausalLM", 1, "float32", None, None)
+    monkeypatch.setattr(publishing, "check_checkpoint", lambda folder, forward: report)
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to change."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "tiny-jai"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    with LoopbackHub(tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture
+def api(hub: LoopbackHub) -> HfApi:
+    return HfApi(endpoint=hub.endpoint, token=hub.token)
+
+
+def run_python(code: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    """Run code as a stranger would: `jai` cannot be imported, nothing of this process's caches is seen."""
+    block = "import sys; sys.modules['jai'] = None\n"
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, "-P", "-c", block + code, *arguments],
+        env={**kept, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def changed_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(values)
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+# The check
+
+
+def test_the_clean_process_computes_the_same(checkpoint):
+    report = check_checkpoint(checkpoint)
+    model = JaiForCausalLM.from_pretrained(checkpoint)
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert (report.dtype, report.auto_class) == ("float32", "AutoModelForCausalLM")
+    assert "Llama" in report.tokenizer or "Tokenizer" in report.tokenizer
+    assert re.fullmatch("[0-9a-f]{64}", report.logits_sha256)
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def sharded(folder: Path, keep_single: bool = False) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in halves.items():
+        save_file({name: tensors[name] for name in held}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in halves.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if not keep_single:
+        (folder / "model.safetensors").unlink()
+
+
+def lost_shard(folder: Path) -> None:
+    sharded(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def index_names_more(folder: Path) -> None:
+    sharded(folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.9.skip_alpha"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def only_pickles(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def an_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "is no folder"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "no valid JSON"),
+        (lambda f: changed_config(f, model_type="phi3"), "'phi3', not 'jai'.*jai convert"),
+        (lambda f: changed_config(f, auto_map=None), "no auto_map"),
+        (
+            lambda f: changed_config(f, auto_map={"AutoConfig": "a/b--configuration_jai.JaiConfig"}),
+            "another repository",
+        ),
+        (lambda f: (f / "modeling_jai.py").unlink(), "lacks modeling_jai.py"),
+        (lambda f: (f / "model.safetensors").unlink(), "no safetensors weights"),
+        (only_pickles, "[Pp]ickle"),
+        (lost_shard, "lacks model-00002-of-00002.safetensors"),
+        (index_names_more, "names 1 tensors.*model.layers.9.skip_alpha"),
+        (lambda f: sharded(f, keep_single=True), "has both"),
+        (cut_off, "truncated"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"not a tensor in sight"), "no whole safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors"),
+        (an_adapter, "PEFT adapter.*merge_and_unload"),
+    ],
+)
+def test_incomplete_folders_are_refused(damage: Callable[[Path], None], message, folder):
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        check_files(folder)
+    assert str(folder.name) in str(caught.value)
+
+
+def test_code_that_needs_the_package_is_refused(folder):
+    path = folder / "modeling_jai.py"
+    path.write_text(path.read_text().replace("import torch\n", "import torch\nimport jai.errors\n", 1))
+    with pytest.raises(UserError, match=r"does not load in a clean process.*jai"):
+        check_checkpoint(folder)
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_weights_that_do_not_fit_are_refused(forward, folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.gates.weight"] = tensors.pop("model.layers.0.mlp.gate.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 missing keys .*gate.weight.*1 unexpected keys .*gates.weight"):
+        check_checkpoint(folder, forward=forward)
+
+
+def test_a_tokenizer_that_is_larger_than_the_vocabulary_is_refused(folder, tiny_model):
+    tiny_model(vocab_size=390, block_repeats=[1, 2, 1]).save_pretrained(folder)
+    with pytest.raises(UserError, match="tokenizer has 400 entries, the model only vocab_size=390"):
+        check_checkpoint(folder)
+
+
+# The card
+
+
+def test_the_card_says_what_the_records_say(checkpoint, api):
+    text = model_card(checkpoint, REPO)
+    parameters = sum(tensor.numel() for tensor in load_file(checkpoint / "model.safetensors").values())
+    for part in (
+        f"| parameters | {parameters:,} |",
+        "| layers | 4, made from 3 of the base |",
+        "| 1 | 2 of 2 | 2 | 1 | 0.25 |",  # the trained alpha, not the configuration's 0.3
+        "[microsoft/Phi-3-medium-4k-instruct](https://huggingface.co/microsoft/Phi-3-medium-4k-instruct)",
+        "| duplicate_init | identity |",
+        "of_a_later_version",
+        "### SFT",
+        "name: chats.jsonl, rows: 12",
+        "| train_loss | 1.235 |",
+        "### DPO",
+        f'repo = "{REPO}"',
+        "arXiv:2510.08620",
+    ):
+        assert part in text, part
+    assert "/home/me" not in text
+    path = checkpoint.parent / "card.md"
+    path.write_text(text)
+    data = metadata_load(path)
+    assert data["license"] == "mit"
+    assert data["language"] == ["th", "en"]
+    assert (data["base_model"], data["base_model_relation"]) == ("microsoft/Phi-3-medium-4k-instruct", "finetune")
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert {"jai", "custom_code", "mixture-of-experts"} <= set(data["tags"])
+    # huggingface_hub reads it back unchanged, and the Hub takes it.
+    assert ModelCard(text).data.to_dict() == data
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=REPO)
+    assert api.model_info(REPO).card_data.to_dict() == data
+    broken = text.replace("microsoft/Phi-3-medium-4k-instruct", "/home/me/phi-3", 1)
+    with pytest.raises(ValueError, match="base_model"):
+        api.upload_file(path_or_fileobj=broken.encode(), path_in_repo="README.md", repo_id=REPO)
+
+
+def test_the_card_without_records(folder, tiny_model):
+    for name in ("conversion.json", "training.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    tiny_model(num_local_experts=1, block_repeats=[1, 1], block_size=2).save_pretrained(folder)
+    text = model_card(folder)
+    assert "holds no record" in text
+    assert "1 (dense, no router)" in text
+    assert "anchor" not in text
+    assert "base_model" not in text
+    assert "this repository has no tokenizer" in text
+    state = {"global_step": 7, "epoch": 0.5, "log_history": [{"loss": 3.0}, {"loss": 2.5}, {"eval_loss": 2.75}]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    text = model_card(folder)
+    for row in ("| steps | 7 |", "| loss | 2.5 |", "| eval_loss | 2.75 |"):
+        assert row in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("training.json", '"x"', "no list of training stages"), ("conversion.json", "[", "no valid JSON")],
+)
+def test_damaged_records_are_named(name, content, message, folder):
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
+        model_card(folder)
+
+
+def test_who_wrote_a_readme(checkpoint):
+    card = model_card(checkpoint, REPO)
+    assert not written_by_hand(card)
+    assert written_by_hand(card.replace("Thai-Centric", "Thai-centric"))
+    assert written_by_hand("# My model\n\nIt is good.")
+    assert written_by_hand("---\nlicense: [mit\n---\n# broken, but mine")
+    assert not written_by_hand("---\ntags:\n- generated_from_trainer\n- trl\n---\n# Model Card for out")
+
+
+# What is uploaded
+
+
+def test_only_the_manifest_leaves_the_machine(folder, hub):
+    for name in ("training_args.bin", "optimizer.pt", "adapter_config.json", "notes.txt", "checkpoint-5/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"{}")
+    contents = read_contents(folder)
+    assert set(contents.left_out) == {
+        "training_args.bin", "optimizer.pt", "adapter_config.json", "notes.txt", "checkpoint-5/",
+    }  # fmt: skip
+    assert {"config.json", "modeling_jai.py", "model.safetensors", "tokenizer.json", "training.json"} <= set(
+        contents.kept
+    )
+    output = StringIO()
+    result = publish(folder, REPO, dry_run=True, console=Console(file=output, width=200), endpoint=hub.endpoint)
+    assert result.commit is None
+    for name in (*contents.kept, *contents.left_out):
+        assert name in output.getvalue()
+    assert hub.requests == []
+
+
+def test_sizes_for_people():
+    assert [size_text(n) for n in (0, 999, 1000, 12_345_678, 150_631_884_800)] == [
+        "0 B", "999 B", "1 kB", "12.3 MB", "151 GB",
+    ]  # fmt: skip
+
+
+PULL = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+repo, revision, input_ids, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)
+generate = pipeline("text-generation", model=repo, revision=revision, trust_remote_code=True)
+with torch.no_grad():
+    found = {
+        "logits": model(torch.tensor(json.loads(input_ids))).logits,
+        "weights": model.state_dict(),
+        "ids": tokenizer("ประเทศไทย and the river").input_ids,
+        "text": generate("ประเทศไทย", max_new_tokens=5, do_sample=False)[0]["generated_text"],
+    }
+torch.save(found, out)
+model.push_to_hub("loopback/again")
+"""
+
+
+@pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+def test_published_and_pulled_by_a_stranger(xet, checkpoint, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
+    with LoopbackHub(tmp_path / "hub", xet=xet) as hub:
+        output = StringIO()
+        console = Console(file=output, width=200)
+        result = publish(checkpoint, REPO, token=hub.token, endpoint=hub.endpoint, console=console)
+        assert result.url == f"{hub.endpoint}/{REPO}"
+        assert result.commit == hub.repo(REPO).head().sha
+        assert result.revision_line in output.getvalue()
+        assert result.commit in result.revision_line
+        assert any("/v1/xorbs/" in request.path for request in hub.requests) == xet
+        assert hub.content(REPO, "model.safetensors") == (checkpoint / "model.safetensors").read_bytes()
+        assert hub.content(REPO, "README.md").decode() == model_card(checkpoint, REPO)
+        assert not (checkpoint / "README.md").exists()
+
+        arguments = (REPO, result.commit, json.dumps(INPUT_IDS), str(tmp_path / "pulled.pt"))
+        pulled = run_python(PULL, hub.environment(), *arguments)
+        assert pulled.returncode == 0, pulled.stderr
+        # And what was loaded that way can be pushed on, code and all.
+        again = hub.repo("loopback/again").head().files
+        assert {"modeling_jai.py", "configuration_jai.py", "model.safetensors"} <= set(again)
+        config = json.loads(hub.content("loopback/again", "config.json"))
+        assert config["auto_map"] == json.loads((checkpoint / "config.json").read_text())["auto_map"]
+        assert hub.content("loopback/again", "model.safetensors") == hub.content(REPO, "model.safetensors")
+
+    found = torch.load(tmp_path / "pulled.pt")
+    model = JaiForCausalLM.from_pretrained(checkpoint)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, found["weights"].pop(name)), name
+    assert not found["weights"]
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor(INPUT_IDS)).logits, found["logits"])
+    assert found["ids"] == tiny_tokenizer("ประเทศไทย and the river").input_ids
+    assert found["text"].startswith("ประเทศไทย")
+
+
+def test_a_private_repository_and_a_users_own_push(hub, tiny_model):
+    code = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM
+try:
+    AutoConfig.from_pretrained("loopback/secret", trust_remote_code=True)
+except OSError as error:
+    print(f"refused: {error}")
+model = AutoModelForCausalLM.from_pretrained("loopback/secret", trust_remote_code=True, token=sys.argv[1])
+print(sum(p.numel() for p in model.parameters()))
+"""
+    model = tiny_model(block_repeats=[1, 2, 1])
+    folder = hub.root / "model"
+    model.save_pretrained(folder)
+    push = (
+        "import sys; del sys.modules['jai']; from jai import JaiForCausalLM\n"
+        "JaiForCausalLM.from_pretrained(sys.argv[1]).push_to_hub('secret', private=True)"
+    )
+    pushed = run_python(push, hub.environment(), str(folder))
+    assert pushed.returncode == 0, pushed.stderr
+    assert hub.repo("loopback/secret").private
+    anonymous = {key: value for key, value in hub.environment().items() if key != "HF_TOKEN"}
+    pulled = run_python(code, anonymous, hub.token)
+    assert pulled.returncode == 0, pulled.stderr
+    first, second = pulled.stdout.strip().split("\n")[0], pulled.stdout.strip().split("\n")[-1]
+    assert first.startswith("refused")
+    assert int(second) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.usefixtures("checked_before")
+def test_a_new_upload_replaces_the_old_one_whole(folder, hub, api):
+    first = upload(api, read_contents(folder), REPO, readme=README)
+    api.upload_file(path_or_fileobj=b"picture", path_in_repo="images/mine.png", repo_id=REPO)
+    api.upload_file(path_or_fileobj=b"table", path_in_repo="results.csv", repo_id=REPO)
+    sharded(folder)
+    (folder / "chat_template.jinja").unlink()
+    output = StringIO()
+    console = Console(file=output, width=200)
+    publish(folder, REPO, token=hub.token, endpoint=hub.endpoint, console=console, forward=False)
+    files = hub.repo(REPO).head().files
+    assert "model-00001-of-00002.safetensors" in files
+    assert not {"model.safetensors", "chat_template.jinja"} & set(files)
+    assert {"images/mine.png", "results.csv"} <= set(files)
+    assert "chat_template.jinja, model.safetensors" in output.getvalue()
+    assert "model.safetensors" in hub.repo(REPO).head(first).files  # the old commit is what it was
+
+
+@pytest.mark.usefixtures("checked_before")
+def test_readmes_by_hand_stay(folder, hub, api):
+    quiet = Console(file=StringIO())
+    options = {"token": hub.token, "endpoint": hub.endpoint, "console": quiet, "forward": False}
+    # of the repository: edited there after it was generated
+    upload(api, read_contents(folder), REPO, readme=model_card(folder, REPO) + "\nAnd a word from me.\n")
+    (folder / "README.md").write_text("---\ntags:\n- generated_from_trainer\n---\n# by a trainer")
+    publish(folder, REPO, **options)
+    assert hub.content(REPO, "README.md").endswith(b"And a word from me.\n")
+    # of the folder
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine ก\n")
+    publish(folder, "tiny-two", **options)  # in the user's own namespace
+    assert hub.content("loopback/tiny-two", "README.md").decode() == "---\nlicense: mit\n---\n# Mine ก\n"
+
+
+def test_to_a_branch(folder, hub, api):
+    contents = read_contents(folder)
+    main = upload(api, contents, REPO, readme=README)
+    branch = upload(api, contents, REPO, readme=README + "two", revision="try")
+    assert main != branch
+    assert hub.content(REPO, "README.md").decode() == README
+    assert hub.content(REPO, "README.md", revision="try").decode() == README + "two"
+
+
+# What can go wrong
+
+
+def refuse(folder, repo_id, hub: LoopbackHub, **options) -> str:
+    settings = {"token": hub.token, "endpoint": hub.endpoint, "console": Console(file=StringIO())}
+    with pytest.raises(UserError) as caught:
+        publish(folder, repo_id, **{**settings, **options})
+    assert hub.token not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_refused_before_any_work(folder, hub, api, monkeypatch):
+    api.create_repo(REPO)
+    started = hub.repo(REPO).head()
+    assert "no name of a repository" in refuse(folder, "my model", hub)
+    assert "no name of a repository" in refuse(folder, "a/b/c", hub)
+    assert "not logged in" in refuse(folder, REPO, hub, token=None)
+    assert "(401: Invalid credentials" in refuse(folder, REPO, hub, token="hf_" + "x" * 34)
+    assert "cannot be reached" in refuse(folder, REPO, hub, endpoint="http://127.0.0.1:9")
+    assert "exists and is public" in refuse(folder, REPO, hub, private=True)
+    hub.fail_next(1, status=500, match="/api/models")
+    assert "fault of its own (500" in refuse(folder, REPO, hub)
+    hub.fail_next(1, status=429, match="/api/models")
+    assert "fewer requests (429)" in refuse(folder, REPO, hub)
+    hub.hang_up_next(1, match="/api/models")
+    assert "hung up" in refuse(folder, REPO, hub)
+    monkeypatch.setattr(publishing, "_ANSWER_SECONDS", 0.2)
+    hub.fail_next(1, match="/api/models", delay=1.0)
+    assert "did not answer in time" in refuse(folder, REPO, hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refuse(folder, REPO, hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    (folder / "README.md").write_bytes("ภาษาไทย".encode("cp874"))
+    assert "not in UTF-8" in refuse(folder, REPO, hub)
+    assert hub.repo(REPO).head() == started
+
+
+def test_a_repository_with_an_adapter_is_refused(folder, hub, api):
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=b"{}", path_in_repo="adapter_config.json", repo_id=REPO)
+    assert "holds a PEFT adapter" in refuse(folder, REPO, hub)
+
+
+@pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+def test_a_failed_upload_leaves_nothing_and_can_be_repeated(xet, folder, hub, api, no_waiting, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
+    contents = read_contents(folder)
+    faults: list[tuple[Callable[[], None], str]] = [
+        (lambda: hub.fail_next(1, status=403, match="/api/repos/create"), "may not write"),
+        (lambda: hub.fail_next(50, status=500, match="preupload"), "fault of its own"),
+        (lambda: hub.hang_up_next(50, match="preupload"), "hung up"),
+        (lambda: hub.fail_next(1, status=401, match="preupload"), "does not accept your access token"),
+        (lambda: hub.fail_next(1, status=404, match="commit"), "does not find"),
+        (lambda: hub.fail_next(1, status=412, match="commit"), "changed by somebody else"),
+        (lambda: hub.hang_up_next(1, match="commit"), "hung up"),
+        (lambda: hub.fail_next(1, status=503, match="commit"), "fault of its own"),
+    ]
+    if not xet:  # first, because what has arrived is not sent again
+        faults.insert(0, (lambda: hub.fail_next(50, status=500, match="/uploads/"), "fault of its own"))
+        faults.insert(0, (lambda: hub.hang_up_next(50, match="/uploads/"), "hung up"))
+    for fault, message in faults:
+        fault()
+        with pytest.raises(UserError, match=message) as caught:
+            upload(api, contents, REPO, readme=README)
+        assert hub.token not in str(caught.value)
+        hub.stop_faults()
+        repo = hub.repo(REPO)
+        assert repo is None or set(repo.head().files) == {".gitattributes"}
+    # The answer is lost, but the commit is made: the second try finds everything there.
+    hub.hang_up_next(1, match="commit", after_work=True)
+    with pytest.raises(UserError, match=r"hung up.*again"):
+        upload(api, contents, REPO, readme=README)
+    commit = upload(api, contents, REPO, readme=README)
+    assert commit == hub.repo(REPO).head().sha
+    assert len(hub.repo(REPO).commits) == 2
+    assert hub.content(REPO, "model.safetensors") == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_card_that_the_hub_refuses(folder, hub, api):
+    with pytest.raises(UserError, match=r"Invalid metadata in README.md[\s\S]*license"):
+        upload(api, read_contents(folder), REPO, readme="---\nlicense: 3\n---\n")
+
+
+# Tokens
+
+
+def test_tokens_are_blotted_out():
+    token = "hf_" + "aB3" * 11
+    assert token not in redact(f"Bearer {token}")
+    assert "secret" not in redact("the secret word", "secret")
+    assert "b\\nc" not in redact(str(ValueError("Illegal header value b'Bearer a b\\nc'")), "a b\nc")
+    assert redact("hf_internal_testing/tiny-model is no token") == "hf_internal_testing/tiny-model is no token"
+
+
+def test_tokens_in_the_wrong_place(folder, hub):
+    token = "hf_" + "aB3" * 11
+    for wrong in ("a b", "ก", token + "\nX: y"):
+        message = refuse(folder, REPO, hub, token=wrong)
+        assert "holds blanks" in message
+        assert token not in message
+    message = refuse(folder, token, hub)
+    assert "stands where the name" in message
+    assert token not in message
+    (folder / "training.json").write_text(json.dumps([{"stage": "sft", "options": {"hub_token": token}}]))
+    message = refuse(folder, REPO, hub)
+    assert "stands in training.json" in message
+    assert token not in message
+    assert token not in model_card(folder)
+
+
+def test_no_token_in_any_log(folder, hub, tmp_path):
+    """At the client's most talkative, through a failure and a success, with the token in the environment."""
+    code = """
+import logging, sys, traceback
+logging.basicConfig(level=logging.DEBUG)
+from huggingface_hub.utils import logging as hub_logging
+hub_logging.set_verbosity_debug()
+del sys.modules["jai"]
+from jai.hub_card.publish import publish
+folder, repo = sys.argv[1:]
+for attempt in ("somebody-else/x", repo):
+    try:
+        print(publish(folder, attempt, forward=False))
+    except Exception:
+        traceback.print_exc()
+"""
+    environment = {**hub.environment(), "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "RUST_LOG": "debug"}
+    run = run_python(code, environment, str(folder), REPO)
+    assert run.returncode == 0, run.stderr
+    assert "may not write to somebody-else/x" in run.stderr
+    assert "PublishResult" in run.stdout
+    assert "curl -X" in run.stderr  # it was talkative indeed
+    secrets = [hub.token, "xet_write_", "xet_read_"]
+    for secret in secrets:
+        assert secret not in run.stdout
+        assert secret not in run.stderr
+    for path in [path for path in (hub.root / "home").rglob("*") if path.is_file()]:
+        assert hub.token.encode() not in path.read_bytes(), path
+    for name in hub.repo(REPO).head().files:
+        assert hub.token.encode() not in hub.content(REPO, name)
+
+
+@pytest.mark.slow
+def test_the_cards_examples_run(checkpoint, tmp_path):
+    """Every Python block of the card, as it stands, against the published repository."""
+    with LoopbackHub(tmp_path / "hub") as hub:
+        publish(
+            checkpoint, REPO, token=hub.token, endpoint=hub.endpoint, console=Console(file=StringIO()), forward=False
+        )
+        blocks = re.findall(r"```python\n(.*?)```", hub.content(REPO, "README.md").decode(), re.DOTALL)
+        assert len(blocks) == 2
+        for block in blocks:
+            run = run_python(f"import os; os.chdir({str(tmp_path)!r})\n{block}", hub.environment())
+            assert run.returncode == 0, run.stderr
