@@ -223,11 +223,22 @@ def publish(
     revision: Annotated[str | None, typer.Option(help="Branch to push to.", show_default="main")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; upload nothing.")] = False,
+    no_forward: Annotated[
+        bool, typer.Option("--no-forward", help="Check names and shapes only, for models larger than memory.")
+    ] = False,
 ) -> None:
     """Check a checkpoint in a clean process, write its model card, and upload it."""
     from jai.hub_card.publish import publish as run
 
-    run(folder, repo_id, private=private, revision=revision, commit_message=message, dry_run=dry_run)
+    run(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=message,
+        dry_run=dry_run,
+        forward=not no_forward,
+    )
 
 
 @app.command()

@@ -412,7 +412,8 @@ class JaiModel(JaiPreTrainedModel):
         if attention_mask is not None and len(attention_mask.shape) != 2:  # made by the caller: taken as it is
             return create_causal_mask(**mask_arguments)
         if past_key_values is not None:
-            if not is_tracing(position_ids) and self._positions_restart(position_ids, attention_mask):
+            several = position_ids.shape[1] > 1 and not is_tracing(position_ids)
+            if several and self._positions_restart(position_ids, attention_mask):
                 raise ValueError(
                     "`position_ids` restart (packed documents) beside `past_key_values`: the documents would see each "
                     "other through the cache. Leave `past_key_values` out, or give one document a row."

@@ -81,10 +81,13 @@ def weight_files(folder: Path) -> list[Path]:
         UserError: if there are none, or the index names one that is missing.
     """
     index = folder / INDEX_FILE
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (folder / WEIGHTS_FILE).exists():
+    if (folder / WEIGHTS_FILE).exists():  # transformers prefers it too
         names = [WEIGHTS_FILE]
+    elif index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is no index of weights. Fetch or save it again.") from None
     else:
         raise UserError(
             f"{folder} has no safetensors weights ({WEIGHTS_FILE} or {INDEX_FILE}). Pickled .bin files are not read: "

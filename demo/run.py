@@ -69,7 +69,7 @@ class Shell:
         self.console.print(f"[bold cyan]$ jai {line}[/]", highlight=False, soft_wrap=True)
         began = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "jai", *shlex.split(line)],
+            [Path(sys.executable).with_name("jai"), *shlex.split(line)],
             cwd=self.folder,
             env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", **(environment or {})},
             stdout=subprocess.PIPE,
@@ -126,11 +126,11 @@ def run_demo(out: Path, *, seed: int = 0, console: Console | None = None) -> Pat
     _say(console, "Conversion", "the paper's way, and its alternatives to compare the price")
     starts = []
     for number, (name, options) in enumerate(STARTS.items()):
-        folder = "jai" if number == 0 else f"starts/{number}"
+        folder = "converted" if number == 0 else f"starts/{number}"
         shell.jai(f"convert base {folder} --config convert.yaml {options}".strip())
         proof = verify(str(out / "base"), out / folder, console=console)
         starts.append(Start(name, options, proof.kl, _bits(Subject(out / folder), heldout)))
-    shell.jai("inspect jai")
+    shell.jai("inspect converted")
 
     _say(console, "Training", "continued pre-training, then chats, then preferences")
     shell.jai("sft --config pretrain.yaml")
@@ -138,13 +138,13 @@ def run_demo(out: Path, *, seed: int = 0, console: Console | None = None) -> Pat
     shell.jai("dpo --config dpo.yaml")
 
     _say(console, "Measurement", "bits per character, answers, router load")
-    subjects = {folder: Subject(out / folder) for folder in ("base", "jai", "pretrained", "sft", "dpo")}
+    subjects = {folder: Subject(out / folder) for folder in ("base", "converted", "pretrained", "sft", "dpo")}
     answers = {folder: subjects[folder].answers(corpus.eval_chats) for folder in ("pretrained", "sft", "dpo")}
     stages = [
         Stage(name, folder, _bits(subjects[folder], heldout), _correct(answers[folder]) if folder in answers else None)
         for name, folder in (
             ("phi-3 base", "base"),
-            ("converted", "jai"),
+            ("converted", "converted"),
             ("pre-trained", "pretrained"),
             ("SFT", "sft"),
             ("DPO", "dpo"),
@@ -170,7 +170,7 @@ def run_demo(out: Path, *, seed: int = 0, console: Console | None = None) -> Pat
         curves=[base_curve, *_curves(out)],
         fertility=fertility,
         router_load=router_load,
-        alphas_before=subjects["jai"].skip_alphas(),
+        alphas_before=subjects["converted"].skip_alphas(),
         alphas_after=subjects["dpo"].skip_alphas(),
         answers_before=answers["pretrained"],
         answers_after=answers["dpo"],

@@ -67,20 +67,29 @@ def check_files(folder: str | os.PathLike) -> Contents:
             f"{folder}/config.json has no auto_map, so transformers cannot find the model's code. Load the model with "
             "`jai` imported and save it again with save_pretrained."
         )
-    modules = sorted({where.split("--")[-1].split(".")[0] + ".py" for where in auto_map.values()})
+    # A tokenizer's entry is a list, of which one may be null.
+    entries = [entry if isinstance(entry, list) else [entry] for entry in auto_map.values()]
+    places = {where for entry in entries for where in entry if where}
+    modules = sorted({where.split("--")[-1].split(".")[0] + ".py" for where in places})
     missing = [name for name in modules if name not in contents.kept]
     if missing:
         raise UserError(
             f"{folder} lacks {', '.join(missing)}, which auto_map in its config.json names. Load the model with `jai` "
             "imported and save it again with save_pretrained: that puts the code beside the weights."
         )
-    foreign = sorted({where for where in auto_map.values() if "--" in where})
+    foreign = sorted(where for where in places if "--" in where)
     if foreign:
         raise UserError(
             f"auto_map in {folder}/config.json takes code from another repository ({', '.join(foreign)}). "
             "Remove all up to and with `--`, so that the code beside the weights is used."
         )
-    read_tensors(folder)
+    used = {tensor.file.name for tensor in read_tensors(folder).values()}
+    unused = [name for name in contents.kept if name.endswith(".safetensors") and name not in used]
+    if unused:
+        raise UserError(
+            f"{folder} holds weight files that its index does not name: {', '.join(unused)}. Remove them if they are "
+            "left of an earlier save; else write the checkpoint again."
+        )
     return contents
 
 

@@ -15,11 +15,11 @@ from transformers.distributed import DistributedConfig
 
 from jai import JaiForCausalLM
 
-MODES = {"tp": {"tp_size": 2}, "fsdp": {"fsdp_size": 2}}
-if "ep_size" in DistributedConfig.__dataclass_fields__:
-    MODES |= {"tp_ep": {"tp_size": 2, "ep_size": 2}, "fsdp_ep": {"fsdp_size": 2, "ep_size": 2}}
-else:  # before transformers 5.19
-    MODES |= {"tp_ep": {"tp_size": 2, "enable_expert_parallel": True}}
+FIELDS = DistributedConfig.__dataclass_fields__
+EXPERTS = {"ep_size": 2} if "ep_size" in FIELDS else {"enable_expert_parallel": True}  # before transformers 5.19
+MODES = {"tp": {"tp_size": 2}, "tp_ep": {"tp_size": 2, **EXPERTS}, "fsdp": {"fsdp_size": 2}}
+if "ep_implementation" in FIELDS:  # before it, the experts of any model get half of their gradients beside FSDP
+    MODES["fsdp_ep"] = {"fsdp_size": 2, **EXPERTS}
 
 
 def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:

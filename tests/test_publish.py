@@ -167,6 +167,11 @@ def index_names_more(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
+def old_shard(folder: Path) -> None:
+    sharded(folder)
+    shutil.copy(folder / "model-00002-of-00002.safetensors", folder / "model-00003-of-00003.safetensors")
+
+
 def only_pickles(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -192,6 +197,7 @@ def an_adapter(folder: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "no safetensors weights"),
         (only_pickles, "[Pp]ickle"),
         (lost_shard, "lacks model-00002-of-00002.safetensors"),
+        (old_shard, "index does not name: model-00003-of-00003.safetensors"),
         (index_names_more, "names 1 tensors.*model.layers.9.skip_alpha"),
         (lambda f: sharded(f, keep_single=True), "has both"),
         (cut_off, "truncated"),
@@ -214,7 +220,7 @@ def test_code_that_needs_the_package_is_refused(folder):
         check_checkpoint(folder)
 
 
-@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("forward", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_weights_that_do_not_fit_are_refused(forward, folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.gates.weight"] = tensors.pop("model.layers.0.mlp.gate.weight")
