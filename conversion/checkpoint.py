@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 
 from jai.errors import UserError
 
@@ -37,8 +37,8 @@ def resolve_checkpoint(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
     except HFValidationError:
         raise UserError(f"{name} is neither a folder nor a Hub id. Give a folder that exists, or owner/name.") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of many kinds: the client is httpx or httpx2, depending on huggingface_hub's version
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{name} is no local folder, and the Hub did not give it: {reason}. Check the name, the network, and "
             "`hf auth login` if the repository is private."

@@ -20,6 +20,11 @@ def test_commands_exist():
     assert verbs >= {"convert", "inspect", "sft", "dpo", "generate", "publish"}
     assert all(f"def {verb}(" in source or f'name="{verb}"' in source for verb in verbs)
     tree = text.split("## What is where")[1].split("```")[1]
-    names = re.findall(r"[\w-]+(?:\.py|/)", tree)
-    assert len(names) >= 10
-    assert all((ROOT / name).exists() for name in names)
+    names = [
+        name
+        for line in tree.strip().splitlines()
+        for name in re.split(r"  +", line)
+        if re.fullmatch(r"\S+(\.py|/)", name)
+    ]
+    assert len(names) >= 12
+    assert all((ROOT / name).exists() for name in names), names
