@@ -10,7 +10,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 CONTEXT = 128
-BATCH = 16
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,15 @@ def train_base(
         max_position_embeddings=1024,
         original_max_position_embeddings=1024,
         sliding_window=None,
+        initializer_range=0.08,  # at this width 0.02 hardly learns: loss 5.1 against 3.6 after 60 steps
         bos_token_id=tokenizer.convert_tokens_to_ids("<s>"),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Phi3ForCausalLM(config)
     contexts = _contexts(texts, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     losses: list[tuple[int, float]] = []
     began = time.perf_counter()
     model.train()

@@ -39,7 +39,7 @@ from jai.version import __version__
 
 REPO_ID = "demo/jai-tiny"
 QUESTION = "2 + 3 = ?"
-BASE_STEPS = 220
+BASE_STEPS = 300
 BASE_VOCABULARY = 1536
 VOCABULARY = 3072
 RECIPES = ("convert.yaml", "pretrain.yaml", "sft.yaml", "dpo.yaml")

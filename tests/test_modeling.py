@@ -329,8 +329,8 @@ def test_gradient_checkpointing_keeps_the_auxiliary_loss_or_refuses(tiny_model):
 
 
 def test_bf16_is_close_to_fp32(tiny_model):
-    """Dense, because a router in bf16 may choose another expert; the MoE is compared by its loss."""
-    for num_experts, bound in ((1, 0.03), (4, 0.1)):
+    """By their KL divergence; looser with experts, because a router in bf16 may choose another one for a token."""
+    for num_experts, bound in ((1, 1e-3), (4, 5e-3)):
         model = tiny_model(num_experts=num_experts)
         with torch.no_grad():
             full = model(tokens(4, 40)).logits

@@ -55,6 +55,16 @@ def test_cached_logits_are_those_of_the_full_forward(tiny_model, dense):
 
 
 @torch.no_grad()
+def test_a_forward_returns_a_cache_unless_told_otherwise(tiny_model):
+    model = tiny_model()
+    cache = model(tokens()[:, :8]).past_key_values
+    assert cache.get_seq_length() == 8
+    continued = model(tokens()[:, 8:], past_key_values=cache).logits
+    torch.testing.assert_close(continued, model(tokens()).logits[:, 8:], rtol=1e-5, atol=1e-5)
+    assert model(tokens(), use_cache=False).past_key_values is None
+
+
+@torch.no_grad()
 def test_left_padded_is_unpadded(model):
     short, long = tokens(1, 5), tokens(1, 9, seed=1)
     padded = torch.cat((torch.nn.functional.pad(short, (4, 0)), long))

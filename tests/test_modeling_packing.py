@@ -156,6 +156,15 @@ def test_packed_documents_beside_padding_are_refused_under_flash_attention(tiny_
         model(**packed)
 
 
+def test_a_mask_of_ones_is_no_mask_under_flash_attention(tiny_model):
+    """There the documents are found by their positions, and only where no mask is given."""
+    model = tiny_model().model
+    model.config._attn_implementation = "flash_attention_2"
+    packed = pack(documents())
+    embeddings, ones = model.embed_tokens(packed["input_ids"]), torch.ones_like(packed["input_ids"])
+    assert model._causal_mask(embeddings, ones, packed["position_ids"], None) is None
+
+
 @torch.no_grad()
 def test_positions_that_jump_ahead_are_other_documents_too(model):
     """transformers' rule: any step other than 1. Slices of long documents may keep their positions."""
