@@ -18,7 +18,9 @@ test-slow: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	mkdir -p $(VENV)/typing
+	ln -sfn "$(CURDIR)" $(VENV)/typing/jai
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/conversion.py

@@ -149,9 +149,10 @@ def convert(
         "seed": seed,
         "max_shard_size": max_shard_size,
     }
-    values = _read_yaml(config) if config else {}
+    values: dict[str, Any] = {"base": base, "out": out}
+    values |= _read_yaml(config) if config else {}
     values |= {key: value for key, value in given.items() if value is not None}
-    run(ConvertOptions(**{"base": base, "out": out} | values), dry_run=dry_run)
+    run(ConvertOptions(**values), dry_run=dry_run)
     if verify and not dry_run:
         run_verify(base, out, verify_text or DEFAULT_TEXT)
 
@@ -247,11 +248,14 @@ def demo(
         "runs/demo"
     ),
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Train a few steps only: every part runs, nothing is learnt.")
+    ] = False,
 ) -> None:
     """See it all on tiny models in a few minutes, without a GPU: base, convert, sft, dpo, Hub, report."""
     from jai.demo.run import run_demo
 
-    run_demo(out, seed=seed)
+    run_demo(out, seed=seed, quick=quick)
 
 
 def _integers(option: str, text: str | None) -> list[int] | None:

@@ -58,7 +58,7 @@ class PlannedLayer:
         return self.opens_copy and self.copy > 0
 
 
-def plan_layers(block_size: int, block_repeats: list[int]) -> tuple[PlannedLayer, ...]:
+def plan_layers(block_size: int, block_repeats: list[int] | tuple[int, ...]) -> tuple[PlannedLayer, ...]:
     """Lay out the blocks: block n has `block_size` layers and runs `block_repeats[n]` times in place.
 
     >>> [p.origin for p in plan_layers(2, [1, 2])]

@@ -87,7 +87,8 @@ def generate(model: str, prompt: str, options: GenerateOptions | None = None, *,
             streamer=_ConsoleStreamer(tokenizer, console),
             **sampling,
         )
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    (text,) = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
 
 
 class _ConsoleStreamer(TextStreamer):

@@ -6,6 +6,7 @@ and the MLP of each layer becomes a stack of experts. Every output tensor is pla
 """
 
 import dataclasses
+import inspect
 import json
 import platform
 import shutil
@@ -156,7 +157,8 @@ def convert(options: ConvertOptions, *, dry_run: bool = False, console: Console 
                 progress.update(task, advance=tensor.bytes)
         config.save_pretrained(folder)
         for module in (configuration_jai, modeling_jai):
-            shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
+            source = Path(inspect.getfile(module))
+            shutil.copyfile(source, folder / source.name)
         _generation_config(base_folder, config).save_pretrained(folder)
         _write_tokenizer(folder, base_folder, options.tokenizer, tokenizer)
         record = _record(options, base_folder, reader, config, vocabulary, tensors)
@@ -262,9 +264,13 @@ def plan_config(
             f"The base has {base.num_hidden_layers} layers, but --block-size {options.block_size} with "
             f"{len(repeats)} --block-repeats covers {options.block_size * len(repeats)}. Give {fitting}."
         )
+    assert base.rope_parameters is not None  # transformers replaces None
     rope = dict(base.rope_parameters)
     if options.rope_theta is not None:
         rope["rope_theta"] = options.rope_theta
+    longrope: dict[str, Any] = {}
+    if rope["rope_type"] == "longrope":
+        longrope["original_max_position_embeddings"] = base.original_max_position_embeddings
     dtype = options.dtype or str(reader.dtypes[names.EMBEDDINGS]).removeprefix("torch.")
     try:
         config = JaiConfig(
@@ -276,9 +282,6 @@ def plan_config(
             head_dim=getattr(base, "head_dim", None),
             hidden_act=base.hidden_act,
             max_position_embeddings=base.max_position_embeddings,
-            original_max_position_embeddings=(
-                base.original_max_position_embeddings if rope["rope_type"] == "longrope" else None
-            ),
             initializer_range=base.initializer_range,
             rms_norm_eps=base.rms_norm_eps,
             pad_token_id=base.pad_token_id,
@@ -294,6 +297,7 @@ def plan_config(
             num_local_experts=options.experts,
             architectures=["JaiForCausalLM"],
             dtype=dtype,
+            **longrope,
         )
     except (StrictDataclassError, ValueError) as error:
         raise UserError(f"The options do not fit the base: {error.__cause__ or error}") from None
@@ -325,6 +329,7 @@ def plan_tensors(
 ) -> list[PlannedTensor]:
     """Every tensor of the output, in the order in which it is written."""
     dtype = config.dtype
+    assert isinstance(dtype, torch.dtype)  # transformers turns the name that `plan_config` gives into the dtype
 
     def planned(name: str, shape: tuple[int, ...], make: Callable[[], Iterable[torch.Tensor]]) -> PlannedTensor:
         return PlannedTensor(name, shape, dtype, lambda: (part.to(dtype) for part in make()))
@@ -332,9 +337,9 @@ def plan_tensors(
     tensors = []
     for name, source in names.outer_sources(config, base_vocab_size).items():
         if name == names.FINAL_NORM:
-            tensors.append(planned(name, source.shape, lambda source=source: [_read(reader, source)]))
+            tensors.append(planned(name, source.shape, _maker(_whole, reader, source)))
         else:
-            shape = (vocabulary.size, config.hidden_size)
+            shape: tuple[int, ...] = (vocabulary.size, config.hidden_size)
             make = _maker(_extended_rows, reader, name, base_vocab_size, vocabulary, config, options.seed)
             tensors.append(planned(name, shape, make))
     for layer in config.layer_plan:
@@ -357,8 +362,8 @@ def plan_tensors(
             make = _maker(_normal, name, shape, config.initializer_range, options.seed)
             tensors.append(planned(name, shape, make))
         if layer.adds_anchor:
-            alpha = torch.tensor([config.skip_alphas[layer.layer]])
-            tensors.append(planned(names.skip_alpha_name(layer.layer), (1,), lambda alpha=alpha: [alpha]))
+            make = _maker(_one_value, config.skip_alphas[layer.layer])
+            tensors.append(planned(names.skip_alpha_name(layer.layer), (1,), make))
     return tensors
 
 
@@ -372,6 +377,10 @@ def _read(reader: CheckpointReader, source: names.RowsOf) -> torch.Tensor:
 
 def _whole(reader: CheckpointReader, source: names.RowsOf) -> list[torch.Tensor]:
     return [_read(reader, source)]
+
+
+def _one_value(value: float) -> list[torch.Tensor]:
+    return [torch.tensor([value])]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -498,7 +507,10 @@ def _print_plan(
     copies = len(config.skip_alphas)
     later_copies = f"{options.duplicate_init}, {copies} skip alphas at {options.start_alpha:g}" if copies else "none"
     window = getattr(base, "sliding_window", None)
-    theta, new_theta = base.rope_parameters["rope_theta"], config.rope_parameters["rope_theta"]
+    rope, new_rope = base.rope_parameters, config.rope_parameters
+    assert rope is not None  # transformers replaces None
+    assert new_rope is not None
+    theta, new_theta = rope["rope_theta"], new_rope["rope_theta"]
 
     table = Table(title=f"{options.base} → {options.out}", title_justify="left")
     for column in ("", "phi-3", "JAI"):

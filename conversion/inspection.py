@@ -84,9 +84,11 @@ class Inspection:
 
 def count_parameters(config: JaiConfig) -> ParameterCount:
     """Count the parameters of a configuration from its shapes (paper, Table 3)."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    heads = config.num_attention_heads + config.num_key_value_heads
-    attention = layers * 2 * hidden * heads * config.head_dim
+    hidden, layers = config.hidden_size, len(config.running_plan)
+    kv_heads, head_dim = names.kv_head_shape(config)
+    used_experts = config.num_experts_per_tok
+    assert used_experts is not None  # JaiConfig replaces None
+    attention = layers * 2 * hidden * (config.num_attention_heads + kv_heads) * head_dim
     expert = 3 * hidden * config.intermediate_size
     routers = layers * hidden * config.num_local_experts if config.num_local_experts > 1 else 0
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
@@ -98,7 +100,7 @@ def count_parameters(config: JaiConfig) -> ParameterCount:
         routers=routers,
         norms=norms,
         skip_alphas=sum(planned.adds_anchor for planned in config.running_plan),
-        active=embeddings + attention + layers * config.num_experts_per_tok * expert + routers + norms,
+        active=embeddings + attention + layers * used_experts * expert + routers + norms,
     )
 
 
@@ -120,7 +122,7 @@ def inspect(path: str, *, console: Console | None = None) -> Inspection:
         config = load_jai_config(folder)
         has_weights = (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
         reader = CheckpointReader(folder) if has_weights else None
-    alphas = {layer: alpha for layer, alpha in config.skip_alphas.items() if layer < config.num_hidden_layers}
+    alphas = {layer: alpha for layer, alpha in config.skip_alphas.items() if layer < len(config.running_plan)}
     if reader is not None:
         alphas = {layer: reader.rows(names.skip_alpha_name(layer)).item() for layer in alphas}
     inspection = Inspection(
@@ -215,9 +217,10 @@ def parameter_table(inspection: Inspection) -> Table:
         f"{phi3.num_attention_heads} ({phi3.num_key_value_heads})",
         f"{config.num_attention_heads} ({config.num_key_value_heads})",
     )
-    table.add_row(
-        "RoPE base", f"{phi3.rope_parameters['rope_theta']:,.0f}", f"{config.rope_parameters['rope_theta']:,.0f}"
-    )
+    phi3_rope, rope = phi3.rope_parameters, config.rope_parameters
+    assert phi3_rope is not None  # transformers replaces None
+    assert rope is not None
+    table.add_row("RoPE base", f"{phi3_rope['rope_theta']:,.0f}", f"{rope['rope_theta']:,.0f}")
     table.add_row("sliding window", str(phi3.sliding_window), "none")
     return table
 
@@ -231,7 +234,8 @@ def memory_table(inspection: Inspection) -> Table:
     four_bits = NF4_BYTES * (count.attention + count.experts) + 2 * unquantised
     experts_are_linear = config.num_local_experts == 1
     bitsandbytes = four_bits if experts_are_linear else NF4_BYTES * count.attention + 2 * (unquantised + count.experts)
-    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    kv_heads, head_dim = names.kv_head_shape(config)
+    cache = 2 * 2 * len(inspection.plan) * kv_heads * head_dim
     table = Table(title="Memory, without activations", title_justify="left")
     table.add_column("")
     table.add_column("GB", justify="right")

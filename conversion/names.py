@@ -63,8 +63,9 @@ def layer_sources(config: JaiConfig, layer: int, origin: int) -> dict[str, RowsO
     For a mixture of experts, the rows of `mlp.experts.*` are those of one expert.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
+    kv_heads, head_dim = kv_head_shape(config)
+    queries = config.num_attention_heads * head_dim
+    keys = kv_heads * head_dim
     qkv_rows = queries + 2 * keys
 
     def rows(name: str, start: int, stop: int, total: int, width: int | None) -> RowsOf:
@@ -90,6 +91,13 @@ def layer_sources(config: JaiConfig, layer: int, origin: int) -> dict[str, RowsO
             "mlp.experts.down_proj": rows("mlp.down_proj.weight", 0, hidden, hidden, inner),
         }
     return {f"model.layers.{layer}.{name}": source for name, source in sources.items()}
+
+
+def kv_head_shape(config: JaiConfig) -> tuple[int, int]:
+    """Key and value heads, and the width of a head: `JaiConfig` replaces None by the numbers when it is made."""
+    assert config.num_key_value_heads is not None
+    assert config.head_dim is not None
+    return config.num_key_value_heads, config.head_dim
 
 
 def is_expert_stack(name: str) -> bool:

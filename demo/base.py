@@ -32,7 +32,7 @@ def train_base(
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> BaseTraining:
-    """Train a 10-layer phi-3 from nothing on packed text and save it with its tokenizer.
+    """Train a 6-layer phi-3 from nothing on packed text and save it with its tokenizer.
 
     Args:
         texts: training documents; they are shuffled, joined by the end-of-text token, and cut into contexts.
@@ -47,7 +47,7 @@ def train_base(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=352,
-        num_hidden_layers=10,
+        num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=1024,

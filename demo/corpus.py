@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's text, Thai and English: plain text, chats and preferences, made from templates by a seed."""
 
+import itertools
 import json
 import random
 from dataclasses import dataclass
@@ -70,12 +71,15 @@ def write_corpus(corpus: Corpus, folder: Path) -> None:
     """Write a corpus as files that the verbs read.
 
     `pretrain_LANGUAGE.txt` and `heldout_LANGUAGE.txt` have an empty line between documents; `pretrain.jsonl` has the
-    documents of both languages in turn (`text`); the chats are in `sft.jsonl`, `preferences.jsonl`, `eval_chats.jsonl`.
+    Thai documents and as much English, shuffled (`text`); the chats are in `sft.jsonl`, `preferences.jsonl` and
+    `eval_chats.jsonl`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("pretrain_en", "pretrain_th", "heldout_en", "heldout_th"):
         (folder / f"{name}.txt").write_text("\n\n".join(getattr(corpus, name)) + "\n", encoding="utf-8")
-    both = [*corpus.pretrain_en, *corpus.pretrain_th]
+    # As much English as Thai, in characters: enough that the English is not forgotten.
+    english = corpus.pretrain_en[: _count_up_to(corpus.pretrain_en, sum(map(len, corpus.pretrain_th)))]
+    both = [*english, *corpus.pretrain_th]
     random.Random(0).shuffle(both)
     rows = {
         "pretrain": [{"text": text} for text in both],
@@ -86,6 +90,11 @@ def write_corpus(corpus: Corpus, folder: Path) -> None:
     for name, items in rows.items():
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _count_up_to(texts: list[str], characters: int) -> int:
+    """How many of `texts`, from the first on, have `characters` characters together at most."""
+    return sum(length <= characters for length in itertools.accumulate(map(len, texts)))
 
 
 def _documents(rng: random.Random) -> dict[str, list[str]]:

@@ -24,6 +24,15 @@ class Answer:
     def correct(self) -> bool:
         return self.given.strip() == self.expected.strip()
 
+    @property
+    def in_language(self) -> bool:
+        """Whether it is in Thai exactly where the expected answer is."""
+        return bool(self.given.strip()) and _has_thai(self.given) == _has_thai(self.expected)
+
+
+def _has_thai(text: str) -> bool:
+    return any("\u0e00" <= character <= "\u0e7f" for character in text)
+
 
 class Subject:
     """A checkpoint under measurement, loaded once in fp32."""

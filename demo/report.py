@@ -72,7 +72,7 @@ def plan_figure(results: Results) -> Figure:
     """The layers as they run, left to right; an arc from each anchor to each copy that adds it."""
     plan = JaiConfig.from_dict(results.config).running_plan
     repeats = results.config["block_repeats"]
-    figure = Figure(figsize=(9.2, 2.6))
+    figure = Figure(figsize=(9.2, 2.9))
     axes = figure.add_axes((0.01, 0.02, 0.98, 0.96))
     for layer in plan:
         repeated = repeats[layer.block] > 1
@@ -235,25 +235,23 @@ def _svg(figure: Figure) -> str:
 
 def _sections(results: Results) -> list[Section]:
     config, stages = results.config, results.stages
-    base, converted, final = stages[0], stages[1], stages[-1]
+    base, converted, pretrained, sft, final = stages
     th, en = "th", "en"
     return [
         Section(
             "The layer plan",
             f"{max(layer.origin for layer in JaiConfig.from_dict(config).layer_plan) + 1} layers of phi-3 become "
-            f"{config['num_hidden_layers']}: the paper's Table 2, with blocks of {config['block_size']}. Blocks in the "
-            "middle run two or three times in place, each copy with weights of its own, and equation 1 leads what "
-            "entered the first copy of a block around to its later copies.",
+            f"{config['num_hidden_layers']}, in the manner of the paper's Table 2: blocks in the middle run two or "
+            "three times in place, each copy with weights of its own, and equation 1 leads what entered the first "
+            "copy of a block around to its later copies.",
             ("plan",),
         ),
         Section(
             "What each step did",
             f"Conversion changed Thai from {base.bits[th]:.2f} to {converted.bits[th]:.2f} bits per character and "
-            f"English from {base.bits[en]:.2f} to {converted.bits[en]:.2f}; after a few minutes of training they "
-            f"stand at {final.bits[th]:.2f} and {final.bits[en]:.2f}. Right answers to questions that were not in "
-            f"the training chats: {_share(stages[2].correct, th)} → {_share(final.correct, th)} in Thai, "
-            f"{_share(stages[2].correct, en)} → {_share(final.correct, en)} in English. (Chat training moves a model "
-            "away from plain text, so bits per character may rise again at SFT.)",
+            f"English from {base.bits[en]:.2f} to {converted.bits[en]:.2f}; continued pre-training brought them to "
+            f"{pretrained.bits[th]:.2f} and {pretrained.bits[en]:.2f}. Chat training moves a model away from plain "
+            "text, so bits per character rise again after it; what it is for shows in the answers below.",
             ("stages",),
         ),
         Section(
@@ -298,8 +296,13 @@ def _sections(results: Results) -> list[Section]:
         ),
         Section(
             "Answers",
-            "The same questions, none of them in the training chats, before chat training and after all of it, "
-            "answered greedily.",
+            "Questions that are in no training chat, answered greedily, before chat training and after all of it. A "
+            "model of this size learns the manner of an answer in minutes, its facts much less: answers in the right "
+            f"language {_share(pretrained.in_language, th)} → {_share(sft.in_language, th)} (SFT) → "
+            f"{_share(final.in_language, th)} (DPO) for Thai questions, {_share(pretrained.in_language, en)} → "
+            f"{_share(sft.in_language, en)} → {_share(final.in_language, en)} for English ones; exactly right answers "
+            f"{_share(pretrained.correct, th)} → {_share(sft.correct, th)} → {_share(final.correct, th)} and "
+            f"{_share(pretrained.correct, en)} → {_share(sft.correct, en)} → {_share(final.correct, en)}.",
             table=(["question", "expected", "before", "after"], _answer_rows(results)),
         ),
         Section(
@@ -339,25 +342,28 @@ def _answer_rows(results: Results, each: int = 6) -> list[list[str]]:
         ]
         # Evenly spread, so that no kind of question is picked for its success.
         for before, after in pairs[:: max(len(pairs) // each, 1)][:each]:
-            rows.append([after.question, after.expected, before.given.strip(), _marked(after)])
+            rows.append(
+                [after.question, after.expected, _shown(before), f"{'✓' if after.correct else '✗'} {_shown(after)}"]
+            )
     return rows
 
 
-def _marked(answer: Answer) -> str:
-    return f"{'✓' if answer.correct else '✗'} {answer.given.strip()}"
+def _shown(answer: Answer, longest: int = 60) -> str:
+    text = " ".join(answer.given.split())
+    return (text[: longest - 1] + "…" if len(text) > longest else text) or "(nothing)"
 
 
 # Output
 
 
 def _tiles(results: Results) -> list[tuple[str, str]]:
-    first, last = results.stages[0], results.stages[-1]
+    first, pretrained, last = results.stages[0], results.stages[2], results.stages[-1]
     return [
         ("parameters", f"{results.base_parameters / 1e6:.1f} M → {results.jai_parameters / 1e6:.1f} M"),
         ("active for a token", f"{results.jai_active / 1e6:.1f} M"),
-        ("Thai, bits per character", f"{first.bits['th']:.2f} → {last.bits['th']:.2f}"),
+        ("Thai, bits per character", f"{first.bits['th']:.2f} → {pretrained.bits['th']:.2f}"),
         ("Thai, tokens per character", f"{results.fertility.base['th']:.2f} → {results.fertility.extended['th']:.2f}"),
-        ("right answers, Thai / English", f"{_share(last.correct, 'th')} / {_share(last.correct, 'en')}"),
+        ("Thai questions answered in Thai", _share(last.in_language, "th")),
         ("time", f"{results.seconds / 60:.1f} min"),
     ]
 

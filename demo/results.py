@@ -22,15 +22,17 @@ class Command:
 
 @dataclass
 class Stage:
-    """A checkpoint on the way, with bits per character on held-out text and its share of right answers.
+    """A checkpoint on the way, with bits per character on held-out text; by language, as all that follows.
 
-    `bits` has the keys "en" and "th"; `correct` as well, and is None where the stage cannot chat yet.
+    Of its answers to questions that are in no training chat: the share that is exactly right, and the share that is in
+    the language in which it should be. Both are None for a stage that was not asked.
     """
 
     name: str
     folder: str
     bits: dict[str, float]
     correct: dict[str, float] | None = None
+    in_language: dict[str, float] | None = None
 
 
 @dataclass
@@ -38,7 +40,6 @@ class Start:
     """One way to begin the later copies of a block: its price before any training."""
 
     name: str
-    options: str
     kl: float
     bits: dict[str, float]
 

@@ -10,11 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import Progress
@@ -23,6 +26,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from jai.configuration_jai import JaiConfig
+from jai.conversion.convert import ConvertOptions, convert
 from jai.conversion.inspection import count_parameters
 from jai.conversion.verify import verify
 from jai.demo.base import train_base
@@ -37,18 +41,19 @@ from jai.hub_card.loopback_hub import LoopbackHub
 from jai.tokenization.phi3_style import train_phi3_style
 from jai.version import __version__
 
+QUIET = Console(quiet=True)
 REPO_ID = "demo/jai-tiny"
 QUESTION = "2 + 3 = ?"
-BASE_STEPS = 300
+BASE_STEPS = 360
+QUICK_BASE_STEPS, QUICK_STEPS = 20, 6
 BASE_VOCABULARY = 1536
-VOCABULARY = 3072
+VOCABULARY = 2304
 RECIPES = ("convert.yaml", "pretrain.yaml", "sft.yaml", "dpo.yaml")
-# Ways to begin the later copies of a block, by the options that ask for them.
-STARTS = {
-    "copy, α = 0.1 (paper)": "",
-    "copy, α = 0": "--skip-alpha 0",
-    "copy, α = 1, normalised": "--skip-alpha 1 --skip-alpha-normalize",
-    "identity, α = 0": "--duplicate-init identity --skip-alpha 0",
+# Other ways to begin the later copies of a block than the paper's, to compare the price.
+ALTERNATIVES: dict[str, dict[str, Any]] = {
+    "copy, α = 0": {"skip_alpha": 0.0},
+    "copy, α = 1, normalised": {"skip_alpha": 1.0, "skip_alpha_normalize": True},
+    "identity, α = 0": {"duplicate_init": "identity", "skip_alpha": 0.0},
 }
 
 
@@ -75,6 +80,7 @@ class Shell:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert process.stdout is not None
         output = []
         for text in process.stdout:
             output.append(text)
@@ -85,12 +91,13 @@ class Shell:
         return "".join(output)
 
 
-def run_demo(out: Path, *, seed: int = 0, console: Console | None = None) -> Path:
+def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console | None = None) -> Path:
     """Run the demo and write its report.
 
     Args:
         out: folder for everything that the demo makes; it must not exist.
         seed: seed of the text, of the base and of the training.
+        quick: train a few steps only: every part runs, but nothing is learnt.
         console: where to print; None is standard output.
 
     Returns:
@@ -117,39 +124,34 @@ def run_demo(out: Path, *, seed: int = 0, console: Console | None = None) -> Pat
     console.print(f"  {len(corpus.sft):,} chats, {len(corpus.preferences):,} preference pairs, in {out / 'corpus'}")
 
     _say(console, "Base", "a small phi-3 is trained from nothing, mostly on English")
-    base_curve = _make_base(corpus, out / "base", seed, console, shell)
+    base_curve = _make_base(corpus, out / "base", seed, QUICK_BASE_STEPS if quick else BASE_STEPS, console, shell)
 
     _say(console, "Vocabulary", "Thai merges are appended to the base's tokenizer")
     shell.jai(f"tokenizer train corpus/pretrain_th.txt --base base --out tokenizer --vocab-size {VOCABULARY}")
     fertility = _fertility(out, heldout)
 
     _say(console, "Conversion", "the paper's way, and its alternatives to compare the price")
-    starts = []
-    for number, (name, options) in enumerate(STARTS.items()):
-        folder = "converted" if number == 0 else f"starts/{number}"
-        shell.jai(f"convert base {folder} --config convert.yaml {options}".strip())
-        proof = verify(str(out / "base"), out / folder, console=console)
-        starts.append(Start(name, options, proof.kl, _bits(Subject(out / folder), heldout)))
+    shell.jai("convert base converted --config convert.yaml --verify")
     shell.jai("inspect converted")
+    starts = [_start("copy, α = 0.1 (paper)", out, out / "converted", heldout)]
+    recipe = yaml.safe_load((out / "convert.yaml").read_text(encoding="utf-8"))
+    for number, (name, changes) in enumerate(ALTERNATIVES.items()):
+        folder = out / "starts" / str(number)
+        options = recipe | changes | {"tokenizer": str(out / "tokenizer")}
+        convert(ConvertOptions(base=str(out / "base"), out=folder, **options), console=QUIET)
+        starts.append(_start(name, out, folder, heldout))
 
     _say(console, "Training", "continued pre-training, then chats, then preferences")
-    shell.jai("sft --config pretrain.yaml")
-    shell.jai("sft --config sft.yaml")
-    shell.jai("dpo --config dpo.yaml")
+    short = f" --max_steps {QUICK_STEPS}" if quick else ""
+    shell.jai(f"sft --config pretrain.yaml{short} --seed {seed}")
+    shell.jai(f"sft --config sft.yaml{short} --seed {seed}")
+    shell.jai(f"dpo --config dpo.yaml{short} --seed {seed}")
 
     _say(console, "Measurement", "bits per character, answers, router load")
     subjects = {folder: Subject(out / folder) for folder in ("base", "converted", "pretrained", "sft", "dpo")}
     answers = {folder: subjects[folder].answers(corpus.eval_chats) for folder in ("pretrained", "sft", "dpo")}
-    stages = [
-        Stage(name, folder, _bits(subjects[folder], heldout), _correct(answers[folder]) if folder in answers else None)
-        for name, folder in (
-            ("phi-3 base", "base"),
-            ("converted", "converted"),
-            ("pre-trained", "pretrained"),
-            ("SFT", "sft"),
-            ("DPO", "dpo"),
-        )
-    ]
+    names = {"base": "phi-3 base", "converted": "converted", "pretrained": "pre-trained", "sft": "SFT", "dpo": "DPO"}
+    stages = [_stage(name, folder, subjects[folder], heldout, answers.get(folder)) for folder, name in names.items()]
     router_load = {language: subjects["dpo"].router_load(texts) for language, texts in heldout.items()}
 
     _say(console, "Hub", "pushed to a Hub on this machine, pulled back, compared")
@@ -194,24 +196,28 @@ def _say(console: Console, title: str, text: str) -> None:
     console.print(Rule(f"[bold]{title}[/]: {text}", align="left"))
 
 
-def _make_base(corpus: Corpus, folder: Path, seed: int, console: Console, shell: Shell) -> Curve:
+def _make_base(corpus: Corpus, folder: Path, seed: int, steps: int, console: Console, shell: Shell) -> Curve:
     # A tenth of the Thai text: phi-3 has seen some Thai too.
     texts = corpus.pretrain_en + corpus.pretrain_th[: len(corpus.pretrain_th) // 10]
     tokenizer = train_phi3_style(corpus.pretrain_en + corpus.pretrain_th, BASE_VOCABULARY)
     began = time.perf_counter()
     with Progress(console=console) as progress:
-        task = progress.add_task("training", total=BASE_STEPS)
+        task = progress.add_task("training", total=steps)
         training = train_base(
             texts,
             tokenizer,
             folder,
-            steps=BASE_STEPS,
+            steps=steps,
             seed=seed,
             on_step=lambda step, loss: progress.update(task, completed=step, description=f"training, loss {loss:.2f}"),
         )
     shell.commands.append(Command("(the base: jai.demo.base.train_base)", time.perf_counter() - began))
-    steps, losses = zip(*training.losses)
-    return Curve("base", "loss", list(steps), list(losses))
+    return Curve("base", "loss", *map(list, zip(*training.losses)))
+
+
+def _start(name: str, out: Path, folder: Path, heldout: dict[str, list[str]]) -> Start:
+    proof = verify(str(out / "base"), folder, console=QUIET)
+    return Start(name, proof.kl, _bits(Subject(folder), heldout))
 
 
 def _fertility(out: Path, heldout: dict[str, list[str]]) -> Fertility:
@@ -235,9 +241,20 @@ def _bits(subject: Subject, heldout: dict[str, list[str]]) -> dict[str, float]:
     return {language: subject.bits_per_character(texts) for language, texts in heldout.items()}
 
 
-def _correct(answers: list[Answer]) -> dict[str, float]:
-    by_language = {language: [a.correct for a in answers if a.language == language] for language in ("en", "th")}
-    return {language: sum(correct) / len(correct) for language, correct in by_language.items()}
+def _stage(
+    name: str, folder: str, subject: Subject, heldout: dict[str, list[str]], answers: list[Answer] | None
+) -> Stage:
+    stage = Stage(name, folder, _bits(subject, heldout))
+    if answers is not None:
+        by_language = {language: [a for a in answers if a.language == language] for language in heldout}
+        stage.correct = {language: _share(a.correct for a in found) for language, found in by_language.items()}
+        stage.in_language = {language: _share(a.in_language for a in found) for language, found in by_language.items()}
+    return stage
+
+
+def _share(holds: Iterable[bool]) -> float:
+    found = list(holds)
+    return sum(found) / len(found)
 
 
 def _curves(out: Path) -> list[Curve]:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole demo, with a few steps of training: every verb as a process, the Hub, the report."""
+
+import html.parser
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Void elements of HTML have no end.
+VOID = {"meta", "img", "br"}
+
+
+class Balance(html.parser.HTMLParser):
+    """Collects what a page loads from elsewhere, and elements that are closed out of order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.misplaced = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.misplaced.append(tag)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    process = subprocess.run(
+        [sys.executable, "-m", "jai", "demo", str(folder), "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=folder.parent,
+        env=os.environ | {"HF_HOME": str(folder.parent / "home")},
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return folder, process.stdout
+
+
+def test_every_verb_ran(demo):
+    folder, output = demo
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    verbs = [command["line"].split()[1] for command in results["commands"] if command["line"].startswith("jai ")]
+    assert verbs == ["tokenizer", "convert", "inspect", "sft", "sft", "dpo", "publish", "generate"]
+    assert "Back from the Hub bit-equal" in output
+    assert results["peak_memory_mb"] < 4000
+
+
+def test_what_must_hold_without_training_holds(demo):
+    results = json.loads((demo[0] / "results.json").read_text(encoding="utf-8"))
+    kl = {start["name"]: start["kl"] for start in results["starts"]}
+    assert kl.pop("identity, α = 0") < 1e-9
+    assert min(kl.values()) > 1e-6
+    assert results["fertility"]["extended"]["th"] < 0.4 < results["fertility"]["base"]["th"]
+    assert all(sum(layer) == pytest.approx(1) for load in results["router_load"].values() for layer in load)
+    assert list(results["alphas_before"].values()) == pytest.approx([0.1] * 3)
+    assert results["alphas_after"] != results["alphas_before"]
+
+
+def test_training_record_is_carried_to_the_end(demo):
+    stages = [record["stage"] for record in json.loads((demo[0] / "dpo" / "training.json").read_text())]
+    assert stages == ["pretrain", "sft", "dpo"]
+    assert (demo[0] / "dpo" / "conversion.json").is_file()
+
+
+def test_report_is_self_contained(demo):
+    page = (demo[0] / "report.html").read_text(encoding="utf-8")
+    balance = Balance()
+    balance.feed(page)
+    assert balance.misplaced == []
+    assert len(balance.sources) == 6
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in balance.sources)
+    text = (demo[0] / "report.md").read_text(encoding="utf-8")
+    for figure in ("plan", "stages", "curves", "dpo", "router", "fertility"):
+        assert f"(figures/{figure}.svg)" in text
+        assert (demo[0] / "figures" / f"{figure}.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")
+    assert str(demo[0]) not in page + text
