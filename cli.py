@@ -278,7 +278,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    known = {field.name for field in dataclasses.fields(ConvertOptions)}
+    known = {field.name for field in dataclasses.fields(ConvertOptions)} - {"base", "out"}
     if not isinstance(values, dict) or values.keys() - known:
         unknown = sorted(values.keys() - known) if isinstance(values, dict) else [str(values)]
         raise UserError(f"{path} has unknown options: {', '.join(unknown)}. Known are: {', '.join(sorted(known))}.")

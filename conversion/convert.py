@@ -188,7 +188,12 @@ def load_phi3_config(folder: Path) -> Phi3Config:
         )
     if raw.get("quantization_config"):
         raise UserError(f"{folder} is quantised. Convert the unquantised checkpoint, and quantise the result.")
-    return Phi3Config.from_dict(raw)
+    try:
+        return Phi3Config.from_dict(raw)
+    except (StrictDataclassError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is not valid: {type(error).__name__}: {error.__cause__ or error}. Fetch the base's own."
+        ) from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from jai.generate import stop_ids
 
@@ -39,7 +39,7 @@ class Subject:
 
     def __init__(self, folder: Path):
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def bits_per_character(self, texts: list[str]) -> float:
@@ -84,6 +84,7 @@ class Subject:
             return_tensors="pt",
             return_dict=True,
         )
+        assert isinstance(inputs, BatchEncoding)  # as return_dict asks
         outputs = self.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

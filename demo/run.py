@@ -157,7 +157,8 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
     _say(console, "Hub", "pushed to a Hub on this machine, pulled back, compared")
     checks = _round_trip(out, shell)
 
-    config: JaiConfig = subjects["dpo"].model.config
+    config = subjects["dpo"].model.config
+    assert isinstance(config, JaiConfig)
     count = count_parameters(config)
     results = Results(
         seed=seed,
@@ -294,6 +295,7 @@ def _round_trip(out: Path, shell: Shell) -> dict[str, str]:
         shell.jai(
             f'generate {REPO_ID} "2 + 3 = ?" --temperature 0 --max-new-tokens 20 --trust-remote-code', environment
         )
+    assert after.logits_sha256 is not None
     shutil.rmtree(out / "hub")
     return {
         "Loads in a clean process": f"{after.parameters:,} parameters through trust_remote_code, jai not importable",

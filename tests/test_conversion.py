@@ -286,9 +286,14 @@ def break_quantised(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes"})
 
 
+def break_rope(folder: Path) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0]})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (break_rope, "is not valid"),
         (break_model_type, "LlamaForCausalLM of type 'llama'"),
         (break_config, "has no config.json"),
         (break_weights, "truncated or damaged"),
