@@ -343,6 +343,8 @@ class JaiModel(JaiPreTrainedModel):
         self.layers = nn.ModuleList(JaiDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = JaiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = JaiRotaryEmbedding(config)
+        # (layer whose input is the anchor, layer that adds it) of every skip connection
+        self.skips = [(p.layer - p.copy * config.block_size, p.layer) for p in config.running_plan if p.adds_anchor]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -448,17 +450,12 @@ class JaiModel(JaiPreTrainedModel):
 
     def _refuse_cut_skips(self):
         """A pipeline stage gets `hidden_states` from the stage before and no anchor, so it would compute wrongly."""
-        running = self.config.running_plan
-        for planned in running:
-            if not planned.adds_anchor:
-                continue
-            anchor_layer = planned.layer - planned.copy * self.config.block_size
-            if hasattr(self.layers[anchor_layer], "self_attn") != hasattr(self.layers[planned.layer], "self_attn"):
-                starts = [p.layer for p in running if p.takes_anchor]
+        for anchor_layer, layer in self.skips:
+            if hasattr(self.layers[anchor_layer], "self_attn") != hasattr(self.layers[layer], "self_attn"):
+                starts = [planned.layer for planned in self.config.running_plan if planned.takes_anchor]
                 raise ValueError(
-                    f"The pipeline is cut between layers {anchor_layer} and {planned.layer}, which a skip connection "
-                    f"joins (block {planned.block}, copy {planned.copy}). Cut it only before one of the layers "
-                    f"{starts}, or use tensor or expert parallelism."
+                    f"The pipeline is cut between layers {anchor_layer} and {layer}, which a skip connection joins. "
+                    f"Cut it only before one of the layers {starts}, or use tensor or expert parallelism."
                 )
 
     def _refuse_lost_auxiliary_loss(self):
@@ -546,7 +543,7 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
         aux_loss = None
         if output_router_logits and self.config.num_local_experts > 1:
             mask_BS = None
-            if attention_mask is not None and attention_mask.ndim == 2:
+            if attention_mask is not None and len(attention_mask.shape) == 2:
                 mask_BS = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # less what a cache holds
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, self.config.num_local_experts, self.config.num_experts_per_tok, mask_BS

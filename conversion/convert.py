@@ -521,7 +521,8 @@ def _print_plan(
     for column in ("", "phi-3", "JAI"):
         table.add_column(column)
     table.add_row("layers", str(base.num_hidden_layers), str(len(config.layer_plan)))
-    table.add_row("blocks", "", f"{config.block_size} layers each, run {runs} times")
+    block = "1 layer" if config.block_size == 1 else f"{config.block_size} layers"
+    table.add_row("blocks", "", f"{block} each, run {runs} times")
     table.add_row("later copies", "", later_copies)
     table.add_row("experts", "1", f"{config.num_local_experts}, {config.num_experts_per_tok} for a token")
     table.add_row("vocabulary", f"{base.vocab_size:,}", f"{config.vocab_size:,}")

@@ -76,7 +76,7 @@ class Shell:
         process = subprocess.Popen(
             [Path(sys.executable).with_name("jai"), *shlex.split(line)],
             cwd=self.folder,
-            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", **(environment or {})},
+            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", **(environment or {})},
             stdout=subprocess.PIPE,
             text=True,
         )
