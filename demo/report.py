@@ -213,7 +213,8 @@ CAPTIONS = {
     "curves": "Training loss, in nats a token (SFT: of the assistant's turns only).",
     "dpo": "Preference training.",
     "router": "Router load by layer, after all training.",
-    "fertility": "Fewer tokens per character mean longer contexts and faster generation.",
+    "fertility": "Fewer tokens per character mean longer contexts and faster generation. The English text holds a few "
+    "Thai words.",
 }
 
 
@@ -271,7 +272,7 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "Router load",
             "All experts begin as copies of the base's MLP, so the routers' first choices are arbitrary and mean "
-            "nothing yet; training and the load-balancing loss then pull them apart.",
+            "nothing yet; training and the load-balancing loss then set them right.",
             ("router",),
         ),
         Section(
@@ -291,8 +292,8 @@ def _sections(results: Results) -> list[Section]:
             f"{results.fertility.extended[th]:.2f} in the JAI; text without Thai keeps its ids exactly. One sentence, "
             "cut by both:",
             ("fertility",),
-            code=f"base      {_pieces(results.fertility.base_pieces)}\n"
-            f"extended  {_pieces(results.fertility.extended_pieces)}",
+            code=f"base\n{_pieces(results.fertility.base_pieces)}\n\n"
+            f"extended\n{_pieces(results.fertility.extended_pieces)}",
         ),
         Section(
             "Answers",

@@ -377,6 +377,8 @@ def test_interrupt_leaves_nothing(tmp_path, tiny_phi3):
         text=True,
         cwd=tmp_path,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        # A shell's background jobs ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (partial := list(tmp_path.glob("out/.jai.partial-*/model*.safetensors"))):
