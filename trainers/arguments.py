@@ -3,7 +3,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -83,7 +83,7 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
     parser.set_defaults(lora_dropout=0.0)
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)
-    known = {action.dest for action in parser._actions} | {"env"}
+    known = {option.name for dataclass_type in dataclass_types for option in fields(dataclass_type)} | {"env"}
     config, overrides = _read_config(argv)
     _refuse_unknown(sorted(set(config) - known), known, "The configuration file", prog)
     _refuse_unknown(parser.parse_known_args(overrides)[1], known, "The command line", prog)
