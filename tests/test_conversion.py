@@ -98,7 +98,8 @@ def test_longrope_keeps_both_factors(tmp_path, tiny_phi3):
         torch.testing.assert_close(jai(ids).logits, phi3(ids).logits, atol=1e-4, rtol=1e-4)
     ids = torch.randint(3, 99, (1, 28), generator=torch.Generator().manual_seed(1))
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    assert torch.equal(jai.generate(ids, **settings), phi3.generate(ids, **settings))
+    # Phi-3 without a cache: with one, transformers 5.17's computes only the last token again, and goes wrong.
+    assert torch.equal(jai.generate(ids, **settings), phi3.generate(ids, **settings, use_cache=False))
 
 
 def test_papers_way_changes_the_function_and_says_so(tmp_path, base, capsys):
