@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -90,6 +90,22 @@ class ConvertOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = 0
     max_shard_size: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        """Refuse what a YAML may hold and the function would misread.
+
+        Raises:
+            UserError: for a value that is none of its option's.
+        """
+        for name, hint in get_type_hints(type(self)).items():
+            choices = [
+                choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)
+            ]
+            value = getattr(self, name)
+            if choices and value is not None and value not in choices:
+                raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        if not isinstance(self.block_repeats, list) or not all(type(n) is int for n in self.block_repeats):
+            raise UserError(f"block_repeats is {self.block_repeats!r}; expected a list of whole numbers, as [1, 2, 1].")
 
     @property
     def start_alpha(self) -> float:
@@ -179,7 +195,10 @@ def load_phi3_config(folder: Path) -> Phi3Config:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} has no config.json, so it is no checkpoint. Give a Phi3ForCausalLM checkpoint.")
-    raw = json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no valid JSON ({error}). Fetch the base's own.") from None
     architectures = raw.get("architectures") or []
     if raw.get("model_type") != "phi3" or any(name != "Phi3ForCausalLM" for name in architectures):
         raise UserError(
@@ -227,16 +246,6 @@ def plan_vocabulary(
         raise UserError(
             f"The tokenizer has {len(extended):,} entries, fewer than the base's {len(base):,}. Give one that extends "
             "the base's (jai tokenizer train)."
-        )
-    extended_ids = extended.get_vocab()
-    moved = [(token, id_, extended_ids.get(token)) for token, id_ in base.get_vocab().items()]
-    moved = [entry for entry in moved if entry[1] != entry[2]]
-    if moved:
-        token, old, new = min(moved, key=lambda entry: entry[1])
-        raise UserError(
-            f"The tokenizer does not extend the base's: {len(moved):,} of the base's tokens have another id, the first "
-            f"{token!r} ({old} in the base, {'missing' if new is None else new} here). Train it with `jai tokenizer "
-            "train --base BASE`."
         )
     pieces = new_token_pieces(base, extended)
     # Entries without pieces are reserved strings; the base has rows for some of them (phi-3: 32011 to 32063).

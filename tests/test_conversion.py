@@ -266,6 +266,10 @@ def break_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def break_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
 def break_weights(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -295,6 +299,7 @@ def break_rope(folder: Path) -> None:
     ("damage", "message"),
     [
         (break_rope, "is not valid"),
+        (break_json, "is no valid JSON"),
         (break_model_type, "LlamaForCausalLM of type 'llama'"),
         (break_config, "has no config.json"),
         (break_weights, "truncated or damaged"),
@@ -318,6 +323,10 @@ def test_bad_bases_are_refused(tmp_path, tiny_phi3, damage, message):
         ({"block_repeats": [1, 2]}, "--block-repeats with 3 numbers"),
         ({"block_size": 4, "block_repeats": [1]}, "a --block-size that divides 6"),
         ({"block_size": 0}, "at least 1 layer"),
+        ({"duplicate_init": "identidy"}, "expected one of copy, identity"),
+        ({"expert_init": "copies"}, "expected one of copy, noise, random"),
+        ({"dtype": "int8"}, "expected one of float32, bfloat16, float16"),
+        ({"block_repeats": "1,2,1"}, "expected a list of whole numbers"),
         ({"block_repeats": [1, 0, 1]}, "every block must run at least once"),
         ({"experts": 0}, "give 1 for a dense JAI"),
         ({"skip_alpha": -1.0, "skip_alpha_normalize": True}, "divides by zero"),
@@ -339,7 +348,7 @@ def test_bad_tokenizers_are_refused(tmp_path, base, base_with_tokenizer, tiny_to
     )
     with pytest.raises(UserError, match="fewer than the base's"):
         run(base_with_tokenizer, tmp_path / "jai", tokenizer=str(smaller))
-    with pytest.raises(UserError, match="does not extend the base's"):
+    with pytest.raises(UserError, match="does not extend its base"):
         run(base_with_tokenizer, tmp_path / "jai", tokenizer=str(other))
     with pytest.raises(UserError, match="BASE has no tokenizer files"):
         run(base, tmp_path / "jai", tokenizer=str(smaller))

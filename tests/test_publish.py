@@ -23,7 +23,7 @@ from jai import JaiForCausalLM
 from jai.errors import UserError
 from jai.hub_card import publish as publishing
 from jai.hub_card.card import model_card, written_by_hand
-from jai.hub_card.check import CheckReport, check_checkpoint, check_files
+from jai.hub_card.check import check_checkpoint, check_files
 from jai.hub_card.contents import read_contents, size_text
 from jai.hub_card.loopback_hub import LoopbackHub
 from jai.hub_card.publish import publish, upload
@@ -79,13 +79,6 @@ def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
     }
     (folder / "training.json").write_text(json.dumps([stage, {"stage": "dpo"}]))
     return folder
-
-
-@pytest.fixture
-def checked_before(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spares tests of other matters the check, which is a process of its own."""
-    report = CheckReport(read_contents(checkpoint), "AutoModelForCausalLM", 1, "float32", None, None)
-    monkeypatch.setattr(publishing, "check_checkpoint", lambda folder, forward: report)
 
 
 @pytest.fixture
@@ -426,7 +419,6 @@ print(sum(p.numel() for p in model.parameters()))
     assert int(second) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.usefixtures("checked_before")
 def test_a_new_upload_replaces_the_old_one_whole(folder, hub, api):
     first = upload(api, read_contents(folder), REPO, readme=README)
     api.upload_file(path_or_fileobj=b"picture", path_in_repo="images/mine.png", repo_id=REPO)
@@ -444,7 +436,6 @@ def test_a_new_upload_replaces_the_old_one_whole(folder, hub, api):
     assert "model.safetensors" in hub.repo(REPO).head(first).files  # the old commit is what it was
 
 
-@pytest.mark.usefixtures("checked_before")
 def test_readmes_by_hand_stay(folder, hub, api):
     quiet = Console(file=StringIO())
     options = {"token": hub.token, "endpoint": hub.endpoint, "console": quiet, "forward": False}

@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from jai.configuration_jai import AUTO_MAP
-from jai.trainers.mixin import restore_class_names
 from jai.trainers.monitor import RouterMonitor
 
 
@@ -112,7 +111,6 @@ def test_checkpoints_under_fsdp2_carry_their_code(tiny_model, tmp_path, one_gloo
     assert sum(logs[f"router/load/layer_06/expert_{expert}"] for expert in range(4)) == pytest.approx(1)
     assert {key: logs[key] for key in alphas} == alphas  # read from sharded parameters
 
-    restore_class_names(model)
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     model.save_pretrained(tmp_path / "saved", state_dict=whole)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())

@@ -4,7 +4,6 @@
 from typing import Any, cast
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from jai.trainers.monitor import ReadablePrinter, ReadableProgress, RouterMonitor
@@ -14,7 +13,7 @@ class JaiTrainerMixin(Trainer):
     """Put before a trainer class: `class MyTrainer(JaiTrainerMixin, SFTTrainer)`.
 
     Skip alphas are not weight-decayed; router statistics and alphas are in the logs (`router_statistics=False` leaves
-    them out); checkpoints written under FSDP2 carry the model's code.
+    them out).
     """
 
     def __init__(self, *args: Any, router_statistics: bool = True, **kwargs: Any):
@@ -37,15 +36,3 @@ class JaiTrainerMixin(Trainer):
         """Only for `push_to_hub`: of a local folder TRL's card says "a fine-tuned version of None"."""
         if self.args.push_to_hub:
             super().create_model_card(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        restore_class_names(cast(nn.Module, self.model))
-        super()._save(output_dir, state_dict)
-
-
-def restore_class_names(model: nn.Module) -> None:
-    """Undo FSDP2's renaming of the model's class, by which saving finds the code and writes `auto_map`."""
-    cls = type(model)
-    if issubclass(cls, FSDPModule):
-        original = next(base for base in cls.__bases__ if base is not FSDPModule)
-        cls.__module__, cls.__name__, cls.__qualname__ = original.__module__, original.__name__, original.__qualname__
