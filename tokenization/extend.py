@@ -6,20 +6,21 @@ keeps its ids, and text with it is first cut as the base would cut it, then join
 """
 
 import json
-import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 
 import regex
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from jai.errors import UserError
 from jai.tokenization.chat import with_chat_template
+from jai.tokenization.learn import Merge, choose_pieces, learn_cluster_merges, learn_merges
 from jai.tokenization.phi3_style import SPECIAL_TOKENS
+from jai.tokenization.units import SPACE, UNITS, Unit, count_runs, count_words, script_runs
 
 RESERVED_TOKEN = "<|reserved_{}|>"
-_SPACE = "▁"
 
 
 def extend_tokenizer(
@@ -28,14 +29,14 @@ def extend_tokenizer(
     vocab_size: int,
     script: str = "Thai",
     max_token_chars: int = 16,
+    unit: Unit = "run",
     first_new_id: int | None = None,
 ) -> TokenizersBackend:
     """Learn pieces of a script from text and append them to a byte-fallback BPE (paper, section 3.1.1).
 
-    Merges are learned inside runs of the script, with an optional space before the run. The characters that the base
-    lacks come first, then the merges, until the vocabulary has exactly `vocab_size` entries. The script's combining
-    marks are put in the order of NFC inside the tokenizer, so training and inference see the same; text without the
-    script is not normalised, because that would change its ids.
+    The characters that the base lacks come first, then the merges, until the vocabulary has exactly `vocab_size`
+    entries. The script's combining marks are put in the order of NFC inside the tokenizer, so training and inference
+    see the same; text without the script is not normalised, because that would change its ids.
 
     Args:
         base: tokenizer to extend; it is not changed.
@@ -43,6 +44,9 @@ def extend_tokenizer(
         vocab_size: entries of the result, `len(result)`.
         script: Unicode name of the script.
         max_token_chars: longest new piece, in characters, its leading space included.
+        unit: what merges are learned inside of. `run`: runs of the script, with the space before them. `word`: Thai
+            words, as PyThaiNLP's newmm cuts them. `cluster`: runs, but no piece begins or ends inside a character
+            cluster, such as a letter and its vowel marks.
         first_new_id: id of the first new piece, at least the base's size; ids between are reserved. By default the
             base's size rounded up to a multiple of 64, as phi-3's embeddings are (32,011 entries, 32,064 rows).
 
@@ -50,7 +54,11 @@ def extend_tokenizer(
         UserError: if the base is no byte-fallback BPE or has merges of the script, the script is unknown, or the text
             cannot fill the vocabulary.
     """
-    runs = _runs_pattern(script)
+    runs = script_runs(script)
+    if unit not in UNITS:
+        raise UserError(f"unit is {unit!r}. Give one of {', '.join(UNITS)}.")
+    if unit == "word" and script.casefold() != "thai":
+        raise UserError(f"unit word cuts Thai words only, but the script is {script}. Give run or cluster.")
     if max_token_chars < 2:
         raise UserError(f"max_token_chars is {max_token_chars}, which leaves nothing to merge. Give 2 or more.")
     _check_base(base, runs, script)
@@ -65,35 +73,28 @@ def extend_tokenizer(
             f"ids up to {base_end - 1}. Give a vocab_size above {max(first_new_id, base_end)}."
         )
 
-    # The learner counts the space and the script's characters that the base has already among its pieces.
-    known = 1 + sum(1 for piece in vocab if len(piece) == 1 and runs.match(piece))
-    characters, merges = _learn(_runs(texts, runs), vocab_size - first_new_id + known, max_token_chars)
-    if not characters - {_SPACE}:
+    run_counts = count_runs(texts, script)
+    characters = set().union(*run_counts) - {SPACE}
+    if not characters:
         raise UserError(f"The text has no character of the script {script}. Give text in {script}, or another script.")
-    new_pieces = sorted(characters - vocab.keys())
-    learned = dict.fromkeys(new_pieces)
-    kept_merges = []
-    for left, right in merges:
-        if left + right not in learned:
-            if len(learned) == vocab_size - first_new_id:
-                break
-            learned[left + right] = None
-        kept_merges.append([left, right])
-    if first_new_id + len(learned) != vocab_size:
-        fits = first_new_id + len(learned)
-        advice = f"Give a vocab_size of {fits}" + (", or more text." if fits < vocab_size else " or more.")
+    new_characters = sorted(characters - vocab.keys())
+    merges = _learn(run_counts, vocab_size - first_new_id - len(new_characters), max_token_chars, unit)
+    merged = list(dict.fromkeys(left + right for left, right in merges))
+    new_pieces = [*new_characters, *merged]
+    if first_new_id + len(new_pieces) != vocab_size:
+        fits = first_new_id + len(new_pieces)
+        advice = f"Give a vocab_size of {fits}" + (", or more text." if merges else " or more.")
         raise UserError(
             f"A vocabulary of {vocab_size} needs {vocab_size - first_new_id} new pieces from id {first_new_id} on, but "
-            f"the text gave {len(learned)} ({len(new_pieces)} characters and {len(learned) - len(new_pieces)} merges). "
-            f"{advice}"
+            f"the text gave {len(new_pieces)} ({len(new_characters)} characters and {len(merged)} merges). {advice}"
         )
 
     taken = set(vocab.values())
     vocab |= {RESERVED_TOKEN.format(i): i for i in range(first_new_id) if i not in taken}
-    vocab |= {piece: first_new_id + i for i, piece in enumerate(learned)}
+    vocab |= {piece: first_new_id + i for i, piece in enumerate(new_pieces)}
     # Special tokens included: `tokenizers` would renumber those that are not in the model's vocabulary when it loads.
     state["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda entry: entry[1]))
-    state["model"]["merges"] = [*state["model"]["merges"], *kept_merges]
+    state["model"]["merges"] = [*state["model"]["merges"], *map(list, merges)]
     state["normalizer"] = _with_mark_order(state["normalizer"], characters)
     extended = TokenizersBackend(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
@@ -140,15 +141,6 @@ def new_token_pieces(base: PreTrainedTokenizerBase, extended: PreTrainedTokenize
     return pieces
 
 
-def _runs_pattern(script: str) -> regex.Pattern:
-    try:
-        return regex.compile(rf"{_SPACE}?\p{{Script={script}}}+")
-    except regex.error as error:
-        raise UserError(
-            f"{script!r} is no script that Unicode knows. Give a name such as Thai, Lao, Khmer or Myanmar."
-        ) from error
-
-
 def _check_base(base: PreTrainedTokenizerBase, runs: regex.Pattern, script: str) -> None:
     state = json.loads(base.backend_tokenizer.to_str()) if isinstance(base, TokenizersBackend) else {}
     model = state.get("model", {})
@@ -164,23 +156,16 @@ def _check_base(base: PreTrainedTokenizerBase, runs: regex.Pattern, script: str)
         )
 
 
-def _runs(texts: Iterable[str], runs: regex.Pattern) -> Iterator[list[str]]:
-    for text in texts:
-        yield runs.findall(_SPACE + unicodedata.normalize("NFC", text).replace(" ", _SPACE))
-
-
-def _learn(runs: Iterable[list[str]], size: int, max_token_chars: int) -> tuple[set[str], list[tuple[str, str]]]:
-    """The characters in the runs, and merges in the order learned, until there are `size` pieces of both kinds."""
-    learner = Tokenizer(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=2,
-        max_token_length=max_token_chars + 1,  # its limit is exclusive
-        show_progress=sys.stderr.isatty(),
-    )
-    learner.train_from_iterator(runs, trainer)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    return {piece for piece in learner.get_vocab() if len(piece) == 1}, merges
+def _learn(run_counts: Counter[str], size: int, max_token_chars: int, unit: Unit) -> list[Merge]:
+    """Merges of `size` different pieces, or of as many as there are."""
+    # The learner counts single characters as pieces; a tenth more is learned than kept, for a choice.
+    to_learn = len(set().union(*run_counts)) + max(size, 0) * 11 // 10
+    if unit == "cluster":
+        merges = learn_cluster_merges(run_counts, to_learn, max_token_chars)
+    else:
+        counts = count_words(run_counts) if unit == "word" else run_counts
+        merges = learn_merges(counts, to_learn, max_token_chars)
+    return choose_pieces(run_counts, merges, max(size, 0))
 
 
 def _with_mark_order(normalizer: dict | None, characters: set[str]) -> dict | None:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What merges are learned inside of: runs of a script, words, or character clusters."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Literal, get_args
+
+import regex
+from pythainlp.tokenize import newmm
+
+from jai.errors import UserError
+
+Unit = Literal["run", "word", "cluster"]
+UNITS: tuple[str, ...] = get_args(Unit)
+SPACE = "▁"
+
+# A vowel that is written before its consonant, a letter, its marks, and the vowels that are written after it (Thai and
+# Lao, which have their vowels in this order; elsewhere it is a letter and its marks).
+_CLUSTER = regex.compile(
+    r"\p{Logical_Order_Exception}?[^\p{M}\p{Logical_Order_Exception}]\p{M}*[\u0e30\u0e32\u0e33\u0e45\u0eb0\u0eb2\u0eb3]*"
+)
+
+
+def script_runs(script: str) -> regex.Pattern:
+    """The pattern of a run of the script's characters, with the space before it, written `▁`, if there is one.
+
+    Raises:
+        UserError: if Unicode has no such script.
+    """
+    try:
+        return regex.compile(rf"{SPACE}?\p{{Script={script}}}+")
+    except regex.error as error:
+        raise UserError(
+            f"{script!r} is no script that Unicode knows. Give a name such as Thai, Lao, Khmer or Myanmar."
+        ) from error
+
+
+def count_runs(texts: Iterable[str], script: str) -> Counter[str]:
+    """How often each run of the script occurs in the texts, which are normalised to NFC first."""
+    runs = script_runs(script)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(runs.findall(SPACE + unicodedata.normalize("NFC", text).replace(" ", SPACE)))
+    return counts
+
+
+def clusters(run: str) -> list[str]:
+    """Cut a run into character clusters: a letter with all that cannot stand without it (Thai: TCC).
+
+    A leading space, and marks or vowels that follow nothing, stand alone.
+    """
+    return regex.findall(rf"{SPACE}|{_CLUSTER.pattern}|.", run)
+
+
+def count_words(run_counts: Counter[str]) -> Counter[str]:
+    """How often each Thai word occurs, each run cut by PyThaiNLP's newmm; a space stays with the word after it."""
+    counts: Counter[str] = Counter()
+    with ProcessPoolExecutor() as pool:
+        for words, count in zip(pool.map(_words, run_counts, chunksize=2_000), run_counts.values()):
+            for word in words:
+                counts[word] += count
+    return counts
+
+
+def _words(run: str) -> list[str]:
+    words = newmm.segment(run.removeprefix(SPACE))
+    return [SPACE + words[0], *words[1:]] if run.startswith(SPACE) else words
