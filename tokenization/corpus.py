@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to learn a tokenizer from: files, folders and Hub datasets, read once and sampled evenly by document."""
+
+import codecs
+import gzip
+import heapq
+import json
+import re
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import filesize
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from jai.errors import UserError
+from jai.files import sha256
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+WHAT_TO_GIVE = f"Give files of text ({', '.join(SUFFIXES)}), a folder of them, or a Hub dataset (owner/name)"
+
+_PIECE = 2**20  # characters: the most that is in memory of a .txt file
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{kind}": base ** (power + 1)
+    for kind, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT")
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `500MB` (1000 × 1000), `2GiB` (1024 × 1024 × 1024) or `1500000`.
+
+    Raises:
+        UserError: if it is no size, or less than a byte.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    if not found or found[2].lower() not in units or (size := int(float(found[1]) * units[found[2].lower()])) < 1:
+        raise UserError(
+            f"{text!r} is no size. Give a number of bytes, with a unit if you like, such as 500MB, 2GiB or 1500000 "
+            f"(units: {', '.join(filter(None, _UNITS))})."
+        )
+    return size
+
+
+@dataclass
+class Amount:
+    """Documents, and the bytes of their text in UTF-8."""
+
+    documents: int = 0
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.documents:,} document{'s' * (self.documents != 1)}, {filesize.decimal(self.bytes)}"
+
+    def __add__(self, other: "Amount") -> "Amount":
+        return Amount(self.documents + other.documents, self.bytes + other.bytes)
+
+    def count(self, size: int) -> None:
+        """Add one document of `size` bytes."""
+        self.documents += 1
+        self.bytes += size
+
+
+@dataclass
+class Figures:
+    """What was found in a file or dataset, what of it is in the sample, and how much was too large for any sample."""
+
+    found: Amount = field(default_factory=Amount)
+    sampled: Amount = field(default_factory=Amount)
+    too_large: Amount = field(default_factory=Amount)
+
+    def __add__(self, other: "Figures") -> "Figures":
+        return Figures(self.found + other.found, self.sampled + other.sampled, self.too_large + other.too_large)
+
+    def record(self) -> dict[str, int]:
+        """For a JSON record."""
+        record = {"documents": self.found.documents, "bytes": self.found.bytes}
+        record |= {"sampled_documents": self.sampled.documents, "sampled_bytes": self.sampled.bytes}
+        return record | ({"too_large_documents": self.too_large.documents} if self.too_large.documents else {})
+
+
+@dataclass
+class TextFile:
+    """A file of text: .txt (one document), .jsonl or .jsonl.gz (one a line, field `text`), .parquet (column `text`).
+
+    Attributes:
+        path: where it lies.
+        name: how records name it: its path below the folder that was given.
+        figures: what was found and sampled, filled in while it is read.
+        sha256: hash of the file, filled in when it has been read.
+    """
+
+    path: Path
+    name: str
+    figures: Figures = field(default_factory=Figures)
+    sha256: str | None = None
+
+    def read(self) -> Iterator[str]:
+        """Its documents, exactly as they are but for a byte-order mark; of a large .txt file, pieces cut at line ends.
+
+        Raises:
+            UserError: if the file is damaged, is not UTF-8, or has a line or row without a text.
+        """
+        readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
+        try:
+            yield from readers[_suffix(self.path)](self.path)
+            self.sha256 = sha256(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+
+    def record(self) -> dict[str, Any]:
+        """For a JSON record."""
+        return {"path": self.name, "sha256": self.sha256, **self.figures.record()}
+
+
+@dataclass
+class HubDataset:
+    """One split of a dataset on the Hub, streamed: column `text`, a document a row.
+
+    Attributes:
+        name: as given: `owner/name`, `owner/name:split` or `owner/name:config:split`.
+        id: `owner/name`.
+        config: its configuration; None is the only one, or the default.
+        split: `train` if none was given.
+        revision: the commit that is read.
+        rows: the stream.
+        figures: what was found and sampled, filled in while it is read.
+    """
+
+    name: str
+    id: str
+    config: str | None
+    split: str
+    revision: str | None
+    rows: "IterableDataset"
+    figures: Figures = field(default_factory=Figures)
+
+    def read(self) -> Iterator[str]:
+        """Its documents.
+
+        Raises:
+            UserError: if the Hub does not give a row, or a row has no text.
+        """
+        rows = iter(self.rows)
+        number = 0
+        while True:
+            number += 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of many kinds: the network's, the file format's, the Hub's
+                raise UserError(
+                    f"{self.name} could not be read at row {number}: {_reason(error)}. Check the network, or give "
+                    "another dataset."
+                ) from error
+            if not isinstance(text := row.get("text"), str):
+                raise UserError(
+                    f"{self.name}, row {number} has no string `text` (columns: {', '.join(row)}). Give a dataset "
+                    "with a column `text`."
+                )
+            yield text
+
+    def record(self) -> dict[str, Any]:
+        """For a JSON record."""
+        place = {"dataset": self.id, "config": self.config, "split": self.split, "revision": self.revision}
+        return place | self.figures.record()
+
+
+@dataclass
+class Source:
+    """What one argument names: a file, the files of a folder, or a Hub dataset.
+
+    Attributes:
+        name: as it was given.
+        parts: what it consists of.
+        left_out: files of the folder that are hidden or have another ending.
+    """
+
+    name: str
+    parts: Sequence[TextFile | HubDataset]
+    left_out: int = 0
+
+    @property
+    def figures(self) -> Figures:
+        """What was found and sampled, over all parts."""
+        return sum((part.figures for part in self.parts), Figures())
+
+    def describe(self) -> str:
+        """What is known of it before it is read."""
+        files = [part for part in self.parts if isinstance(part, TextFile)]
+        if not files:
+            return f"{self.name} (Hub dataset, streamed)"
+        size = filesize.decimal(sum(file.path.stat().st_size for file in files))
+        if files[0].path == Path(self.name):
+            return f"{self.name} ({size})"
+        left_out = f"; {self.left_out:,} hidden or with other endings left out" if self.left_out else ""
+        return f"{self.name} ({len(files):,} file{'s' * (len(files) != 1)}, {size}{left_out})"
+
+
+def open_sources(texts: Iterable[str | Path]) -> list[Source]:
+    """Find what arguments name. A path that exists wins over a Hub dataset of that name.
+
+    Args:
+        texts: files, folders, or Hub datasets as `owner/name`, `owner/name:split` or `owner/name:config:split`.
+
+    Raises:
+        UserError: if one does not exist, has an unknown ending or no `text`, is given twice, or is refused by the Hub.
+    """
+    sources = [_open_source(str(text)) for text in texts]
+    if not sources:
+        raise UserError(f"No text was given. {WHAT_TO_GIVE}.")
+    seen = set()
+    for part in (part for source in sources for part in source.parts):
+        place = part.path.absolute() if isinstance(part, TextFile) else (part.id, part.config, part.split)
+        if place in seen:
+            raise UserError(f"{part.path if isinstance(part, TextFile) else part.name} is given twice. Give it once.")
+        seen.add(place)
+    return sources
+
+
+def draw_sample(sources: Sequence[Source], limit: int, seed: int = 0) -> Iterator[str]:
+    """Read everything once and keep at most `limit` bytes of it, evenly by document.
+
+    Documents are ranked by a hash of the seed and their text, and kept in that order up to the limit: every document
+    has the same chance, and the same documents make the same sample in whatever order and files they come. No more
+    than the sample is ever in memory. It is read when this is called (with progress on a terminal's standard error),
+    and given up document by document as the result is iterated, in the order of the hash. The figures of the sources
+    are then filled in.
+
+    Args:
+        sources: from `open_sources`, not read yet.
+        limit: bytes of text in UTF-8.
+        seed: another seed draws another sample.
+
+    Raises:
+        UserError: if something cannot be read, or there is no text, or no document as small as the limit.
+    """
+    if limit < 1:
+        raise UserError(f"sample_bytes is {limit}, which leaves nothing to learn from. Give 1 or more.")
+    parts = [part for source in sources for part in source.parts]
+    key = str(seed).encode()
+    heap: list[tuple[int, int, bytes]] = []  # (-rank, index of the part, document): the highest rank goes first
+    kept_bytes, cutoff = 0, 2**64
+    for index, document in _with_progress(parts):
+        part = parts[index]
+        size = len(document)
+        part.figures.found.count(size)
+        rank = int.from_bytes(blake2b(document, digest_size=8, key=key).digest())
+        if size > limit:
+            part.figures.too_large.count(size)
+        elif rank < cutoff:
+            heapq.heappush(heap, (-rank, index, document))
+            kept_bytes += size
+            while kept_bytes > limit:
+                dropped_rank, _, dropped = heapq.heappop(heap)
+                cutoff = -dropped_rank
+                kept_bytes -= len(dropped)
+    for _, index, document in heap:
+        parts[index].figures.sampled.count(len(document))
+    if not kept_bytes:
+        total = sum((part.figures for part in parts), Figures())
+        names = ", ".join(source.name for source in sources)
+        if total.too_large.documents:
+            raise UserError(
+                f"No document of {names} is as small as the sample, {filesize.decimal(limit)}. Give a larger one."
+            )
+        raise UserError(f"There is no text in {names}: {total.found}. {WHAT_TO_GIVE} that are not empty.")
+    heap.sort()
+    return _give_up(heap)
+
+
+def sample_table(sources: Sequence[Source]) -> Table:
+    """What was found in each source and what was sampled of it, as a table to print."""
+    table = Table(Column("text", overflow="fold"), "found", "sampled", "share", title="Sample")
+    rows = [(source.name, source.figures) for source in sources]
+    if len(rows) > 1:
+        rows.append(("all", sum((figures for _, figures in rows), Figures())))
+    for name, figures in rows:
+        share = figures.sampled.bytes / max(figures.found.bytes, 1)
+        left_out = f"; {figures.too_large} too large for the sample" if figures.too_large.documents else ""
+        table.add_row(escape(name), f"{figures.found}{left_out}", str(figures.sampled), f"{share:.2%}")
+    return table
+
+
+def _give_up(documents: list[tuple[int, int, bytes]]) -> Iterator[str]:
+    while documents:
+        yield documents.pop()[2].decode()
+
+
+def _with_progress(parts: Sequence[TextFile | HubDataset]) -> Iterator[tuple[int, bytes]]:
+    """The documents of all parts in UTF-8, with the index of their part."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    documents, size, shown = 0, 0, 0.0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Reading")
+        for index, part in enumerate(parts):
+            for number, text in enumerate(part.read(), 1):
+                try:
+                    document = text.encode()
+                except UnicodeEncodeError as error:
+                    raise UserError(
+                        f"{part.name}, document {number} holds {text[error.start]!r}, half of a surrogate pair, which "
+                        "no UTF-8 text can. Mend or drop the document."
+                    ) from error
+                documents, size = documents + 1, size + len(document)
+                if time.monotonic() - shown > 0.1:
+                    done = f"Reading {escape(part.name)}: {documents:,} documents, {filesize.decimal(size)} in all"
+                    progress.update(task, description=done)
+                    shown = time.monotonic()
+                yield index, document
+
+
+def _open_source(name: str) -> Source:
+    path = Path(name)
+    if path.is_dir():
+        return _open_folder(name, path)
+    if path.is_file():
+        if _suffix(path) not in SUFFIXES:
+            raise UserError(f"{name} has an unknown ending. {WHAT_TO_GIVE}.")
+        return Source(name, [TextFile(path, path.name)])
+    hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?::([^:]+))?(?::([^:]+))?", name, re.ASCII)
+    if _suffix(path) in SUFFIXES or not hub:
+        raise UserError(f"{name} does not exist: there is no such file or folder. {WHAT_TO_GIVE}.")
+    repo_id, first, second = hub.groups()
+    config, split = (first, second) if second else (None, first or "train")
+    return Source(name, [_open_dataset(name, repo_id, config, split)])
+
+
+def _open_folder(name: str, folder: Path) -> Source:
+    below = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    files = [
+        TextFile(path, str(Path(folder.absolute().name, path.relative_to(folder))))
+        for path in below
+        if _suffix(path) in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise UserError(f"The folder {name} has no file of text ({', '.join(SUFFIXES)}) in it. {WHAT_TO_GIVE}.")
+    return Source(name, files, left_out=len(below) - len(files))
+
+
+def _open_dataset(name: str, repo_id: str, config: str | None, split: str) -> HubDataset:
+    from datasets import load_dataset  # it takes a second, and files do not need it
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        revision = HfApi().dataset_info(repo_id).sha
+        rows = load_dataset(repo_id, config, split=split, streaming=True, revision=revision)
+    except Exception as error:  # of many kinds: the client's, the file format's, the split's
+        reason = _reason(error)
+        if isinstance(error, RepositoryNotFoundError):
+            gated = isinstance(error, GatedRepoError)
+            reason = "access to it must be asked for" if gated else "it has none that you may see"
+        raise UserError(
+            f"{name} is no file or folder, and the Hub did not give a dataset of that name: {reason}. Check the name "
+            "(owner/name, owner/name:split or owner/name:config:split), the network, and `hf auth login` if the "
+            "dataset is private or gated."
+        ) from error
+    if rows.features is not None:
+        if getattr(rows.features.get("text"), "dtype", None) not in ("string", "large_string"):
+            columns = ", ".join(f"{column} ({getattr(kind, 'dtype', kind)})" for column, kind in rows.features.items())
+            raise UserError(f"{name} has no string column `text`, but: {columns}. Give a dataset that has one.")
+        rows = rows.select_columns(["text"])
+    return HubDataset(name, repo_id, config, split, revision, rows)
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), path.suffix)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            carried = ""
+            while block := file.read(_PIECE):
+                text = carried + block
+                last = len(block) < _PIECE
+                end = len(text) if last else text.rfind("\n") + 1 or text.rfind(" ") + 1 or len(text)
+                yield text[:end]
+                carried = text[end:]
+            if carried:
+                yield carried
+    except UnicodeDecodeError as error:
+        with path.open("rb") as lines:
+            number = next(number for number, line in enumerate(lines, 1) if not _is_utf8(line))
+        raise UserError(f"{path}, line {number} is not UTF-8: {error.reason}. Convert the file to UTF-8.") from error
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    number = 0
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield _json_text(path, number, line)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is a damaged gzip file after line {number}: {error}. Fetch it again.") from error
+
+
+def _json_text(path: Path, number: int, line: bytes) -> str:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {number} is not UTF-8: {error.reason}. Convert the file to UTF-8.") from error
+    except (ValueError, RecursionError):
+        value = None
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f"{path}, line {number}: not a JSON object with a string `text`. Mend the line.")
+    return text
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        # Buffered, because a row group may be as large as the file.
+        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            kind = file.schema_arrow.field("text").type if names.count("text") == 1 else None
+            if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                found = f"its `text` is {kind}" if kind else f"its columns are: {', '.join(names)}"
+                raise UserError(f"{path} has no string column `text`; {found}. Give a file that has one.")
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                for value in batch.column(0):
+                    number += 1
+                    if not value.is_valid:
+                        raise UserError(f"{path}, row {number} has no `text`. Mend or drop the row.")
+                    yield value.as_py()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, row {number} is not UTF-8: {error.reason}. Convert the text to UTF-8.") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is a damaged parquet file after row {number}: {_reason(error)}. Fetch it again."
+        ) from error
