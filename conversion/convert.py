@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jai convert`: a phi-3 checkpoint becomes a JAI (paper, section 3.1).
 
-Three steps, each by rows of tensors: new vocabulary rows are means of old ones, blocks of layers are repeated in place,
-and the MLP of each layer becomes a stack of experts. Every output tensor is planned first and made when it is written.
+Three steps, each by rows of tensors: new rows of the vocabulary are made from old ones, blocks of layers are repeated
+in place, and the MLP of each layer becomes a stack of experts. Every output tensor is planned first and made when it is
+written.
 """
 
 import dataclasses
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from rich import filesize
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from transformers import AutoTokenizer, GenerationConfig, Phi3Config, PreTrainedTokenizerBase
@@ -32,6 +35,7 @@ from jai.conversion.checkpoint import CheckpointReader, PlannedTensor, resolve_c
 from jai.errors import UserError
 from jai.files import new_folder, sha256
 from jai.tokenization.extend import new_token_pieces
+from jai.tokenization.train import RECORD_FILE as TOKENIZER_RECORD_FILE
 from jai.version import __version__
 
 RECORD_FILE = "conversion.json"
@@ -42,11 +46,18 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.model",
     "chat_template.jinja",
-    "tokenizer_training.json",
+    TOKENIZER_RECORD_FILE,
 )
 PAPER_BLOCK_REPEATS = (1, 1, 1, 2, 3, 3, 2, 1, 1, 1)
 PAPER_SKIP_ALPHA = 0.1
-_MEAN_CHUNK = 4096  # new rows made at a time: 4096 x 5120 in fp32 is 84 MB
+_ROWS_CHUNK = 4096  # rows made at a time: 4096 x 5120 in fp32 is 84 MB
+_COLUMNS_CHUNK = 256  # columns measured at a time: 32064 x 256 in fp32 is 33 MB
+_NAMED = 10  # of the tokens without pieces
+_INIT_TEXTS = {
+    "mean": "mean of their pieces' rows",
+    "random": "random, with the mean and standard deviation of the base's columns",
+    "mean-normed": "mean of their pieces' rows, as long as those are",
+}
 
 
 @dataclass(kw_only=True)
@@ -57,6 +68,10 @@ class ConvertOptions:
         base: folder or Hub id of a `Phi3ForCausalLM` checkpoint.
         out: folder to write; it must not exist.
         tokenizer: folder or Hub id of a tokenizer that extends the base's; None keeps the base's.
+        init: rows of new tokens in `embed_tokens` and `lm_head`. `mean` is the mean of the rows of the token's pieces
+            (paper, section 3.1.1); `mean-normed` is the same, scaled to the mean norm of those rows, which averaging
+            makes shorter; `random` draws each column from a normal distribution with the mean and the standard
+            deviation of that column over the base's rows. Tokens without pieces are always drawn so.
         block_size: layers of a block (paper, section 3.1.2).
         block_repeats: how often each block runs in place (paper, Table 2).
         skip_alpha: start value of the skip alphas; None is 0.1 with copied layers and 0 with identity layers.
@@ -78,6 +93,7 @@ class ConvertOptions:
     base: str
     out: Path
     tokenizer: str | None = None
+    init: Literal["mean", "random", "mean-normed"] = "mean"
     block_size: int = 4
     block_repeats: list[int] = field(default_factory=lambda: list(PAPER_BLOCK_REPEATS))
     skip_alpha: float | None = None
@@ -121,12 +137,16 @@ class Vocabulary:
     Attributes:
         size: rows of the output's embeddings.
         pieces: ids of the base's pieces for each new row.
-        without_pieces: new rows that no piece explains; these are drawn at random.
+        without_pieces: id and string of the new rows that no piece explains; these are drawn at random.
     """
 
     size: int
     pieces: dict[int, list[int]]
-    without_pieces: list[int]
+    without_pieces: dict[int, str]
+
+    @property
+    def new_rows(self) -> int:
+        return len(self.pieces) + len(self.without_pieces)
 
 
 def convert(options: ConvertOptions, *, dry_run: bool = False, console: Console | None = None) -> JaiConfig:
@@ -151,10 +171,11 @@ def convert(options: ConvertOptions, *, dry_run: bool = False, console: Console 
     base_config = load_phi3_config(base_folder)
     reader = CheckpointReader(base_folder)
     base_tokenizer = load_tokenizer(base_folder)
-    tokenizer = load_tokenizer(resolve_checkpoint(options.tokenizer)) if options.tokenizer else None
-    if options.tokenizer and tokenizer is None:
+    tokenizer_folder = resolve_checkpoint(options.tokenizer) if options.tokenizer else None
+    tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder else None
+    if tokenizer_folder and tokenizer is None:
         raise UserError(f"{options.tokenizer} has no tokenizer files. Give a folder that save_pretrained wrote.")
-    vocabulary = plan_vocabulary(base_config.vocab_size, base_tokenizer, tokenizer)
+    vocabulary = plan_vocabulary(base_config.vocab_size, base_tokenizer, tokenizer, tokenizer_folder)
     config = plan_config(base_config, reader, options, vocabulary)
     tensors = plan_tensors(config, base_config.vocab_size, reader, options, vocabulary)
 
@@ -176,7 +197,7 @@ def convert(options: ConvertOptions, *, dry_run: bool = False, console: Console 
             source = Path(inspect.getfile(module))
             shutil.copyfile(source, folder / source.name)
         _generation_config(base_folder, config).save_pretrained(folder)
-        _write_tokenizer(folder, base_folder, options.tokenizer, tokenizer)
+        _write_tokenizer(folder, tokenizer_folder or base_folder)
         record = _record(options, base_folder, reader, config, vocabulary, tensors)
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
@@ -223,7 +244,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def plan_vocabulary(
-    base_size: int, base: PreTrainedTokenizerBase | None, extended: PreTrainedTokenizerBase | None
+    base_size: int,
+    base: PreTrainedTokenizerBase | None,
+    extended: PreTrainedTokenizerBase | None,
+    extended_folder: Path | None = None,
 ) -> Vocabulary:
     """Find the rows to add for an extended tokenizer (paper, section 3.1.1).
 
@@ -231,12 +255,15 @@ def plan_vocabulary(
         base_size: rows of the base model's embeddings.
         base: the base's tokenizer.
         extended: the tokenizer of the output; None keeps the base's vocabulary.
+        extended_folder: where `extended` was read from. If its training is recorded there, the pieces must be those
+            of the record.
 
     Raises:
-        UserError: if `extended` is smaller than `base`, or gives one of its tokens another id.
+        UserError: if `extended` is smaller than `base`, gives one of its tokens another id, or was trained from
+            another base than this.
     """
     if extended is None:
-        return Vocabulary(base_size, {}, [])
+        return Vocabulary(base_size, {}, {})
     if base is None:
         raise UserError(
             "--tokenizer was given, but BASE has no tokenizer files, so the pieces of new tokens cannot be found. Put "
@@ -248,12 +275,42 @@ def plan_vocabulary(
             "the base's (jai tokenizer train)."
         )
     pieces = new_token_pieces(base, extended)
+    surfaces = dict(zip(pieces, extended.convert_ids_to_tokens(list(pieces))))
+    if extended_folder and (extended_folder / TOKENIZER_RECORD_FILE).exists():
+        _check_tokenizer_record(extended_folder / TOKENIZER_RECORD_FILE, pieces, surfaces)
     # Entries without pieces are reserved strings; the base has rows for some of them (phi-3: 32011 to 32063).
     return Vocabulary(
         size=max(len(extended), base_size),
         pieces={id_: ids for id_, ids in pieces.items() if ids},
-        without_pieces=[id_ for id_, ids in pieces.items() if not ids and id_ >= base_size],
+        without_pieces={id_: surfaces[id_] for id_, ids in pieces.items() if not ids and id_ >= base_size},
     )
+
+
+def _check_tokenizer_record(path: Path, pieces: dict[int, list[int]], surfaces: dict[int, str]) -> None:
+    try:
+        recorded = {
+            int(id_): (entry["surface"], entry["pieces"])
+            for id_, entry in json.loads(path.read_text(encoding="utf-8"))["new_tokens"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is no record of a tokenizer's training. Remove it, or train the tokenizer again "
+            "(jai tokenizer train)."
+        ) from None
+    found = {id_: (surfaces[id_], ids) for id_, ids in pieces.items()}
+    differing = sorted(id_ for id_ in found.keys() | recorded.keys() if found.get(id_) != recorded.get(id_))
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"The tokenizer is not the one that {path} records, or BASE is not its base: {len(differing):,} of the new "
+            f"tokens differ, first {first}, which is {_token_text(recorded.get(first))} in the record and "
+            f"{_token_text(found.get(first))} by the two tokenizers. Give the base that the tokenizer was trained from "
+            "and the folder as `jai tokenizer train` wrote it, or train it again."
+        )
+
+
+def _token_text(token: tuple[str, list[int]] | None) -> str:
+    return f"{token[0]!r} of the pieces {token[1]}" if token else "missing"
 
 
 def plan_config(
@@ -354,7 +411,7 @@ def plan_tensors(
             tensors.append(planned(name, source.shape, _maker(_whole, reader, source)))
         else:
             shape: tuple[int, ...] = (vocabulary.size, config.hidden_size)
-            make = _maker(_extended_rows, reader, name, base_vocab_size, vocabulary, config, options.seed)
+            make = _maker(_extended_rows, reader, name, base_vocab_size, vocabulary, options)
             tensors.append(planned(name, shape, make))
     for layer in config.layer_plan:
         starts_as_identity = layer.copy > 0 and options.duplicate_init == "identity"
@@ -426,23 +483,37 @@ def _experts(
 
 
 def _extended_rows(
-    reader: CheckpointReader, name: str, base_rows: int, vocabulary: Vocabulary, config: JaiConfig, seed: int
+    reader: CheckpointReader, name: str, base_rows: int, vocabulary: Vocabulary, options: ConvertOptions
 ) -> Iterator[torch.Tensor]:
-    """Rows of `embed_tokens` or `lm_head`: the base's, then the mean of the pieces' rows (paper, section 3.1.1)."""
+    """Rows of `embed_tokens` or `lm_head`: the base's, then those of the new tokens (paper, section 3.1.1)."""
     base = reader.rows(name)
-    for start in range(0, vocabulary.size, _MEAN_CHUNK):
-        stop = min(start + _MEAN_CHUNK, vocabulary.size)
+    drawn = {*vocabulary.without_pieces, *(vocabulary.pieces if options.init == "random" else ())}
+    if drawn:
+        mean, std = _column_moments(base)
+    for start in range(0, vocabulary.size, _ROWS_CHUNK):
+        stop = min(start + _ROWS_CHUNK, vocabulary.size)
         kept = base[start : min(stop, base_rows)].float()
-        rows = torch.zeros(stop - start, config.hidden_size)
+        rows = torch.zeros(stop - start, base.shape[1])
         rows[: len(kept)] = kept
         for id_ in range(start, stop):
-            if id_ in vocabulary.pieces:
-                rows[id_ - start] = base[vocabulary.pieces[id_]].float().mean(dim=0)
-        for id_ in vocabulary.without_pieces:
-            if start <= id_ < stop:
-                (row,) = _normal(f"{name}.{id_}", (config.hidden_size,), config.initializer_range, seed)
-                rows[id_ - start] = row
+            if id_ in drawn:
+                (noise,) = _normal(f"{name}.{id_}", mean.shape, 1.0, options.seed)
+                rows[id_ - start] = mean + std * noise
+            elif id_ in vocabulary.pieces:
+                rows[id_ - start] = _merged_row(base[vocabulary.pieces[id_]].float(), options.init == "mean-normed")
         yield rows
+
+
+def _column_moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each column, in fp32."""
+    moments = [torch.std_mean(columns.float(), dim=0) for columns in rows.split(_COLUMNS_CHUNK, dim=1)]
+    return torch.cat([mean for _, mean in moments]), torch.cat([std for std, _ in moments])
+
+
+def _merged_row(pieces: torch.Tensor, keep_norm: bool) -> torch.Tensor:
+    """Mean of the pieces' rows; with `keep_norm` of their mean norm, for averaging n unlike rows takes a root of n."""
+    mean = pieces.mean(dim=0)
+    return F.normalize(mean, dim=0) * pieces.norm(dim=1).mean() if keep_norm else mean
 
 
 def _generation_config(base_folder: Path, config: JaiConfig) -> GenerationConfig:
@@ -451,10 +522,7 @@ def _generation_config(base_folder: Path, config: JaiConfig) -> GenerationConfig
     return GenerationConfig.from_model_config(config)
 
 
-def _write_tokenizer(
-    folder: Path, base_folder: Path, tokenizer_name: str | None, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    source = resolve_checkpoint(tokenizer_name) if tokenizer_name and tokenizer else base_folder
+def _write_tokenizer(folder: Path, source: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
@@ -499,7 +567,7 @@ def _record(
             "bytes": sum(tensor.bytes for tensor in tensors),
             "layers": len(config.layer_plan),
             "vocab_size": vocabulary.size,
-            "new_rows": len(vocabulary.pieces) + len(vocabulary.without_pieces),
+            "new_rows": vocabulary.new_rows,
             "new_rows_without_pieces": vocabulary.without_pieces,
         },
     }
@@ -535,6 +603,8 @@ def _print_plan(
     table.add_row("later copies", "", later_copies)
     table.add_row("experts", "1", f"{config.num_local_experts}, {config.num_experts_per_tok} for a token")
     table.add_row("vocabulary", f"{base.vocab_size:,}", f"{config.vocab_size:,}")
+    if vocabulary.new_rows:
+        table.add_row("new rows", "", f"{vocabulary.new_rows:,}: {_INIT_TEXTS[options.init]}")
     table.add_row("RoPE base", f"{theta:,g}", f"{new_theta:,g}")
     table.add_row("sliding window", str(window or "none"), "none")
     table.add_row("weights", "", f"{parameters:,} parameters, {filesize.decimal(size)} in {dtype}")
@@ -551,12 +621,13 @@ def _print_plan(
     if not has_tokenizer:
         _note(console, "the base has no tokenizer files, so neither will the output.")
     if vocabulary.without_pieces:
-        ids = ", ".join(map(str, vocabulary.without_pieces[:10]))
-        _note(console, f"{len(vocabulary.without_pieces)} new tokens have no pieces and start at random: {ids}.")
+        named = [f"{token} ({id_})" for id_, token in vocabulary.without_pieces.items()]
+        listed = ", ".join(named[:_NAMED]) + (", …" if len(named) > _NAMED else "")
+        _note(console, f"{len(named):,} new tokens have no pieces; their rows are {_INIT_TEXTS['random']}: {listed}.")
 
 
 def _note(console: Console, text: str) -> None:
-    console.print(f"[yellow]Note:[/] {text}", highlight=False, soft_wrap=True)
+    console.print(f"[yellow]Note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _progress(console: Console) -> Progress:

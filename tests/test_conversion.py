@@ -166,6 +166,172 @@ def test_new_rows_are_means_of_their_pieces(tmp_path, base_with_tokenizer, exten
             torch.testing.assert_close(jai[name][id_], phi3[name][ids].mean(0), msg=f"{name}[{id_}]")
 
 
+@pytest.fixture(scope="module")
+def by_init(tmp_path_factory, base_with_tokenizer, extended_tokenizer) -> dict[str, Path]:
+    """The same base and tokenizer by each --init, and `random` with another seed."""
+    folder = tmp_path_factory.mktemp("by_init")
+    for out, options in {
+        "mean": {},
+        "random": {"init": "random"},
+        "random, seed 1": {"init": "random", "seed": 1},
+        "mean-normed": {"init": "mean-normed"},
+    }.items():
+        run(base_with_tokenizer, folder / out, tokenizer=str(extended_tokenizer), block_repeats=[1, 1, 1], **options)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_inits_of_new_rows(by_init, base_with_tokenizer, name):
+    from jai.tokenization.extend import new_token_pieces
+
+    pieces = new_token_pieces(*map(AutoTokenizer.from_pretrained, (base_with_tokenizer, by_init["mean"])))
+    reserved = sorted(id_ for id_, ids in pieces.items() if not ids)
+    merged = sorted(id_ for id_, ids in pieces.items() if ids)
+    base = load_file(base_with_tokenizer / "model.safetensors")[name]
+    rows = {init: load_file(path / "model.safetensors")[name] for init, path in by_init.items()}
+    for table in rows.values():
+        assert torch.equal(table[: len(base)], base)
+        assert len(table) == len(base) + len(pieces)
+
+    # Averaging makes rows shorter; mean-normed undoes that and nothing else.
+    lengths = torch.stack([base[pieces[id_]].norm(dim=1).mean() for id_ in merged])
+    several = torch.tensor([len(set(pieces[id_])) > 1 for id_ in merged])
+    assert (rows["mean"][merged].norm(dim=1) < 0.99 * lengths)[several].all()
+    torch.testing.assert_close(rows["mean-normed"][merged].norm(dim=1), lengths)
+    angles = torch.cosine_similarity(rows["mean-normed"][merged], rows["mean"][merged])
+    torch.testing.assert_close(angles, torch.ones(len(merged)))
+
+    # Tokens without pieces are drawn alike whatever the init; with `random` so are all others.
+    assert torch.equal(rows["mean"][reserved], rows["random"][reserved])
+    assert torch.equal(rows["mean-normed"][reserved], rows["random"][reserved])
+    drawn, again = (rows[init][len(base) :] for init in ("random", "random, seed 1"))
+    assert len(drawn.unique(dim=0)) == len(drawn)
+    assert not torch.isclose(drawn, again).any(dim=1).all()
+    for table in (drawn, again):
+        standard = (table - base.mean(dim=0)) / base.std(dim=0)
+        assert standard.mean().abs() < 5 / standard.numel() ** 0.5
+        assert 0.95 < standard.std() < 1.05
+
+
+def test_random_rows_follow_the_columns_of_the_base(tmp_path, base_with_tokenizer, extended_tokenizer):
+    """Each column has its own mean and spread, in bf16 too; a base whose columns differ shows it."""
+    phi3 = Phi3ForCausalLM.from_pretrained(base_with_tokenizer)
+    means, stds = torch.linspace(-3, 3, 32), torch.linspace(0.01, 2, 32)
+    with torch.no_grad():
+        for table in (phi3.model.embed_tokens.weight, phi3.lm_head.weight):
+            table.copy_(table / table.std(dim=0) * stds + means)
+    phi3.bfloat16().save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base_with_tokenizer).save_pretrained(tmp_path / "base")
+    run(tmp_path / "base", tmp_path / "jai", tokenizer=str(extended_tokenizer), init="random")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        base = load_file(tmp_path / "base" / "model.safetensors")[name].float()
+        new = load_file(tmp_path / "jai" / "model.safetensors")[name][len(base) :].float()
+        standard = (new - base.mean(dim=0)) / base.std(dim=0)
+        bound = 5 / len(new) ** 0.5
+        assert (standard.mean(dim=0).abs() < bound).all()
+        assert ((standard.std(dim=0) - 1).abs() < bound).all()
+
+
+@pytest.mark.parametrize("init", ["mean", "random", "mean-normed"])
+def test_new_rows_do_not_depend_on_chunks_or_shards(
+    tmp_path, base_with_tokenizer, extended_tokenizer, monkeypatch, init
+):
+    options = {"tokenizer": str(extended_tokenizer), "init": init, "seed": 3}
+    run(base_with_tokenizer, tmp_path / "one", **options)
+    monkeypatch.setattr("jai.conversion.convert._ROWS_CHUNK", 7)
+    run(base_with_tokenizer, tmp_path / "many", **options, max_shard_size=40_000)
+    one, many = CheckpointReader(tmp_path / "one"), CheckpointReader(tmp_path / "many")
+    assert len(many.files) > 5
+    assert all(torch.equal(one.rows(name), many.rows(name)) for name in one.shapes)
+
+
+@pytest.mark.parametrize("init", ["mean", "random", "mean-normed"])
+def test_inits_keep_what_the_base_computes(by_init, base_with_tokenizer, init):
+    assert verify(str(base_with_tokenizer), by_init[init]).same_function
+
+
+def test_tied_embeddings_are_made_once(tmp_path, tiny_phi3, tiny_tokenizer, extended_tokenizer):
+    base = tiny_phi3(tmp_path / "base", vocab_size=400, tie_word_embeddings=True)
+    tiny_tokenizer.save_pretrained(base)
+    run(base, tmp_path / "jai", tokenizer=str(extended_tokenizer), init="mean-normed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "jai")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(model.lm_head.weight) == 510
+
+
+def test_tokens_without_pieces_are_named(by_init, base_with_tokenizer, extended_tokenizer, tmp_path, capsys):
+    record = json.loads((by_init["mean-normed"] / RECORD_FILE).read_text())
+    assert record["options"]["init"] == "mean-normed"
+    assert record["result"]["new_rows"] == 110
+    assert record["result"]["new_rows_without_pieces"] == {str(i): f"<|reserved_{i}|>" for i in range(400, 448)}
+    options = ConvertOptions(
+        base=str(base_with_tokenizer), out=tmp_path / "jai", tokenizer=str(extended_tokenizer), init="random"
+    )
+    options.block_size, options.block_repeats = 2, [1, 1, 1]
+    convert(options, dry_run=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "110: random, with the mean and standard deviation" in printed
+    assert "48 new tokens have no pieces; their rows are random" in printed
+    assert "<|reserved_400|> (400), <|reserved_401|> (401)" in printed
+    assert "<|reserved_409|> (409), …." in printed
+
+
+@pytest.fixture
+def trained_tokenizer(tmp_path, tiny_tokenizer, sentences) -> Path:
+    """As `jai tokenizer train` writes it, with its record."""
+    from jai.tokenization.train import train_tokenizer
+
+    tiny_tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text("\n".join(sentences * 4), encoding="utf-8")
+    return train_tokenizer([tmp_path / "text.txt"], str(tmp_path / "tiny"), tmp_path / "trained", 510)
+
+
+def test_record_of_the_tokenizer_is_checked(tmp_path, base_with_tokenizer, trained_tokenizer):
+    run(base_with_tokenizer, tmp_path / "a", tokenizer=str(trained_tokenizer))
+    path = trained_tokenizer / "tokenizer_training.json"
+    assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
+    text = path.read_text(encoding="utf-8")
+
+    def refused(record: str, message: str) -> None:
+        path.write_text(record, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            run(base_with_tokenizer, tmp_path / "b", tokenizer=str(trained_tokenizer))
+        assert not (tmp_path / "b").exists()
+
+    record = json.loads(text)
+    record["new_tokens"]["470"]["pieces"][0] += 1
+    record["new_tokens"]["480"]["surface"] = "other"
+    token = AutoTokenizer.from_pretrained(trained_tokenizer).convert_ids_to_tokens(470)
+    refused(
+        json.dumps(record), f"2 of the new tokens differ, first 470, which is {token!r} of the pieces .* in the rec"
+    )
+    record = json.loads(text)
+    del record["new_tokens"]["509"]
+    refused(json.dumps(record), "1 of the new tokens differ, first 509, which is missing in the record")
+    record = json.loads(text)
+    record["new_tokens"]["510"] = {"surface": "x", "pieces": [3]}
+    refused(json.dumps(record), "first 510, which is 'x' of the pieces .* and missing by the two tokenizers")
+    for broken in ("{", "[]", "{}", '{"new_tokens": [1]}', '{"new_tokens": {"a": {}}}'):
+        refused(broken, "is no record of a tokenizer's training")
+    path.unlink()
+    run(base_with_tokenizer, tmp_path / "b", tokenizer=str(trained_tokenizer))
+    assert sha256(tmp_path / "a" / "model.safetensors") == sha256(tmp_path / "b" / "model.safetensors")
+
+
+def test_init_from_the_command_line(tmp_path, base_with_tokenizer, extended_tokenizer, by_init, monkeypatch):
+    from jai import cli
+
+    (tmp_path / "plan.yaml").write_text("block_size: 2\nblock_repeats: [1, 1, 1]\ninit: random\n")
+    arguments = ["--config", tmp_path / "plan.yaml", "--tokenizer", extended_tokenizer, "--init", "mean-normed"]
+    command = ["jai", "convert", base_with_tokenizer, tmp_path / "jai", *arguments]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert not exit_.value.code
+    assert sha256(tmp_path / "jai" / "model.safetensors") == sha256(by_init["mean-normed"] / "model.safetensors")
+    assert json.loads((tmp_path / "jai" / RECORD_FILE).read_text())["options"]["init"] == "mean-normed"
+
+
 def test_more_vocabulary_keeps_the_function(tmp_path, base_with_tokenizer, extended_tokenizer):
     run(base_with_tokenizer, tmp_path / "jai", tokenizer=str(extended_tokenizer), duplicate_init="identity")
     assert verify(str(base_with_tokenizer), tmp_path / "jai").same_function
@@ -324,6 +490,7 @@ def test_bad_bases_are_refused(tmp_path, tiny_phi3, damage, message):
         ({"block_size": 4, "block_repeats": [1]}, "a --block-size that divides 6"),
         ({"block_size": 0}, "at least 1 layer"),
         ({"duplicate_init": "identidy"}, "expected one of copy, identity"),
+        ({"init": "zero"}, "expected one of mean, random, mean-normed"),
         ({"expert_init": "copies"}, "expected one of copy, noise, random"),
         ({"dtype": "int8"}, "expected one of float32, bfloat16, float16"),
         ({"block_repeats": "1,2,1"}, "expected a list of whole numbers"),
