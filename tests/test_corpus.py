@@ -54,7 +54,7 @@ def write(path: Path, texts) -> Path:
 
 
 def read(*texts) -> list[str]:
-    return [text for source in open_sources(texts) for part in source.parts for text in part.read()]
+    return [document.text for source in open_sources(texts) for part in source.parts for document in part.read()]
 
 
 def sample(*texts, limit: int = 10**9, seed: int = 0) -> list[str]:
@@ -103,6 +103,14 @@ class TestReading:
         assert read(write(tmp_path / "a.txt", ["ab\r\ncd ef\nghi\r\n"])) == ["ab\r\n", "cd ef\nghi\r\n"]
         assert read(write(tmp_path / "a.txt", ["abc def ghi jkl"])) == ["abc def ", "ghi jkl"]
         assert read(write(tmp_path / "a.txt", ["ก" * 20])) == ["ก" * 8, "ก" * 8, "ก" * 4]
+
+    def test_source_of_a_document(self, tmp_path):
+        rows = [{"text": THAI[0], "source": "law"}, {"text": THAI[1], "source": 7}]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        pq.write_table(pa.table({"text": THAI[:2], "source": ["law", None]}), tmp_path / "a.parquet")
+        for name in ("a.jsonl", "a.parquet"):
+            (source,) = open_sources([tmp_path / name])
+            assert list(source.parts[0].read()) == [(THAI[0], "law"), (THAI[1], None)]
 
     def test_parquet_takes_large_strings_and_leaves_other_columns_alone(self, tmp_path):
         table = pa.table(

@@ -115,12 +115,12 @@ def test_reading_order_mixes_by_characters_and_follows_the_seed():
 
 def test_stream_is_the_text_in_tokens(tokenizers, sentences):
     for tokenizer in tokenizers:
-        stream = encode_stream(tokenizer, iter(sentences * 3), rows=9, context=16)
+        stream = encode_stream(tokenizer, iter(sentences * 3), rows=20, context=16)
         ids = [tokenizer.eos_token_id]
         for text in sentences * 3:
             ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        assert stream.ids.tolist() == ids[: 9 * 16 + 1]
-        assert stream.characters.shape == (9,)
+        assert stream.ids.tolist() == ids[: 20 * 16 + 1]
+        assert stream.characters.shape == (20,)
         first_text_ends = ids.index(tokenizer.eos_token_id, 1)
         row = -(-first_text_ends // 16) - 1
         assert stream.characters[row - 1] < len(sentences[0]) <= stream.characters[row]

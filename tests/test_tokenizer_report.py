@@ -471,6 +471,13 @@ class TestReport:
         thai = write_lines(tmp_path / "thai.jsonl", (*THAI_TEXT, " น้ำ", "<|user|>\nน้ำ"))
         return [thai, write_lines(tmp_path / "en.jsonl", sentences[2:4])]
 
+    def test_sources_are_the_files_or_what_documents_name(self, folders, tmp_path):
+        rows = [{"text": "น้ำ", "source": "law"}, {"text": "น้ำใจ"}, {"text": "ใจดี", "source": "law"}]
+        path = tmp_path / "mixed.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        text = report_tokenizers(folders[:1], [path], console=quiet()).text
+        assert {name: amount.characters for name, amount in text.by_source.items()} == {"law": 7, "mixed.jsonl": 5}
+
     def test_what_is_written(self, folders, texts, tmp_path, base, extended):
         out = tmp_path / "out"
         report = report_tokenizers(folders, texts, out=out, console=quiet())

@@ -440,7 +440,7 @@ def _corpus(config: AblationConfig) -> Corpus:
 @cache  # a process reads the text once
 def _read_corpus(texts: tuple[tuple[str, tuple[str, ...]], ...], *split: int) -> Corpus:
     documents = {
-        name: (text for source in open_sources(paths) for part in source.parts for text in part.read())
+        name: (document.text for source in open_sources(paths) for part in source.parts for document in part.read())
         for name, paths in texts
     }
     return split_corpus(documents, *split)

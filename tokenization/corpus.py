@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import filesize
 from rich.console import Console
@@ -51,6 +51,13 @@ def parse_size(text: str) -> int:
             f"(units: {', '.join(filter(None, _UNITS))})."
         )
     return size
+
+
+class Document(NamedTuple):
+    """A text, and where it comes from if the file says so (a string in its field `source`)."""
+
+    text: str
+    source: str | None = None
 
 
 @dataclass
@@ -106,7 +113,7 @@ class TextFile:
     figures: Figures = field(default_factory=Figures)
     sha256: str | None = None
 
-    def read(self) -> Iterator[str]:
+    def read(self) -> Iterator[Document]:
         """Its documents, exactly as they are but for a byte-order mark; of a large .txt file, pieces cut at line ends.
 
         Raises:
@@ -146,7 +153,7 @@ class HubDataset:
     rows: "IterableDataset"
     figures: Figures = field(default_factory=Figures)
 
-    def read(self) -> Iterator[str]:
+    def read(self) -> Iterator[Document]:
         """Its documents.
 
         Raises:
@@ -170,7 +177,7 @@ class HubDataset:
                     f"{self.name}, row {number} has no string `text` (columns: {', '.join(row)}). Give a dataset "
                     "with a column `text`."
                 )
-            yield text
+            yield Document(text, _string(row.get("source")))
 
     def record(self) -> dict[str, Any]:
         """For a JSON record."""
@@ -307,7 +314,7 @@ def _with_progress(parts: Sequence[TextFile | HubDataset]) -> Iterator[tuple[int
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Reading")
         for index, part in enumerate(parts):
-            for number, text in enumerate(part.read(), 1):
+            for number, (text, _) in enumerate(part.read(), 1):
                 try:
                     document = text.encode()
                 except UnicodeEncodeError as error:
@@ -388,7 +395,11 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+def _string(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _read_txt(path: Path) -> Iterator[Document]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             carried = ""
@@ -396,10 +407,10 @@ def _read_txt(path: Path) -> Iterator[str]:
                 text = carried + block
                 last = len(block) < _PIECE
                 end = len(text) if last else text.rfind("\n") + 1 or text.rfind(" ") + 1 or len(text)
-                yield text[:end]
+                yield Document(text[:end])
                 carried = text[end:]
             if carried:
-                yield carried
+                yield Document(carried)
     except UnicodeDecodeError as error:
         with path.open("rb") as lines:
             number = next(number for number, line in enumerate(lines, 1) if not _is_utf8(line))
@@ -414,7 +425,7 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path) -> Iterator[Document]:
     number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
@@ -422,12 +433,12 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    yield _json_text(path, number, line)
+                    yield _json_document(path, number, line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is a damaged gzip file after line {number}: {error}. Fetch it again.") from error
 
 
-def _json_text(path: Path, number: int, line: bytes) -> str:
+def _json_document(path: Path, number: int, line: bytes) -> Document:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -437,10 +448,10 @@ def _json_text(path: Path, number: int, line: bytes) -> str:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{path}, line {number}: not a JSON object with a string `text`. Mend the line.")
-    return text
+    return Document(text, _string(value.get("source")))
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -453,12 +464,13 @@ def _read_parquet(path: Path) -> Iterator[str]:
             if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 found = f"its `text` is {kind}" if kind else f"its columns are: {', '.join(names)}"
                 raise UserError(f"{path} has no string column `text`; {found}. Give a file that has one.")
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                for value in batch.column(0):
+            columns = [name for name in ("text", "source") if names.count(name) == 1]
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for text, *source in zip(*map(batch.column, columns)):
                     number += 1
-                    if not value.is_valid:
+                    if not text.is_valid:
                         raise UserError(f"{path}, row {number} has no `text`. Mend or drop the row.")
-                    yield value.as_py()
+                    yield Document(text.as_py(), _string(source[0].as_py()) if source else None)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, row {number} is not UTF-8: {error.reason}. Convert the text to UTF-8.") from error
     except (pa.ArrowException, OSError) as error:

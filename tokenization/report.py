@@ -247,13 +247,13 @@ def _documents(sources: Sequence[Source], status: Status) -> Iterator[tuple[str,
     documents, size = 0, 0
     for source in sources:
         for part in source.parts:
-            for text in part.read():
+            for text, named in part.read():
                 documents, size = documents + 1, size + len(text)
                 part.figures.found.count(len(text.encode(errors="surrogatepass")))
                 part.figures.sampled.count(len(text.encode(errors="surrogatepass")))
                 if documents % 200 == 0:
                     status.update(f"Measured {documents:,} documents, {size / 1e6:.1f} million characters")
-                yield part.name, text
+                yield named or part.name, text
     status.update("Measuring speed")
 
 
