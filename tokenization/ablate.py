@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from jai.tokenization.ablation_run import (
 from jai.tokenization.ablation_text import Corpus, Stream, encode, encode_stream, reading_order, split_corpus
 from jai.tokenization.corpus import TextFile, open_sources
 from jai.tokenization.extend import extend_tokenizer, new_token_pieces
+from jai.tokenization.units import Unit
 
 # Parts of the equal characters, and multiples of them, at which the curves have points.
 _CURVE = (0.125, 0.25, 0.5, 1, 2, 4, 8)
@@ -77,7 +78,7 @@ class Arm:
     name: str
     tokenizer: str | None = None
     vocab_size: int | None = None
-    unit: str = "run"
+    unit: Unit = "run"
     max_token_chars: int = 16
 
 
@@ -210,9 +211,9 @@ def ablate(config: AblationConfig, out: Path, workers: int = 1, console: Console
     with _pool(workers) as pool:
         tokenizers = list(pool(_arm_tokenizer, [(config, arm, out, setup) for arm in config.arms]))
         jobs = [
-            _Job(config, arm, seed, out, *tokenizer, setup)
+            _Job(config, arm, seed, out, tokenizer, sha256, entries, setup)
             for seed in config.seeds
-            for arm, tokenizer in zip(config.arms, tokenizers)
+            for arm, (tokenizer, sha256, entries) in zip(config.arms, tokenizers)
         ]
         characters = list(pool(_prepare_stream, [(job,) for job in jobs]))
         jobs = _with_stops(jobs, characters)
@@ -326,7 +327,7 @@ def _arm_tokenizer(config: AblationConfig, arm: Arm, out: Path, setup: dict[str,
         else:
             began = time.perf_counter()
             texts = (piece for pieces in _corpus(config).train.values() for piece in pieces)
-            tokenizer = extend_tokenizer(
+            trained = extend_tokenizer(
                 _load_tokenizer(str(config.base)),
                 texts,
                 vocab_size=arm.vocab_size,
@@ -335,9 +336,9 @@ def _arm_tokenizer(config: AblationConfig, arm: Arm, out: Path, setup: dict[str,
                 unit=arm.unit,
             )
             with new_folder(folder) as partial:
-                tokenizer.save_pretrained(partial)
+                trained.save_pretrained(partial)
                 (partial / _RECORD_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
-            _say(f"{arm.name}: tokenizer of {len(tokenizer):,} entries trained ({time.perf_counter() - began:.0f} s)")
+            _say(f"{arm.name}: tokenizer of {len(trained):,} entries trained ({time.perf_counter() - began:.0f} s)")
     tokenizer = _load_tokenizer(name)
     return name, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(), len(tokenizer)
 
@@ -573,12 +574,16 @@ def _required(option: Field) -> bool:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _parse(hint, value, where)
     if get_origin(hint) is list:
         if not isinstance(value, list):
             raise UserError(f"{where} is {value!r}. Give a list.")
         return [_value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{where} is {value!r}. Give one of {', '.join(get_args(hint))}.")
+        return value
     kinds = get_args(hint) or (hint,)  # of `int | None`
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         value = float(value)

@@ -148,7 +148,7 @@ def _figure(by_arm: dict[str, list[Run]]) -> Figure:
     }
     figure = Figure(figsize=(9.2, 3.3 * len(languages)), layout="constrained")
     grid = figure.subplots(len(languages), len(measures), squeeze=False, sharex="col", sharey="row")
-    colors = mpl.colormaps["tab10"].colors
+    colors = [mpl.colormaps["tab10"](i) for i in range(10)]
     for row, language in zip(grid, languages):
         for axes, (label, measure) in zip(row, measures.items()):
             for color, (arm, runs) in zip(colors * len(by_arm), by_arm.items()):

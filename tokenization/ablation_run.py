@@ -129,13 +129,13 @@ def extend_model(
     extended.model.norm.load_state_dict(model.model.norm.state_dict())
     with torch.no_grad():
         for old, new in (
-            (model.get_input_embeddings().weight, extended.get_input_embeddings().weight),
-            (model.get_output_embeddings().weight, extended.get_output_embeddings().weight),
+            (model.model.embed_tokens, extended.model.embed_tokens),
+            (model.lm_head, extended.lm_head),
         ):
-            new[: len(old)] = old
+            new.weight[: len(old.weight)] = old.weight
             for i, ids in pieces.items():
                 if ids:
-                    new[i] = old[ids].mean(0)
+                    new.weight[i] = old.weight[ids].mean(0)
     return extended
 
 
@@ -163,7 +163,7 @@ def train(
         at_stop: called with the rows and the seconds of training so far.
     """
     device = torch.device(training.device)
-    model.to(device).train()
+    model.to(device).train()  # type: ignore[arg-type]  # transformers' wrapper has no types
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -202,7 +202,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, targets_T, dtype):  # type: ignore[override]
+    def forward(ctx, hidden_TH, weight_VH, targets_T, dtype):
         hidden, weight = hidden_TH.to(dtype), weight_VH.to(dtype)
         tokens, entries = len(hidden), len(weight)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight_VH)
@@ -224,7 +224,7 @@ class HeadLoss(torch.autograd.Function):
         return loss / tokens
 
     @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[override]
+    def backward(ctx, grad_output):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_output, grad_weight * grad_output, None, None
 
@@ -239,7 +239,7 @@ def bits_per_character(
     document. Pieces longer than the context are read in windows that overlap by half of it.
     """
     device, dtype = torch.device(training.device), getattr(torch, training.dtype)
-    model.to(device).eval()
+    model.to(device).eval()  # type: ignore[arg-type]
     windows = [
         window
         for _, ids in encode(tokenizer, pieces)

@@ -6,6 +6,7 @@ keeps its ids, and text with it is first cut as the base would cut it, then join
 """
 
 import json
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from jai.tokenization.phi3_style import SPECIAL_TOKENS
 from jai.tokenization.units import SPACE, UNITS, Unit, count_runs, count_words, script_runs
 
 RESERVED_TOKEN = "<|reserved_{}|>"
+_MOST_SWAPS = 64
 
 
 def extend_tokenizer(
@@ -95,7 +97,7 @@ def extend_tokenizer(
     # Special tokens included: `tokenizers` would renumber those that are not in the model's vocabulary when it loads.
     state["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda entry: entry[1]))
     state["model"]["merges"] = [*state["model"]["merges"], *map(list, merges)]
-    state["normalizer"] = _with_mark_order(state["normalizer"], characters)
+    state["normalizer"] = _with_mark_order(state["normalizer"], script)
     extended = TokenizersBackend(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         **base.special_tokens_map,
@@ -168,19 +170,22 @@ def _learn(run_counts: Counter[str], size: int, max_token_chars: int, unit: Unit
     return choose_pieces(run_counts, merges, max(size, 0))
 
 
-def _with_mark_order(normalizer: dict | None, characters: set[str]) -> dict | None:
+def _with_mark_order(normalizer: dict | None, script: str) -> dict | None:
     """Append the swaps that put neighbouring marks of the script in the order of NFC (14 for Thai).
 
     The whole of NFC would also change text without the script. One pass of swaps is exact for two marks after a
-    letter, which is as many as text that can be read has.
+    letter, which is as many as text that can be read has. Each swap is a pass over the text, so scripts with hundreds
+    of them, such as Hebrew, keep their marks as they come.
     """
-    marks = sorted(character for character in characters if unicodedata.category(character).startswith("M"))
+    every_character = "".join(map(chr, range(sys.maxunicode + 1)))
+    letters = "".join(script_runs(script).findall(every_character)).replace(SPACE, "")
+    marks = [letter for letter in letters if unicodedata.category(letter).startswith("M")]
     swaps = [
         {"type": "Replace", "pattern": {"String": first + second}, "content": composed}
-        for first in sorted(characters)
+        for first in letters
         for second in marks
         if (composed := unicodedata.normalize("NFC", first + second)) != first + second
     ]
-    if not swaps:
+    if not 0 < len(swaps) <= _MOST_SWAPS:
         return normalizer
     return {"type": "Sequence", "normalizers": [*([normalizer] if normalizer else []), *swaps]}

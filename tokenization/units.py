@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Literal, get_args
 
 import regex
-from pythainlp.tokenize import newmm
 
 from jai.errors import UserError
 
@@ -65,5 +64,7 @@ def count_words(run_counts: Counter[str]) -> Counter[str]:
 
 
 def _words(run: str) -> list[str]:
+    from pythainlp.tokenize import newmm  # half a second, which only this unit needs
+
     words = newmm.segment(run.removeprefix(SPACE))
     return [SPACE + words[0], *words[1:]] if run.startswith(SPACE) else words
