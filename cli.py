@@ -46,6 +46,11 @@ class EmbeddingInit(StrEnum):
     mean_normed = "mean-normed"
 
 
+class Method(StrEnum):
+    dus_v2 = "dus-v2"
+    dus_v1 = "dus-v1"
+
+
 class ExpertInit(StrEnum):
     copy = "copy"
     noise = "noise"
@@ -114,7 +119,7 @@ def tokenizer_train(
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
 ) -> None:
     """Extend a phi-3 tokenizer with merges learnt from text. Ids of other scripts do not change."""
-    from jai.tokenization.corpus import parse_size
+    from jai.files import parse_size
     from jai.tokenization.train import train_tokenizer
 
     train_tokenizer(
@@ -197,6 +202,18 @@ def convert(
             show_default="mean",
         ),
     ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            help="dus-v2: blocks repeated in place, with skip alphas; dus-v1: the first and the last K layers, SOLAR's "
+            "way.",
+            show_default="dus-v2",
+        ),
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="Layers of each copy, for dus-v1.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="A plain stack by hand: the base's layers in order, such as 0-31,8-39.")
+    ] = None,
     block_size: Annotated[int | None, typer.Option(help="Layers of a block.", show_default="4")] = None,
     block_repeats: Annotated[
         str | None,
@@ -223,17 +240,24 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights.", show_default="the source's")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of routers and noise.", show_default="0")] = None,
     max_shard_size: Annotated[
-        int | None, typer.Option(help="Largest shard in bytes.", show_default="5000000000")
+        str | None, typer.Option(metavar="SIZE", help="Largest shard, such as 5GB.", show_default="5GB")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Shards to write at a time.", show_default="1")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream", help="Fetch the base's shards from the Hub one by one, and delete each after use."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Then compare the logits with the base's.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every byte with its source, then (but for --stream) logits.")
+    ] = False,
     verify_text: Annotated[
         Path | None, typer.Option(help="Text for --verify.", show_default="a Thai-English one")
     ] = None,
 ) -> None:
-    """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts."""
-    from jai.conversion.convert import ConvertOptions
+    """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts. Run again after a break, it goes on."""
     from jai.conversion.convert import convert as run
+    from jai.conversion.options import ConvertOptions
     from jai.conversion.verify import DEFAULT_TEXT
     from jai.conversion.verify import verify as run_verify
 
@@ -242,6 +266,9 @@ def convert(
     given = {
         "tokenizer": tokenizer,
         "init": init,
+        "method": method,
+        "k": k,
+        "layers": _ranges("--layers", layers),
         "block_size": block_size,
         "block_repeats": _integers("--block-repeats", block_repeats),
         "skip_alpha": skip_alpha,
@@ -254,12 +281,14 @@ def convert(
         "dtype": dtype,
         "seed": seed,
         "max_shard_size": max_shard_size,
+        "workers": workers,
+        "stream": stream,
     }
     values: dict[str, Any] = {"base": base, "out": out}
     values |= _read_yaml(config) if config else {}
     values |= {key: value for key, value in given.items() if value is not None}
-    run(ConvertOptions(**values), dry_run=dry_run)
-    if verify and not dry_run:
+    run(ConvertOptions(**values), dry_run=dry_run, verify_bytes=verify)
+    if verify and not dry_run and not stream:
         run_verify(base, out, verify_text or DEFAULT_TEXT)
 
 
@@ -373,10 +402,24 @@ def _integers(option: str, text: str | None) -> list[int] | None:
         raise UserError(f"{option} is {text!r}; give whole numbers with commas between, such as 1,2,1.") from None
 
 
+def _ranges(option: str, text: str | None) -> list[int] | None:
+    """Whole numbers and ranges with both ends: "0-3,2-5" is [0, 1, 2, 3, 2, 3, 4, 5]."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            numbers += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise UserError(f"{option} is {text!r}; give layers and ranges of them, such as 0-31,8-39.") from None
+    return numbers
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     import dataclasses
 
-    from jai.conversion.convert import ConvertOptions
+    from jai.conversion.options import ConvertOptions
 
     if not path.is_file():
         raise UserError(f"--config {path} is no file. Give a YAML file of options.")

@@ -1,31 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors checkpoints, read and written one tensor at a time.
+"""Safetensors checkpoints, read by tensor and by byte range.
 
-A converted checkpoint can be larger than memory, and the shapes of its tensors are known before the first byte: each
-output shard begins with its finished header, and tensors follow as they are made. Peak memory is about one tensor.
+A tensor lies in its file as one run of bytes, and so do any rows of it. What conversion does to phi-3 is nearly all of
+that kind, so it plans in byte ranges and reads values only where it computes. Nothing is mapped into memory: a file
+that another process cuts short would kill the reader, where a read that comes up short can say so.
 """
 
+import hashlib
 import json
+import math
+import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from jai.conversion.tensors import DTYPE_NAMES, DTYPES, Computed, Copied, Part, Shards
 from jai.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
+METADATA_PATTERNS = ("*.json", "*.jinja", "tokenizer.model")
 
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_LONGEST_HEADER = 100_000_000  # as in safetensors
+_CHUNK_BYTES = 8_000_000
 
 
-def resolve_checkpoint(name: str) -> Path:
+def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     """Folder of a checkpoint: a local folder as it is, a Hub id after download.
+
+    Args:
+        name: folder or Hub id.
+        weights: whether to download the weights too.
 
     Raises:
         UserError: if it is neither, or the Hub refuses.
@@ -33,179 +44,315 @@ def resolve_checkpoint(name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
+    patterns = [*METADATA_PATTERNS, *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
         raise UserError(f"{name} is neither a folder nor a Hub id. Give a folder that exists, or owner/name.") from None
     except Exception as error:  # of many kinds: the client is httpx or httpx2, depending on huggingface_hub's version
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{name} is no local folder, and the Hub did not give it: {reason}. Check the name, the network, and "
-            "`hf auth login` if the repository is private."
-        ) from None
+        raise hub_refusal(name, error) from None
 
 
-def read_header(path: Path) -> tuple[dict[str, dict], int]:
+def hub_refusal(name: str, error: Exception) -> UserError:
+    """What to tell the user when the Hub does not give a repository."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"{name} is no local folder, and the Hub did not give it: {reason}. Check the name, the network, and "
+        "`hf auth login` if the repository is private."
+    )
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file.
+
+    Attributes:
+        tensors: name -> {dtype, shape, data_offsets}.
+        data_start: where the data begins, from which the offsets count.
+        size: bytes of the whole file.
+        sha256: of the header's bytes.
+    """
+
+    tensors: dict[str, dict]
+    data_start: int
+    size: int
+    sha256: str
+
+
+def read_header(path: Path) -> Header:
     """Header of a safetensors file, checked against the file's size.
-
-    Returns:
-        name -> {dtype, shape, data_offsets}, and where the data begins, from which the offsets count.
 
     Raises:
         UserError: if the file is not safetensors, or shorter or longer than its header says.
     """
-    size = path.stat().st_size
+    with path.open("rb") as file:
+        return parse_header(file, path.stat().st_size, str(path))
+
+
+def parse_header(file: BinaryIO, size: int, name: str) -> Header:
+    """As `read_header`, from the beginning of any file of `size` bytes; `name` is for messages.
+
+    Raises:
+        UserError: as `read_header`.
+    """
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
-    except (struct.error, ValueError):
-        header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} is no whole safetensors file: its header cannot be read. Fetch or save it again.")
-    header.pop("__metadata__", None)
-    data_start = 8 + length
-    expected = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != expected:
+        (length,) = struct.unpack("<Q", file.read(8))
+        raw = file.read(length) if length <= min(size - 8, _LONGEST_HEADER) else b""
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        end = 0
+        for entry in header.values():
+            start, stop = entry["data_offsets"]
+            if not (0 <= start <= stop and all(type(n) is int and n >= 0 for n in entry["shape"])):
+                raise ValueError
+            end = max(end, stop)
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError):
         raise UserError(
-            f"{path} has {size:,} bytes, but its header describes {expected:,}: the file is truncated or damaged. "
-            "Fetch or save it again."
+            f"{name} is no whole safetensors file: its header cannot be read. Fetch or save it again."
+        ) from None
+    if size != 8 + length + end:
+        raise UserError(
+            f"{name} has {size:,} bytes, but its header describes {8 + length + end:,}: the file is truncated or "
+            "damaged. Fetch or save it again."
         )
-    return header, data_start
+    return Header(header, 8 + length, size, hashlib.sha256(raw).hexdigest())
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has the weights of a checkpoint, or an index of them."""
+    return (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file, as a folder's index says; None where one file holds all weights.
+
+    Raises:
+        UserError: if there are no weights, or the index is damaged or names a file outside of the folder.
+    """
+    if (folder / WEIGHTS_FILE).exists():  # transformers prefers it too
+        return None
+    index = folder / INDEX_FILE
+    if not index.exists():
+        raise UserError(
+            f"{folder} has no safetensors weights ({WEIGHTS_FILE} or {INDEX_FILE}). Pickled .bin files are not read: "
+            "load them with transformers and save them again, which writes safetensors."
+        )
+    try:
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = [name for name in file_of.values() if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no index of weights. Fetch or save it again.") from None
+    if outside:
+        raise UserError(
+            f"{index} names {outside[0]}, which is not a file beside it. Do not use this checkpoint: an index has only "
+            "plain file names."
+        )
+    return file_of
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, by its index where it has one.
 
     Raises:
-        UserError: if there are none, or the index names one that is missing.
+        UserError: as `weight_map`, and if a file is missing.
     """
-    index = folder / INDEX_FILE
-    if (folder / WEIGHTS_FILE).exists():  # transformers prefers it too
-        names = [WEIGHTS_FILE]
-    elif index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is no index of weights. Fetch or save it again.") from None
-    else:
-        raise UserError(
-            f"{folder} has no safetensors weights ({WEIGHTS_FILE} or {INDEX_FILE}). Pickled .bin files are not read: "
-            "load them with transformers and save them again, which writes safetensors."
-        )
+    file_of = weight_map(folder)
+    names = [WEIGHTS_FILE] if file_of is None else sorted(set(file_of.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names. Fetch the missing files.")
     return [folder / name for name in names]
 
 
-class CheckpointReader:
-    """The tensors of a checkpoint folder by name, over all its shards, read when asked for.
-
-    Raises:
-        UserError: for weights that are missing, truncated, or of a dtype that is not a plain float.
-    """
+class LocalShards:
+    """The weight files of a local folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files = weight_files(folder)
+        self.place = str(folder)
+        self.names = [path.name for path in weight_files(folder)]
+        self._identities = {name: self._identity(name) for name in self.names}
+
+    def header(self, name: str) -> Header:
+        return read_header(self.folder / name)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def release(self, name: str) -> None:
+        """Nothing: the files are the user's."""
+
+    def identity(self) -> dict[str, list]:
+        return dict(self._identities)
+
+    def sha256(self, name: str) -> str:
+        with (self.folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def check_unchanged(self, name: str) -> None:
+        if not self.path(name).exists() or self._identity(name) != self._identities[name]:
+            raise UserError(
+                f"{self.path(name)} changed while it was read. Let nothing write to the inputs, and start again."
+            )
+
+    def _identity(self, name: str) -> list:
+        status = (self.folder / name).stat()
+        return [status.st_size, status.st_mtime_ns]
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint by name, over all its shards.
+
+    Args:
+        shards: a local folder, or where else the weight files come from.
+
+    Attributes:
+        shards: the weight files.
+        shapes: shape of each tensor.
+        dtypes: dtype of each tensor.
+        size: bytes of all files.
+        headers: hash of each file's header.
+
+    Raises:
+        UserError: for weights that are missing, truncated, twice there, or of a dtype that is not a plain float, and
+            for an index that names tensors which its files lack.
+    """
+
+    def __init__(self, shards: Path | Shards, indexed: dict[str, str] | None = None):
+        if isinstance(shards, Path):
+            indexed = weight_map(shards)
+            shards = LocalShards(shards)
+        self.shards: Shards = shards
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
-        for path in self.files:
-            header, data_start = read_header(path)
-            for name, entry in header.items():
-                if entry["dtype"] not in DTYPES:
-                    raise UserError(
-                        f"{name} in {path} is {entry['dtype']}; expected one of {', '.join(DTYPES)}. Quantised weights "
-                        "cannot be converted: start from the unquantised checkpoint."
-                    )
-                self.shapes[name] = tuple(entry["shape"])
-                self.dtypes[name] = DTYPES[entry["dtype"]]
-                self._places[name] = (path, data_start + entry["data_offsets"][0])
+        self.size = 0
+        self.headers: dict[str, str] = {}
+        self._places: dict[str, tuple[str, int]] = {}
+        for shard in self.shards.names:
+            header = self.shards.header(shard)
+            self.headers[shard] = header.sha256
+            self.size += header.size
+            for name, entry in header.tensors.items():
+                self._add(shard, name, entry, header.data_start)
+        lost = sorted(name for name, shard in (indexed or {}).items() if self._places.get(name, ("",))[0] != shard)
+        if lost:
+            raise UserError(
+                f"The index of {self.name} names {lost[0]} in {(indexed or {})[lost[0]]}, which does not hold it "
+                f"({len(lost)} such tensors). Fetch or save the checkpoint again."
+            )
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `start:stop` of a tensor, read from the file: they are one run of bytes."""
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.shards.place
+
+    def identity(self) -> dict[str, list]:
+        """What tells these files from others: for each its size, its time of change and the hash of its header."""
+        return {shard: [*rest, self.headers[shard]] for shard, rest in self.shards.identity().items()}
+
+    def copied(self, name: str, start: int = 0, stop: int | None = None) -> Copied:
+        """Rows `start:stop` of a tensor as a range of bytes."""
         shape, dtype = self.shapes[name], self.dtypes[name]
         stop = shape[0] if stop is None else stop
-        row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
-        data = bytearray((stop - start) * row_bytes)
-        path, offset = self._places[name]
-        with path.open("rb") as file:
-            file.seek(offset + start * row_bytes)
-            file.readinto(data)
-        return torch.frombuffer(data, dtype=dtype).view(stop - start, *shape[1:])
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        shard, offset = self._places[name]
+        return Copied(self.shards, shard, offset + start * row_bytes, (stop - start) * row_bytes)
+
+    def cast(self, name: str, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Part:
+        """Rows `start:stop` of a tensor in `dtype`: copied where that is its own."""
+        copied = self.copied(name, start, stop)
+        if dtype == self.dtypes[name]:
+            return copied
+        size = copied.length // self.dtypes[name].itemsize * dtype.itemsize
+        return Computed(
+            size,
+            f"{name}[{start}:{'' if stop is None else stop}] as {dtype}".replace("torch.", ""),
+            lambda: (chunk.to(dtype) for chunk in self.chunks(name, start, stop)),
+            ((self.shards, copied.shard),),
+        )
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `start:stop` of a tensor, read from the file."""
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        copied = self.copied(name, start, stop)
+        data = bytearray(copied.length)
+        with self.shards.path(copied.shard).open("rb") as file:
+            file.seek(copied.start)
+            if file.readinto(data) != copied.length:
+                raise UserError(f"{self.shards.path(copied.shard)} is shorter than it was. Fetch it and start again.")
+        if not data:
+            return torch.empty(0, *shape[1:], dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).view(-1, *shape[1:])
+
+    def chunks(
+        self, name: str, start: int = 0, stop: int | None = None, chunk_bytes: int = _CHUNK_BYTES
+    ) -> Iterator[torch.Tensor]:
+        """Rows `start:stop` of a tensor, some rows at a time, so that memory stays bounded.
+
+        A single row is never cut, so a chunk may be larger than `chunk_bytes` where rows are. The cuts depend on the
+        tensor alone, never on where a run was resumed.
+        """
+        shape = self.shapes[name]
+        stop = shape[0] if stop is None else stop
+        step = max(1, chunk_bytes // max(1, math.prod(shape[1:]) * self.dtypes[name].itemsize))
+        for at in range(start, stop, step):
+            yield self.rows(name, at, min(at + step, stop))
+
+    def read_shard(self, name: str) -> tuple[Shards, str]:
+        """The shard that a computation on this tensor reads."""
+        return self.shards, self._places[name][0]
+
+    def _add(self, shard: str, name: str, entry: dict, data_start: int) -> None:
+        if entry["dtype"] not in DTYPES:
+            raise UserError(
+                f"{name} in {shard} is {entry['dtype']}; expected one of {', '.join(DTYPES)}. Quantised weights "
+                "cannot be converted: start from the unquantised checkpoint."
+            )
+        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+        start, stop = entry["data_offsets"]
+        if stop - start != math.prod(shape) * dtype.itemsize or name in self._places:
+            problem = (
+                "is in two shards" if name in self._places else f"has {stop - start} bytes, not those of its shape"
+            )
+            raise UserError(f"{name} in {shard} {problem}. Fetch or save the checkpoint again.")
+        self.shapes[name], self.dtypes[name] = shape, dtype
+        self._places[name] = (shard, data_start + start)
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the output: its form is known now, its values are made when it is written."""
+class PlannedShards:
+    """Weights of which only the form is known, for planning; reading them is an error of the program."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Iterable[torch.Tensor]]
-    """Yields the tensor in parts along its first dimension (or whole), in `dtype`."""
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+        self.names = [WEIGHTS_FILE]
+        self.place = "the plan"
+        self._tensors: dict[str, dict] = {}
+        end = 0
+        for name, shape in shapes.items():
+            size = math.prod(shape) * dtype.itemsize
+            entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            self._tensors[name], end = entry, end + size
+        self._size = end
 
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+    def header(self, name: str) -> Header:
+        return Header(self._tensors, 0, self._size, "")
 
-    @property
-    def bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+    def path(self, name: str) -> Path:
+        raise AssertionError(f"{name} is planned only")
 
+    def release(self, name: str) -> None:
+        """Nothing is held."""
 
-def write_checkpoint(folder: Path, tensors: list[PlannedTensor], max_shard_bytes: int) -> Iterator[PlannedTensor]:
-    """Write `tensors` as safetensors shards with an index, in the form that transformers writes.
+    def identity(self) -> dict[str, list]:
+        return {name: [self._size] for name in self.names}
 
-    Yields each tensor once it is written, so that the caller can show progress.
-    """
-    shards: list[list[PlannedTensor]] = []
-    room = 0
-    for tensor in tensors:
-        if tensor.bytes > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.bytes
-    names = (
-        [WEIGHTS_FILE]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    for name, shard in zip(names, shards):
-        yield from _write_shard(folder / name, shard)
-    if len(shards) > 1:
-        index = {
-            "metadata": {
-                "total_parameters": sum(tensor.numel for tensor in tensors),
-                "total_size": sum(tensor.bytes for tensor in tensors),
-            },
-            "weight_map": {tensor.name: name for name, shard in zip(names, shards) for tensor in shard},
-        }
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    def sha256(self, name: str) -> str:
+        raise AssertionError(f"{name} is planned only")
+
+    def check_unchanged(self, name: str) -> None:
+        """Nothing can change."""
 
 
-def _write_shard(path: Path, tensors: list[PlannedTensor]) -> Iterator[PlannedTensor]:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.bytes],
-        }
-        offset += tensor.bytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
-        for tensor in tensors:
-            written = 0
-            for part in tensor.make():
-                written += file.write(part.contiguous().view(torch.uint8).numpy().data)
-            if written != tensor.bytes:
-                raise AssertionError(f"{tensor.name}: planned {tensor.bytes} bytes, made {written}")
-            yield tensor
+def free_bytes(folder: Path) -> int:
+    """What may still be written to the disk of `folder`."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize

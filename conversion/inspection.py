@@ -130,7 +130,7 @@ def inspect(path: str, *, console: Console | None = None) -> Inspection:
         config=config,
         count=count_parameters(config),
         skip_alphas=alphas,
-        checkpoint_bytes=sum(file.stat().st_size for file in reader.files) if reader else None,
+        checkpoint_bytes=reader.size if reader else None,
     )
     console.print(layer_table(inspection))
     console.print(parameter_table(inspection))

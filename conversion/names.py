@@ -57,6 +57,14 @@ def outer_sources(config: JaiConfig, vocab_size: int) -> dict[str, RowsOf]:
     return sources
 
 
+def source_shapes(config: JaiConfig, vocab_size: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the phi-3 model with `vocab_size` rows and `layers` layers."""
+    sources = [*outer_sources(config, vocab_size).values()]
+    for layer in range(layers):
+        sources += layer_sources(config, 0, layer).values()
+    return {source.name: source.source_shape for source in sources}
+
+
 def layer_sources(config: JaiConfig, layer: int, origin: int) -> dict[str, RowsOf]:
     """JAI name -> phi-3 rows for JAI layer `layer`, made from phi-3 layer `origin`.
 

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prove a conversion by its logits: the same text through phi-3 and through the JAI that was made from it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
+from rich import filesize
 from rich.console import Console
 from transformers import Phi3ForCausalLM
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.checkpoint import resolve_checkpoint
-from jai.conversion.convert import load_phi3_config, load_tokenizer
+from jai.conversion.checkpoint import CheckpointReader, resolve_checkpoint
+from jai.conversion.plan import load_phi3_config
+from jai.conversion.vocabulary import load_tokenizer
 from jai.errors import UserError
 from jai.modeling_jai import JaiForCausalLM
 
@@ -46,7 +50,9 @@ class Verification:
 
 
 @torch.inference_mode()
-def verify(base: str, converted: Path, text: Path = DEFAULT_TEXT, *, console: Console | None = None) -> Verification:
+def verify(
+    base: str, converted: Path, text: Path = DEFAULT_TEXT, *, console: Console | None = None
+) -> Verification | None:
     """Compare a converted checkpoint with its base in fp32 and print the result.
 
     Both read the ids that the base's tokenizer makes of `text`, in contexts of up to 512 tokens, and the JAI's logits
@@ -57,6 +63,9 @@ def verify(base: str, converted: Path, text: Path = DEFAULT_TEXT, *, console: Co
         converted: folder of the JAI.
         text: UTF-8 text to compare on.
         console: where to print; None is standard output.
+
+    Returns:
+        How far they are, or None where there is too little memory for either of them.
 
     Raises:
         UserError: if a folder holds no such model, or the text is too short.
@@ -70,6 +79,8 @@ def verify(base: str, converted: Path, text: Path = DEFAULT_TEXT, *, console: Co
     if not contexts:
         raise UserError(f"{text} has {len(ids)} tokens; give a text of at least 2.")
 
+    if not _fits(base_folder, converted, console):
+        return None
     phi3 = Phi3ForCausalLM.from_pretrained(base_folder, dtype=torch.float32, local_files_only=True).eval()
     base_logits = [phi3(chunk).logits[0, :-1] for chunk in contexts]
     del phi3  # before the JAI is loaded: the two together may not fit
@@ -93,6 +104,21 @@ def verify(base: str, converted: Path, text: Path = DEFAULT_TEXT, *, console: Co
     result = Verification(tokens, max(kl / tokens, 0.0), max_difference, base_loss / tokens, loss / tokens, random_ids)
     _print(console, result)
     return result
+
+
+def _fits(base: Path, converted: Path, console: Console) -> bool:
+    """Whether the larger of the two fits into memory in fp32; else say that it does not."""
+    parameters = max(
+        sum(math.prod(shape) for shape in CheckpointReader(folder).shapes.values()) for folder in (base, converted)
+    )
+    needed, free = parameters * torch.float32.itemsize, psutil.virtual_memory().available
+    if needed > free:
+        console.print(
+            f"[yellow]Note:[/] the logits were not compared: that takes {filesize.decimal(needed)} of memory, and "
+            f"{filesize.decimal(free)} are free.",
+            highlight=False,
+        )
+    return needed <= free
 
 
 def _token_ids(base_folder: Path, vocab_size: int, text: Path) -> tuple[torch.Tensor, bool]:

@@ -26,8 +26,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.convert import ConvertOptions, convert
+from jai.conversion.convert import convert
 from jai.conversion.inspection import count_parameters
+from jai.conversion.options import ConvertOptions
 from jai.conversion.verify import verify
 from jai.demo.base import train_base
 from jai.demo.corpus import Corpus, build_corpus, write_corpus

@@ -57,8 +57,8 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
             raise UserError(f"{folder / INDEX_FILE} has no weight_map. Write the checkpoint again.")
     tensors: dict[str, TensorInfo] = {}
     for path in weight_files(folder):
-        header, _ = read_header(path)
-        tensors |= {name: TensorInfo(tuple(t["shape"]), t["dtype"], path) for name, t in header.items()}
+        header = read_header(path)
+        tensors |= {name: TensorInfo(tuple(t["shape"]), t["dtype"], path) for name, t in header.tensors.items()}
     lost = [name for name in indexed or {} if name not in tensors]
     if lost:
         raise UserError(

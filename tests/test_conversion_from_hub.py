@@ -38,7 +38,7 @@ def test_base_comes_from_the_hub(hub, tmp_path):
     process = convert(hub, tmp_path / "out")
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert '"name": "lab/base"' in (tmp_path / "out" / "conversion.json").read_text()
+    assert '"name": "lab/base"' in (tmp_path / "out" / "provenance.json").read_text()
 
 
 @pytest.mark.parametrize("fault", ["no token", "500", "hangs up"])

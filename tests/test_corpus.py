@@ -21,9 +21,10 @@ from rich.console import Console
 
 from jai import cli
 from jai.errors import UserError
+from jai.files import parse_size
 from jai.hub_card.loopback_hub import LoopbackHub
 from jai.tokenization import corpus
-from jai.tokenization.corpus import TextFile, draw_sample, open_sources, parse_size, sample_table
+from jai.tokenization.corpus import TextFile, draw_sample, open_sources, sample_table
 from jai.tokenization.phi3_style import train_phi3_style
 from jai.tokenization.train import RECORD_FILE, SAMPLE_BYTES, train_tokenizer
 

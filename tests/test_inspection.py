@@ -10,8 +10,9 @@ from rich.console import Console
 from transformers import Phi3ForCausalLM
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.convert import ConvertOptions, convert
+from jai.conversion.convert import convert
 from jai.conversion.inspection import PHI3_MEDIUM, count_parameters, inspect
+from jai.conversion.options import ConvertOptions
 from jai.errors import UserError
 from jai.modeling_jai import JaiForCausalLM
 

@@ -30,27 +30,6 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 WHAT_TO_GIVE = f"Give files of text ({', '.join(SUFFIXES)}), a folder of them, or a Hub dataset (owner/name)"
 
 _PIECE = 2**20  # characters: the most that is in memory of a .txt file
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{kind}": base ** (power + 1)
-    for kind, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT")
-}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `500MB` (1000 × 1000), `2GiB` (1024 × 1024 × 1024) or `1500000`.
-
-    Raises:
-        UserError: if it is no size, or less than a byte.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
-    units = {name.lower(): size for name, size in _UNITS.items()}
-    if not found or found[2].lower() not in units or (size := int(float(found[1]) * units[found[2].lower()])) < 1:
-        raise UserError(
-            f"{text!r} is no size. Give a number of bytes, with a unit if you like, such as 500MB, 2GiB or 1500000 "
-            f"(units: {', '.join(filter(None, _UNITS))})."
-        )
-    return size
 
 
 class Document(NamedTuple):

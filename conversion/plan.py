@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a conversion (paper, section 3.1): where every byte of the output comes from, before any is written.
+
+Three steps, each by rows of tensors: new rows of the vocabulary are made from old ones, blocks of layers are repeated
+in place, and the MLP of each layer becomes a stack of experts.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import Phi3Config
+
+from jai.configuration_jai import JaiConfig
+from jai.conversion import names
+from jai.conversion.checkpoint import CheckpointReader, PlannedShards, has_weights, resolve_checkpoint, weight_map
+from jai.conversion.hub import HubShards
+from jai.conversion.job import work_folder
+from jai.conversion.options import ConvertOptions
+from jai.conversion.tensors import Part, PlannedTensor
+from jai.conversion.values import constant, drawn, with_noise
+from jai.conversion.vocabulary import Vocabulary, embedding_parts, load_tokenizer, plan_vocabulary
+from jai.errors import UserError
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """All that a conversion will do.
+
+    Attributes:
+        base_folder: the base's files; its weights may be elsewhere.
+        base: its configuration.
+        reader: its weights.
+        tokenizer_folder: where the output's tokenizer comes from, if it has one.
+        vocabulary: the output's rows.
+        config: the output's configuration.
+        tensors: the output's tensors, in the order in which they are written.
+    """
+
+    base_folder: Path
+    base: Phi3Config
+    reader: CheckpointReader
+    tokenizer_folder: Path | None
+    vocabulary: Vocabulary
+    config: JaiConfig
+    tensors: list[PlannedTensor]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors)
+
+
+def plan_conversion(options: ConvertOptions, *, dry_run: bool = False) -> ConversionPlan:
+    """Check everything and plan every tensor.
+
+    Args:
+        options: what to do.
+        dry_run: the base may lack its weights: their form follows from its configuration.
+
+    Raises:
+        UserError: for a base that is no phi-3, a plan that does not fit it, a tokenizer that does not extend its
+            tokenizer, or damaged weights.
+    """
+    base_folder = resolve_checkpoint(options.base, weights=not (options.stream or dry_run))
+    base = load_phi3_config(base_folder)
+    reader = _open_base(options, base_folder, dry_run=dry_run)
+    base_tokenizer = load_tokenizer(base_folder)
+    new_folder = resolve_checkpoint(options.tokenizer, weights=False) if options.tokenizer else None
+    tokenizer = load_tokenizer(new_folder) if new_folder else None
+    if new_folder and tokenizer is None:
+        raise UserError(f"{options.tokenizer} has no tokenizer files. Give a folder that save_pretrained wrote.")
+    vocabulary = plan_vocabulary(base.vocab_size, base_tokenizer, tokenizer, new_folder)
+    dtype = reader.dtypes.get(names.EMBEDDINGS) if reader else base.dtype
+    config = plan_config(base, options, vocabulary, dtype or torch.bfloat16)
+    expected = names.source_shapes(config, base.vocab_size, base.num_hidden_layers)
+    if reader is None:
+        assert isinstance(config.dtype, torch.dtype)
+        reader = CheckpointReader(PlannedShards(expected, config.dtype))
+    _check_names(expected, reader)
+    return ConversionPlan(
+        base_folder=base_folder,
+        base=base,
+        reader=reader,
+        tokenizer_folder=new_folder or (base_folder if base_tokenizer else None),
+        vocabulary=vocabulary,
+        config=config,
+        tensors=plan_tensors(config, base, reader, options, vocabulary),
+    )
+
+
+def _open_base(options: ConvertOptions, folder: Path, *, dry_run: bool) -> CheckpointReader | None:
+    """The base's weights; None for a dry run where they are not here."""
+    is_local = Path(options.base).is_dir()
+    if options.stream and is_local:
+        raise UserError(f"--stream is for a base on the Hub, but {options.base} is a folder. Leave it out.")
+    if dry_run and not (is_local and has_weights(folder)):
+        return None
+    if options.stream:
+        shards = HubShards(options.base, folder, work_folder(options.out) / "downloads")
+        return CheckpointReader(shards, weight_map(folder))
+    return CheckpointReader(folder)
+
+
+def load_phi3_config(folder: Path) -> Phi3Config:
+    """Read and check the configuration of a phi-3 checkpoint.
+
+    Raises:
+        UserError: if the folder holds no phi-3 language model.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} has no config.json, so it is no checkpoint. Give a Phi3ForCausalLM checkpoint.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no valid JSON ({error}). Fetch the base's own.") from None
+    architectures = raw.get("architectures") or []
+    if raw.get("model_type") != "phi3" or any(name != "Phi3ForCausalLM" for name in architectures):
+        raise UserError(
+            f"{folder} is {', '.join(architectures) or 'a model'} of type {raw.get('model_type')!r}. `jai convert` "
+            "takes a Phi3ForCausalLM (model_type 'phi3'): phi-3-mini, phi-3-medium, phi-3.5-mini, phi-4."
+        )
+    if raw.get("quantization_config"):
+        raise UserError(f"{folder} is quantised. Convert the unquantised checkpoint, and quantise the result.")
+    try:
+        return Phi3Config.from_dict(raw)
+    except (StrictDataclassError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is not valid: {type(error).__name__}: {error.__cause__ or error}. Fetch the base's own."
+        ) from None
+
+
+def plan_config(
+    base: Phi3Config, options: ConvertOptions, vocabulary: Vocabulary, base_dtype: torch.dtype
+) -> JaiConfig:
+    """The configuration of the output.
+
+    Raises:
+        UserError: if the plan does not cover the base's layers exactly, or the values do not fit each other.
+    """
+    if options.is_plain:
+        block_size, repeats = 1, [1] * len(options.origins(base.num_hidden_layers))
+    else:
+        block_size, repeats = options.block_size, options.block_repeats
+        _check_blocks(base.num_hidden_layers, block_size, repeats)
+    assert base.rope_parameters is not None  # transformers replaces None
+    rope = dict(base.rope_parameters)
+    if options.rope_theta is not None:
+        rope["rope_theta"] = options.rope_theta
+    longrope: dict[str, Any] = {}
+    if rope["rope_type"] == "longrope":
+        longrope["original_max_position_embeddings"] = base.original_max_position_embeddings
+    try:
+        return JaiConfig(
+            vocab_size=vocabulary.size,
+            hidden_size=base.hidden_size,
+            intermediate_size=base.intermediate_size,
+            num_attention_heads=base.num_attention_heads,
+            num_key_value_heads=base.num_key_value_heads,
+            head_dim=getattr(base, "head_dim", None),
+            hidden_act=base.hidden_act,
+            max_position_embeddings=base.max_position_embeddings,
+            initializer_range=base.initializer_range,
+            rms_norm_eps=base.rms_norm_eps,
+            pad_token_id=base.pad_token_id,
+            bos_token_id=base.bos_token_id,
+            eos_token_id=base.eos_token_id,
+            tie_word_embeddings=base.tie_word_embeddings,
+            attention_dropout=base.attention_dropout,
+            rope_parameters=rope,
+            block_size=block_size,
+            block_repeats=repeats,
+            skip_alpha=options.start_alpha,
+            skip_alpha_normalize=options.skip_alpha_normalize,
+            num_local_experts=options.experts,
+            architectures=["JaiForCausalLM"],
+            dtype=options.dtype or str(base_dtype).removeprefix("torch."),
+            **longrope,
+        )
+    except (StrictDataclassError, ValueError) as error:
+        raise UserError(f"The options do not fit the base: {error.__cause__ or error}") from None
+
+
+def _check_blocks(layers: int, block_size: int, repeats: list[int]) -> None:
+    if block_size < 1:
+        raise UserError(f"--block-size is {block_size}; a block needs at least 1 layer.")
+    blocks, left_over = divmod(layers, block_size)
+    if left_over or len(repeats) != blocks:
+        fitting = (
+            f"--block-repeats with {blocks} numbers ({','.join(['1'] * blocks)} repeats nothing)"
+            if not left_over
+            else f"a --block-size that divides {layers}"
+        )
+        raise UserError(
+            f"The base has {layers} layers, but --block-size {block_size} with {len(repeats)} --block-repeats covers "
+            f"{block_size * len(repeats)}. Give {fitting}."
+        )
+
+
+def _check_names(expected: dict[str, tuple[int, ...]], reader: CheckpointReader) -> None:
+    missing = sorted(expected.keys() - reader.shapes.keys())
+    extra = sorted(reader.shapes.keys() - expected.keys() - {names.LM_HEAD})
+    wrong = sorted(n for n in expected.keys() & reader.shapes.keys() if expected[n] != reader.shapes[n])
+    if missing or extra or wrong:
+        problems = [
+            *(f"{name} is missing" for name in missing[:3]),
+            *(f"{name} is unknown" for name in extra[:3]),
+            *(f"{name} is {reader.shapes[name]}, not {expected[name]}" for name in wrong[:3]),
+        ]
+        raise UserError(
+            f"The weights in {reader.name} do not match its config.json: {'; '.join(problems)} ({len(missing)} "
+            f"missing, {len(extra)} unknown, {len(wrong)} of another shape). Save the model again with transformers."
+        )
+
+
+def plan_tensors(
+    config: JaiConfig, base: Phi3Config, reader: CheckpointReader, options: ConvertOptions, vocabulary: Vocabulary
+) -> list[PlannedTensor]:
+    """Every tensor of the output, in the order in which it is written: as the model runs, the head last."""
+    dtype = config.dtype
+    assert isinstance(dtype, torch.dtype)  # transformers turns the name that `plan_config` gives into the dtype
+
+    def rows(source: names.RowsOf) -> Part:
+        return reader.cast(source.name, dtype, source.start, source.stop)
+
+    outer = []
+    for name, source in names.outer_sources(config, base.vocab_size).items():
+        if name == names.FINAL_NORM:
+            outer.append(PlannedTensor(name, source.shape, dtype, (rows(source),)))
+        else:
+            parts = embedding_parts(reader, name, base.vocab_size, vocabulary, options.init, options.seed, dtype)
+            outer.append(PlannedTensor(name, (vocabulary.size, config.hidden_size), dtype, parts))
+    layers = []
+    seen: set[int] = set()
+    for planned, origin in zip(config.layer_plan, options.origins(base.num_hidden_layers)):
+        starts_as_identity = origin in seen and options.duplicate_init == "identity"
+        seen.add(origin)
+        for name, source in names.layer_sources(config, planned.layer, origin).items():
+            is_stack = names.is_expert_stack(name)
+            shape = (config.num_local_experts, *source.shape) if is_stack else source.shape
+            if starts_as_identity and names.writes_to_residual(name):
+                parts = (constant(0.0, shape, dtype),)
+            elif is_stack:
+                parts = _expert_parts(reader, name, source, config, options, dtype)
+            else:
+                parts = (rows(source),)
+            layers.append(PlannedTensor(name, shape, dtype, parts))
+        if config.num_local_experts > 1:
+            shape = (config.num_local_experts, config.hidden_size)
+            name = names.router_name(planned.layer)
+            router = drawn(name, shape, config.initializer_range, options.seed, dtype)
+            layers.append(PlannedTensor(name, shape, dtype, (router,)))
+        if planned.adds_anchor:
+            alpha = constant(config.skip_alphas[planned.layer], (1,), dtype)
+            layers.append(PlannedTensor(names.skip_alpha_name(planned.layer), (1,), dtype, (alpha,)))
+    embeddings, *rest = outer
+    return [embeddings, *layers, *rest]
+
+
+def _expert_parts(
+    reader: CheckpointReader,
+    name: str,
+    source: names.RowsOf,
+    config: JaiConfig,
+    options: ConvertOptions,
+    dtype: torch.dtype,
+) -> tuple[Part, ...]:
+    """One slice for each expert. Expert 0 is the base's MLP (paper, section 3.1.3)."""
+    first = reader.cast(source.name, dtype, source.start, source.stop)
+    parts: list[Part] = [first]
+    for expert in range(1, config.num_local_experts):
+        expert_name = f"{name}.{expert}"
+        if options.expert_init == "copy":
+            parts.append(first)
+        elif options.expert_init == "noise":
+            parts.append(with_noise(reader, source.name, expert_name, options.expert_noise, options.seed, dtype))
+        else:
+            parts.append(drawn(expert_name, source.shape, config.initializer_range, options.seed, dtype))
+    return tuple(parts)

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planned tensors become safetensors shards, at the speed of the disk and in bounded memory.
+
+The form of every tensor is known, so a shard begins with its finished header. Ranges of source files are copied by the
+kernel, file to file; what is computed comes in chunks. The output's bytes do not depend on the number of workers, on
+where an earlier run stopped, or on how the bytes were copied.
+"""
+
+import errno
+import json
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from threading import Event, Lock
+
+import torch
+from rich import filesize
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from jai.conversion.checkpoint import INDEX_FILE, WEIGHTS_FILE, free_bytes, read_header
+from jai.conversion.job import Job
+from jai.conversion.tensors import DTYPE_NAMES, Copied, Part, PlannedTensor, Shards
+from jai.errors import UserError
+
+_COPY_BYTES = 64_000_000  # between two looks at whether to stop
+_BUFFER_BYTES = 1_000_000  # where the kernel does not copy
+_NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One file of the output."""
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The file's beginning: the length of the header, and the header as safetensors has it."""
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in self.tensors:
+            entries[tensor.name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.bytes],
+            }
+            offset += tensor.bytes
+        encoded = json.dumps(entries, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        return struct.pack("<Q", len(encoded)) + encoded
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(tensor.bytes for tensor in self.tensors)
+
+    @property
+    def reads(self) -> set[tuple[Shards, str]]:
+        return {source for tensor in self.tensors for part in tensor.parts for source in part.reads}
+
+
+def plan_shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[OutputShard]:
+    """Cut the tensors into files of at most `max_shard_bytes` of data each, a larger tensor alone in its own."""
+    groups: list[list[PlannedTensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not groups or tensor.bytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(tensor)
+        room -= tensor.bytes
+    count = len(groups)
+    names = [WEIGHTS_FILE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return [OutputShard(name, tuple(group)) for name, group in zip(names, groups)]
+
+
+def write_checkpoint(
+    job: Job, tensors: list[PlannedTensor], max_shard_bytes: int, workers: int = 1, *, console: Console | None = None
+) -> None:
+    """Write `tensors` into the folder of `job` as safetensors shards with an index, in the form of transformers.
+
+    Shards that the job has finished already are left as they are.
+
+    Args:
+        job: where to write, from `resumable_folder`.
+        tensors: what to write, in this order.
+        max_shard_bytes: largest data of a shard.
+        workers: shards to write at a time.
+        console: where to show the progress; None is standard output.
+
+    Raises:
+        UserError: if the disk has too little room, or a source is cut short or changed while it is read.
+    """
+    console = console or Console()
+    shards = plan_shards(tensors, max_shard_bytes)
+    todo = [shard for shard in shards if job.finished.get(shard.name) != shard.size]
+    total, left = sum(shard.size for shard in shards), sum(shard.size for shard in todo)
+    if (free := free_bytes(job.folder)) < left:
+        raise UserError(
+            f"{job.out} needs {filesize.decimal(left)} more, but its disk has {filesize.decimal(free)}. Free some "
+            "space or choose another disk."
+        )
+    if left < total:
+        console.print(f"Going on: {len(shards) - len(todo)} of {len(shards)} shards are finished.", highlight=False)
+    sources, stop = _Sources(todo), Event()
+    with _progress(console) as progress, _one_thread(), ThreadPoolExecutor(max(workers, 1)) as pool:
+        task = progress.add_task("writing", total=total, completed=total - left)
+
+        def write(shard: OutputShard) -> None:
+            _write_shard(job.folder / shard.name, shard, stop, lambda size: progress.advance(task, size))
+            for source, name in shard.reads:
+                source.check_unchanged(name)
+            job.finish(shard.name)
+            sources.release(shard)
+
+        futures = [pool.submit(write, shard) for shard in todo]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    if len(shards) > 1:
+        index = {
+            "metadata": {
+                "total_parameters": sum(tensor.numel for tensor in tensors),
+                "total_size": sum(tensor.bytes for tensor in tensors),
+            },
+            "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
+        }
+        (job.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def compare_checkpoint(folder: Path, tensors: list[PlannedTensor], max_shard_bytes: int, *, console: Console) -> int:
+    """Read every byte of a written checkpoint again and compare it with its source, or with what is computed for it.
+
+    Returns:
+        The bytes compared, headers aside.
+
+    Raises:
+        UserError: naming the first tensor that differs.
+    """
+    shards = plan_shards(tensors, max_shard_bytes)
+    total, sources = sum(tensor.bytes for tensor in tensors), _Sources(shards)
+    with _progress(console) as progress, _one_thread():
+        task = progress.add_task("verifying", total=total)
+        for shard in shards:
+            path = folder / shard.name
+            header = read_header(path)
+            with path.open("rb") as file:
+                if file.read(header.data_start) != shard.header:
+                    raise UserError(f"{path} does not hold the tensors that were planned. Convert again.")
+                for tensor in shard.tensors:
+                    for part in tensor.parts:
+                        for expected in _chunks(part):
+                            if file.read(len(expected)) != expected:
+                                raise UserError(
+                                    f"{tensor.name} in {path} is not what its source gives. The disk or the source has "
+                                    "changed: remove the folder and convert again."
+                                )
+                            progress.advance(task, len(expected))
+            sources.release(shard)
+    return total
+
+
+class _Sources:
+    """The source files of some shards, each released when the last shard that reads it is done."""
+
+    def __init__(self, shards: list[OutputShard]):
+        self._readers = Counter(source for shard in shards for source in shard.reads)
+        self._mutex = Lock()
+
+    def release(self, shard: OutputShard) -> None:
+        with self._mutex:
+            self._readers.subtract(shard.reads)
+            unneeded = [source for source in shard.reads if not self._readers[source]]
+        for source, name in unneeded:
+            source.release(name)
+
+
+def _chunks(part: Part) -> Iterator[bytes]:
+    if not isinstance(part, Copied):
+        yield from (bytes(_bytes(chunk)) for chunk in part.make())
+        return
+    with part.shards.path(part.shard).open("rb") as source:
+        source.seek(part.start)
+        left = part.length
+        while left:
+            chunk = source.read(min(_BUFFER_BYTES, left))
+            if not chunk:
+                raise _cut_short(source.name)
+            left -= len(chunk)
+            yield chunk
+
+
+def _write_shard(path: Path, shard: OutputShard, stop: Event, advance: Callable[[int], object]) -> None:
+    with path.open("wb", buffering=0) as file:
+        _write_all(file, shard.header)
+        advance(len(shard.header))
+        for tensor in shard.tensors:
+            for part in tensor.parts:
+                if isinstance(part, Copied):
+                    steps = _copy(part, file)
+                else:
+                    steps = (_write_all(file, _bytes(chunk)) for chunk in part.make())
+                written = 0
+                for size in steps:
+                    if stop.is_set():
+                        raise InterruptedError("another shard failed")
+                    advance(size)
+                    written += size
+                if written != part.length:
+                    raise AssertionError(f"{tensor.name}: planned {part.length} bytes, made {written}")
+
+
+def _copy(part: Copied, target: FileIO) -> Iterator[int]:
+    """Append a range of a source to `target`, yielding how many bytes were copied in each step."""
+    with part.shards.path(part.shard).open("rb", buffering=0) as source:
+        done, in_kernel = 0, hasattr(os, "copy_file_range")
+        while done < part.length:
+            start, left = part.start + done, part.length - done
+            if in_kernel:
+                try:
+                    size = os.copy_file_range(source.fileno(), target.fileno(), min(_COPY_BYTES, left), start)
+                except OSError as error:
+                    if error.errno not in _NO_COPY_FILE_RANGE:
+                        raise
+                    in_kernel = False
+                    continue
+            else:
+                size = _write_all(target, os.pread(source.fileno(), min(_BUFFER_BYTES, left), start))
+            if not size:
+                raise _cut_short(source.name)
+            done += size
+            yield size
+
+
+def _cut_short(path: object) -> UserError:
+    return UserError(f"{path} is shorter than it was. Let nothing write to the inputs; fetch it and start again.")
+
+
+def _write_all(file: FileIO, data: bytes | memoryview) -> int:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+    return len(data)
+
+
+def _bytes(chunk: torch.Tensor) -> memoryview:
+    return chunk.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums must not depend on the number of processors; shards are written in parallel, not parts of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

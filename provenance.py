@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint was made from: one file beside the weights, which holds its last step and, in it, all before.
+
+A step names its inputs, and each input carries the step that made it. So the steps of a merge form a tree, and a folder
+needs no other folder to say where it comes from.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from jai.errors import UserError
+from jai.files import sha256
+from jai.hub_card.redaction import redact
+from jai.version import __version__
+
+PROVENANCE_FILE = "provenance.json"
+
+# "step" is "convert", "upcycle", "merge", "export", "pretrain", "sft" or "dpo", "inputs" is a list of `input_of`, and
+# there may be "options", "versions" and "result"; of training also "dataset", "metrics", "steps", "hardware" and
+# "log_history", the name of a file.
+Step = dict[str, Any]
+Input = dict[str, Any]
+_MAPPINGS = ("options", "versions", "result", "metrics", "hardware")
+
+
+def read_step(folder: Path) -> Step | None:
+    """The step that made a checkpoint folder, or None where it has no record.
+
+    A record by others may name paths; they are shortened as `write_step` does it.
+
+    Raises:
+        UserError: if its `provenance.json` is damaged.
+    """
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
+        return None
+    try:
+        step = _portable(json.loads(path.read_text(encoding="utf-8")))
+        wrong = _wrong_step(step)
+    except ValueError as error:
+        wrong = f"it is no valid JSON: {error}"
+    except RecursionError:
+        wrong = "it is nested too deeply"
+    if wrong:
+        raise UserError(
+            f"{path} is no record of how the checkpoint was made ({wrong}). Fetch the checkpoint again, or remove the "
+            "file to begin a new history."
+        )
+    return step
+
+
+def write_step(folder: Path, step: Step) -> None:
+    """Write the step that made a checkpoint folder.
+
+    The record travels to the Hub, and paths say more than their owner may want to: of paths that stand alone, only the
+    last part is written. Access tokens are hidden.
+    """
+    text = json.dumps(_portable(step), indent=2, ensure_ascii=False)
+    (folder / PROVENANCE_FILE).write_text(redact(text) + "\n", encoding="utf-8")
+
+
+def input_of(role: str, name: str | os.PathLike, *, files: Mapping[str, str], made_by: Step | None) -> Input:
+    """An input of a step.
+
+    Args:
+        role: what it was in the step: "base", "model", "snapshot".
+        name: folder or Hub id.
+        files: SHA-256 of the files that were read, by name.
+        made_by: the input's own step (`read_step`), None where it has no record.
+    """
+    is_hub_id = not Path(name).exists() and _is_hub_id(os.fspath(name))
+    return {
+        "role": role,
+        "name": os.fspath(name) if is_hub_id else Path(os.path.abspath(name)).name,
+        "is_hub_id": is_hub_id,
+        "files": dict(files),
+        "made_by": made_by,
+    }
+
+
+def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files by name, several at a time: hashing takes longer than reading."""
+    paths = sorted(paths)
+    with ThreadPoolExecutor() as pool:
+        return {path.name: digest for path, digest in zip(paths, pool.map(sha256, paths))}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of JAI, of Python and of these packages."""
+    return {
+        "jai-llm": __version__,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in packages},
+    }
+
+
+def chain(step: Step | None) -> list[Step]:
+    """All steps that led to a checkpoint, each after those that it needed, `step` itself last.
+
+    Inputs come in their order, each with its whole history first. A step that several inputs share comes once; it is
+    known by all that is recorded of it.
+    """
+    if step is None:
+        return []
+    steps: list[Step] = []
+    for entry in step["inputs"]:
+        steps += [earlier for earlier in chain(entry["made_by"]) if earlier not in steps]
+    return [*steps, step]
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _wrong_step(step: Any) -> str | None:
+    """What is wrong with a record, None where nothing is."""
+    if not isinstance(step, dict) or not isinstance(step.get("step"), str):
+        return "it names no step"
+    if not isinstance(step.get("inputs"), list):
+        return f"its step {step['step']!r} has no list of inputs"
+    for key in _MAPPINGS:
+        if not isinstance(step.get(key, {}), dict):
+            return f"{key!r} of its step {step['step']!r} is no mapping"
+    if not isinstance(step.get("log_history", ""), str):
+        return f"'log_history' of its step {step['step']!r} is no name of a file"
+    for entry in step["inputs"]:
+        if not (
+            isinstance(entry, dict)
+            and isinstance(entry.get("role"), str)
+            and isinstance(entry.get("name"), str)
+            and isinstance(entry.get("is_hub_id"), bool)
+            and isinstance(entry.get("files"), dict)
+            and "made_by" in entry
+        ):
+            return f"an input of its step {step['step']!r} lacks role, name, is_hub_id, files or made_by"
+        if entry["made_by"] is not None and (wrong := _wrong_step(entry["made_by"])):
+            return wrong
+    return None
+
+
+def _portable(value: Any) -> Any:
+    """A value as JSON holds it, without the folders of the machine that it was made on."""
+    if isinstance(value, Mapping):
+        return {_portable(str(key)): _portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return Path(value).name
+    if isinstance(value, str):
+        for kind in (PurePosixPath, PureWindowsPath):
+            if value.startswith(("~", "./", "../")) or kind(value).is_absolute():
+                return kind(value).name or value
+    return value
