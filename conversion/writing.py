@@ -12,12 +12,12 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 
 import torch
 from rich import filesize
@@ -109,25 +109,34 @@ def write_checkpoint(
         )
     if left < total:
         console.print(f"Going on: {len(shards) - len(todo)} of {len(shards)} shards are finished.", highlight=False)
-    sources, stop = _Sources(todo), Event()
+    sources = _Sources(todo)
+    errors: list[BaseException] = []
     with _progress(console) as progress, _one_thread(), ThreadPoolExecutor(max(workers, 1)) as pool:
         task = progress.add_task("writing", total=total, completed=total - left)
 
-        def write(shard: OutputShard) -> None:
-            _write_shard(job.folder / shard.name, shard, stop, lambda size: progress.advance(task, size))
-            for source, name in shard.reads:
-                source.check_unchanged(name)
-            job.finish(shard.name)
-            sources.release(shard)
+        def advance(size: int) -> None:
+            if errors:
+                raise InterruptedError("another shard failed")
+            progress.advance(task, size)
 
-        futures = [pool.submit(write, shard) for shard in todo]
+        def write(shard: OutputShard) -> None:
+            try:
+                _write_shard(job.folder / shard.name, shard, advance)
+                for source, name in shard.reads:
+                    source.check_unchanged(name)
+                job.finish(shard.name)
+                sources.release(shard)
+            except BaseException as error:  # the first one is raised below, and ends the others
+                errors.append(error)
+
+        for shard in todo:
+            pool.submit(write, shard)
         try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+            pool.shutdown()
+        except KeyboardInterrupt as interrupt:
+            errors.append(interrupt)
+    if errors:
+        raise errors[0]
     if len(shards) > 1:
         index = {
             "metadata": {
@@ -201,7 +210,7 @@ def _chunks(part: Part) -> Iterator[bytes]:
             yield chunk
 
 
-def _write_shard(path: Path, shard: OutputShard, stop: Event, advance: Callable[[int], object]) -> None:
+def _write_shard(path: Path, shard: OutputShard, advance: Callable[[int], object]) -> None:
     with path.open("wb", buffering=0) as file:
         _write_all(file, shard.header)
         advance(len(shard.header))
@@ -213,8 +222,6 @@ def _write_shard(path: Path, shard: OutputShard, stop: Event, advance: Callable[
                     steps = (_write_all(file, _bytes(chunk)) for chunk in part.make())
                 written = 0
                 for size in steps:
-                    if stop.is_set():
-                        raise InterruptedError("another shard failed")
                     advance(size)
                     written += size
                 if written != part.length:

@@ -235,11 +235,18 @@ class LoopbackHub:
     def _model_info(self, request: Request, repo_id: str, revision: str = "main") -> Answer:
         repo = self._readable(request, repo_id)
         commit = repo.head(unquote(revision))
-        siblings = [{"rfilename": path, "size": file.size, "blobId": file.oid} for path, file in commit.files.items()]
+        siblings = [self._sibling(path, file) for path, file in commit.files.items()]
         card = metadata_load(self._object(commit.files["README.md"].sha256)) if "README.md" in commit.files else None
         info = {"id": repo.id, "sha": commit.sha, "private": repo.private, "siblings": siblings, "cardData": card}
         from_card = {key: (card or {}).get(key) for key in ("tags", "library_name", "pipeline_tag")}
         return json_answer({**info, **from_card, "lastModified": commit.date, "gated": False, "disabled": False})
+
+    def _sibling(self, path: str, file: StoredFile) -> dict[str, Any]:
+        sibling: dict[str, Any] = {"rfilename": path, "size": file.size, "blobId": file.oid}
+        if file.large:
+            pointer_size = len(_pointer(file.sha256, file.size))
+            sibling["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": pointer_size}
+        return sibling
 
     # Reading files
 

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jai convert` of a base that lies on a Hub: it works, or says in one message why not, and writes nothing."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 from huggingface_hub import HfApi
+from transformers import Phi3ForCausalLM
 
+from jai.conversion.job import work_folder
 from jai.hub_card.loopback_hub import LoopbackHub
 
 PLAN = ["--block-size", "2", "--block-repeats", "1,2,1"]
@@ -19,13 +23,16 @@ def hub(tmp_path, tiny_phi3):
     with LoopbackHub(tmp_path / "hub", user="lab") as hub:
         api = HfApi(endpoint=hub.endpoint, token=hub.token)
         api.create_repo("lab/base", private=True)
-        api.upload_folder(repo_id="lab/base", folder_path=tiny_phi3(tmp_path / "base"))
+        base = tiny_phi3(tmp_path / "base")
+        Phi3ForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="50KB")
+        (base / "model.safetensors").unlink()
+        api.upload_folder(repo_id="lab/base", folder_path=base)
         yield hub
 
 
-def convert(hub: LoopbackHub, out: Path, **environment: str) -> subprocess.CompletedProcess:
+def convert(hub: LoopbackHub, out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "jai", "convert", "lab/base", str(out), *PLAN],
+        [sys.executable, "-m", "jai", "convert", "lab/base", str(out), *PLAN, *options],
         env=os.environ | hub.environment() | environment,
         cwd=hub.root,
         capture_output=True,
@@ -39,6 +46,51 @@ def test_base_comes_from_the_hub(hub, tmp_path):
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert '"name": "lab/base"' in (tmp_path / "out" / "provenance.json").read_text()
+
+
+def test_streamed_shard_by_shard(hub, tmp_path):
+    """The same bytes as from a folder, though no more than some shards are ever here, and none at the end."""
+    options = ["--max-shard-size", "150KB"]
+    local = subprocess.run(
+        [sys.executable, "-m", "jai", "convert", str(tmp_path / "base"), str(tmp_path / "local"), *PLAN, *options],
+        cwd=hub.root,
+        capture_output=True,
+        text=True,
+    )
+    assert local.returncode == 0, local.stderr
+    watcher = DownloadWatcher(work_folder(tmp_path / "out") / "downloads")
+    process = convert(hub, tmp_path / "out", *options, "--stream", "--verify")
+    most = watcher.stop()
+    assert process.returncode == 0, process.stderr
+    weights = sorted(path.name for path in (tmp_path / "local").glob("*.safetensors"))
+    assert len(weights) > 3
+    for name in weights:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    assert 0 < most < len(list((tmp_path / "base").glob("*.safetensors")))
+    assert not work_folder(tmp_path / "out").exists()
+    assert not list((hub.root).glob("**/blobs/*.safetensors"))
+    streamed, copied = (
+        json.loads((tmp_path / name / "provenance.json").read_text())["inputs"][0]["files"] for name in ("out", "local")
+    )
+    assert {name: digest for name, digest in copied.items() if "safetensors" in name}.items() <= streamed.items()
+
+
+class DownloadWatcher:
+    """Counts the most weight files that lie in a folder at a time."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._most, self._end = folder, 0, Event()
+        self._thread = Thread(target=self._watch)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._end.set()
+        self._thread.join()
+        return self._most
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.002):
+            self._most = max(self._most, len(list(self._folder.glob("*.safetensors"))))
 
 
 @pytest.mark.parametrize("fault", ["no token", "500", "hangs up"])

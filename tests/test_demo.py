@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+from jai.files import sha256
+from jai.provenance import chain, read_step
+
 # Void elements of HTML have no end.
 VOID = {"meta", "img", "br"}
 
@@ -65,9 +68,11 @@ def test_what_must_hold_without_training_holds(demo):
 
 
 def test_training_record_is_carried_to_the_end(demo):
-    stages = [record["stage"] for record in json.loads((demo[0] / "dpo" / "training.json").read_text())]
-    assert stages == ["pretrain", "sft", "dpo"]
-    assert (demo[0] / "dpo" / "conversion.json").is_file()
+    steps = chain(read_step(demo[0] / "dpo"))
+    assert [step["step"] for step in steps] == ["convert", "pretrain", "sft", "dpo"]
+    assert [entry["name"] for step in steps for entry in step["inputs"]][1:] == ["converted", "pretrained", "sft"]
+    weights = sha256(demo[0] / "pretrained" / "model.safetensors")
+    assert steps[2]["inputs"][0]["files"]["model.safetensors"] == weights
 
 
 def test_report_is_self_contained(demo):

@@ -28,8 +28,10 @@ from jai.hub_card.contents import read_contents, size_text
 from jai.hub_card.loopback_hub import LoopbackHub
 from jai.hub_card.publish import publish, upload
 from jai.hub_card.redaction import redact
+from jai.provenance import PROVENANCE_FILE, input_of, write_step
 
 REPO = "loopback/tiny-jai"
+BASE = "microsoft/Phi-3-medium-4k-instruct"
 INPUT_IDS = [[5, 6, 7, 8, 9]]
 README = "---\nlicense: mit\n---\n# A card\n"
 
@@ -64,20 +66,21 @@ def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     conversion = {
-        "base": {"name": "microsoft/Phi-3-medium-4k-instruct", "is_hub_id": True, "files": {"config.json": "ab" * 32}},
+        "step": "convert",
+        "inputs": [input_of("base", BASE, files={"config.json": "ab" * 32}, made_by=None)],
         "options": {"duplicate_init": "identity", "block_repeats": [1, 2, 1], "tokenizer": None},
         "versions": {"jai-llm": "0.1.0"},
         "result": {"parameters": 1},
         "of_a_later_version": {"x": 1},
     }
-    (folder / "conversion.json").write_text(json.dumps(conversion))
-    stage = {
-        "stage": "sft",
+    sft = {
+        "step": "sft",
+        "inputs": [input_of("model", "/home/me/runs/converted", files={}, made_by=conversion)],
         "dataset": {"name": "chats.jsonl", "rows": 12},
         "options": {"learning_rate": 1e-4, "note": "/home/me/runs/one"},
         "metrics": {"train_loss": 1.23456789},
     }
-    (folder / "training.json").write_text(json.dumps([stage, {"stage": "dpo"}]))
+    write_step(folder, {"step": "dpo", "inputs": [input_of("model", "tuned", files={}, made_by=sft)]})
     return folder
 
 
@@ -238,13 +241,14 @@ def test_the_card_says_what_the_records_say(checkpoint, api):
         f"| parameters | {parameters:,} |",
         "| layers | 4, made from 3 of the base |",
         "| 1 | 2 of 2 | 2 | 1 | 0.25 |",  # the trained alpha, not the configuration's 0.3
-        "[microsoft/Phi-3-medium-4k-instruct](https://huggingface.co/microsoft/Phi-3-medium-4k-instruct)",
+        f"### 1. Conversion\n\nFrom base [{BASE}](https://huggingface.co/{BASE}).",
+        f"| [{BASE}](https://huggingface.co/{BASE}) | config.json | `{'ab' * 32}` |",
         "| duplicate_init | identity |",
         "of_a_later_version",
-        "### SFT",
+        "### 2. SFT\n\nFrom model `converted` (step 1: Conversion).",
         "name: chats.jsonl, rows: 12",
         "| train_loss | 1.235 |",
-        "### DPO",
+        "### 3. DPO",
         f'repo = "{REPO}"',
         "arXiv:2510.08620",
     ):
@@ -255,7 +259,7 @@ def test_the_card_says_what_the_records_say(checkpoint, api):
     data = metadata_load(path)
     assert data["license"] == "mit"
     assert data["language"] == ["th", "en"]
-    assert (data["base_model"], data["base_model_relation"]) == ("microsoft/Phi-3-medium-4k-instruct", "finetune")
+    assert (data["base_model"], data["base_model_relation"]) == (BASE, "finetune")
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert {"jai", "custom_code", "mixture-of-experts"} <= set(data["tags"])
     # huggingface_hub reads it back unchanged, and the Hub takes it.
@@ -263,13 +267,13 @@ def test_the_card_says_what_the_records_say(checkpoint, api):
     api.create_repo(REPO)
     api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=REPO)
     assert api.model_info(REPO).card_data.to_dict() == data
-    broken = text.replace("microsoft/Phi-3-medium-4k-instruct", "/home/me/phi-3", 1)
+    broken = text.replace(BASE, "/home/me/phi-3", 1)
     with pytest.raises(ValueError, match="base_model"):
         api.upload_file(path_or_fileobj=broken.encode(), path_in_repo="README.md", repo_id=REPO)
 
 
 def test_the_card_without_records(folder, tiny_model):
-    for name in ("conversion.json", "training.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in (PROVENANCE_FILE, "tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     tiny_model(num_local_experts=1, block_repeats=[1, 1], block_size=2).save_pretrained(folder)
     text = model_card(folder)
@@ -285,13 +289,58 @@ def test_the_card_without_records(folder, tiny_model):
         assert row in text
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [("training.json", '"x"', "no list of training stages"), ("conversion.json", "[", "no valid JSON")],
-)
-def test_damaged_records_are_named(name, content, message, folder):
-    (folder / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name}.*{message}"):
+def test_the_card_shows_a_merge_as_a_tree(folder, api):
+    """Two ways from one conversion, one of them over the Hub, brought together again."""
+    base = input_of("base", BASE, files={"model.safetensors": "ab" * 32}, made_by=None)
+    conversion = {"step": "convert", "inputs": [base], "options": {"experts": 1}}
+    stages = [
+        {"step": "sft", "inputs": [input_of("model", "jai", files={}, made_by=conversion)], "metrics": {"loss": loss}}
+        for loss in (1.5, 2.5)
+    ]
+    shards = {f"model-0000{n}-of-00003.safetensors": f"{n}" * 64 for n in (1, 2, 3)}
+    merge = {
+        "step": "merge",
+        "inputs": [
+            input_of("model", "/home/me/chats", files=shards, made_by=stages[0]),
+            input_of("model", "lab/maths", files={}, made_by=stages[1]),
+        ],
+        "options": {"method": "slerp", "weights": [{"layer": 0, "value": 0.5}]},
+    }
+    write_step(folder, merge)
+    text = model_card(folder, REPO)
+    link = f"[{BASE}](https://huggingface.co/{BASE})"
+    assert (
+        "\n- this model (step 4: Merging)\n"
+        "  - model `chats` (step 2: SFT): model-00001-of-00003.safetensors `111111111111…`, "
+        "model-00002-of-00003.safetensors `222222222222…`, 1 more files\n"
+        "    - model `jai` (step 1: Conversion)\n"
+        f"      - base {link}: model.safetensors `abababababab…`\n"
+        "  - model [lab/maths](https://huggingface.co/lab/maths) (step 3: SFT)\n"
+        "    - model `jai` (step 1: Conversion)\n"
+        "\n### 1. Conversion\n"
+    ) in text
+    assert "| `chats` | model-00003-of-00003.safetensors | `" + "3" * 64 in text
+    assert "| method | slerp |" in text
+    assert "  weights:\n  - layer: 0\n" in text  # what is nested stands below the table
+    assert "/home/me" not in text
+    data = ModelCard(text).data
+    assert (data.base_model, data.base_model_relation) == ([BASE, "lab/maths"], "merge")
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=REPO)
+
+
+def test_training_by_others_after_the_record(folder):
+    write_step(folder, {"step": "convert", "inputs": []})
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 7}))
+    text = model_card(folder)
+    assert "### 1. Conversion" in text
+    assert "### Training\n\n| measure | value |\n| --- | --- |\n| steps | 7 |" in text
+
+
+@pytest.mark.parametrize(("content", "message"), [('"x"', "names no step"), ("[", "no valid JSON")])
+def test_a_damaged_record_is_named(content, message, folder):
+    (folder / PROVENANCE_FILE).write_text(content)
+    with pytest.raises(UserError, match=f"{PROVENANCE_FILE} is no record of how .*{message}"):
         model_card(folder)
 
 
@@ -315,7 +364,7 @@ def test_only_the_manifest_leaves_the_machine(folder, hub):
     assert set(contents.left_out) == {
         "training_args.bin", "optimizer.pt", "adapter_config.json", "notes.txt", "checkpoint-5/",
     }  # fmt: skip
-    assert {"config.json", "modeling_jai.py", "model.safetensors", "tokenizer.json", "training.json"} <= set(
+    assert {"config.json", "modeling_jai.py", "model.safetensors", "tokenizer.json", PROVENANCE_FILE} <= set(
         contents.kept
     )
     output = StringIO()
@@ -562,9 +611,10 @@ def test_tokens_in_the_wrong_place(folder, hub):
     message = refuse(folder, token, hub)
     assert "stands where the name" in message
     assert token not in message
-    (folder / "training.json").write_text(json.dumps([{"stage": "sft", "options": {"hub_token": token}}]))
+    record = {"step": "sft", "inputs": [], "options": {"hub_token": token}}
+    (folder / PROVENANCE_FILE).write_text(json.dumps(record))
     message = refuse(folder, REPO, hub)
-    assert "stands in training.json" in message
+    assert f"stands in {PROVENANCE_FILE}" in message
     assert token not in message
     assert token not in model_card(folder)
 

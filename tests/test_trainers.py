@@ -25,6 +25,8 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from jai.configuration_jai import AUTO_MAP
 from jai.errors import UserError
+from jai.files import sha256
+from jai.provenance import PROVENANCE_FILE, chain, input_of, read_step, write_step
 from jai.trainers import dpo, sft
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
 from jai.trainers.dpo import JaiDPOTrainer
@@ -56,7 +58,8 @@ def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "conversion.json").write_text('{"base": "phi-3"}')
+    base = input_of("base", "microsoft/Phi-3-mini-4k-instruct", files={}, made_by=None)
+    write_step(folder, {"step": "convert", "inputs": [base], "options": {}})
     return folder
 
 
@@ -110,7 +113,7 @@ def arguments(model: Path | str, data: Path | str, out: Path | str, **options: A
 
 def log_of(out: Path) -> list[dict[str, float]]:
     """The logs of the last stage's training steps."""
-    record = json.loads((out / "training.json").read_text())[-1]
+    record = read_step(out)
     return [log for log in json.loads((out / record["log_history"]).read_text()) if "loss" in log]
 
 
@@ -163,7 +166,7 @@ def test_sft_is_gradient_descent_on_the_models_own_loss(checkpoint, tmp_path, se
     trained = weights_of(out)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=1e-5)
-    assert json.loads((out / "training.json").read_text())[0]["stage"] == "pretrain"
+    assert read_step(out)["step"] == "pretrain"
 
 
 def test_assistant_only_loss_covers_the_answers_and_their_ends(checkpoint, chats, tmp_path):
@@ -330,14 +333,14 @@ def test_lora_stage_leaves_an_adapter_or_with_merging_a_checkpoint(checkpoint, c
     options = {"use_peft": True, "lora_targets": "both", "lora_r": 2, "learning_rate": 0.1}
     adapter = sft.main(arguments(checkpoint, chats, "adapter", **options))
     assert not (adapter / "model.safetensors").exists()
-    assert json.loads((adapter / "training.json").read_text())[0]["options"]["lora_r"] == 2
+    assert read_step(adapter)["options"]["lora_r"] == 2
     with pytest.raises(UserError, match=r"adapter without its model.*merge_adapter: true"):
         dpo.main(arguments(adapter, preferences, "aligned"))
 
     merged = sft.main(arguments(checkpoint, chats, "merged", merge_adapter=True, **options))
     expected = logits_of(PeftModel.from_pretrained(load(checkpoint), merged / "adapter"))
     torch.testing.assert_close(logits_of(load(merged)), expected, atol=1e-4, rtol=1e-4)
-    assert {"modeling_jai.py", "tokenizer.json", "training.json"} <= {file.name for file in merged.iterdir()}
+    assert {"modeling_jai.py", "tokenizer.json", PROVENANCE_FILE} <= {file.name for file in merged.iterdir()}
     aligned = dpo.main(arguments(merged, preferences, "aligned", router_aux_loss_coef=0, **options))
     assert log_of(aligned)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -488,8 +491,8 @@ def test_the_output_is_a_whole_checkpoint_with_its_history(checkpoint, chats, pr
         files = {file.name for file in folder.iterdir()}
         assert {
             "config.json", "generation_config.json", "model.safetensors", "modeling_jai.py", "configuration_jai.py",
-            "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "conversion.json", "training.json",
-            "training_logs", "trainer_state.json",
+            "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", PROVENANCE_FILE, "training_logs",
+            "trainer_state.json",
         } <= files  # fmt: skip
         assert "training_args.bin" not in files  # a pickle, with the Hub token in it
         config = json.loads((folder / "config.json").read_text())
@@ -500,10 +503,12 @@ def test_the_output_is_a_whole_checkpoint_with_its_history(checkpoint, chats, pr
         load(aligned).generation_config.eos_token_id
     )
 
-    first, second = json.loads((aligned / "training.json").read_text())
-    assert [first] == json.loads((tuned / "training.json").read_text())
-    assert (first["stage"], second["stage"]) == ("sft", "dpo")
-    assert second["model"] == {"name": "tuned"}
+    conversion, first, second = chain(read_step(aligned))
+    assert [conversion, first] == chain(read_step(tuned))
+    assert conversion == read_step(checkpoint)
+    assert (first["step"], second["step"]) == ("sft", "dpo")
+    assert (second["inputs"][0]["role"], second["inputs"][0]["name"]) == ("model", "tuned")
+    assert second["inputs"][0]["files"] == {name: sha256(tuned / name) for name in ("config.json", "model.safetensors")}
     assert first["dataset"] == {"name": "chats.jsonl", "rows": 8}
     assert first["options"]["assistant_only_loss"] is True
     assert first["options"]["learning_rate"] == 1e-3
@@ -520,7 +525,7 @@ def test_evaluation_and_its_record(checkpoint, tmp_path, sentences):
     write_rows(data / "train.jsonl", [{"text": text} for text in sentences[:4]])
     write_rows(data / "test.jsonl", [{"text": text} for text in sentences[4:]])
     out = sft.main(arguments(checkpoint, data, "out", eval_strategy="steps", eval_steps=1))
-    metrics = json.loads((out / "training.json").read_text())[0]["metrics"]
+    metrics = read_step(out)["metrics"]
     assert metrics["eval_loss"] > 0
     assert not any(key.startswith("eval_router") for key in metrics)
 
@@ -711,18 +716,21 @@ def test_checkpoints_that_are_refused(checkpoint, chats, tmp_path, tiny_model, t
 
 def test_a_damaged_history_is_refused_before_training(checkpoint, chats, tmp_path):
     damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
-    for content in ('{"stage": "sft"}', "[1]", "not json"):
-        (damaged / "training.json").write_text(content)
-        with pytest.raises(UserError, match=r"training.json of .*damaged is no list of training records"):
-            sft.main(arguments(damaged, chats, "out"))
+    (damaged / PROVENANCE_FILE).write_text('{"stage": "sft"}')
+    with pytest.raises(UserError, match=r"damaged/provenance.json is no record of how the checkpoint was made"):
+        sft.main(arguments(damaged, chats, "out"))
+    assert not Path("out").exists()
 
 
 def test_a_history_cannot_write_outside_of_the_output(checkpoint, chats, tmp_path):
     hostile = shutil.copytree(checkpoint, tmp_path / "inner" / "hostile")
-    (hostile / "training.json").write_text('[{"stage": "sft", "log_history": "../secret.json"}]')
+    record = {"step": "sft", "inputs": [], "log_history": "training_logs/../../secret.json"}
+    (hostile / PROVENANCE_FILE).write_text(json.dumps(record))
+    (hostile / "training_logs").mkdir()
     (tmp_path / "inner" / "secret.json").write_text("{}")
     sft.main(arguments(hostile, chats, tmp_path / "out", max_steps=1))
     assert not (tmp_path / "secret.json").exists()
+    assert [log.name for log in (tmp_path / "out" / "training_logs").iterdir()] == ["02_sft.json"]
 
 
 def test_a_script_prints_one_line_and_exits_with_1(monkeypatch, capsys):

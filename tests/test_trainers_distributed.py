@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from jai.configuration_jai import AUTO_MAP
+from jai.provenance import read_step
 from jai.trainers.monitor import RouterMonitor
 
 
@@ -66,7 +67,7 @@ def launch(folder: Path, processes: int, checkpoint: Path, chats: Path, **option
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("Checkpoint written to") == 1  # the main process alone speaks
-    record = json.loads((out / "training.json").read_text())[0]
+    record = read_step(out)
     assert record["hardware"]["processes"] == processes
     return [log for log in json.loads((out / record["log_history"]).read_text()) if "loss" in log]
 

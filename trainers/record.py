@@ -2,9 +2,7 @@
 """The checkpoint that a stage leaves: the model's own settings restored, and the history of its training."""
 
 import json
-import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from jai.configuration_jai import AUTO_MAP
+from jai.provenance import chain, file_hashes, input_of, versions, write_step
 from jai.trainers.data import TrainingData
-from jai.trainers.source import END_OF_TURN, RECORD_FILE, Source
-from jai.version import __version__
+from jai.trainers.source import END_OF_TURN, Source
 
-CONVERSION_FILE = "conversion.json"
 LOGS_FOLDER = "training_logs"
 
 # TRL and transformers set these for the training; the model that comes out has the values that went in.
@@ -30,7 +27,7 @@ def write_record(
 
     Args:
         out: the folder that the trainer saved the model in.
-        source: the checkpoint that the stage started from; its `training.json`, logs and `conversion.json` come along.
+        source: the checkpoint that the stage started from; its history and the logs of its training come along.
         data: what was trained on.
         trainer: the trainer, after training.
         stage: "sft", "dpo" or "pretrain".
@@ -41,23 +38,22 @@ def write_record(
     (out / "training_args.bin").unlink(missing_ok=True)
     _restore_config(out, source)
     _stop_at_end_of_turn(out, source.tokenizer)
-    if (conversion := source.file(CONVERSION_FILE)) is not None:
-        shutil.copyfile(conversion, out / CONVERSION_FILE)
 
     (out / LOGS_FOLDER).mkdir(exist_ok=True)
-    for record in source.history:
+    earlier = [step["log_history"] for step in chain(source.made_by) if "log_history" in step]
+    for name in earlier:
         # Its last part only: a record that came from the Hub must not name a place outside of the folder.
-        log_history = f"{LOGS_FOLDER}/{Path(record['log_history']).name}"
+        log_history = f"{LOGS_FOLDER}/{Path(name).name}"
         if (log := source.file(log_history)) is not None:
             shutil.copyfile(log, out / log_history)
-    log_history = f"{LOGS_FOLDER}/{len(source.history) + 1:02}_{stage}.json"
+    log_history = f"{LOGS_FOLDER}/{len(earlier) + 1:02}_{stage}.json"
     _write_json(out / log_history, trainer.state.log_history)
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     device = trainer.args.device
-    record = {
-        "stage": stage,
-        # Names without folders: the record travels to the Hub, and paths say more than the user may want to.
-        "model": {"name": Path(source.name).name if Path(source.name).is_dir() else source.name},
+    files = file_hashes([source.folder / "config.json", *source.folder.glob("*.safetensors")])
+    step = {
+        "step": stage,
+        "inputs": [input_of("model", source.name, files=files, made_by=source.made_by)],
         "dataset": {"name": Path(data.name).name if Path(data.name).exists() else data.name, "rows": data.rows},
         "options": options,
         "metrics": {**metrics, **(evaluations[-1] if evaluations else {})},
@@ -66,14 +62,10 @@ def write_record(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": trainer.args.world_size,
         },
-        "versions": {
-            "jai": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")},
-        },
+        "versions": versions("torch", "transformers", "trl", "peft", "accelerate", "datasets"),
         "log_history": log_history,
     }
-    _write_json(out / RECORD_FILE, [*source.history, record])
+    write_step(out, step)
 
 
 def _restore_config(out: Path, source: Source) -> None:

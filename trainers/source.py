@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoint that a stage starts from."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,17 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig
 from trl.chat_template_utils import get_training_chat_template
 
 from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
+from jai.provenance import PROVENANCE_FILE, Step, read_step
 from jai.tokenization.chat import with_chat_template
 from jai.trainers.arguments import TrlConfig
 from jai.trainers.data import TrainingData
 
-RECORD_FILE = "training.json"
 END_OF_TURN = "<|end|>"
 _CHAT_TOKENS = ("<|user|>", "<|assistant|>", END_OF_TURN)
 
@@ -30,17 +29,19 @@ class Source:
 
     Attributes:
         name: folder or Hub id.
+        folder: where its files lie: the folder itself, or the commit's in the Hub's cache.
         loading: what `from_pretrained` needs beside the name: revision and trust_remote_code.
         config: its configuration.
         tokenizer: its tokenizer.
-        history: the records in its `training.json`, oldest first.
+        made_by: the step that made it, None where it has no record.
     """
 
     name: str
+    folder: Path
     loading: dict[str, Any]
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    history: list[dict[str, Any]]
+    made_by: Step | None
 
     @property
     def is_jai(self) -> bool:
@@ -57,7 +58,7 @@ def open_source(model_args: ModelConfig, training_args: TrlConfig) -> Source:
 
     Raises:
         UserError: if the model is not there, is an adapter alone, has no tokenizer, a tokenizer that is larger than
-            the model's vocabulary, or a damaged `training.json`.
+            the model's vocabulary, or a damaged `provenance.json`.
     """
     name = model_args.model_name_or_path
     if not name:
@@ -103,7 +104,9 @@ def open_source(model_args: ModelConfig, training_args: TrlConfig) -> Source:
             f"The tokenizer of {name} has ids up to {largest}, but the model has a vocabulary of {config.vocab_size}. "
             "Convert the model with this tokenizer (`jai convert --tokenizer`); training never resizes a vocabulary."
         )
-    return Source(name, loading, config, tokenizer, _read_history(name, model_args.model_revision))
+    _find_file(name, PROVENANCE_FILE, model_args.model_revision)  # fetches it, if the model is on the Hub
+    folder = Path(str(cached_file(name, CONFIG_NAME, revision=model_args.model_revision))).parent
+    return Source(name, folder, loading, config, tokenizer, read_step(folder))
 
 
 def _find_file(checkpoint: str, name: str, revision: str) -> Path | None:
@@ -115,22 +118,6 @@ def _find_file(checkpoint: str, name: str, revision: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if found is None else Path(found)
-
-
-def _read_history(checkpoint: str, revision: str) -> list[dict[str, Any]]:
-    path = _find_file(checkpoint, RECORD_FILE, revision)
-    if path is None:
-        return []
-    try:
-        history = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(record["log_history"], str) for record in history):
-            return history
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise UserError(
-        f"{RECORD_FILE} of {checkpoint} is no list of training records, so this stage could not be added to it. Fetch "
-        "the checkpoint again, or remove the file to begin a new history."
-    )
 
 
 def _first_line(error: Exception) -> str:
