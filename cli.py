@@ -2,6 +2,7 @@
 """The command line. Each verb is the thin face of one function that can be imported."""
 
 import sys
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    epilog="The usual order: tokenizer train → convert → inspect → sft → dpo → generate → publish. "
+    epilog="The usual order: tokenizer train → convert → inspect → sft → (upcycle, merge) → dpo → generate → publish. "
     "[bold]jai demo[/bold] runs all of it on tiny models.",
 )
 tokenizer_app = typer.Typer(help="Extend phi-3's vocabulary.", no_args_is_help=True)
@@ -55,6 +56,27 @@ class ExpertInit(StrEnum):
     copy = "copy"
     noise = "noise"
     random = "random"
+
+
+class UpcycledExpertInit(StrEnum):
+    snapshots = "snapshots"
+    copy = "copy"
+    noise = "noise"
+    random = "random"
+
+
+class MergeMethod(StrEnum):
+    linear = "linear"
+    slerp = "slerp"
+    task_arithmetic = "task-arithmetic"
+    ties = "ties"
+    dare_linear = "dare-linear"
+    dare_ties = "dare-ties"
+
+
+class ExportForm(StrEnum):
+    mixtral = "mixtral"
+    phi3 = "phi3"
 
 
 class Unit(StrEnum):
@@ -285,11 +307,201 @@ def convert(
         "stream": stream,
     }
     values: dict[str, Any] = {"base": base, "out": out}
-    values |= _read_yaml(config) if config else {}
+    values |= _read_yaml(config, ConvertOptions, beside=values.keys()) if config else {}
     values |= {key: value for key, value in given.items() if value is not None}
     run(ConvertOptions(**values), dry_run=dry_run, verify_bytes=verify)
     if verify and not dry_run and not stream:
         run_verify(base, out, verify_text or DEFAULT_TEXT)
+
+
+@app.command()
+def upcycle(
+    dense: Annotated[
+        str, typer.Argument(metavar="DENSE", help="Folder or Hub id of the dense JAI before its training (step 0).")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    # An option takes one value: those after the first of `--snapshots A B C` arrive here.
+    more_snapshots: Annotated[list[str] | None, typer.Argument(metavar="SNAPSHOT", hidden=True)] = None,
+    snapshots: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SNAPSHOT...",
+            help="Checkpoints of its training, for experts 1 and up in this order: whole, or what jai snapshot wrote.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these options; the command line wins.")
+    ] = None,
+    base_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="last|first|PATH",
+            help="Where all but the experts comes from: the last snapshot, DENSE, or another checkpoint.",
+            show_default="last",
+        ),
+    ] = None,
+    expert_init: Annotated[
+        UpcycledExpertInit | None,
+        typer.Option(
+            help="How experts 1 and up begin; all but snapshots are made from DENSE alone.", show_default="snapshots"
+        ),
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            help="Experts of a layer. Those beyond the snapshots are copies of the others, with noise.",
+            show_default="one more than snapshots, or 4",
+        ),
+    ] = None,
+    expert_noise: Annotated[
+        float | None, typer.Option(help="Relative noise of copied experts; 0 for none.", show_default="0.01")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights.", show_default="that of DENSE")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of routers, noise and random experts.", show_default="0")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest shard, such as 5GB.", show_default="5GB")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Shards to write at a time.", show_default="1")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Then compare every byte with its source.")] = False,
+) -> None:
+    """Make experts of a dense JAI and snapshots of its training. Run again after a break, it goes on."""
+    from jai.conversion.upcycle import UpcycleOptions
+    from jai.conversion.upcycle import upcycle as run
+
+    given = {
+        "snapshots": [*(snapshots or ()), *(more_snapshots or ())] or None,
+        "base_weights": base_weights,
+        "expert_init": expert_init,
+        "experts": experts,
+        "expert_noise": expert_noise,
+        "dtype": dtype,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+        "workers": workers,
+    }
+    values: dict[str, Any] = {"dense": dense, "out": out}
+    values |= _read_yaml(config, UpcycleOptions, beside=values.keys()) if config else {}
+    values |= {key: value for key, value in given.items() if value is not None}
+    run(UpcycleOptions(**values), dry_run=dry_run, verify_bytes=verify)
+
+
+@app.command()
+def snapshot(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CKPT", help="Folder or Hub id of a dense JAI, such as a Trainer's checkpoint-2000."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest shard, such as 5GB.")] = "5GB",
+    workers: Annotated[int, typer.Option(help="Shards to write at a time.")] = 1,
+) -> None:
+    """Keep of a dense JAI's checkpoint only the FFN weights, for jai upcycle."""
+    from jai.conversion.snapshot import snapshot as run
+    from jai.files import parse_size
+
+    run(checkpoint, out, max_shard_bytes=parse_size(max_shard_size), workers=workers)
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    # An option takes one value: those after the first of `--models A B` arrive here.
+    more_models: Annotated[list[str] | None, typer.Argument(metavar="MODEL", hidden=True)] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL...",
+            help="Folders or Hub ids of the checkpoints. The first gives configuration, tokenizer and dtype.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with any of these options, such as recipes/merge_m3.yaml; the command line wins. There, "
+            "weights and t may depend on the layer."
+        ),
+    ] = None,
+    method: Annotated[
+        MergeMethod | None,
+        typer.Option(
+            help="linear: weighted mean; slerp: on the arc between two models; the others merge changes since --base: "
+            "summed, trimmed with a sign elected (ties), or dropped at random (dare).",
+            show_default="linear",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One for each model, such as 0.5,0.5.", show_default="all alike")
+    ] = None,
+    t: Annotated[
+        float | None, typer.Option(help="slerp: from the first model (0) to the second (1).", show_default="0.5")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Checkpoint that the models were trained from.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="ties, dare: share of the changes that is kept.", show_default="0.5")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize", help="Divide by the sum of the weights.", show_default="for linear and ties"
+        ),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor of the merged change.", show_default="1")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights.", show_default="the first model's")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of what dare drops.", show_default="0")] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest shard, such as 5GB.", show_default="5GB")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Shards to write at a time.", show_default="1")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Then compute every byte again and compare.")] = False,
+) -> None:
+    """Merge checkpoints of one architecture, with weights by layer. Run again after a break, it goes on."""
+    from jai.conversion.merge import merge as run
+    from jai.conversion.merge_options import MergeOptions
+
+    given = {
+        "models": [*(models or ()), *(more_models or ())] or None,
+        "method": method and method.value,
+        "weights": _numbers("--weights", weights),
+        "t": t,
+        "base": base,
+        "density": density,
+        "normalize": normalize,
+        "scale": scale,
+        "dtype": dtype and dtype.value,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+        "workers": workers,
+    }
+    values: dict[str, Any] = {"models": [], "out": out}
+    values |= _read_yaml(config, MergeOptions, beside={"out"}) if config else {}
+    values |= {key: value for key, value in given.items() if value is not None}
+    run(MergeOptions(**values), dry_run=dry_run, verify_bytes=verify)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Folder or Hub id of a JAI whose skip alphas are all 0.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    to: Annotated[
+        ExportForm, typer.Option(help="mixtral for a JAI with experts, phi3 for a dense one.")
+    ] = ExportForm.mixtral,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest shard, such as 5GB.")] = "5GB",
+    workers: Annotated[int, typer.Option(help="Shards to write at a time.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Then compare every byte with its source.")] = False,
+) -> None:
+    """Write a JAI without skips as a Mixtral or a Phi-3, for engines that do not have its code."""
+    from jai.conversion.export import ExportOptions
+    from jai.conversion.export import export as run
+
+    options = ExportOptions(model=model, out=out, to=to.value, max_shard_size=max_shard_size, workers=workers)
+    run(options, dry_run=dry_run, verify_bytes=verify)
 
 
 @app.command()
@@ -402,6 +614,15 @@ def _integers(option: str, text: str | None) -> list[int] | None:
         raise UserError(f"{option} is {text!r}; give whole numbers with commas between, such as 1,2,1.") from None
 
 
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; give numbers with commas between, such as 0.7,0.3.") from None
+
+
 def _ranges(option: str, text: str | None) -> list[int] | None:
     """Whole numbers and ranges with both ends: "0-3,2-5" is [0, 1, 2, 3, 2, 3, 4, 5]."""
     if text is None:
@@ -416,10 +637,9 @@ def _ranges(option: str, text: str | None) -> list[int] | None:
     return numbers
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, options: type, beside: Collection[str]) -> dict[str, Any]:
+    """Values for the fields of `options`, but for those that are given `beside` the file."""
     import dataclasses
-
-    from jai.conversion.options import ConvertOptions
 
     if not path.is_file():
         raise UserError(f"--config {path} is no file. Give a YAML file of options.")
@@ -427,7 +647,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    known = {field.name for field in dataclasses.fields(ConvertOptions)} - {"base", "out"}
+    known = {field.name for field in dataclasses.fields(options)} - set(beside)
     if not isinstance(values, dict) or values.keys() - known:
         unknown = sorted(values.keys() - known) if isinstance(values, dict) else [str(values)]
         raise UserError(f"{path} has unknown options: {', '.join(unknown)}. Known are: {', '.join(sorted(known))}.")

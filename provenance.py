@@ -24,7 +24,7 @@ from jai.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
 
-# "step" is "convert", "upcycle", "merge", "export", "pretrain", "sft" or "dpo", "inputs" is a list of `input_of`, and
+# "step" is "convert", "snapshot", "upcycle", "merge", "export", "pretrain", "sft" or "dpo", "inputs" is a list of `input_of`, and
 # there may be "options", "versions" and "result"; of training also "dataset", "metrics", "steps", "hardware" and
 # "log_history", the name of a file.
 Step = dict[str, Any]

@@ -1,122 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jai convert` on a Phi-3-shaped checkpoint of 1.2 GB: time and peak memory, beside `cp` of the same output.
+"""`jai convert` of a Phi-3-shaped checkpoint of 1.2 GB, beside `cp` of the same output and mergekit's passthrough.
 
-    python benchmarks/conversion.py [--repeats 5] [--verify] [--tokenizer FOLDER] [--scratch FOLDER]
+    python benchmarks/conversion.py [--repeats 5] [--mergekit PATH] [--large] [--scratch FOLDER]
 
-The base is written by transformers: 40 layers, hidden 1024, the paper's block plan, four experts; the output has 64
-layers and 6 GB. Conversion moves bytes, so the limit is the copy of the output; memory should not grow with the model.
+The base has 40 layers of width 1024; the paper's plan makes 64 of them, with four experts (6.1 GB) or one (1.9 GB, what
+mergekit's passthrough makes too). Conversion moves bytes, so the limit is the copy of the output; memory must not grow
+with the model: `--large` converts a base eight times as large as well. The time that the interpreter and the imports
+take is measured by itself and taken off where "net" is said.
+
+mergekit is a peer, installed by itself: `python -m venv V && V/bin/pip install mergekit==0.1.5`, then `--mergekit
+V/bin/mergekit-yaml`.
 """
 
 import argparse
-import multiprocessing
-import os
-import resource
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+import yaml
+from measuring import Run, measure, median
+from transformers import Phi3Config
+
+from jai.configuration_jai import JaiConfig, plan_layers
+from jai.conversion import names
+from jai.conversion.job import resumable_folder
+from jai.conversion.options import PAPER_BLOCK_REPEATS
+from jai.conversion.tensors import Computed, PlannedTensor
+from jai.conversion.writing import write_checkpoint
 from provenance import append, provenance
 
-PLAN = "1,1,1,2,3,3,2,1,1,1"
+PLAN = ",".join(map(str, PAPER_BLOCK_REPEATS))
 
 
-@dataclass(frozen=True)
-class Run:
-    """One process: wall and processor seconds, and peak resident memory in MB."""
+def write_base(folder: Path, *, width: int, layers: int) -> None:
+    """A phi-3 checkpoint, whose weights are slices of the same random numbers."""
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": width * 7 // 2,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 256,
+        "vocab_size": 32064,
+    }
+    shapes = names.source_shapes(JaiConfig(**shape), shape["vocab_size"], layers)
+    values = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
-    wall: float
-    processor: float
-    peak: float
+    def repeated(count: int) -> Iterator[torch.Tensor]:
+        for at in range(0, count, len(values)):
+            yield values[: count - at]
+
+    tensors = []
+    for name, form in shapes.items():
+        count = torch.Size(form).numel()
+        part = Computed(2 * count, "the same random numbers", lambda count=count: repeated(count))
+        tensors.append(PlannedTensor(name, form, torch.bfloat16, (part,)))
+    with resumable_folder(folder, {}) as job:
+        write_checkpoint(job, tensors, 5_000_000_000)
+        Phi3Config(
+            **shape, num_hidden_layers=layers, sliding_window=2047, dtype="bfloat16", architectures=["Phi3ForCausalLM"]
+        ).save_pretrained(job.folder)
 
 
-def measure(command: list[str]) -> Run:
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)} ended with {status}")
-    return Run(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
-
-
-def median(runs: list[Run]) -> Run:
-    return Run(*(statistics.median(getattr(run, name) for run in runs) for name in ("wall", "processor", "peak")))
-
-
-def write_base(folder: Path, tokenizer: Path | None) -> None:
-    import torch
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    config = Phi3Config(
-        hidden_size=1024,
-        intermediate_size=3584,
-        num_hidden_layers=40,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        sliding_window=2047,
-        dtype=torch.bfloat16,
-    )
-    Phi3ForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if tokenizer:
-            shutil.copy(tokenizer / name, folder / name)
+def write_passthrough(path: Path, base: Path) -> None:
+    """The same plan in mergekit's words: one slice for each run of neighbouring layers."""
+    origins = [planned.origin for planned in plan_layers(4, PAPER_BLOCK_REPEATS)]
+    slices = []
+    for origin in origins:
+        if slices and slices[-1][1] == origin:
+            slices[-1][1] += 1
+        else:
+            slices.append([origin, origin + 1])
+    config = {
+        "slices": [{"sources": [{"model": str(base), "layer_range": ends}]} for ends in slices],
+        "merge_method": "passthrough",
+        "dtype": "bfloat16",
+    }
+    path.write_text(yaml.safe_dump(config))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--verify", action="store_true", help="also prove it: identity copies, one expert, in fp32")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the real Phi-3 tokenizer")
-    parser.add_argument("--scratch", type=Path, help="folder with 15 GB free")
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of a virtual environment")
+    parser.add_argument("--large", action="store_true", help="also a base of 9 GB; needs 30 GB more")
+    parser.add_argument("--scratch", type=Path, help="folder with 20 GB free")
     arguments = parser.parse_args()
 
     jai = [sys.executable, "-m", "jai"]
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        base, out, copy = (Path(scratch) / name for name in ("base", "jai", "copy"))
-        # In a process of its own: a child's peak memory starts at its parent's.
-        writer = multiprocessing.get_context("spawn").Process(target=write_base, args=(base, arguments.tokenizer))
-        writer.start()
-        writer.join()
-        start = median([measure([*jai, "--version"]) for _ in range(arguments.repeats)])
-        conversions, copies = [], []
-        for _ in range(arguments.repeats):
-            for folder in (out, copy):
-                shutil.rmtree(folder, ignore_errors=True)
-            conversions.append(measure([*jai, "convert", str(base), str(out), "--block-repeats", PLAN]))
-            copies.append(measure(["cp", "-r", str(out), str(copy)]))
-        size = sum(file.stat().st_size for file in out.iterdir())
-        rows = [
+        base, large, out, copy = (Path(scratch) / name for name in ("base", "large", "out", "copy"))
+        write_base(base, width=1024, layers=40)
+        write_passthrough(Path(scratch) / "passthrough.yaml", base)
+        commands = {
+            "jai convert, 4 experts": [*jai, "convert", base, out, "--block-repeats", PLAN],
+            "jai convert, 1 expert": [*jai, "convert", base, out, "--block-repeats", PLAN, "--experts", "1"],
+        }
+        if arguments.mergekit:
+            commands["mergekit passthrough"] = [arguments.mergekit, Path(scratch) / "passthrough.yaml", out]
+        start = {
+            "jai": median([measure([sys.executable, "-c", "import jai.conversion.convert"]) for _ in range(5)]),
+            "mergekit": median([measure([arguments.mergekit, "--help"]) for _ in range(5)])
+            if arguments.mergekit
+            else Run(0, 0, 0),
+        }
+        runs: dict[str, list[Run]] = {}
+        sizes: dict[str, int] = {}
+        for _ in range(arguments.repeats):  # in turn, so that what else the machine does falls on all
+            for what, command in commands.items():
+                runs.setdefault(what, []).append(measure(command))
+                sizes[what] = sum(file.stat().st_size for file in out.iterdir())
+                if what.startswith("jai"):
+                    runs.setdefault(f"cp: {what}", []).append(measure(["cp", "-r", out, copy]))
+                    sizes[f"cp: {what}"] = sizes[what]
+                for folder in (out, copy):
+                    shutil.rmtree(folder, ignore_errors=True)
+        if arguments.large:
+            write_base(large, width=2048, layers=80)
+            for size, source in (("1×", base), ("8×", large)):
+                block = "4" if source == base else "8"
+                command = [
+                    *jai,
+                    "convert",
+                    source,
+                    out,
+                    "--block-repeats",
+                    PLAN,
+                    "--block-size",
+                    block,
+                    "--experts",
+                    "1",
+                ]
+                runs[f"memory, {size} base"] = [measure(command)]
+                sizes[f"memory, {size} base"] = sum(file.stat().st_size for file in out.iterdir())
+                shutil.rmtree(out)
+    rows = []
+    for what, several in runs.items():
+        run = median(several)
+        imports = start["mergekit" if "mergekit" in what else "jai"].processor * (not what.startswith("cp"))
+        copied = median(runs.get(f"cp: {what}", runs["cp: jai convert, 1 expert"]))
+        rows.append(
             {
                 "what": what,
-                "bytes": str(size),
+                "bytes": str(sizes[what]),
                 "wall_s": f"{run.wall:.2f}",
                 "processor_s": f"{run.processor:.2f}",
-                "peak_mb": f"{run.peak:.0f}",
-                "processor_ratio_to_cp": f"{run.processor / median(copies).processor:.2f}",
+                "net_processor_s": f"{run.processor - imports:.2f}",
+                "net_ratio_to_cp": f"{(run.processor - imports) / copied.processor:.2f}",
+                "anonymous_mb": f"{run.anonymous:.0f}",
+                "repeats": str(len(several)),
                 **provenance(("torch", "transformers")),
             }
-            for what, run in (
-                ("jai convert", median(conversions)),
-                ("jai --version (interpreter and imports)", start),
-                ("cp of the output", median(copies)),
-            )
-        ]
-        for row in rows:
-            print(f"{row['what']:42} {row['wall_s']:>7} s  {row['processor_s']:>7} s cpu  {row['peak_mb']:>6} MB")
-        print("appended to", append("conversion", rows))
-        if arguments.verify:
-            shutil.rmtree(out)
-            shutil.rmtree(copy)
-            options = ["--block-repeats", PLAN, "--experts", "1", "--duplicate-init", "identity", "--verify"]
-            subprocess.run([*jai, "convert", str(base), str(out), *options], check=True)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-            print(f"peak memory with --verify: {peak:.0f} MB")
+        )
+        row = rows[-1]
+        print(
+            f"{what:28} {run.wall:7.2f} s {run.processor:7.2f} s cpu, net {row['net_processor_s']:>6} "
+            f"= {row['net_ratio_to_cp']:>5} of cp's {row['anonymous_mb']:>6} MB anonymous"
+        )
+    print("appended to", append("conversion", rows))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from jai.conversion import names
 from jai.conversion.checkpoint import INDEX_FILE, WEIGHTS_FILE, CheckpointReader, resolve_checkpoint
 from jai.errors import UserError
 
+SNAPSHOT_TYPE = "jai_ffn_snapshot"  # the `model_type` of a snapshot: nothing loads one as a model
 DEFAULT_NAME = "jai-1"
 GB = 1e9
 # NF4 with bitsandbytes' double quantisation: 4 bits, and 0.127 bits of scales a weight (QLoRA paper, section 3).
@@ -148,6 +149,8 @@ def load_jai_config(folder: Path) -> JaiConfig:
         raise UserError(f"{folder} has no config.json. Give a JAI checkpoint, or {DEFAULT_NAME} for the default.")
     try:
         raw, _ = JaiConfig.get_config_dict(folder, local_files_only=True)
+        if raw.get("model_type") == SNAPSHOT_TYPE:
+            raise UserError(f"{folder} is a snapshot, which has only FFN weights. Give it to jai upcycle.")
         if raw.get("model_type") != JaiConfig.model_type:
             raise UserError(
                 f"{folder} is a model of type {raw.get('model_type')!r}, not 'jai'. Convert it first: jai convert."

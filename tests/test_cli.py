@@ -11,7 +11,9 @@ import pytest
 from jai import cli
 from jai.version import __version__
 
-VERBS = ("convert", "inspect", "sft", "dpo", "generate", "publish", "demo", "tokenizer")
+VERBS = (
+    "convert", "snapshot", "upcycle", "merge", "export", "inspect", "sft", "dpo", "generate", "publish", "demo", "tokenizer"
+)  # fmt: skip
 
 
 @pytest.fixture

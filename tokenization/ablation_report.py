@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from jai.tokenization.ablation_run import Point
 from jai.version import __version__
@@ -160,6 +161,9 @@ def _figure(by_arm: dict[str, list[Run]]) -> Figure:
                 axes.fill_between(places, [min(b) for b in bits], [max(b) for b in bits], color=color, alpha=0.2)
             axes.set_title(f"{language}: bits per character", loc="left", fontsize=10)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(label)
             axes.grid(axis="y", linewidth=0.4)
             axes.spines[["top", "right"]].set_visible(False)

@@ -49,6 +49,13 @@ class JaiTrainingArguments:
         default=True,
         metadata={"help": "Log each layer's expert load and router entropy, and every skip alpha."},
     )
+    snapshot_steps: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "For a dense JAI: at these steps, keep the FFN weights in `snapshots/step-N` of the output folder; "
+            "`jai upcycle` makes experts of them. The paper has 2000, 4000 and 6000."
+        },
+    )
 
     def __post_init__(self):
         if self.lora_targets not in LORA_TARGETS:

@@ -52,7 +52,7 @@ def run_dpo(
         console: where the plan and the result are printed; None is standard output, on the main process.
 
     Returns:
-        The output folder: a whole checkpoint with `training.json`, or an adapter.
+        The output folder: a whole checkpoint with `provenance.json`, or an adapter.
 
     Raises:
         UserError: for a model, data or options that cannot be trained with; the message says what to change.

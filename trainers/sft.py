@@ -18,6 +18,7 @@ from jai.trainers.data import Form, TrainingData, count_unsupervised, drop_unans
 from jai.trainers.lora import lora_config
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.plan import print_plan
+from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.source import open_source, prepare_chat
 from jai.trainers.stage import (
     building_trainer,
@@ -52,7 +53,7 @@ def run_sft(
         console: where the plan and the result are printed; None is standard output, on the main process.
 
     Returns:
-        The output folder: a whole checkpoint with `training.json`, or an adapter.
+        The output folder: a whole checkpoint with `provenance.json`, or an adapter.
 
     Raises:
         UserError: for a model, data or options that cannot be trained with; the message says what to change.
@@ -104,6 +105,7 @@ def run_sft(
             quantization_config=get_quantization_config(model_args),
             peft_config=lora,
             router_statistics=jai_args.router_statistics,
+            callbacks=[SnapshotCallback(jai_args.snapshot_steps)] if jai_args.snapshot_steps else None,
         )
     if isinstance(train, Dataset):
         _report_unsupervised(console, data, len(train), trainer.train_dataset, training_args)

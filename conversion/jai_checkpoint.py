@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A JAI checkpoint as an input: its configuration and the headers of its weights, checked against each other."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from jai.configuration_jai import JaiConfig
+from jai.conversion import names
+from jai.conversion.checkpoint import CheckpointReader, PlannedShards, has_weights, resolve_checkpoint, weight_files
+from jai.conversion.folder import hashes_beside
+from jai.conversion.inspection import SNAPSHOT_TYPE, load_jai_config
+from jai.errors import UserError
+from jai.provenance import Input, file_hashes, input_of, read_step
+
+_TRAINER_STATE = "trainer_state.json"
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class JaiCheckpoint:
+    """A JAI checkpoint, or a snapshot that has only its FFN weights, as `jai snapshot` writes it.
+
+    Attributes:
+        name: folder or Hub id, as given.
+        folder: where its files lie.
+        config: its configuration; of a snapshot, that of the model it was taken from.
+        reader: its weights.
+        is_snapshot: whether it has only the FFN weights.
+        global_step: the training step that it was saved at, None where it does not say.
+    """
+
+    name: str
+    folder: Path
+    config: JaiConfig
+    reader: CheckpointReader
+    is_snapshot: bool
+    global_step: int | None
+
+    @property
+    def title(self) -> str:
+        """For people: the last part of its name, and its step."""
+        step = "" if self.global_step is None else f" (step {self.global_step:,})"
+        return f"{self.folder.name if Path(self.name).exists() else self.name}{step}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its first weight: a checkpoint has one."""
+        return next(iter(self.reader.dtypes.values()))
+
+    def as_input(self, role: str) -> Input:
+        """What provenance records of it."""
+        return input_of(role, self.name, files=self._hashes, made_by=read_step(self.folder))
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return hashes_beside(self.folder) | file_hashes(weight_files(self.folder))
+
+
+def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
+    """Open a folder or a Hub id.
+
+    Args:
+        name: folder or Hub id of a whole checkpoint or of a snapshot.
+        planned_only: for a dry run: weights that are not here are not fetched, but taken to be as the configuration
+            says.
+
+    Raises:
+        UserError: if it holds no JAI, or weights that are damaged or not those of its configuration.
+    """
+    folder = resolve_checkpoint(name, weights=not planned_only)
+    if (folder / "adapter_config.json").exists() and not has_weights(folder):
+        raise UserError(
+            f"{name} is a LoRA adapter without its model. Train with `merge_adapter: true`, or train all weights, and "
+            "give the result here."
+        )
+    content = _snapshot_config(folder)
+    is_snapshot = content is not None
+    if content is not None:
+        step = content.pop("global_step", None)
+        try:
+            config = JaiConfig.from_dict(content | {"model_type": JaiConfig.model_type})
+        except StrictDataclassError as error:
+            raise UserError(f"The config.json in {folder} is not valid: {error.__cause__ or error}") from None
+    else:
+        config, step = load_jai_config(folder), _trainer_step(folder)
+    shapes = feed_forward_shapes(config) if is_snapshot else jai_shapes(config)
+    if planned_only and not has_weights(folder):
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+        reader = CheckpointReader(PlannedShards(shapes, dtype))
+    else:
+        reader = CheckpointReader(folder)
+        _check_weights(shapes, reader)
+    return JaiCheckpoint(name, folder, config, reader, is_snapshot, step)
+
+
+def jai_shapes(config: JaiConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a JAI, in the order in which checkpoints are written."""
+    embeddings, *rest = ((name, rows.shape) for name, rows in names.outer_sources(config, config.vocab_size).items())
+    return dict([embeddings, *_layer_shapes(config), *rest])
+
+
+def feed_forward_shapes(config: JaiConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the FFN weights of a dense JAI."""
+    return {name: shape for name, shape in _layer_shapes(config) if ".mlp." in name}
+
+
+def _layer_shapes(config: JaiConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    experts = config.num_local_experts
+    for planned in config.running_plan:
+        for name, rows in names.layer_sources(config, planned.layer, planned.layer).items():
+            yield name, (experts, *rows.shape) if names.is_expert_stack(name) else rows.shape
+        if experts > 1:
+            yield names.router_name(planned.layer), (experts, config.hidden_size)
+        if planned.adds_anchor:
+            yield names.skip_alpha_name(planned.layer), (1,)
+
+
+def slice_names(stack: str) -> tuple[str, ...]:
+    """The FFN weights of a dense JAI whose rows, one after the other, are a slice of an expert stack.
+
+    >>> slice_names("model.layers.0.mlp.experts.gate_up_proj")
+    ('model.layers.0.mlp.gate_proj.weight', 'model.layers.0.mlp.up_proj.weight')
+    """
+    layer, matrix = stack.split("experts.")
+    kinds = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else (matrix,)
+    return tuple(f"{layer}{kind}.weight" for kind in kinds)
+
+
+def _check_weights(expected: dict[str, tuple[int, ...]], reader: CheckpointReader) -> None:
+    # Tied models are saved without the head, or with a copy of the embeddings.
+    unknown = sorted(reader.shapes.keys() - expected.keys() - {names.LM_HEAD})
+    missing = sorted(expected.keys() - reader.shapes.keys())
+    wrong = sorted(name for name in expected.keys() & reader.shapes.keys() if expected[name] != reader.shapes[name])
+    if missing or unknown or wrong:
+        problems = [
+            *(f"{name} is missing" for name in missing[:_NAMED]),
+            *(f"{name} is unknown" for name in unknown[:_NAMED]),
+            *(f"{name} is {reader.shapes[name]}, not {expected[name]}" for name in wrong[:_NAMED]),
+        ]
+        raise UserError(
+            f"The weights in {reader.name} are not those of its configuration: {'; '.join(problems)} ({len(missing)} "
+            f"missing, {len(unknown)} unknown, {len(wrong)} of another shape). Save the model again with transformers."
+        )
+
+
+def snapshot_config(config: JaiConfig, global_step: int | None) -> dict[str, Any]:
+    """What is in the config.json of a snapshot."""
+    values = config.to_dict() | {"model_type": SNAPSHOT_TYPE, "global_step": global_step}
+    del values["auto_map"], values["architectures"]
+    return values
+
+
+def _snapshot_config(folder: Path) -> dict[str, Any] | None:
+    """The config.json of a snapshot, None where a folder is none."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # `load_jai_config` says what is wrong
+    return content if isinstance(content, dict) and content.get("model_type") == SNAPSHOT_TYPE else None
+
+
+def _trainer_step(folder: Path) -> int | None:
+    path = folder / _TRAINER_STATE
+    if not path.exists():
+        return None
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no state of a Trainer. Fetch the checkpoint again, or remove this file.") from None

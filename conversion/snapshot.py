@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai snapshot`: of a dense JAI's checkpoint only the FFN weights, which become an expert (paper, section 3.1.3)."""
+
+import json
+from pathlib import Path
+
+from rich import filesize
+from rich.console import Console
+from rich.markup import escape
+
+from jai.conversion.jai_checkpoint import feed_forward_shapes, open_jai, snapshot_config
+from jai.conversion.job import refuse_existing, resumable_folder
+from jai.conversion.tensors import PlannedTensor
+from jai.conversion.writing import write_checkpoint
+from jai.errors import UserError
+from jai.provenance import versions, write_step
+from jai.version import __version__
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def snapshot(
+    checkpoint: str,
+    out: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    workers: int = 1,
+    console: Console | None = None,
+) -> None:
+    """Keep the FFN weights of a dense JAI, byte for byte, in a folder that `jai upcycle` takes and nothing loads.
+
+    Args:
+        checkpoint: folder or Hub id of a dense JAI, such as the `checkpoint-2000` of a Trainer.
+        out: folder to write; it must not exist.
+        max_shard_bytes: largest data of an output shard.
+        workers: shards to write at a time.
+        console: where to print; None is standard output.
+
+    Raises:
+        UserError: for a checkpoint that is no dense JAI or is a snapshot already, damaged weights, an output folder
+            that exists, or a full disk.
+    """
+    console = console or Console()
+    refuse_existing(out)
+    source = open_jai(checkpoint)
+    if source.is_snapshot:
+        raise UserError(f"{checkpoint} has only FFN weights already. Give it to jai upcycle as it is.")
+    if source.config.num_local_experts > 1:
+        raise UserError(
+            f"{checkpoint} has {source.config.num_local_experts} experts in each layer. Snapshots are of a dense JAI: "
+            "jai convert --experts 1."
+        )
+    tensors = [
+        PlannedTensor(name, shape, source.reader.dtypes[name], (source.reader.copied(name),))
+        for name, shape in feed_forward_shapes(source.config).items()
+    ]
+    identity = {
+        "step": "snapshot",
+        "version": __version__,
+        "options": {"max_shard_size": max_shard_bytes},
+        "inputs": {"model": source.reader.identity()},
+    }
+    kept = sum(tensor.bytes for tensor in tensors)
+    with resumable_folder(out, identity) as job:
+        write_checkpoint(job, tensors, max_shard_bytes, workers, console=console)
+        content = snapshot_config(source.config, source.global_step)
+        (job.folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        step = {
+            "step": "snapshot",
+            "inputs": [source.as_input("model")],
+            "versions": versions("torch", "transformers", "safetensors"),
+            "result": {"bytes": kept, "global_step": source.global_step},
+        }
+        write_step(job.folder, step)
+    console.print(
+        f"[bold green]Snapshot written to[/] {escape(str(out))}: the FFN weights of {escape(source.title)}, "
+        f"{filesize.decimal(kept)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(f"Next: jai upcycle DENSE OUT --snapshots {escape(str(out))} …", soft_wrap=True, highlight=False)

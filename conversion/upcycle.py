@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai upcycle`: a dense JAI and snapshots of its training become a mixture of experts (paper, section 3.1.3).
+
+Expert 0 is the FFN of the dense JAI as it was before training, experts 1 and up are those of the snapshots. All other
+weights come from one of these checkpoints; the routers are drawn.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich import filesize
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jai.configuration_jai import JaiConfig
+from jai.conversion import names
+from jai.conversion.folder import write_beside
+from jai.conversion.jai_checkpoint import JaiCheckpoint, jai_shapes, open_jai, slice_names
+from jai.conversion.job import refuse_existing, resumable_folder
+from jai.conversion.tensors import Part, PlannedTensor
+from jai.conversion.values import drawn, with_noise
+from jai.conversion.writing import compare_checkpoint, write_checkpoint
+from jai.errors import UserError
+from jai.files import parse_size
+from jai.provenance import versions, write_step
+from jai.version import __version__
+
+DEFAULT_EXPERTS = 4
+_CHOICES = {
+    "expert_init": ("snapshots", "copy", "noise", "random"),
+    "dtype": ("float32", "bfloat16", "float16", None),
+}
+# What makes two checkpoints states of one model.
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "block_size",
+    "block_repeats",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "skip_alpha_normalize",
+)
+
+
+@dataclass(kw_only=True)
+class UpcycleOptions:
+    """What `jai upcycle` does; also the keys of its YAML file.
+
+    Attributes:
+        dense: folder or Hub id of the dense JAI before training (step 0): `jai convert --experts 1`.
+        out: folder to write; it must not exist.
+        snapshots: checkpoints of its training, in the order of the experts: whole ones as a Trainer saves them, or with
+            the FFN weights alone (`jai snapshot`).
+        base_weights: where all other weights come from: `last` is the last snapshot (without snapshots, `dense`),
+            `first` is `dense`; or the folder or Hub id of a checkpoint.
+        expert_init: how experts 1 and up begin. `snapshots` (the paper's way) takes the FFNs of the snapshots; experts
+            beyond them are copies of those before, in turn, with noise. `copy` copies the FFN of `dense`, which keeps
+            the function of a dense model exactly; `noise` adds seeded noise to the copies; `random` draws them fresh.
+        experts: experts of a layer; None is one more than there are snapshots, or 4 without any.
+        expert_noise: standard deviation of the noise relative to that of the matrix; 0 makes plain copies.
+        dtype: dtype of the output; None is that of `dense`.
+        seed: seed of routers, noise and random experts.
+        max_shard_size: largest output shard, in bytes or as "5GB".
+        workers: shards to write at a time.
+    """
+
+    dense: str
+    out: Path
+    snapshots: list[str] = field(default_factory=list)
+    base_weights: str = "last"
+    expert_init: Literal["snapshots", "copy", "noise", "random"] = "snapshots"
+    experts: int | None = None
+    expert_noise: float = 0.01
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    seed: int = 0
+    max_shard_size: int | str = 5_000_000_000
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what a YAML may hold and the function would misread.
+
+        Raises:
+            UserError: for a value that is none of its option's, and options that do not fit each other.
+        """
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(filter(None, choices))}."
+                )
+        if not isinstance(self.snapshots, list) or not all(isinstance(name, str) for name in self.snapshots):
+            raise UserError(f"snapshots is {self.snapshots!r}; expected a list of folders or Hub ids.")
+        for name, least in (("experts", 2), ("workers", 1)):
+            number = getattr(self, name)
+            if number is not None and (type(number) is not int or number < least):
+                raise UserError(f"{name} is {number!r}; expected a whole number from {least}.")
+        if not isinstance(self.expert_noise, int | float) or self.expert_noise < 0:
+            raise UserError(f"expert_noise is {self.expert_noise!r}; expected a number from 0.")
+        if self.expert_init == "snapshots" and not self.snapshots:
+            raise UserError(
+                "No snapshots are given. Give checkpoints of the dense model's training with --snapshots, or choose "
+                "--expert-init copy, noise or random, which need none."
+            )
+        if self.expert_init != "snapshots" and self.snapshots:
+            raise UserError(
+                f"--expert-init {self.expert_init} uses no snapshots, but {len(self.snapshots)} are given. Leave them "
+                "out (--base-weights names a checkpoint for the weights outside of the experts), or leave out "
+                "--expert-init."
+            )
+        if self.num_experts <= len(self.snapshots):
+            raise UserError(
+                f"{len(self.snapshots)} snapshots and DENSE make {len(self.snapshots) + 1} experts, but experts is "
+                f"{self.experts}. Leave out some of the snapshots, or the option."
+            )
+        self.max_shard_size = parse_size(str(self.max_shard_size))
+
+    @property
+    def num_experts(self) -> int:
+        if self.experts is not None:
+            return self.experts
+        return len(self.snapshots) + 1 if self.snapshots else DEFAULT_EXPERTS
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The checkpoints that an upcycled JAI is made of.
+
+    Attributes:
+        experts: those that give an expert each, the dense one first.
+        base: the one that gives all other weights.
+    """
+
+    experts: list[JaiCheckpoint]
+    base: JaiCheckpoint
+
+    @property
+    def dense(self) -> JaiCheckpoint:
+        return self.experts[0]
+
+
+def upcycle(
+    options: UpcycleOptions, *, dry_run: bool = False, verify_bytes: bool = False, console: Console | None = None
+) -> JaiConfig:
+    """Make a mixture of experts of a dense JAI: a checkpoint folder, complete for the Hub.
+
+    Args:
+        options: what to do.
+        dry_run: check everything and print the plan, but write nothing. The checkpoints may be without weights.
+        verify_bytes: read every byte of the output again and compare it with its source before the folder is there.
+        console: where the plan and the progress are printed; None is standard output.
+
+    Returns:
+        The configuration of the result.
+
+    Raises:
+        UserError: for a checkpoint that is not dense, snapshots of another model, a checkpoint that is given twice,
+            damaged weights, an output folder that exists, or a full disk.
+    """
+    console = console or Console()
+    refuse_existing(options.out)
+    sources = open_sources(options, planned_only=dry_run)
+    config = plan_config(sources.dense, options)
+    tensors = plan_tensors(config, sources, options)
+    _print_plan(console, options, config, sources, tensors)
+    if dry_run:
+        console.print("Dry run: nothing was written.")
+        return config
+
+    max_shard_bytes = int(options.max_shard_size)
+    recorded = _recorded_options(options, config)
+    identity = {
+        "step": "upcycle",
+        "version": __version__,
+        "options": recorded | {"max_shard_size": max_shard_bytes},
+        "inputs": {
+            "experts": [source.reader.identity() for source in sources.experts],
+            "base weights": sources.base.reader.identity(),
+        },
+    }
+    with resumable_folder(options.out, identity) as job:
+        write_checkpoint(job, tensors, max_shard_bytes, options.workers, console=console)
+        if verify_bytes:
+            size = compare_checkpoint(job.folder, tensors, max_shard_bytes, console=console)
+            console.print(f"Verified: {size:,} bytes are what their sources give.", highlight=False)
+        write_beside(job.folder, config, tokenizer=sources.dense.folder, generation=sources.dense.folder)
+        step = {
+            "step": "upcycle",
+            "inputs": [
+                sources.dense.as_input("dense"),
+                *(snapshot.as_input("snapshot") for snapshot in sources.experts[1:]),
+                sources.base.as_input("base weights"),
+            ],
+            "options": recorded,
+            "versions": versions("torch", "transformers", "safetensors"),
+            "result": {
+                "parameters": sum(tensor.numel for tensor in tensors),
+                "bytes": sum(tensor.bytes for tensor in tensors),
+                "experts": [_expert_text(expert, sources, options) for expert in range(options.num_experts)],
+            },
+        }
+        write_step(job.folder, step)
+
+    out = escape(str(options.out))
+    console.print(f"[bold green]JAI written to[/] {out}", soft_wrap=True)
+    console.print(f"Next: jai inspect {out}", soft_wrap=True, highlight=False)
+    console.print(f"      jai sft --config X.yaml --model_name_or_path {out}", soft_wrap=True, highlight=False)
+    return config
+
+
+def open_sources(options: UpcycleOptions, *, planned_only: bool = False) -> Sources:
+    """Open and check all checkpoints that the options name.
+
+    Raises:
+        UserError: as `upcycle`.
+    """
+    experts = [open_jai(name, planned_only=planned_only) for name in (options.dense, *options.snapshots)]
+    dense = experts[0]
+    if dense.is_snapshot:
+        raise UserError(f"DENSE, {dense.name}, has only FFN weights. Give the whole checkpoint of step 0.")
+    seen: dict[Path, str] = {}
+    for source in experts:
+        if earlier := seen.get(source.folder.resolve()):
+            raise UserError(
+                f"{source.name} is given twice (also as {earlier}), which would make two experts the same. Give each "
+                "checkpoint once; --expert-init copy makes experts that are all the same."
+            )
+        seen[source.folder.resolve()] = source.name
+    if options.base_weights == "first":
+        base = dense
+    elif options.base_weights == "last":
+        base = experts[-1]
+    else:
+        base = open_jai(options.base_weights, planned_only=planned_only)
+    if base.is_snapshot:
+        raise UserError(
+            f"--base-weights is {options.base_weights}, but {base.name} has only FFN weights. Give --base-weights "
+            "first (DENSE), or a whole checkpoint, such as the one that this snapshot was taken from."
+        )
+    for source in (*experts, base):
+        _check_same_model(source, dense)
+    return Sources(experts, base)
+
+
+def _check_same_model(source: JaiCheckpoint, dense: JaiCheckpoint) -> None:
+    if source.config.num_local_experts > 1:
+        raise UserError(
+            f"{source.name} has {source.config.num_local_experts} experts in each layer already. Give a dense JAI and "
+            "checkpoints of its training: jai convert --experts 1."
+        )
+    differing = [name for name in _SAME if getattr(source.config, name) != getattr(dense.config, name)]
+    if differing:
+        listed = ", ".join(
+            f"{name} {getattr(source.config, name)} instead of {getattr(dense.config, name)}" for name in differing
+        )
+        raise UserError(
+            f"{source.name} is no state of the model {dense.name}: it has {listed}. Give checkpoints of one training."
+        )
+
+
+def plan_config(dense: JaiCheckpoint, options: UpcycleOptions) -> JaiConfig:
+    """The configuration of the output: that of the dense JAI, with experts."""
+    values = dense.config.to_dict()
+    for name in ("num_experts_per_tok", "router_aux_loss_coef"):  # a dense JAI's are 1 and 0
+        values.pop(name, None)
+    return JaiConfig.from_dict(
+        values
+        | {
+            "num_local_experts": options.num_experts,
+            "architectures": ["JaiForCausalLM"],
+            "dtype": options.dtype or str(dense.dtype).removeprefix("torch."),
+        }
+    )
+
+
+def plan_tensors(config: JaiConfig, sources: Sources, options: UpcycleOptions) -> list[PlannedTensor]:
+    """Every tensor of the output, in the order in which it is written."""
+    dtype = config.dtype
+    assert isinstance(dtype, torch.dtype)  # transformers turns the name that `plan_config` gives into the dtype
+    routers = {names.router_name(planned.layer) for planned in config.running_plan}
+    tensors = []
+    for name, shape in jai_shapes(config).items():
+        parts: tuple[Part, ...]
+        if names.is_expert_stack(name):
+            parts = tuple(
+                part
+                for expert in range(config.num_local_experts)
+                for part in _expert_parts(name, shape[1:], expert, config, sources, options, dtype)
+            )
+        elif name in routers:
+            parts = (drawn(name, shape, config.initializer_range, options.seed, dtype),)
+        else:
+            parts = (sources.base.reader.cast(name, dtype),)
+        tensors.append(PlannedTensor(name, shape, dtype, parts))
+    return tensors
+
+
+def _expert_parts(
+    stack: str,
+    shape: tuple[int, ...],
+    expert: int,
+    config: JaiConfig,
+    sources: Sources,
+    options: UpcycleOptions,
+    dtype: torch.dtype,
+) -> list[Part]:
+    """One slice of an expert stack."""
+    if options.expert_init == "random" and expert > 0:
+        return [drawn(f"{stack}.{expert}", shape, config.initializer_range, options.seed, dtype)]
+    reader = _expert_source(expert, sources).reader
+    noise = _noise(expert, sources, options)
+    if noise:
+        return [with_noise(reader, name, f"{name}.{expert}", noise, options.seed, dtype) for name in slice_names(stack)]
+    return [reader.cast(name, dtype) for name in slice_names(stack)]
+
+
+def _expert_source(expert: int, sources: Sources) -> JaiCheckpoint:
+    return sources.experts[expert % len(sources.experts)]
+
+
+def _noise(expert: int, sources: Sources, options: UpcycleOptions) -> float:
+    """Only copies get noise: an expert with a checkpoint of its own is kept as it is."""
+    return 0.0 if expert < len(sources.experts) or options.expert_init == "copy" else options.expert_noise
+
+
+def _expert_text(expert: int, sources: Sources, options: UpcycleOptions) -> str:
+    if options.expert_init == "random" and expert > 0:
+        return f"drawn at random with seed {options.seed}"
+    noise = _noise(expert, sources, options)
+    text = f"the FFN of {_expert_source(expert, sources).title}"
+    return f"{text} with noise of {noise:g} of its spread" if noise else text
+
+
+def _recorded_options(options: UpcycleOptions, config: JaiConfig) -> dict[str, Any]:
+    """What decides the values of the output, beside the inputs."""
+    values = dataclasses.asdict(options)
+    for name in ("dense", "out", "snapshots", "workers", "max_shard_size"):
+        del values[name]
+    values["experts"] = options.num_experts
+    values["dtype"] = str(config.dtype).removeprefix("torch.")
+    return values
+
+
+def _print_plan(
+    console: Console, options: UpcycleOptions, config: JaiConfig, sources: Sources, tensors: list[PlannedTensor]
+) -> None:
+    dtype = str(config.dtype).removeprefix("torch.")
+    parameters, size = sum(tensor.numel for tensor in tensors), sum(tensor.bytes for tensor in tensors)
+    table = Table(
+        title=f"{escape(options.dense)} → {escape(str(options.out))}", title_justify="left", show_header=False
+    )
+    for expert in range(options.num_experts):
+        table.add_row(f"expert {expert}", escape(_expert_text(expert, sources, options)))
+    table.add_row("all other weights", escape(sources.base.title))
+    table.add_row("routers", f"drawn with seed {options.seed}; {config.num_experts_per_tok} experts for a token")
+    table.add_row("layers", str(config.num_hidden_layers))
+    table.add_row("weights", f"{parameters:,} parameters, {filesize.decimal(size)} in {dtype}")
+    console.print(table)
