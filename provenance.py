@@ -24,8 +24,8 @@ from jai.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
 
-# "step" is "convert", "snapshot", "upcycle", "merge", "export", "pretrain", "sft" or "dpo", "inputs" is a list of `input_of`, and
-# there may be "options", "versions" and "result"; of training also "dataset", "metrics", "steps", "hardware" and
+# "step" is the verb or the stage ("convert", "upcycle", "merge", "sft", …), "inputs" is a list of `input_of`, and there
+# may be "options", "versions" and "result"; of training also "dataset", "metrics", "steps", "hardware" and
 # "log_history", the name of a file.
 Step = dict[str, Any]
 Input = dict[str, Any]

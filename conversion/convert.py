@@ -13,13 +13,13 @@ from rich.table import Column, Table
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion.folder import hashes_beside, write_beside
-from jai.conversion.job import refuse_existing, resumable_folder
+from jai.conversion.job import refuse_existing
 from jai.conversion.options import ConvertOptions
+from jai.conversion.output import Output
 from jai.conversion.plan import ConversionPlan, plan_conversion
 from jai.conversion.vocabulary import INIT_TEXTS
-from jai.conversion.writing import OutputShard, compare_checkpoint, plan_shards, write_checkpoint
-from jai.provenance import input_of, read_step, versions, write_step
-from jai.version import __version__
+from jai.conversion.writing import OutputShard, plan_shards
+from jai.provenance import Input, input_of, read_step
 
 _NAMED = 10  # of the tokens without pieces
 
@@ -53,47 +53,44 @@ def convert(
         console.print("Dry run: nothing was written.")
         return plan.config
 
-    identity = {
-        "step": "convert",
-        "version": __version__,
-        "options": _recorded_options(options, plan.config) | {"max_shard_size": max_shard_bytes},
-        "base": plan.reader.identity(),
-        "tokenizer": hashes_beside(plan.tokenizer_folder) if plan.tokenizer_folder else {},
+    output = Output(
+        step="convert",
+        out=options.out,
+        tensors=plan.tensors,
+        options=_recorded_options(options, plan.config),
+        identity={
+            "base": plan.reader.identity(),
+            "tokenizer": hashes_beside(plan.tokenizer_folder) if plan.tokenizer_folder else {},
+        },
+        max_shard_bytes=max_shard_bytes,
+        workers=options.workers,
+    )
+    result = {
+        "layers": len(plan.config.layer_plan),
+        "vocab_size": plan.vocabulary.size,
+        "new_rows": plan.vocabulary.new_rows,
+        "new_rows_without_pieces": plan.vocabulary.without_pieces,
     }
-    with resumable_folder(options.out, identity) as job:
-        write_checkpoint(job, plan.tensors, max_shard_bytes, options.workers, console=console)
-        if verify_bytes:
-            size = compare_checkpoint(job.folder, plan.tensors, max_shard_bytes, console=console)
-            console.print(f"Verified: {size:,} bytes are what their sources give.", highlight=False)
-        write_beside(job.folder, plan.config, tokenizer=plan.tokenizer_folder, generation=plan.base_folder)
-        write_step(job.folder, _step(options, plan))
-
+    output.write(
+        lambda folder: write_beside(folder, plan.config, tokenizer=plan.tokenizer_folder, generation=plan.base_folder),
+        lambda: [_base_input(options, plan)],
+        result,
+        verify_bytes=verify_bytes,
+        console=console,
+    )
     console.print(f"[bold green]JAI written to[/] {options.out}", soft_wrap=True)
     console.print(f"Next: jai inspect {options.out}", soft_wrap=True, highlight=False)
     console.print(f"      jai sft --config X.yaml --model_name_or_path {options.out}", soft_wrap=True, highlight=False)
     return plan.config
 
 
-def _step(options: ConvertOptions, plan: ConversionPlan) -> dict[str, Any]:
-    """What was made from what: the first link of the provenance chain that the model card shows."""
+def _base_input(options: ConvertOptions, plan: ConversionPlan) -> Input:
     shards = plan.reader.shards
     with ThreadPoolExecutor() as pool:
         weights = dict(zip(shards.names, pool.map(shards.sha256, shards.names)))
-    files = hashes_beside(plan.base_folder) | weights
-    return {
-        "step": "convert",
-        "inputs": [input_of("base", options.base, files=files, made_by=read_step(plan.base_folder))],
-        "options": _recorded_options(options, plan.config),
-        "versions": versions("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
-        "result": {
-            "parameters": plan.parameters,
-            "bytes": plan.bytes,
-            "layers": len(plan.config.layer_plan),
-            "vocab_size": plan.vocabulary.size,
-            "new_rows": plan.vocabulary.new_rows,
-            "new_rows_without_pieces": plan.vocabulary.without_pieces,
-        },
-    }
+    return input_of(
+        "base", options.base, files=hashes_beside(plan.base_folder) | weights, made_by=read_step(plan.base_folder)
+    )
 
 
 def _recorded_options(options: ConvertOptions, config: JaiConfig) -> dict[str, Any]:

@@ -21,13 +21,11 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion import names
 from jai.conversion.folder import copy_tokenizer
 from jai.conversion.jai_checkpoint import JaiCheckpoint, jai_shapes, open_jai, slice_names
-from jai.conversion.job import refuse_existing, resumable_folder
+from jai.conversion.job import refuse_existing
+from jai.conversion.output import Output
 from jai.conversion.tensors import PlannedTensor
-from jai.conversion.writing import compare_checkpoint, write_checkpoint
 from jai.errors import UserError
 from jai.files import parse_size
-from jai.provenance import versions, write_step
-from jai.version import __version__
 
 Form = Literal["mixtral", "phi3"]
 
@@ -120,30 +118,22 @@ def export(
         console.print("Dry run: nothing was written.")
         return config
 
-    max_shard_bytes = int(options.max_shard_size)
-    identity = {
-        "step": "export",
-        "version": __version__,
-        "options": {"to": options.to, "max_shard_size": max_shard_bytes},
-        "inputs": {"model": source.reader.identity()},
-    }
-    with resumable_folder(options.out, identity) as job:
-        write_checkpoint(job, tensors, max_shard_bytes, options.workers, console=console)
-        if verify_bytes:
-            compared = compare_checkpoint(job.folder, tensors, max_shard_bytes, console=console)
-            console.print(f"Verified: {compared:,} bytes are what their sources give.", highlight=False)
-        _write_beside(job.folder, config, source.folder)
-        step = {
-            "step": "export",
-            "inputs": [source.as_input("model")],
-            "options": {"to": options.to},
-            "versions": versions("torch", "transformers", "safetensors"),
-            "result": {
-                "parameters": sum(tensor.numel for tensor in tensors),
-                "bytes": sum(tensor.bytes for tensor in tensors),
-            },
-        }
-        write_step(job.folder, step)
+    output = Output(
+        step="export",
+        out=options.out,
+        tensors=tensors,
+        options={"to": options.to},
+        identity={"model": source.reader.identity()},
+        max_shard_bytes=int(options.max_shard_size),
+        workers=options.workers,
+    )
+    output.write(
+        lambda folder: _write_beside(folder, config, source.folder),
+        lambda: [source.as_input("model")],
+        {},
+        verify_bytes=verify_bytes,
+        console=console,
+    )
 
     out = escape(str(options.out))
     console.print(f"[bold green]{kind} written to[/] {out}", soft_wrap=True)

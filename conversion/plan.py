@@ -78,7 +78,7 @@ def plan_conversion(options: ConvertOptions, *, dry_run: bool = False) -> Conver
         raise UserError(f"{options.tokenizer} has no tokenizer files. Give a folder that save_pretrained wrote.")
     vocabulary = plan_vocabulary(base.vocab_size, base_tokenizer, tokenizer, new_folder)
     dtype = reader.dtypes.get(names.EMBEDDINGS) if reader else base.dtype
-    config = plan_config(base, options, vocabulary, dtype or torch.bfloat16)
+    config = plan_config(base, options, vocabulary, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
     expected = names.source_shapes(config, base.vocab_size, base.num_hidden_layers)
     if reader is None:
         assert isinstance(config.dtype, torch.dtype)

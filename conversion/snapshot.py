@@ -9,12 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from jai.conversion.jai_checkpoint import feed_forward_shapes, open_jai, snapshot_config
-from jai.conversion.job import refuse_existing, resumable_folder
+from jai.conversion.job import refuse_existing
+from jai.conversion.output import Output
 from jai.conversion.tensors import PlannedTensor
-from jai.conversion.writing import write_checkpoint
 from jai.errors import UserError
-from jai.provenance import versions, write_step
-from jai.version import __version__
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -54,27 +52,25 @@ def snapshot(
         PlannedTensor(name, shape, source.reader.dtypes[name], (source.reader.copied(name),))
         for name, shape in feed_forward_shapes(source.config).items()
     ]
-    identity = {
-        "step": "snapshot",
-        "version": __version__,
-        "options": {"max_shard_size": max_shard_bytes},
-        "inputs": {"model": source.reader.identity()},
-    }
-    kept = sum(tensor.bytes for tensor in tensors)
-    with resumable_folder(out, identity) as job:
-        write_checkpoint(job, tensors, max_shard_bytes, workers, console=console)
-        content = snapshot_config(source.config, source.global_step)
-        (job.folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        step = {
-            "step": "snapshot",
-            "inputs": [source.as_input("model")],
-            "versions": versions("torch", "transformers", "safetensors"),
-            "result": {"bytes": kept, "global_step": source.global_step},
-        }
-        write_step(job.folder, step)
+    output = Output(
+        step="snapshot",
+        out=out,
+        tensors=tensors,
+        options={},
+        identity={"model": source.reader.identity()},
+        max_shard_bytes=max_shard_bytes,
+        workers=workers,
+    )
+    content = snapshot_config(source.config, source.global_step)
+    output.write(
+        lambda folder: (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"),
+        lambda: [source.as_input("model")],
+        {"global_step": source.global_step},
+        console=console,
+    )
     console.print(
         f"[bold green]Snapshot written to[/] {escape(str(out))}: the FFN weights of {escape(source.title)}, "
-        f"{filesize.decimal(kept)}",
+        f"{filesize.decimal(output.bytes)}",
         soft_wrap=True,
         highlight=False,
     )

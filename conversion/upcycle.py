@@ -20,14 +20,12 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion import names
 from jai.conversion.folder import write_beside
 from jai.conversion.jai_checkpoint import JaiCheckpoint, jai_shapes, open_jai, slice_names
-from jai.conversion.job import refuse_existing, resumable_folder
+from jai.conversion.job import refuse_existing
+from jai.conversion.output import Output
 from jai.conversion.tensors import Part, PlannedTensor
 from jai.conversion.values import drawn, with_noise
-from jai.conversion.writing import compare_checkpoint, write_checkpoint
 from jai.errors import UserError
 from jai.files import parse_size
-from jai.provenance import versions, write_step
-from jai.version import __version__
 
 DEFAULT_EXPERTS = 4
 _CHOICES = {
@@ -176,39 +174,29 @@ def upcycle(
         console.print("Dry run: nothing was written.")
         return config
 
-    max_shard_bytes = int(options.max_shard_size)
-    recorded = _recorded_options(options, config)
-    identity = {
-        "step": "upcycle",
-        "version": __version__,
-        "options": recorded | {"max_shard_size": max_shard_bytes},
-        "inputs": {
+    output = Output(
+        step="upcycle",
+        out=options.out,
+        tensors=tensors,
+        options=_recorded_options(options, config),
+        identity={
             "experts": [source.reader.identity() for source in sources.experts],
             "base weights": sources.base.reader.identity(),
         },
-    }
-    with resumable_folder(options.out, identity) as job:
-        write_checkpoint(job, tensors, max_shard_bytes, options.workers, console=console)
-        if verify_bytes:
-            size = compare_checkpoint(job.folder, tensors, max_shard_bytes, console=console)
-            console.print(f"Verified: {size:,} bytes are what their sources give.", highlight=False)
-        write_beside(job.folder, config, tokenizer=sources.dense.folder, generation=sources.dense.folder)
-        step = {
-            "step": "upcycle",
-            "inputs": [
-                sources.dense.as_input("dense"),
-                *(snapshot.as_input("snapshot") for snapshot in sources.experts[1:]),
-                sources.base.as_input("base weights"),
-            ],
-            "options": recorded,
-            "versions": versions("torch", "transformers", "safetensors"),
-            "result": {
-                "parameters": sum(tensor.numel for tensor in tensors),
-                "bytes": sum(tensor.bytes for tensor in tensors),
-                "experts": [_expert_text(expert, sources, options) for expert in range(options.num_experts)],
-            },
-        }
-        write_step(job.folder, step)
+        max_shard_bytes=int(options.max_shard_size),
+        workers=options.workers,
+    )
+    output.write(
+        lambda folder: write_beside(folder, config, tokenizer=sources.dense.folder, generation=sources.dense.folder),
+        lambda: [
+            sources.dense.as_input("dense"),
+            *(snapshot.as_input("snapshot") for snapshot in sources.experts[1:]),
+            sources.base.as_input("base weights"),
+        ],
+        {"experts": [_expert_text(expert, sources, options) for expert in range(options.num_experts)]},
+        verify_bytes=verify_bytes,
+        console=console,
+    )
 
     out = escape(str(options.out))
     console.print(f"[bold green]JAI written to[/] {out}", soft_wrap=True)

@@ -219,6 +219,7 @@ def _make_base(corpus: Corpus, folder: Path, seed: int, steps: int, console: Con
 
 def _start(name: str, out: Path, folder: Path, heldout: dict[str, list[str]]) -> Start:
     proof = verify(str(out / "base"), folder, console=QUIET)
+    assert proof is not None  # models of the demo's size fit anywhere
     return Start(name, proof.kl, _bits(Subject(folder), heldout))
 
 

@@ -11,9 +11,8 @@ import pytest
 from jai import cli
 from jai.version import __version__
 
-VERBS = (
-    "convert", "snapshot", "upcycle", "merge", "export", "inspect", "sft", "dpo", "generate", "publish", "demo", "tokenizer"
-)  # fmt: skip
+MAKING = ("tokenizer", "convert", "snapshot", "upcycle", "merge", "export")
+VERBS = (*MAKING, "inspect", "sft", "dpo", "generate", "publish", "demo")
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,12 @@ from jai.conversion import writing
 from jai.conversion.checkpoint import CheckpointReader, read_header
 from jai.conversion.convert import convert
 from jai.conversion.job import Job, resumable_folder, work_folder
+from jai.conversion.merge import merge
+from jai.conversion.merge_options import MergeOptions
 from jai.conversion.options import ConvertOptions
 from jai.conversion.plan import plan_conversion
 from jai.conversion.tensors import Computed, Copied
+from jai.conversion.upcycle import UpcycleOptions, upcycle
 from jai.errors import UserError
 
 PLAN = {"block_size": 2, "block_repeats": [1, 3, 2]}
@@ -407,17 +412,34 @@ class TestTrouble:
         assert not (tmp_path / "jai").exists()
 
 
-def test_killed_at_random_moments(base, tmp_path):
+@pytest.fixture
+def work(request, base, tmp_path) -> tuple[Callable, Any]:
+    """A verb's function and its options, for the output `tmp_path / "jai"`."""
+    if request.param == "convert":
+        return convert, options(base, tmp_path / "jai", workers=2)
+    dense = [tmp_path / "dense" / str(seed) for seed in range(3)]
+    for seed, folder in enumerate(dense):
+        convert(options(base, folder, experts=1, skip_alpha=0.1 * seed, dtype="bfloat16"))
+    names = [str(folder) for folder in dense]
+    shared = {"out": tmp_path / "jai", "max_shard_size": SHARD // 4, "workers": 2}
+    if request.param == "upcycle":
+        return upcycle, UpcycleOptions(dense=names[0], snapshots=names[1:], experts=4, **shared)
+    return merge, MergeOptions(models=names, base=names[0], method="dare-ties", **shared)
+
+
+@pytest.mark.parametrize("work", ["convert", "upcycle", "merge"], indirect=True)
+def test_killed_at_random_moments(work, tmp_path):
     """SIGKILL leaves no folder, or a whole one; what follows ends with the same bytes as a run that was left alone."""
-    asked = options(base, tmp_path / "jai", workers=2)
-    convert(options(base, tmp_path / "whole", workers=2))
-    whole = contents(tmp_path / "whole")
+    run, asked = work
+    run(asked)
+    whole = contents(tmp_path / "jai")
+    shutil.rmtree(tmp_path / "jai")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jai.conversion.convert"])
+    context.set_forkserver_preload([run.__module__])
     draw = random.Random(0)
     killed, longest = 0, 1.0
     while killed < 50:
-        process = context.Process(target=convert, args=(asked,), kwargs={"console": None})
+        process = context.Process(target=run, args=(asked,))
         process.start()
         process.join(draw.uniform(0, longest))
         process.kill()
@@ -429,6 +451,6 @@ def test_killed_at_random_moments(base, tmp_path):
             assert contents(tmp_path / "jai") == whole
             shutil.rmtree(tmp_path / "jai")
         elif draw.random() < 0.3:
-            convert(asked)
+            run(asked)
             assert contents(tmp_path / "jai") == whole
             shutil.rmtree(tmp_path / "jai")
