@@ -25,7 +25,7 @@ from jai.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-METADATA_PATTERNS = ("*.json", "*.jinja", "tokenizer.model")
+METADATA_PATTERNS = ("*.json", "*.jinja", "*.py", "tokenizer.model")
 
 _LONGEST_HEADER = 100_000_000  # as in safetensors
 _CHUNK_BYTES = 8_000_000

@@ -6,16 +6,13 @@ kernel, file to file; what is computed comes in chunks. The output's bytes do no
 where an earlier run stopped, or on how the bytes were copied.
 """
 
-import errno
 import json
-import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from threading import Lock
 
@@ -26,12 +23,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jai.conversion.checkpoint import INDEX_FILE, WEIGHTS_FILE, free_bytes, read_header
 from jai.conversion.job import Job
+from jai.conversion.shard_file import ShardFile
 from jai.conversion.tensors import DTYPE_NAMES, Copied, Part, PlannedTensor, Shards
 from jai.errors import UserError
 
-_COPY_BYTES = 64_000_000  # between two looks at whether to stop
-_BUFFER_BYTES = 1_000_000  # where the kernel does not copy
-_NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+_COMPARED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -203,62 +199,33 @@ def _chunks(part: Part) -> Iterator[bytes]:
         source.seek(part.start)
         left = part.length
         while left:
-            chunk = source.read(min(_BUFFER_BYTES, left))
+            chunk = source.read(min(_COMPARED_BYTES, left))
             if not chunk:
-                raise _cut_short(source.name)
+                raise UserError(f"{source.name} is shorter than it was. Fetch it and start again.")
             left -= len(chunk)
             yield chunk
 
 
 def _write_shard(path: Path, shard: OutputShard, advance: Callable[[int], object]) -> None:
-    with path.open("wb", buffering=0) as file:
-        _write_all(file, shard.header)
-        advance(len(shard.header))
+    with ShardFile(path) as file:
+        advance(file.write(shard.header))
         for tensor in shard.tensors:
             for part in tensor.parts:
-                if isinstance(part, Copied):
-                    steps = _copy(part, file)
-                else:
-                    steps = (_write_all(file, _bytes(chunk)) for chunk in part.make())
                 written = 0
-                for size in steps:
+                for size in _write_part(file, part):
                     advance(size)
                     written += size
                 if written != part.length:
                     raise AssertionError(f"{tensor.name}: planned {part.length} bytes, made {written}")
 
 
-def _copy(part: Copied, target: FileIO) -> Iterator[int]:
-    """Append a range of a source to `target`, yielding how many bytes were copied in each step."""
-    with part.shards.path(part.shard).open("rb", buffering=0) as source:
-        done, in_kernel = 0, hasattr(os, "copy_file_range")
-        while done < part.length:
-            start, left = part.start + done, part.length - done
-            if in_kernel:
-                try:
-                    size = os.copy_file_range(source.fileno(), target.fileno(), min(_COPY_BYTES, left), start)
-                except OSError as error:
-                    if error.errno not in _NO_COPY_FILE_RANGE:
-                        raise
-                    in_kernel = False
-                    continue
-            else:
-                size = _write_all(target, os.pread(source.fileno(), min(_BUFFER_BYTES, left), start))
-            if not size:
-                raise _cut_short(source.name)
-            done += size
-            yield size
-
-
-def _cut_short(path: object) -> UserError:
-    return UserError(f"{path} is shorter than it was. Let nothing write to the inputs; fetch it and start again.")
-
-
-def _write_all(file: FileIO, data: bytes | memoryview) -> int:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-    return len(data)
+def _write_part(file: ShardFile, part: Part) -> Iterator[int]:
+    if isinstance(part, Copied):
+        with part.shards.path(part.shard).open("rb", buffering=0) as source:
+            yield from file.copy(source, part.start, part.length)
+    else:
+        for chunk in part.make():
+            yield file.write(_bytes(chunk))
 
 
 def _bytes(chunk: torch.Tensor) -> memoryview:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What conversion promises about its output folder: every byte has a source, and the folder is whole or not there."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -19,7 +21,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 
-from jai.conversion import writing
+from jai.conversion import shard_file, writing
 from jai.conversion.checkpoint import CheckpointReader, read_header
 from jai.conversion.convert import convert
 from jai.conversion.job import Job, resumable_folder, work_folder
@@ -157,14 +159,27 @@ class TestEveryByte:
         assert not (tmp_path / "bad").exists()
 
     @pytest.mark.parametrize("workers", [1, 3])
-    def test_is_the_same_however_it_was_written(self, base, tmp_path, monkeypatch, workers):
+    @pytest.mark.parametrize("way", ["past the cache", "refused when written", "in the kernel", "through a buffer"])
+    def test_is_the_same_however_it_was_written(self, base, tmp_path, monkeypatch, workers, way):
         convert(options(base, tmp_path / "one"))
-        monkeypatch.setattr(writing, "_NO_COPY_FILE_RANGE", {0, *writing._NO_COPY_FILE_RANGE})
+        write = os.write
+        monkeypatch.setattr(shard_file, "_BUFFER_BYTES", 1 << 14)
 
-        def refuse(*_):
-            raise OSError(18, "Invalid cross-device link")
+        def refuse_unless_whole(descriptor: int, data) -> int:
+            """As file systems without direct writes, or with larger blocks."""
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return write(descriptor, data)
 
-        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+        def refuse(*_) -> int:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        if way == "refused when written":
+            monkeypatch.setattr(os, "write", refuse_unless_whole)
+        elif way != "past the cache":
+            monkeypatch.setattr(shard_file, "_O_DIRECT", 0)
+        if way == "through a buffer":
+            monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
         convert(options(base, tmp_path / "other", workers=workers))
         assert contents(tmp_path / "one") == contents(tmp_path / "other")
 

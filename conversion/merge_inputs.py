@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoints of a merge: opened, and refused where they are not states of one model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING
+
+from jai.conversion.checkpoint import CheckpointReader, has_weights, resolve_checkpoint
+from jai.conversion.folder import hashes_beside
+from jai.conversion.hub import HubShards
+from jai.errors import UserError
+from jai.provenance import Input, file_hashes, input_of, read_step
+
+# What two states of one model may have of their own: where they lie, how they are stored, how they were trained, how
+# they generate. None of it decides what a weight means.
+_HARMLESS = {
+    "_name_or_path",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "embd_pdrop",
+    "eos_token_id",
+    "initializer_range",
+    "output_router_logits",
+    "pad_token_id",
+    "resid_pdrop",
+    "router_aux_loss_coef",
+    "skip_alpha",
+    "skip_alpha_trainable",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class MergeInput:
+    """A checkpoint that is merged.
+
+    Attributes:
+        name: folder or Hub id, as given.
+        folder: where its files lie.
+        config: its configuration as transformers reads it, defaults filled in.
+        tokenizer: content of its `tokenizer.json`, None where it has none.
+        reader: its weights.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    tokenizer: dict[str, Any] | None
+    reader: CheckpointReader
+
+    @property
+    def model_type(self) -> str:
+        return self.config["model_type"]
+
+    def as_input(self, role: str) -> Input:
+        """What provenance records of it."""
+        shards = self.reader.shards
+        files = hashes_beside(self.folder) | file_hashes(shards.path(name) for name in shards.names)
+        return input_of(role, self.name, files=files, made_by=read_step(self.folder))
+
+
+def open_input(name: str, downloads: Path, *, planned_only: bool) -> MergeInput:
+    """Open a checkpoint.
+
+    Args:
+        name: folder or Hub id.
+        downloads: folder that is only named, for a dry run of a Hub id.
+        planned_only: for a dry run: of weights on the Hub only the headers are read.
+
+    Raises:
+        UserError: if it is no checkpoint that can be merged.
+    """
+    folder = resolve_checkpoint(name, weights=not planned_only)
+    if (folder / "adapter_config.json").exists() and not has_weights(folder):
+        raise UserError(
+            f"{name} is a LoRA adapter without its model. Train with `merge_adapter: true`, or train all weights, and "
+            "give the result here."
+        )
+    config = _load_config(name, folder)
+    if planned_only and not Path(name).is_dir() and not has_weights(folder):
+        reader = CheckpointReader(HubShards(name, folder, downloads))
+    else:
+        reader = CheckpointReader(folder)
+    return MergeInput(name, folder, config, _load_tokenizer(folder), reader)
+
+
+def check_alike(first: MergeInput, other: MergeInput) -> None:
+    """Refuse two checkpoints that are not states of one model.
+
+    Raises:
+        UserError: naming what differs: configuration, tensors or tokenizer.
+    """
+    differing = [
+        f"{key} is {first.config.get(key, 'not there')!r} and {other.config.get(key, 'not there')!r}"
+        for key in sorted((first.config.keys() | other.config.keys()) - _HARMLESS)
+        if first.config.get(key) != other.config.get(key)
+    ]
+    if first.model_type != other.model_type:
+        differing = [f"model_type is {first.model_type!r} and {other.model_type!r}"]
+    _refuse(first, other, "configuration", differing)
+    _refuse(first, other, "weights", _tensor_differences(first.reader, other.reader))
+    if first.tokenizer and other.tokenizer:
+        _refuse(first, other, "tokenizer", _tokenizer_differences(first.tokenizer, other.tokenizer))
+
+
+def _refuse(first: MergeInput, other: MergeInput, what: str, differing: list[str]) -> None:
+    if differing:
+        more = f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+        raise UserError(
+            f"{first.name} and {other.name} differ in their {what}: {'; '.join(differing[:_NAMED])}{more}. Only models "
+            "of one architecture, plan and tokenizer can be merged, such as two trained from the same checkpoint."
+        )
+
+
+def _tensor_differences(first: CheckpointReader, other: CheckpointReader) -> list[str]:
+    missing = [
+        *(f"{name} is only in the first" for name in sorted(first.shapes.keys() - other.shapes.keys())),
+        *(f"{name} is only in the second" for name in sorted(other.shapes.keys() - first.shapes.keys())),
+    ]
+    shared = sorted(first.shapes.keys() & other.shapes.keys())
+    return missing + [
+        f"{name} is {first.shapes[name]} and {other.shapes[name]}"
+        for name in shared
+        if first.shapes[name] != other.shapes[name]
+    ]
+
+
+def _tokenizer_differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What differs of two `tokenizer.json`, but for truncation and padding, which are settings of a run."""
+    keys = sorted((first.keys() | other.keys()) - {"truncation", "padding"})
+    return [_part_difference(key, first.get(key), other.get(key)) for key in keys if first.get(key) != other.get(key)]
+
+
+def _part_difference(key: str, first: Any, other: Any) -> str:
+    if key != "model" or not (isinstance(first, dict) and isinstance(other, dict)):
+        return f"its part {key!r}"
+    vocabularies = [part.get("vocab", {}) for part in (first, other)]
+    sizes = [len(vocabulary) for vocabulary in vocabularies]
+    if sizes[0] != sizes[1]:
+        return f"vocabularies of {sizes[0]:,} and {sizes[1]:,} entries"
+    return "other merges" if vocabularies[0] == vocabularies[1] else "vocabularies of one size with other entries"
+
+
+def _load_config(name: str, folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{name} has no config.json, so it is no checkpoint. Give a folder that save_pretrained wrote.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = raw["model_type"]
+        # Files of several years leave out what was a default then: transformers fills it in, where it knows the type.
+        return CONFIG_MAPPING[model_type].from_dict(raw).to_dict() if model_type in CONFIG_MAPPING else raw
+    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no valid configuration: {type(error).__name__}: {error.__cause__ or error}. Fetch or save it "
+            "again."
+        ) from None
+
+
+def _load_tokenizer(folder: Path) -> dict[str, Any] | None:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is no valid JSON ({error}). Fetch it again.") from None
