@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
 
@@ -15,9 +16,13 @@ from jai.conversion import names
 from jai.conversion.checkpoint import CheckpointReader, read_header
 from jai.conversion.convert import convert
 from jai.conversion.options import ConvertOptions
+from jai.conversion.plan import plan_conversion
 from jai.conversion.verify import verify
+from jai.conversion.vocabulary import Vocabulary
+from jai.conversion.writing import plan_shards
 from jai.errors import UserError
 from jai.files import sha256
+from jai.modeling_jai import JaiForCausalLM
 from jai.provenance import PROVENANCE_FILE
 
 LONGROPE = {
@@ -533,3 +538,42 @@ def test_existing_output_is_left_alone(tmp_path, base):
 def test_unknown_name_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="neither a folder nor a Hub id"):
         run(Path("no/such/folder/at/all"), tmp_path / "jai")
+
+
+MEDIUM = {
+    "model_type": "phi3",
+    "architectures": ["Phi3ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "vocab_size": 32064,
+    "sliding_window": 2047,
+    "dtype": "bfloat16",
+}
+
+
+def test_phi3_medium_is_planned_without_its_weights(tmp_path, monkeypatch, capsys):
+    """The dry run plans JAI-1 exactly, shard by shard, from a configuration alone."""
+    base = tmp_path / "medium"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(MEDIUM))
+    # A tokenizer of 64,000 entries, of which the last 31,936 are new.
+    vocabulary = Vocabulary(64000, {id_: [id_ % 32000] for id_ in range(32064, 64000)}, {})
+    monkeypatch.setattr("jai.conversion.plan.plan_vocabulary", lambda *_: vocabulary)
+    config = convert(ConvertOptions(base=str(base), out=tmp_path / "jai"), dry_run=True, console=Console(width=120))
+    plan = plan_conversion(ConvertOptions(base=str(base), out=tmp_path / "jai"), dry_run=True)
+    with torch.device("meta"):
+        model = JaiForCausalLM(config)
+    alphas = 6
+    assert plan.parameters == 75_315_942_400 + alphas == sum(value.numel() for value in model.state_dict().values())
+    assert plan.bytes == 2 * plan.parameters
+    assert {tensor.name: tensor.shape for tensor in plan.tensors} == {
+        name: tuple(value.shape) for name, value in model.state_dict().items()
+    }
+    shards = plan_shards(plan.tensors, 5_000_000_000)
+    assert max(shard.size for shard in shards) < 5_000_100_000
+    out = capsys.readouterr().out
+    assert all(shard.name in out and f"{shard.size:,}" in out for shard in shards)
+    assert not (tmp_path / "jai").exists()
