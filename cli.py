@@ -242,14 +242,17 @@ def convert(
         typer.Option(help="How often each block runs in place.", show_default="1,1,1,2,3,3,2,1,1,1"),
     ] = None,
     skip_alpha: Annotated[
-        float | None, typer.Option(help="Start of the skip alphas.", show_default="0.1; with identity 0")
+        float | None, typer.Option(help="Start of the skip alphas.", show_default="0; with copy 0.1")
     ] = None,
     skip_alpha_normalize: Annotated[
         bool | None, typer.Option("--skip-alpha-normalize", help="Divide by 1 + alpha (ours, not the paper's).")
     ] = None,
     duplicate_init: Annotated[
         DuplicateInit | None,
-        typer.Option(help="copy: the paper's way; identity: keeps the function.", show_default="copy"),
+        typer.Option(
+            help="Later copies of a block. identity: keep the function; copy: the paper's way, which changes it.",
+            show_default="identity; in a plain stack copy",
+        ),
     ] = None,
     experts: Annotated[int | None, typer.Option(help="Experts of a layer; 1 is dense.", show_default="4")] = None,
     expert_init: Annotated[

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 from measuring import Run, measure, median
+from records import append, provenance
 from transformers import Phi3Config
 
 from jai.configuration_jai import JaiConfig, plan_layers
@@ -30,7 +31,6 @@ from jai.conversion.job import resumable_folder
 from jai.conversion.options import PAPER_BLOCK_REPEATS
 from jai.conversion.tensors import Computed, PlannedTensor
 from jai.conversion.writing import write_checkpoint
-from provenance import append, provenance
 
 PLAN = ",".join(map(str, PAPER_BLOCK_REPEATS))
 
@@ -94,8 +94,19 @@ def main() -> None:
         write_base(base, width=1024, layers=40)
         write_passthrough(Path(scratch) / "passthrough.yaml", base)
         commands = {
-            "jai convert, 4 experts": [*jai, "convert", base, out, "--block-repeats", PLAN],
-            "jai convert, 1 expert": [*jai, "convert", base, out, "--block-repeats", PLAN, "--experts", "1"],
+            "jai convert, 4 experts": [*jai, "convert", base, out, "--block-repeats", PLAN, "--duplicate-init", "copy"],
+            "jai convert, 1 expert": [
+                *jai,
+                "convert",
+                base,
+                out,
+                "--block-repeats",
+                PLAN,
+                "--duplicate-init",
+                "copy",
+                "--experts",
+                "1",
+            ],
         }
         if arguments.mergekit:
             commands["mergekit passthrough"] = [arguments.mergekit, Path(scratch) / "passthrough.yaml", out]

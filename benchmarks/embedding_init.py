@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import torch
+from records import append, provenance
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -32,7 +33,6 @@ from jai.demo.corpus import build_corpus
 from jai.demo.measure import Subject
 from jai.tokenization.extend import extend_tokenizer
 from jai.tokenization.phi3_style import train_phi3_style
-from provenance import append, provenance
 
 INITS = get_args(get_type_hints(ConvertOptions)["init"])
 BASE_VOCABULARY, NEW_PIECES = 2048, 1536

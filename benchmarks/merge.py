@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-
-from provenance import append, provenance
+from records import append, provenance
 
 LAYERS = 40
 WEIGHTS = (0.7, 0.3)

@@ -37,6 +37,7 @@ from price_of_depth_models import (
     upcycle,
 )
 from price_of_depth_report import BASE, DEPTH, EXPERTS, REFERENCES, Point, Run, csv_rows, write_report
+from records import append, provenance
 from transformers import AutoTokenizer, Phi3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -49,7 +50,6 @@ from jai.tokenization.corpus import open_sources
 from jai.tokenization.extend import extend_tokenizer
 from jai.tokenization.phi3_style import train_phi3_style
 from jai.trainers.monitor import RouterMonitor
-from provenance import append, provenance
 
 SNAPSHOTS = (1 / 3, 2 / 3, 1)  # parts of the dense model's steps, beside step 0
 _UNCOUNTED = np.empty(0)  # the characters of a stream are of no interest here

@@ -98,6 +98,7 @@ def _recorded_options(options: ConvertOptions, config: JaiConfig) -> dict[str, A
     values = dataclasses.asdict(options)
     for name in ("out", "base", "workers", "stream", "max_shard_size"):
         del values[name]
+    values["duplicate_init"] = options.start_of_copies
     values["skip_alpha"] = None if options.is_plain else options.start_alpha
     values["block_size"], values["block_repeats"] = config.block_size, config.block_repeats
     values["dtype"] = str(config.dtype).removeprefix("torch.")
@@ -111,7 +112,7 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
     block = "1 layer" if config.block_size == 1 else f"{config.block_size} layers"
     stack = f"layers {_runs_text(options.origins(base.num_hidden_layers))}" if options.is_plain else ""
     copies = len(config.skip_alphas)
-    later_copies = f"{options.duplicate_init}, {copies} skip alphas at {options.start_alpha:g}" if copies else "none"
+    later_copies = f"{options.start_of_copies}, {copies} skip alphas at {options.start_alpha:g}" if copies else "none"
     window = getattr(base, "sliding_window", None)
     rope, new_rope = base.rope_parameters, config.rope_parameters
     assert rope is not None  # transformers replaces None
@@ -137,7 +138,7 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
         _note(console, f"the window of {window} is dropped, as in the paper: longer contexts attend further back.")
     if new_theta != theta:
         _note(console, "another RoPE base changes the function until the model is trained with it.")
-    if copies and (options.duplicate_init == "copy" or options.start_alpha != 0):
+    if copies and (options.start_of_copies == "copy" or options.start_alpha != 0):
         _note(
             console, "later copies change the function; --verify says by how much. --duplicate-init identity keeps it."
         )

@@ -33,9 +33,10 @@ class ConvertOptions:
         block_repeats: how often each block runs in place (paper, Table 2).
         skip_alpha: start value of the skip alphas; None is 0.1 with copied layers and 0 with identity layers.
         skip_alpha_normalize: divide by 1 + alpha after adding the anchor (ours, not the paper's).
-        duplicate_init: `copy` gives later copies of a block the block's weights (the paper's way; it changes the
-            function); `identity` zeroes the last matrix of each branch, so that each later copy starts as the
-            identity and the function is kept exactly.
+        duplicate_init: `identity` zeroes the last matrix of each branch of later copies of a block, so that each starts
+            as the identity and the function is kept exactly; `copy` gives them the block's weights (the paper's way; it
+            changes the function). None is `identity`, which costs the least (docs/price-of-depth.md), and `copy` in a
+            plain stack, which is nothing else.
         experts: experts of a layer; 1 makes the dense JAI.
         expert_init: `copy` starts all experts as the base's MLP (the function is kept exactly), `noise` adds seeded
             noise to experts 1 and up, `random` draws them fresh.
@@ -60,7 +61,7 @@ class ConvertOptions:
     block_repeats: list[int] = field(default_factory=lambda: list(PAPER_BLOCK_REPEATS))
     skip_alpha: float | None = None
     skip_alpha_normalize: bool = False
-    duplicate_init: Literal["copy", "identity"] = "copy"
+    duplicate_init: Literal["copy", "identity"] | None = None
     experts: int = 4
     expert_init: Literal["copy", "noise", "random"] = "copy"
     expert_noise: float = 0.01
@@ -129,4 +130,8 @@ class ConvertOptions:
     def start_alpha(self) -> float:
         if self.skip_alpha is not None:
             return self.skip_alpha
-        return 0.0 if self.duplicate_init == "identity" else PAPER_SKIP_ALPHA
+        return 0.0 if self.start_of_copies == "identity" else PAPER_SKIP_ALPHA
+
+    @property
+    def start_of_copies(self) -> Literal["copy", "identity"]:
+        return self.duplicate_init or ("copy" if self.is_plain else "identity")

@@ -240,7 +240,7 @@ def plan_tensors(
     layers = []
     seen: set[int] = set()
     for planned, origin in zip(config.layer_plan, options.origins(base.num_hidden_layers)):
-        starts_as_identity = origin in seen and options.duplicate_init == "identity"
+        starts_as_identity = origin in seen and options.start_of_copies == "identity"
         seen.add(origin)
         for name, source in names.layer_sources(config, planned.layer, origin).items():
             is_stack = names.is_expert_stack(name)

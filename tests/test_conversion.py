@@ -105,6 +105,12 @@ def test_longrope_keeps_both_factors(tmp_path, tiny_phi3):
     assert torch.equal(jai.generate(ids, **settings), phi3.generate(ids, **settings, use_cache=False))
 
 
+def test_nothing_is_lost_unless_asked_for(tmp_path, base):
+    config = run(base, tmp_path / "jai")
+    assert set(config.skip_alphas.values()) == {0.0}
+    assert verify(str(base), tmp_path / "jai").same_function
+
+
 def test_papers_way_changes_the_function_and_says_so(tmp_path, base, capsys):
     run(base, tmp_path / "jai", duplicate_init="copy")
     result = verify(str(base), tmp_path / "jai")
@@ -114,7 +120,7 @@ def test_papers_way_changes_the_function_and_says_so(tmp_path, base, capsys):
 
 
 def test_every_tensor_comes_from_its_origin(tmp_path, base):
-    config = run(base, tmp_path / "jai", skip_alpha=0.25)
+    config = run(base, tmp_path / "jai", duplicate_init="copy", skip_alpha=0.25)
     phi3 = load_file(base / "model.safetensors")
     jai = load_file(tmp_path / "jai" / "model.safetensors")
     seen = set()

@@ -33,7 +33,7 @@ from jai.conversion.tensors import Computed, Copied
 from jai.conversion.upcycle import UpcycleOptions, upcycle
 from jai.errors import UserError
 
-PLAN = {"block_size": 2, "block_repeats": [1, 3, 2]}
+PLAN = {"block_size": 2, "block_repeats": [1, 3, 2], "duplicate_init": "copy"}
 SHARD = 150_000  # bytes: some ten shards
 
 

@@ -44,7 +44,8 @@ def phi3(tmp_path_factory, tiny_phi3, tiny_tokenizer) -> Path:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory, phi3) -> Path:
     out = tmp_path_factory.mktemp("dense") / "dense"
-    convert(ConvertOptions(base=str(phi3), out=out, block_size=2, block_repeats=[1, 2, 1], experts=1))
+    options = {"block_size": 2, "block_repeats": [1, 2, 1], "duplicate_init": "copy", "experts": 1}
+    convert(ConvertOptions(base=str(phi3), out=out, **options))
     return out
 
 
@@ -194,7 +195,7 @@ def test_copies_keep_the_function_of_the_dense_model(dense, tmp_path):
 
 @pytest.mark.parametrize("expert_init", ["copy", "random"])
 def test_upcycling_a_dense_jai_is_converting_with_experts(phi3, dense, tmp_path, expert_init):
-    options = {"block_size": 2, "block_repeats": [1, 2, 1], "experts": 3, "seed": 5}
+    options = {"block_size": 2, "block_repeats": [1, 2, 1], "duplicate_init": "copy", "experts": 3, "seed": 5}
     convert(ConvertOptions(base=str(phi3), out=tmp_path / "converted", expert_init=expert_init, **options))
     run(dense, tmp_path / "upcycled", expert_init=expert_init, experts=3, seed=5)
     for name in ("model.safetensors", "config.json"):
