@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that stay on the Hub: headers are read over the network, shards fetched when needed and then deleted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
-from huggingface_hub.utils import HfHubHTTPError
 
 from jai.conversion.checkpoint import WEIGHTS_FILE, Header, hub_refusal, parse_header, read_header, weight_map
 from jai.errors import UserError
@@ -26,10 +27,8 @@ class HubShards:
     def __init__(self, repo_id: str, metadata: Path, downloads: Path):
         self.repo_id = self.place = repo_id
         self.downloads = downloads
-        try:
+        with _asking(repo_id):
             info = HfApi().model_info(repo_id, files_metadata=True)
-        except HfHubHTTPError as error:
-            raise hub_refusal(repo_id, error) from None
         assert info.sha is not None  # the Hub always names the commit
         self._revision = info.sha
         files = {sibling.rfilename: sibling for sibling in info.siblings or []}
@@ -44,20 +43,18 @@ class HubShards:
         path = self.downloads / name
         if path.exists():
             return read_header(path)
-        try:
-            with HfFileSystem().open(f"{self.repo_id}@{self._revision}/{name}", block_size=1 << 20) as file:
-                return parse_header(file, self._files[name].size or 0, f"{self.repo_id}/{name}")
-        except (HfHubHTTPError, OSError) as error:
-            raise hub_refusal(self.repo_id, error) from None
+        with (
+            _asking(self.repo_id),
+            HfFileSystem().open(f"{self.repo_id}@{self._revision}/{name}", block_size=1 << 20) as file,
+        ):
+            return parse_header(file, self._files[name].size or 0, f"{self.repo_id}/{name}")
 
     def path(self, name: str) -> Path:
         path = self.downloads / name
         with self._locks[name]:
             if not path.exists():
-                try:
+                with _asking(self.repo_id):
                     hf_hub_download(self.repo_id, name, revision=self._revision, local_dir=self.downloads)
-                except (HfHubHTTPError, OSError) as error:
-                    raise hub_refusal(self.repo_id, error) from None
         return path
 
     def release(self, name: str) -> None:
@@ -73,3 +70,13 @@ class HubShards:
 
     def check_unchanged(self, name: str) -> None:
         """Nothing: a commit does not change."""
+
+
+@contextmanager
+def _asking(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds: the client is httpx or httpx2, depending on huggingface_hub's version
+        raise hub_refusal(repo_id, error) from None
