@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two at a time, each with one thread: what two cores and 8 GB hold. A file's tests share what is costly to make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow check bench clean
 
@@ -10,10 +12,10 @@ demo: $(STAMP)
 	$(BIN)/jai demo runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q --run-slow
+	$(PYTEST) --run-slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .
