@@ -78,7 +78,7 @@ class LoopbackHub:
     """
 
     def __init__(self, root: str | Path, token: str | None = None, user: str = "loopback", xet: bool = True):
-        self.root = Path(root)
+        self.root = Path(root).resolve()  # the caches of `environment()` are for processes in any folder
         self.token = token or f"hf_{secrets.token_hex(17)}"
         self.user = user
         self.xet = xet
