@@ -9,9 +9,9 @@ that another process cuts short would kill the reader, where a read that comes u
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +22,7 @@ from huggingface_hub.errors import HFValidationError
 
 from jai.conversion.tensors import DTYPE_NAMES, DTYPES, Computed, Copied, Part, Shards
 from jai.errors import UserError
+from jai.files import sha256
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -29,6 +30,7 @@ METADATA_PATTERNS = ("*.json", "*.jinja", "*.py", "tokenizer.model")
 
 _LONGEST_HEADER = 100_000_000  # as in safetensors
 _CHUNK_BYTES = 8_000_000
+_NAMED = 3
 
 
 def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
@@ -123,6 +125,15 @@ def has_weights(folder: Path) -> bool:
     return (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
 
 
+def refuse_adapter(name: str, folder: Path) -> None:
+    """Raise `UserError` for a LoRA adapter without its model."""
+    if (folder / "adapter_config.json").exists() and not has_weights(folder):
+        raise UserError(
+            f"{name} is a LoRA adapter without its model. Train with `merge_adapter: true`, or train all weights, and "
+            "give the result here."
+        )
+
+
 def weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor name -> file, as a folder's index says; None where one file holds all weights.
 
@@ -186,8 +197,7 @@ class LocalShards:
         return dict(self._identities)
 
     def sha256(self, name: str) -> str:
-        with (self.folder / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self.folder / name)
 
     def check_unchanged(self, name: str) -> None:
         if not self.path(name).exists() or self._identity(name) != self._identities[name]:
@@ -249,6 +259,35 @@ class CheckpointReader:
     def identity(self) -> dict[str, list]:
         """What tells these files from others: for each its size, its time of change and the hash of its header."""
         return {shard: [*rest, self.headers[shard]] for shard, rest in self.shards.identity().items()}
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the files by name, several at a time: hashing takes longer than reading."""
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(self.shards.names, pool.map(self.shards.sha256, self.shards.names)))
+
+    def check(self, expected: dict[str, tuple[int, ...]], *, spare: frozenset[str]) -> None:
+        """Refuse weights that are not exactly the expected ones.
+
+        Args:
+            expected: shape of each tensor that must be there.
+            spare: names that may be there too.
+
+        Raises:
+            UserError: naming what is missing, unknown or of another shape.
+        """
+        missing = sorted(expected.keys() - self.shapes.keys())
+        unknown = sorted(self.shapes.keys() - expected.keys() - spare)
+        wrong = sorted(name for name in expected.keys() & self.shapes.keys() if expected[name] != self.shapes[name])
+        if missing or unknown or wrong:
+            problems = [
+                *(f"{name} is missing" for name in missing[:_NAMED]),
+                *(f"{name} is unknown" for name in unknown[:_NAMED]),
+                *(f"{name} is {self.shapes[name]}, not {expected[name]}" for name in wrong[:_NAMED]),
+            ]
+            raise UserError(
+                f"The weights in {self.name} do not match its config.json: {'; '.join(problems)} ({len(missing)} "
+                f"missing, {len(unknown)} unknown, {len(wrong)} of another shape). Save it again with transformers."
+            )
 
     def copied(self, name: str, start: int = 0, stop: int | None = None) -> Copied:
         """Rows `start:stop` of a tensor as a range of bytes."""
@@ -350,9 +389,3 @@ class PlannedShards:
 
     def check_unchanged(self, name: str) -> None:
         """Nothing can change."""
-
-
-def free_bytes(folder: Path) -> int:
-    """What may still be written to the disk of `folder`."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize

@@ -2,7 +2,6 @@
 """`jai convert`: a phi-3 checkpoint becomes a JAI, complete for the Hub."""
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +84,8 @@ def convert(
 
 
 def _base_input(options: ConvertOptions, plan: ConversionPlan) -> Input:
-    shards = plan.reader.shards
-    with ThreadPoolExecutor() as pool:
-        weights = dict(zip(shards.names, pool.map(shards.sha256, shards.names)))
-    return input_of(
-        "base", options.base, files=hashes_beside(plan.base_folder) | weights, made_by=read_step(plan.base_folder)
-    )
+    files = hashes_beside(plan.base_folder) | plan.reader.hashes()
+    return input_of("base", options.base, files=files, made_by=read_step(plan.base_folder))
 
 
 def _recorded_options(options: ConvertOptions, config: JaiConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rich import filesize
 from rich.console import Console
@@ -22,6 +22,7 @@ from jai.conversion import names
 from jai.conversion.folder import copy_tokenizer
 from jai.conversion.jai_checkpoint import JaiCheckpoint, jai_shapes, open_jai, slice_names
 from jai.conversion.job import refuse_existing
+from jai.conversion.options import check_choices
 from jai.conversion.output import Output
 from jai.conversion.tensors import PlannedTensor
 from jai.errors import UserError
@@ -72,8 +73,7 @@ class ExportOptions:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.to not in get_args(Form):
-            raise UserError(f"to is {self.to!r}; expected one of {', '.join(get_args(Form))}.")
+        check_choices(self)
         if type(self.workers) is not int or self.workers < 1:
             raise UserError(f"workers is {self.workers!r}; expected a whole number from 1.")
         self.max_shard_size = parse_size(str(self.max_shard_size))

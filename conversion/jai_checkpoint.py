@@ -13,14 +13,13 @@ from huggingface_hub.errors import StrictDataclassError
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
-from jai.conversion.checkpoint import CheckpointReader, PlannedShards, has_weights, resolve_checkpoint, weight_files
+from jai.conversion.checkpoint import CheckpointReader, PlannedShards, has_weights, refuse_adapter, resolve_checkpoint
 from jai.conversion.folder import hashes_beside
 from jai.conversion.inspection import SNAPSHOT_TYPE, load_jai_config
 from jai.errors import UserError
-from jai.provenance import Input, file_hashes, input_of, read_step
+from jai.provenance import Input, input_of, read_step
 
 _TRAINER_STATE = "trainer_state.json"
-_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class JaiCheckpoint:
 
     @cached_property
     def _hashes(self) -> dict[str, str]:
-        return hashes_beside(self.folder) | file_hashes(weight_files(self.folder))
+        return hashes_beside(self.folder) | self.reader.hashes()
 
 
 def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
@@ -75,11 +74,7 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
         UserError: if it holds no JAI, or weights that are damaged or not those of its configuration.
     """
     folder = resolve_checkpoint(name, weights=not planned_only)
-    if (folder / "adapter_config.json").exists() and not has_weights(folder):
-        raise UserError(
-            f"{name} is a LoRA adapter without its model. Train with `merge_adapter: true`, or train all weights, and "
-            "give the result here."
-        )
+    refuse_adapter(name, folder)
     content = _snapshot_config(folder)
     is_snapshot = content is not None
     if content is not None:
@@ -96,7 +91,8 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
         reader = CheckpointReader(PlannedShards(shapes, dtype))
     else:
         reader = CheckpointReader(folder)
-        _check_weights(shapes, reader)
+        # Tied models are saved without the head, or with a copy of the embeddings.
+        reader.check(shapes, spare=frozenset({names.LM_HEAD}))
     return JaiCheckpoint(name, folder, config, reader, is_snapshot, step)
 
 
@@ -131,23 +127,6 @@ def slice_names(stack: str) -> tuple[str, ...]:
     layer, matrix = stack.split("experts.")
     kinds = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else (matrix,)
     return tuple(f"{layer}{kind}.weight" for kind in kinds)
-
-
-def _check_weights(expected: dict[str, tuple[int, ...]], reader: CheckpointReader) -> None:
-    # Tied models are saved without the head, or with a copy of the embeddings.
-    unknown = sorted(reader.shapes.keys() - expected.keys() - {names.LM_HEAD})
-    missing = sorted(expected.keys() - reader.shapes.keys())
-    wrong = sorted(name for name in expected.keys() & reader.shapes.keys() if expected[name] != reader.shapes[name])
-    if missing or unknown or wrong:
-        problems = [
-            *(f"{name} is missing" for name in missing[:_NAMED]),
-            *(f"{name} is unknown" for name in unknown[:_NAMED]),
-            *(f"{name} is {reader.shapes[name]}, not {expected[name]}" for name in wrong[:_NAMED]),
-        ]
-        raise UserError(
-            f"The weights in {reader.name} are not those of its configuration: {'; '.join(problems)} ({len(missing)} "
-            f"missing, {len(unknown)} unknown, {len(wrong)} of another shape). Save the model again with transformers."
-        )
 
 
 def snapshot_config(config: JaiConfig, global_step: int | None) -> dict[str, Any]:

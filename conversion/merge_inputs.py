@@ -9,11 +9,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
-from jai.conversion.checkpoint import CheckpointReader, has_weights, resolve_checkpoint
+from jai.conversion.checkpoint import CheckpointReader, has_weights, refuse_adapter, resolve_checkpoint
 from jai.conversion.folder import hashes_beside
 from jai.conversion.hub import HubShards
 from jai.errors import UserError
-from jai.provenance import Input, file_hashes, input_of, read_step
+from jai.provenance import Input, input_of, read_step
 
 # What two states of one model may have of their own: where they lie, how they are stored, how they were trained, how
 # they generate. None of it decides what a weight means.
@@ -63,8 +63,7 @@ class MergeInput:
 
     def as_input(self, role: str) -> Input:
         """What provenance records of it."""
-        shards = self.reader.shards
-        files = hashes_beside(self.folder) | file_hashes(shards.path(name) for name in shards.names)
+        files = hashes_beside(self.folder) | self.reader.hashes()
         return input_of(role, self.name, files=files, made_by=read_step(self.folder))
 
 
@@ -80,11 +79,7 @@ def open_input(name: str, downloads: Path, *, planned_only: bool) -> MergeInput:
         UserError: if it is no checkpoint that can be merged.
     """
     folder = resolve_checkpoint(name, weights=not planned_only)
-    if (folder / "adapter_config.json").exists() and not has_weights(folder):
-        raise UserError(
-            f"{name} is a LoRA adapter without its model. Train with `merge_adapter: true`, or train all weights, and "
-            "give the result here."
-        )
+    refuse_adapter(name, folder)
     config = _load_config(name, folder)
     if planned_only and not Path(name).is_dir() and not has_weights(folder):
         reader = CheckpointReader(HubShards(name, folder, downloads))

@@ -5,9 +5,10 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from jai.conversion.merge_weights import Curve, parse_curve
+from jai.conversion.options import check_choices
 from jai.errors import UserError
 from jai.files import parse_size
 
@@ -65,10 +66,7 @@ class MergeOptions:
         """
         if not isinstance(self.models, list) or not all(isinstance(name, str) for name in self.models):
             raise UserError(f"models is {self.models!r}; expected a list of folders or Hub ids.")
-        for name, choices in (("method", get_args(Method)), ("dtype", ("float32", "bfloat16", "float16"))):
-            value = getattr(self, name)
-            if value not in choices and not (name == "dtype" and value is None):
-                raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        check_choices(self)
         if self.normalize not in (None, True, False):
             raise UserError(f"normalize is {self.normalize!r}; expected true or false.")
         for name, low, high in (("density", 0.0, 1.0), ("scale", -math.inf, math.inf)):

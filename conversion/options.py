@@ -13,6 +13,20 @@ PAPER_BLOCK_REPEATS = (1, 1, 1, 2, 3, 3, 2, 1, 1, 1)
 PAPER_SKIP_ALPHA = 0.1
 
 
+def check_choices(options: object) -> None:
+    """Refuse a value that is none of its option's, where the option is a `Literal`; None stands for a default.
+
+    Raises:
+        UserError: with the choices.
+    """
+    for name, hint in get_type_hints(type(options)).items():
+        kinds = (hint, *get_args(hint))
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        value = getattr(options, name)
+        if choices and value not in (*choices, *([None] if type(None) in kinds else [])):
+            raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+
+
 @dataclass(kw_only=True)
 class ConvertOptions:
     """What `jai convert` does; also the keys of its YAML file.
@@ -78,13 +92,7 @@ class ConvertOptions:
         Raises:
             UserError: for a value that is none of its option's.
         """
-        for name, hint in get_type_hints(type(self)).items():
-            choices = [
-                choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)
-            ]
-            value = getattr(self, name)
-            if choices and value is not None and value not in choices:
-                raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        check_choices(self)
         for name, numbers in (("block_repeats", self.block_repeats), ("layers", self.layers or [])):
             if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
                 raise UserError(f"{name} is {numbers!r}; expected a list of whole numbers, as [1, 2, 1].")

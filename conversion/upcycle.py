@@ -21,6 +21,7 @@ from jai.conversion import names
 from jai.conversion.folder import write_beside
 from jai.conversion.jai_checkpoint import JaiCheckpoint, jai_shapes, open_jai, slice_names
 from jai.conversion.job import refuse_existing
+from jai.conversion.options import check_choices
 from jai.conversion.output import Output
 from jai.conversion.tensors import Part, PlannedTensor
 from jai.conversion.values import drawn, with_noise
@@ -28,10 +29,6 @@ from jai.errors import UserError
 from jai.files import parse_size
 
 DEFAULT_EXPERTS = 4
-_CHOICES = {
-    "expert_init": ("snapshots", "copy", "noise", "random"),
-    "dtype": ("float32", "bfloat16", "float16", None),
-}
 # What makes two checkpoints states of one model.
 _SAME = (
     "vocab_size",
@@ -91,11 +88,7 @@ class UpcycleOptions:
         Raises:
             UserError: for a value that is none of its option's, and options that do not fit each other.
         """
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(filter(None, choices))}."
-                )
+        check_choices(self)
         if not isinstance(self.snapshots, list) or not all(isinstance(name, str) for name in self.snapshots):
             raise UserError(f"snapshots is {self.snapshots!r}; expected a list of folders or Hub ids.")
         for name, least in (("experts", 2), ("workers", 1)):

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Planned tensors become safetensors shards, at the speed of the disk and in bounded memory.
 
-The form of every tensor is known, so a shard begins with its finished header. Ranges of source files are copied by the
-kernel, file to file; what is computed comes in chunks. The output's bytes do not depend on the number of workers, on
-where an earlier run stopped, or on how the bytes were copied.
+The form of every tensor is known, so a shard begins with its finished header. Ranges of source files are copied, what
+is computed comes in chunks; `shard_file` says how they get to the disk. The output's bytes do not depend on the number
+of workers, on where an earlier run stopped, or on how the bytes were copied.
 """
 
 import json
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from jai.conversion.checkpoint import INDEX_FILE, WEIGHTS_FILE, free_bytes, read_header
+from jai.conversion.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_header
 from jai.conversion.job import Job
 from jai.conversion.shard_file import ShardFile
 from jai.conversion.tensors import DTYPE_NAMES, Copied, Part, PlannedTensor, Shards
@@ -98,7 +99,7 @@ def write_checkpoint(
     shards = plan_shards(tensors, max_shard_bytes)
     todo = [shard for shard in shards if job.finished.get(shard.name) != shard.size]
     total, left = sum(shard.size for shard in shards), sum(shard.size for shard in todo)
-    if (free := free_bytes(job.folder)) < left:
+    if (free := shutil.disk_usage(job.folder).free) < left:
         raise UserError(
             f"{job.out} needs {filesize.decimal(left)} more, but its disk has {filesize.decimal(free)}. Free some "
             "space or choose another disk."

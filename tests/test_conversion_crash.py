@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -307,7 +308,7 @@ class TestTrouble:
         assert not (tmp_path / "jai").exists()
 
     def test_too_little_room_is_said_first(self, base, tmp_path, monkeypatch):
-        monkeypatch.setattr(writing, "free_bytes", lambda folder: 1000)
+        monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
         with pytest.raises(UserError, match=r"needs .* more, but its disk has 1.0 kB"):
             convert(options(base, tmp_path / "jai"))
         assert list(tmp_path.iterdir()) == []
@@ -318,7 +319,8 @@ class TestTrouble:
         if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk], capture_output=True).returncode:
             pytest.skip("needs the right to mount a tmpfs")
         try:
-            monkeypatch.setattr(writing, "free_bytes", lambda folder: 10**12)  # another process takes it meanwhile
+            # Another process takes it meanwhile.
+            monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
             with pytest.raises(UserError, match="No space left on device"):
                 convert(options(base, disk / "jai"))
             assert not (disk / "jai").exists()
