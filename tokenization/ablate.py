@@ -25,7 +25,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoTokenizer, Phi3ForCausalLM, PreTrainedTokenizerBase
+from transformers import Phi3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from jai.errors import UserError
@@ -44,6 +44,7 @@ from jai.tokenization.ablation_run import (
 from jai.tokenization.ablation_text import Corpus, Stream, encode, encode_stream, reading_order, split_corpus
 from jai.tokenization.corpus import TextFile, open_sources
 from jai.tokenization.extend import extend_tokenizer, new_token_pieces
+from jai.tokenization.loading import load_tokenizer
 from jai.tokenization.units import Unit
 
 # Parts of the equal characters, and multiples of them, at which the curves have points.
@@ -447,14 +448,7 @@ def _read_corpus(texts: tuple[tuple[str, tuple[str, ...]], ...], *split: int) ->
     return split_corpus(documents, *split)
 
 
-@cache
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name} has no tokenizer that can be loaded. Give a folder with tokenizer.json, or a Hub id. ({error})"
-        ) from error
+_load_tokenizer = cache(load_tokenizer)  # a process loads each once
 
 
 def _say(line: str) -> None:

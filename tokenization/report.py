@@ -20,12 +20,13 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from jai.errors import UserError
 from jai.files import new_folder
 from jai.tokenization.corpus import Source, open_sources
 from jai.tokenization.extend import RESERVED_TOKEN
+from jai.tokenization.loading import load_tokenizer
 from jai.tokenization.measure import TextFigures, TokenizerFigures, machine, measure
 from jai.tokenization.train import RECORD_FILE
 from jai.version import __version__
@@ -209,13 +210,7 @@ def load_subjects(origins: Sequence[str]) -> dict[str, Subject]:
 
 
 def _load(origin: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(origin, trust_remote_code=False)
-    except Exception as error:  # of many kinds: the Hub's, JSON's, KeyError, the tokenizers library's bare Exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(
-            f"{origin} has no tokenizer that can be loaded. Give a folder with tokenizer.json, or a Hub id. ({reason})"
-        ) from error
+    tokenizer = load_tokenizer(origin)
     if not isinstance(tokenizer, TokenizersBackend):
         raise UserError(
             f"{origin} loads as {type(tokenizer).__name__}, which has no fast implementation to measure. Give a "

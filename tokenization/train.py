@@ -11,12 +11,11 @@ from rich import filesize
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jai.errors import UserError
 from jai.files import new_folder
 from jai.tokenization.corpus import draw_sample, open_sources, sample_table
 from jai.tokenization.extend import extend_tokenizer, new_token_pieces
+from jai.tokenization.loading import load_tokenizer
 from jai.tokenization.units import Unit
 from jai.version import __version__
 
@@ -65,7 +64,7 @@ def train_tokenizer(
     console = console or Console()
     script = script.title()
     sources = open_sources(texts)
-    base_tokenizer = _load_base(base)
+    base_tokenizer = load_tokenizer(base)
 
     with new_folder(out) as folder:
         plan = Table("", "", title="Tokenizer", show_header=False)
@@ -112,12 +111,3 @@ def train_tokenizer(
     for command in (f"jai tokenizer report {out} --text FILE", f"jai convert BASE OUT --tokenizer {out}"):
         console.print(f"Next: {escape(command)}", soft_wrap=True, highlight=False)
     return Path(out)
-
-
-def _load_base(base: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{base} has no tokenizer that can be loaded. Give a folder with tokenizer.json, or a Hub id. ({error})"
-        ) from error
