@@ -4,6 +4,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -469,6 +470,10 @@ class TestTrain:
     def test_missing_things_are_named(self, base_folder, texts, tmp_path):
         with pytest.raises(UserError, match="no tokenizer that can be loaded"):
             train_tokenizer(texts, str(tmp_path), tmp_path / "out", 550)
+        damaged = shutil.copytree(base_folder, tmp_path / "damaged")
+        (damaged / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}')
+        with pytest.raises(UserError, match="no tokenizer that can be loaded"):
+            train_tokenizer(texts, str(damaged), tmp_path / "out", 550)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").touch()
         with pytest.raises(UserError, match="exists already"):
