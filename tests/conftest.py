@@ -6,6 +6,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # also in processes that tests start: other thread counts, other last bits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Triton reads it when it is imported: where there is no GPU, its interpreter runs the kernels.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile sizes by device, from `configs/*.json`: measured ones by the GPU's name, else those of its generation, else safe ones.
+
+A file has a list a kernel; the first entry whose `rows` (average rows of an expert) is not below the actual number, or is
+null, is taken. `tile` is a tile of our Triton kernel, or null: torch's grouped_mm, with our kernels around it.
+`measured` says when and with what the file was made; null: chosen to compile without spills, not by time.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).with_name("configs")
+KERNELS = ("up", "down", "up_gradient", "down_backward", "weight_gradient")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work. `persistent`: as many programs as multiprocessors, else one a tile."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    persistent: bool
+    tma: bool
+
+
+# One program costs 0.1 ms and one step of its loop 2 to 6 ms there.
+INTERPRETER_TILE = Tile(32, 32, 32, 2, num_warps=4, num_stages=1, persistent=False, tma=True)
+
+
+def config_file(device_name: str, capability: tuple[int, int]) -> Path:
+    """The file for a GPU: `NVIDIA_H100_80GB_HBM3.json` if that was measured, `sm_90.json`, or `other.json`."""
+    major, minor = capability
+    candidates = (device_name.replace(" ", "_"), f"sm_{major}{minor}", "other")
+    return next(path for name in candidates if (path := FOLDER / f"{name}.json").exists())
+
+
+@functools.cache
+def read_config(path: Path) -> dict[str, list[tuple[int | None, Tile | None]]]:
+    """A file's entries by kernel: the most rows an expert that each is for (None: any), and its tile."""
+    entries = json.loads(path.read_text())["kernels"]
+    return {
+        kernel: [(entry["rows"], Tile(**entry["tile"]) if entry["tile"] else None) for entry in entries[kernel]]
+        for kernel in KERNELS
+    }
+
+
+@functools.cache
+def _device_config(device: torch.device) -> dict[str, list[tuple[int | None, Tile | None]]]:
+    return read_config(config_file(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)))
+
+
+def choose(kernel: str, device: torch.device, rows: int, num_experts: int) -> Tile | None:
+    """The tile for `rows` rows spread over `num_experts`; None means torch's grouped_mm."""
+    if device.type != "cuda":  # Triton's interpreter
+        return INTERPRETER_TILE
+    average = -(-rows // num_experts)
+    return next(tile for most, tile in _device_config(device)[kernel] if most is None or average <= most)
