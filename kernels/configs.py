@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes by device, from `configs/*.json`: measured ones by the GPU's name, else those of its generation, else safe ones.
+"""Tile sizes by device, from `configs/*.json`: measured ones by the GPU's name, else its generation's, else safe ones.
 
-A file has a list a kernel; the first entry whose `rows` (average rows of an expert) is not below the actual number, or is
-null, is taken. `tile` is a tile of our Triton kernel, or null: torch's grouped_mm, with our kernels around it.
-`measured` says when and with what the file was made; null: chosen to compile without spills, not by time.
+A file has a list a kernel. The first entry is taken whose `rows` (the average rows of an expert) is not below the
+actual number, or null. `tile` is a tile of our Triton kernel, or null: torch's grouped_mm, with our kernels around it.
+`measured` says when and with what the file was made; null: chosen to compile without spills, not by time. `candidates`
+are the tiles that tuning tries.
 """
 
 import functools
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).with_name("configs")
-KERNELS = ("up", "down", "up_gradient", "down_backward", "weight_gradient")
+KERNELS = ("up", "down", "up_gradient", "down_gradient", "weight_gradient")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Tile:
 
 
 # One program costs 0.1 ms and one step of its loop 2 to 6 ms there.
-INTERPRETER_TILE = Tile(32, 32, 32, 2, num_warps=4, num_stages=1, persistent=False, tma=True)
+INTERPRETER_TILE = Tile(64, 64, 64, 2, num_warps=4, num_stages=1, persistent=False, tma=True)
 
 
 def config_file(device_name: str, capability: tuple[int, int]) -> Path:

@@ -12,7 +12,8 @@ transformers' `grouped_mm` keeps 324; `save` trades more of it for time.
 up-projection's Function saves everything, and the down-projection's, which comes after it, saves nothing: it hands the
 gradient that it gets to the first one, which does the work of both. Recomputation then never runs the down-projection.
 
-Shape suffixes: T tokens, H hidden_size, I intermediate_size, E experts, K experts of a token; the rest as in `routing.py`.
+Shape suffixes: T tokens, H hidden_size, I intermediate_size, F = 2 * I, E experts, K experts of a token; others as in
+`routing.py`.
 """
 
 import re
@@ -346,4 +347,3 @@ def _op_from_fp8(values_RF: torch.Tensor, exponents_RG: torch.Tensor, dtype: tor
 @_op_from_fp8.register_fake
 def _(values_RF, exponents_RG, dtype):
     return values_RF.new_empty(values_RF.shape, dtype=dtype)
-

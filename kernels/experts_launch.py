@@ -15,6 +15,8 @@ from . import experts_triton as kernels
 from .configs import Tile, choose
 from .routing import ALIGNMENT, FP8_GROUP, Routing, padded_rows
 
+BLOCK_ROWS = 8  # of the kernels that only move and weigh rows; divides ALIGNMENT, so a block has one expert
+
 
 def _power_of_two(number: int) -> int:
     return max(triton.next_power_of_2(number), 2)
@@ -29,7 +31,7 @@ def route(ids_TK: torch.Tensor, num_experts: int) -> Routing:
     offsets_E = torch.empty(num_experts, dtype=torch.int32, device=device)
     padded_offsets_E = torch.empty_like(offsets_E)
     e_pad = _power_of_two(num_experts)
-    block = max(16, min(_power_of_two(rows), 16384 // e_pad))
+    block = max(16, min(_power_of_two(rows), 4096 // e_pad))
     blocks = triton.cdiv(rows, block)
     running_BE = offsets_E  # not read where there is one block
     if blocks > 1:
@@ -48,10 +50,11 @@ def permute(x_TH: torch.Tensor, routing: Routing, padded: bool = False) -> torch
     hidden, num_experts = x_TH.shape[1], routing.offsets_E.numel()
     rows = routing.order_R.numel()
     out = x_TH.new_empty((padded_rows(rows, num_experts) if padded else rows, hidden))
-    block = min(_power_of_two(hidden), 2048)
-    kernels.permute_kernel[(out.shape[0], triton.cdiv(hidden, block))](
+    block = min(_power_of_two(hidden), 512)
+    kernels.permute_kernel[(triton.cdiv(out.shape[0], BLOCK_ROWS), triton.cdiv(hidden, block))](
         x_TH, routing.order_R, routing.offsets_E, routing.padded_offsets_E, out, x_TH.stride(0), hidden,
-        TOP_K=routing.slots_TK.shape[1], E=num_experts, E_PAD=_power_of_two(num_experts), BLOCK_H=block, PADDED=padded,
+        TOP_K=routing.slots_TK.shape[1], E=num_experts, E_PAD=_power_of_two(num_experts),
+        BLOCK_R=BLOCK_ROWS, BLOCK_H=block, PADDED=padded,
     )  # fmt: skip
     return out
 
@@ -60,10 +63,10 @@ def combine(rows_RH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Ten
     """`combine_reference`."""
     (tokens, top_k), hidden = slots_TK.shape, rows_RH.shape[1]
     out_TH = rows_RH.new_empty((tokens, hidden))
-    block = min(_power_of_two(hidden), 1024)
-    kernels.combine_kernel[(tokens, triton.cdiv(hidden, block))](
-        rows_RH, slots_TK, slots_TK if weights_TK is None else weights_TK, out_TH, hidden,
-        TOP_K=top_k, WEIGHTED=weights_TK is not None, BLOCK_H=block,
+    block = min(_power_of_two(hidden), 512)
+    kernels.combine_kernel[(triton.cdiv(tokens, BLOCK_ROWS), triton.cdiv(hidden, block))](
+        rows_RH, slots_TK, slots_TK if weights_TK is None else weights_TK, out_TH, tokens, hidden,
+        TOP_K=top_k, WEIGHTED=weights_TK is not None, BLOCK_T=BLOCK_ROWS, BLOCK_H=block,
     )  # fmt: skip
     return out_TH
 
@@ -118,16 +121,16 @@ def _tile(kernel: str, rows: int, num_experts: int, *operands: torch.Tensor) -> 
 
 
 def up(x_RH: torch.Tensor, gate_up_EFH: torch.Tensor, routing: Routing, save_pre: bool) -> tuple[torch.Tensor, ...]:
-    """SwiGLU of the up-projection: act `(R, I)` and, with `save_pre`, the products before it `(R, 2 I)` (else empty)."""
+    """SwiGLU of the up-projection: act `(R, I)`, and with `save_pre` the products before it `(R, 2 I)` (else empty)."""
     (rows, hidden), (num_experts, double, _) = x_RH.shape, gate_up_EFH.shape
     intermediate = double // 2
     act_RI = x_RH.new_empty((rows, intermediate))
     tile = _tile("up", rows, num_experts, x_RH, gate_up_EFH)
     if tile is None:
         pre_RF = functional.grouped_mm(x_RH, gate_up_EFH.transpose(1, 2), offs=routing.offsets_E)
-        block = min(_power_of_two(intermediate), 2048)
-        kernels.swiglu_kernel[(rows, triton.cdiv(intermediate, block))](
-            pre_RF, act_RI, routing.offsets_E, intermediate, E=num_experts, BLOCK_I=block
+        block = min(_power_of_two(intermediate), 512)
+        kernels.swiglu_kernel[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(intermediate, block))](
+            pre_RF, act_RI, routing.offsets_E, intermediate, E=num_experts, BLOCK_R=BLOCK_ROWS, BLOCK_I=block
         )
         return act_RI, pre_RF if save_pre else pre_RF.new_empty(0)
     pre_RF = x_RH.new_empty((rows, double) if save_pre else 0)
@@ -200,31 +203,16 @@ def down_backward(
         The gradient of the up-projection's products `(P, 2 I)` and the weighted activations `(P, I)`, both padded, and
         the gradient of the router's weights in the order of the sorted rows, `(R,)` in fp32.
     """
-    (num_experts, hidden, intermediate), rows = down_EHI.shape, pre_RF.shape[0]
-    dpre_PF = dout_PH.new_empty((dout_PH.shape[0], 2 * intermediate))
-    tile = _tile("down_backward", rows, num_experts, dout_PH, down_EHI)
-    if tile is None:
-        act_PI = functional.grouped_mm(dout_PH, down_EHI, offs=routing.padded_offsets_E)
-        dweight_R = torch.zeros(rows, dtype=torch.float32, device=dout_PH.device)
-        kernels.swiglu_backward_kernel[(dout_PH.shape[0],)](
-            act_PI, pre_RF, weights_TK, routing.order_R, dpre_PF, dweight_R, routing.offsets_E, routing.padded_offsets_E,
-            intermediate, E=num_experts, E_PAD=_power_of_two(num_experts), BLOCK_I=1024, num_warps=8,
-        )  # fmt: skip
-        return dpre_PF, act_PI, dweight_R
-    act_PI = dout_PH.new_empty((dout_PH.shape[0], intermediate))
-    column_tiles = triton.cdiv(intermediate, tile.block_n)
-    dweight_CR = torch.zeros((column_tiles, rows), dtype=torch.float32, device=dout_PH.device)
-    down_2d = down_EHI.view(-1, intermediate)
-    tma = tile.tma and _has_descriptors(dout_PH, down_2d)
-    tiles = _row_tiles(dout_PH.shape[0], num_experts, tile.block_m) * column_tiles
-    kernels.down_backward_kernel[_programs(tile, tiles, dout_PH.device)](
-        _blocks_of(dout_PH, (tile.block_m, tile.block_k), tma),
-        _blocks_of(down_2d, (tile.block_k, tile.block_n), tma),
-        pre_RF, weights_TK, routing.order_R, dpre_PF, act_PI, dweight_CR, routing.offsets_E, routing.padded_offsets_E,
-        rows, dout_PH.shape[0], hidden, intermediate, dout_PH.stride(0), down_2d.stride(0),
-        **_constants(tile, num_experts, hidden, dout_PH.dtype, tma), **_launch(tile),
+    (num_experts, _, intermediate), rows = down_EHI.shape, pre_RF.shape[0]
+    dact_PI = rows_by_expert("down_gradient", dout_PH, down_EHI, routing.padded_offsets_E, rows, transposed=False)
+    dpre_PF = dact_PI.new_empty((dact_PI.shape[0], 2 * intermediate))
+    dweight_R = torch.zeros(rows, dtype=torch.float32, device=dact_PI.device)
+    kernels.swiglu_backward_kernel[(triton.cdiv(dact_PI.shape[0], BLOCK_ROWS),)](
+        dact_PI, pre_RF, weights_TK, routing.order_R, dpre_PF, dweight_R, routing.offsets_E, routing.padded_offsets_E,
+        intermediate, E=num_experts, E_PAD=_power_of_two(num_experts),
+        BLOCK_R=BLOCK_ROWS, BLOCK_I=min(_power_of_two(intermediate), 512), num_warps=8,
     )  # fmt: skip
-    return dpre_PF, act_PI, dweight_CR.sum(dim=0)
+    return dpre_PF, dact_PI, dweight_R
 
 
 def weight_gradient(a_PM: torch.Tensor, b_PN: torch.Tensor, routing: Routing) -> torch.Tensor:

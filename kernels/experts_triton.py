@@ -30,17 +30,27 @@ def _block(
 ):
     """A (ROWS, COLUMNS) block of a row-major matrix, 0 outside of it. EVEN: that dimension needs no mask."""
     if TMA:
-        return source.load([row, column])
-    r = row + tl.arange(0, ROWS)
-    c = column + tl.arange(0, COLUMNS)
-    pointers = source + r.to(tl.int64)[:, None] * stride + c[None, :]
-    if EVEN_ROWS and EVEN_COLUMNS:
-        return tl.load(pointers)
-    if EVEN_ROWS:
-        return tl.load(pointers, mask=(c < columns)[None, :], other=0.0)
-    if EVEN_COLUMNS:
-        return tl.load(pointers, mask=(r < rows)[:, None], other=0.0)
-    return tl.load(pointers, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
+        block = source.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        pointers = source + r.to(tl.int64)[:, None] * stride + c[None, :]
+        if EVEN_ROWS and EVEN_COLUMNS:
+            block = tl.load(pointers)
+        elif EVEN_ROWS:
+            block = tl.load(pointers, mask=(c < columns)[None, :], other=0.0)
+        elif EVEN_COLUMNS:
+            block = tl.load(pointers, mask=(r < rows)[:, None], other=0.0)
+        else:
+            block = tl.load(pointers, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
+    return block
+
+
+@triton.jit
+def _pointers(matrix, row, column, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to a block: the far offset as one 64-bit number, so that those within the block fit 32 bits."""
+    near = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+    return matrix + tl.cast(row, tl.int64) * stride + column + near
 
 
 @triton.jit
@@ -108,7 +118,7 @@ def place_kernel(
     ALIGNMENT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """The place of every row among the sorted ones: those of earlier experts, of earlier blocks, and of its own block."""
+    """The place of every row among the sorted ones: behind earlier experts, earlier blocks, and its own block's rows."""
     block = tl.program_id(0)
     r = block * BLOCK + tl.arange(0, BLOCK)
     e = tl.arange(0, E_PAD)
@@ -148,58 +158,78 @@ def permute_kernel(
     TOP_K: tl.constexpr,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Row by row, the token that lies at it; between the experts of a padded buffer, zeros."""
-    place = tl.program_id(0)
-    row = place
-    end = tl.load(offsets_E + E - 1)
+    """For every sorted row, the token that lies at it; between the experts of a padded buffer, zeros."""
+    first = tl.program_id(0) * BLOCK_R
+    row = first + tl.arange(0, BLOCK_R)
+    place = row
     if PADDED:
-        e = tl.arange(0, E_PAD)
-        starts, ends = _ends(offsets_E, E, E_PAD)
-        padded_starts, padded_ends = _ends(padded_offsets_E, E, E_PAD)
-        expert = tl.sum(((padded_ends <= place) & (e < E)).to(tl.int32), axis=0)
-        row = place - _pick(padded_starts, e, expert) + _pick(starts, e, expert)
-        end = _pick(ends, e, expert)
-        if place >= tl.load(padded_offsets_E + E - 1):  # read by no one
+        if first >= tl.load(padded_offsets_E + E - 1):  # read by no one
             return
-    elif place >= end:
-        return
-    token = tl.load(order_R + row, mask=row < end, other=0) // TOP_K
+        row, end = _padded_rows(first, row, offsets_E, padded_offsets_E, E, E_PAD)
+    else:
+        end = tl.load(offsets_E + E - 1)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    x = tl.load(x_TH + tl.cast(token, tl.int64) * stride_x + h, mask=h < tl.where(row < end, H, 0), other=0.0)
-    tl.store(out + tl.cast(place, tl.int64) * H + h, x, mask=h < H)
+    real = row < end
+    inside = (h < H)[None, :]
+    token = tl.load(order_R + row, mask=real, other=0) // TOP_K
+    x = tl.load(x_TH + token.to(tl.int64)[:, None] * stride_x + h[None, :], mask=real[:, None] & inside, other=0.0)
+    written = inside if PADDED else real[:, None] & inside
+    tl.store(out + place.to(tl.int64)[:, None] * H + h[None, :], x, mask=written)
+
+
+@triton.jit
+def _padded_rows(first, place, offsets_E, padded_offsets_E, E: tl.constexpr, E_PAD: tl.constexpr):
+    """The rows at places of a padded buffer, which begin at `first` and belong to one expert, and where its rows end."""
+    e = tl.arange(0, E_PAD)
+    starts, ends = _ends(offsets_E, E, E_PAD)
+    padded_starts, padded_ends = _ends(padded_offsets_E, E, E_PAD)
+    expert = tl.sum(((padded_ends <= first) & (e < E)).to(tl.int32), axis=0)
+    return place - _pick(padded_starts, e, expert) + _pick(starts, e, expert), _pick(ends, e, expert)
 
 
 @triton.jit
 def combine_kernel(
-    rows_RH, slots_TK, weights_TK, out_TH, H, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_H: tl.constexpr
+    rows_RH,
+    slots_TK,
+    weights_TK,
+    out_TH,
+    tokens,
+    H,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     """The sum of a token's rows, in fp32 and in the order of its choices."""
-    token = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros((BLOCK_H,), tl.float32)
+    inside = (t < tokens)[:, None] & (h < H)[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for k in tl.static_range(TOP_K):
-        slot = tl.load(slots_TK + token * TOP_K + k).to(tl.int64)
-        row = tl.load(rows_RH + slot * H + h, mask=h < tl.where(slot >= 0, H, 0), other=0.0).to(tl.float32)
+        slot = tl.load(slots_TK + t * TOP_K + k, mask=t < tokens, other=-1).to(tl.int64)[:, None]
+        row = tl.load(rows_RH + slot * H + h[None, :], mask=(slot >= 0) & (h < H)[None, :], other=0.0).to(tl.float32)
         if WEIGHTED:
-            row = row * tl.load(weights_TK + token * TOP_K + k).to(tl.float32)
+            row = row * tl.load(weights_TK + t * TOP_K + k, mask=t < tokens, other=0.0).to(tl.float32)[:, None]
         total += row
-    tl.store(out_TH + token * H + h, total.to(out_TH.dtype.element_ty), mask=h < H)
+    out = out_TH + t.to(tl.int64)[:, None] * H + h[None, :]
+    tl.store(out, total.to(out_TH.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def swiglu_kernel(pre_RF, act_RI, offsets_E, I, E: tl.constexpr, BLOCK_I: tl.constexpr):
-    """act = silu(gate) * up, where torch's grouped_mm made the products; rows of no expert here stay unwritten."""
-    row = tl.program_id(0).to(tl.int64)
-    if row >= tl.load(offsets_E + E - 1):
-        return
+def swiglu_kernel(pre_RF, act_RI, offsets_E, I, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
+    """act = silu(gate) * up, where torch's grouped_mm made the products. Rows of no expert here stay unwritten."""
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    gate = tl.load(pre_RF + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
-    up = tl.load(pre_RF + row * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
+    mask = (r < tl.load(offsets_E + E - 1))[:, None] & (i < I)[None, :]
+    pre = pre_RF + r.to(tl.int64)[:, None] * (2 * I) + i[None, :]
+    gate = tl.load(pre, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(pre + I, mask=mask, other=0.0).to(tl.float32)
     _, _, act = _silu_parts(gate, up)
-    tl.store(act_RI + row * I + i, act.to(act_RI.dtype.element_ty), mask=i < I)
+    tl.store(act_RI + r.to(tl.int64)[:, None] * I + i[None, :], act.to(act_RI.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -215,38 +245,41 @@ def swiglu_backward_kernel(
     I,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """What `down_backward_kernel` does after its product, where torch's grouped_mm made that: one row a program."""
-    place = tl.program_id(0)
-    if place >= tl.load(padded_offsets_E + E - 1):
+    """From the gradient of the output to that of the products before SwiGLU.
+
+    With a = silu(gate) * up and y = w * (down @ a), and `dact` = down.T @ dy: da = w * dact, and dw = dy · (down @ a)
+    = dact · a, so the gradient of the router's weight needs no output of the forward pass.
+    """
+    first = tl.program_id(0) * BLOCK_R
+    if first >= tl.load(padded_offsets_E + E - 1):
         return
-    e = tl.arange(0, E_PAD)
-    starts, ends = _ends(offsets_E, E, E_PAD)
-    padded_starts, padded_ends = _ends(padded_offsets_E, E, E_PAD)
-    expert = tl.sum(((padded_ends <= place) & (e < E)).to(tl.int32), axis=0)
-    row = place - _pick(padded_starts, e, expert) + _pick(starts, e, expert)
-    real = row < _pick(ends, e, expert)
-    flat = tl.load(order_R + row, mask=real, other=0)
-    weight = tl.load(weights_R + flat, mask=real, other=0.0).to(tl.float32)
-    dact_row = dact_PI + tl.cast(place, tl.int64) * I
-    pre_row = pre_RF + row.to(tl.int64) * (2 * I)
-    dpre_row = dpre_PF + tl.cast(place, tl.int64) * (2 * I)
+    place = first + tl.arange(0, BLOCK_R)
+    row, end = _padded_rows(first, place, offsets_E, padded_offsets_E, E, E_PAD)
+    real = row < end
+    choice = tl.load(order_R + row, mask=real, other=0)
+    weight = tl.load(weights_R + choice, mask=real, other=0.0).to(tl.float32)[:, None]
+    dact_rows = dact_PI + place.to(tl.int64)[:, None] * I
+    pre_rows = pre_RF + row.to(tl.int64)[:, None] * (2 * I)
+    dpre_rows = dpre_PF + place.to(tl.int64)[:, None] * (2 * I)
     dtype = dpre_PF.dtype.element_ty
-    dweight = tl.zeros((BLOCK_I,), tl.float32)
+    dweight = tl.zeros((BLOCK_R,), tl.float32)
     for column in range(0, I, BLOCK_I):
-        i = column + tl.arange(0, BLOCK_I)
-        mask = i < tl.where(real, I, 0)
-        dact = tl.load(dact_row + i, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(pre_row + i, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(pre_row + I + i, mask=mask, other=0.0).to(tl.float32)
+        i = (column + tl.arange(0, BLOCK_I))[None, :]
+        inside = i < I
+        mask = real[:, None] & inside
+        dact = tl.load(dact_rows + i, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(pre_rows + i, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(pre_rows + I + i, mask=mask, other=0.0).to(tl.float32)
         silu, slope, act = _silu_parts(gate, up)
-        dweight += dact * act
+        dweight += tl.sum(dact * act, axis=1)
         dact = dact * weight
-        tl.store(dact_row + i, (act * weight).to(dtype), mask=i < I)
-        tl.store(dpre_row + i, (dact * up * slope).to(dtype), mask=i < I)
-        tl.store(dpre_row + I + i, (dact * silu).to(dtype), mask=i < I)
-    tl.store(dweight_R + row, tl.sum(dweight, axis=0), mask=real)
+        tl.store(dact_rows + i, (act * weight).to(dtype), mask=inside)
+        tl.store(dpre_rows + i, (dact * up * slope).to(dtype), mask=inside)
+        tl.store(dpre_rows + I + i, (dact * silu).to(dtype), mask=inside)
+    tl.store(dweight_R + row, dweight, mask=real)
 
 
 @triton.jit
@@ -272,7 +305,7 @@ def up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """act = silu(x @ gate.T) * (x @ up.T), and the two products before it (`pre`) where the backward pass wants them."""
+    """act = silu(x @ gate.T) * (x @ up.T), and both products before it (`pre`) where the backward pass wants them."""
     e = tl.arange(0, E_PAD)
     starts, ends = _ends(offsets_E, E, E_PAD)
     tiles = _row_tiles(starts, ends, BLOCK_M)
@@ -300,11 +333,12 @@ def up_kernel(
         gate = gate.to(act_RI.dtype.element_ty)  # rounded as the backward pass will read them
         up = up.to(act_RI.dtype.element_ty)
         if SAVE_PRE:
-            pre = pre_RF + r.to(tl.int64)[:, None] * (2 * I) + c[None, :]
+            pre = _pointers(pre_RF, row, column, 2 * I, BLOCK_M, BLOCK_N)
             tl.store(pre, gate, mask=mask)
             tl.store(pre + I, up, mask=mask)
         _, _, act = _silu_parts(gate.to(tl.float32), up.to(tl.float32))
-        tl.store(act_RI + r.to(tl.int64)[:, None] * I + c[None, :], act.to(act_RI.dtype.element_ty), mask=mask)
+        act_block = _pointers(act_RI, row, column, I, BLOCK_M, BLOCK_N)
+        tl.store(act_block, act.to(act_RI.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -329,7 +363,7 @@ def rows_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """out = a @ b[expert].T, or with NN a @ b[expert]: the down-projection, and the gradient of the up-projection's x."""
+    """out = a @ b[expert].T, or with NN a @ b[expert]: the down-projection, and the gradients of both inputs."""
     e = tl.arange(0, E_PAD)
     starts, ends = _ends(offsets_E, E, E_PAD)
     tiles = _row_tiles(starts, ends, BLOCK_M)
@@ -353,80 +387,8 @@ def rows_kernel(
                 out = tl.dot(a, w.T, out, input_precision=PRECISION)
         r = row + tl.arange(0, BLOCK_M)
         c = column + tl.arange(0, BLOCK_N)
-        pointers = out_RN + r.to(tl.int64)[:, None] * N + c[None, :]
-        tl.store(pointers, out.to(out_RN.dtype.element_ty), mask=(r < end)[:, None] & (c < N)[None, :])
-
-
-@triton.jit
-def down_backward_kernel(
-    dout_PH,  # padded rows: the gradient of each row's token
-    down_FI,  # (E * H, I)
-    pre_RF,
-    weights_R,  # unsorted, as `order_R` names them
-    order_R,
-    dpre_PF,  # padded
-    act_PI,  # padded: the weighted activation, for the gradient of the down-projection
-    dweight_CR,  # for each column tile, the part of the router weights' gradient
-    offsets_E,
-    padded_offsets_E,
-    rows,
-    padded_rows,
-    H,
-    I,
-    stride_dout,
-    stride_w,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """From the output's gradient to that of the up-projection's products, through weight, down-projection and SwiGLU.
-
-    With a = silu(gate) * up and y = w * (a @ down.T): da = w * (dy @ down), and dw = dy · (a @ down.T) = (dy @ down) · a,
-    so the gradient of the router's weight needs no output of the forward pass.
-    """
-    e = tl.arange(0, E_PAD)
-    starts, ends = _ends(offsets_E, E, E_PAD)
-    padded_starts, padded_ends = _ends(padded_offsets_E, E, E_PAD)
-    tiles = _row_tiles(padded_starts, padded_ends, BLOCK_M)
-    last_tiles = tl.cumsum(tiles, axis=0)
-    row_tiles = tl.sum(tiles, axis=0)
-    column_tiles = tl.cdiv(I, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP_M)
-        expert = tl.sum((last_tiles <= row_tile).to(tl.int32), axis=0)
-        within = row_tile * BLOCK_M - _pick(last_tiles - tiles, e, expert) * BLOCK_M
-        padded_row = _pick(padded_starts, e, expert) + within
-        column = column_tile * BLOCK_N
-        dact = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, H, BLOCK_K):
-            dout = _block(dout_PH, padded_row, k, padded_rows, H, stride_dout, BLOCK_M, BLOCK_K, False, EVEN_K, TMA)
-            w = _block(down_FI, expert * H + k, column, E * H, I, stride_w, BLOCK_K, BLOCK_N, EVEN_K, False, TMA)
-            dact = tl.dot(dout, w, dact, input_precision=PRECISION)
-        r = _pick(starts, e, expert) + within + tl.arange(0, BLOCK_M)
-        p = padded_row + tl.arange(0, BLOCK_M)
-        c = column + tl.arange(0, BLOCK_N)
-        real = r < _pick(ends, e, expert)
-        mask = real[:, None] & (c < I)[None, :]
-        pre = pre_RF + r.to(tl.int64)[:, None] * (2 * I) + c[None, :]
-        gate = tl.load(pre, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(pre + I, mask=mask, other=0.0).to(tl.float32)
-        silu, slope, act = _silu_parts(gate, up)
-        dact = tl.where(mask, dact, 0.0)
-        tl.store(dweight_CR + tl.cast(column_tile, tl.int64) * rows + r, tl.sum(dact * act, axis=1), mask=real)
-        weight = tl.load(weights_R + tl.load(order_R + r, mask=real, other=0), mask=real, other=0.0).to(tl.float32)
-        dact = dact * weight[:, None]
-        store = (p < _pick(padded_ends, e, expert))[:, None] & (c < I)[None, :]
-        dtype = act_PI.dtype.element_ty
-        tl.store(act_PI + p.to(tl.int64)[:, None] * I + c[None, :], (act * weight[:, None]).to(dtype), mask=store)
-        dpre = dpre_PF + p.to(tl.int64)[:, None] * (2 * I) + c[None, :]
-        tl.store(dpre, (dact * up * slope).to(dtype), mask=store)
-        tl.store(dpre + I, (dact * silu).to(dtype), mask=store)
+        out_block = _pointers(out_RN, row, column, N, BLOCK_M, BLOCK_N)
+        tl.store(out_block, out.to(out_RN.dtype.element_ty), mask=(r < end)[:, None] & (c < N)[None, :])
 
 
 @triton.jit
@@ -448,7 +410,7 @@ def weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """out[expert] = a[its rows].T @ b[its rows]. An expert's rows are a multiple of BLOCK_K, so the loop has no mask."""
+    """out[expert] = a[its rows].T @ b[its rows]: of rows, a multiple of BLOCK_K, so that the loop has no mask."""
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), E * row_tiles * column_tiles, tl.num_programs(0)):
@@ -463,8 +425,9 @@ def weight_gradient_kernel(
             out = tl.dot(a.T, b, out, input_precision=PRECISION)
         m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        pointers = out_EMN + (tl.cast(expert, tl.int64) * M + m[:, None]) * N + n[None, :]
-        tl.store(pointers, out.to(out_EMN.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+        out_row = tl.cast(expert, tl.int64) * M + row_tile * BLOCK_M
+        out_block = _pointers(out_EMN, out_row, column_tile * BLOCK_N, N, BLOCK_M, BLOCK_N)
+        tl.store(out_block, out.to(out_EMN.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes `experts_implementation="jai_fused"` known to transformers: importing this file is enough.
+
+    import jai.kernels.register
+    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="jai_fused")
+
+It serves every model whose experts are SwiGLU with gate and up rows concatenated and no bias (JAI, Mixtral, Qwen3-MoE,
+...), in training and in decoding. Where it cannot, it says why once and lets `grouped_mm` compute. `jai_fused_x` and
+`jai_fused_fp8` keep less for the backward pass (see `save` of `fused_experts`).
+"""
+
+import importlib.util
+import logging
+import os
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .experts import Save, fused_experts
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS: dict[str, Save] = {"jai_fused": "x+pre", "jai_fused_x": "x", "jai_fused_fp8": "fp8-pre"}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def why_not(experts: nn.Module, hidden_states: torch.Tensor, save: Save = "x+pre") -> str | None:
+    """Why the fused kernels cannot compute these experts, in words; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    device = hidden_states.device
+    if device.type == "cuda":
+        needed = (8, 9) if save == "fp8-pre" else (8, 0)
+        if torch.cuda.get_device_capability(device) < needed:
+            return f"{torch.cuda.get_device_name(device)} is older than compute capability {needed[0]}.{needed[1]}"
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the hidden states are on {device}; the kernels run on CUDA devices"
+    name = type(experts).__name__
+    if getattr(experts, "has_bias", False) or getattr(experts, "has_post_expert_norm", False):
+        return f"{name} has biases or a norm after the experts"
+    if not getattr(experts, "has_gate", True) or not getattr(experts, "is_concatenated", True):
+        return f"{name} has no gate, or gate and up rows interleaved"
+    if getattr(experts, "is_transposed", False):
+        return f"{name} stores its matrices transposed"
+    if not _is_silu(getattr(experts, "act_fn", None)) or not _has_default_gate(type(experts)):
+        return f"{name} has another activation than SwiGLU's silu"
+    for matrix in (experts.gate_up_proj, experts.down_proj):
+        if isinstance(matrix, DTensor):
+            return f"the matrices of {name} are distributed tensors"
+        if matrix.dtype not in _DTYPES:
+            return f"the matrices of {name} are {matrix.dtype}; the kernels take bfloat16, float16 and float32"
+    return None
+
+
+def _is_silu(activation: object) -> bool:
+    return activation is nn.functional.silu or isinstance(activation, (nn.SiLU, type(ACT2FN["silu"])))
+
+
+def _has_default_gate(experts_class: type) -> bool:
+    # transformers gives every experts class a method `_apply_gate`; one of another module computes something else.
+    method = getattr(experts_class, "_apply_gate", None)
+    return method is None or method.__module__ == ALL_EXPERTS_FUNCTIONS.__class__.__module__
+
+
+def experts_forward(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    save: Save,
+) -> torch.Tensor:
+    """What transformers calls in place of the forward of an experts module.
+
+    Args:
+        hidden_states: `(T, H)`.
+        top_k_index, top_k_weights: chosen experts and their weights `(T, K)`.
+
+    Returns:
+        `(T, H)` in the dtype of `hidden_states`.
+    """
+    reason = why_not(experts, hidden_states, save)
+    if reason is not None:
+        _warn_once(reason)
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
+    device_type = hidden_states.device.type
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else gate_up.dtype
+    out = fused_experts(
+        hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), top_k_index, top_k_weights, save=save
+    )
+    return out.to(hidden_states.dtype)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str) -> None:
+    if not torch.compiler.is_compiling() and reason not in _warned:
+        _warned.add(reason)
+        logger.warning(f'experts_implementation="jai_fused" falls back to "grouped_mm": {reason}.')
+
+
+for _name, _save in IMPLEMENTATIONS.items():
+    ALL_EXPERTS_FUNCTIONS.register(_name, partial(experts_forward, save=_save))
