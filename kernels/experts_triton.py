@@ -118,7 +118,7 @@ def place_kernel(
     ALIGNMENT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """The place of every row among the sorted ones: behind earlier experts, earlier blocks, and its own block's rows."""
+    """The place of every row among the sorted ones: behind earlier experts, earlier blocks, its block's rows."""
     block = tl.program_id(0)
     r = block * BLOCK + tl.arange(0, BLOCK)
     e = tl.arange(0, E_PAD)
@@ -183,7 +183,7 @@ def permute_kernel(
 
 @triton.jit
 def _padded_rows(first, place, offsets_E, padded_offsets_E, E: tl.constexpr, E_PAD: tl.constexpr):
-    """The rows at places of a padded buffer, which begin at `first` and belong to one expert, and where its rows end."""
+    """The rows at places of a padded buffer that belong to one expert, as `first` does, and where its rows end."""
     e = tl.arange(0, E_PAD)
     starts, ends = _ends(offsets_E, E, E_PAD)
     padded_starts, padded_ends = _ends(padded_offsets_E, E, E_PAD)
