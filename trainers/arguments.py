@@ -45,6 +45,14 @@ class JaiTrainingArguments:
             "holds the adapter alone."
         },
     )
+    experts_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the experts are computed: `eager`, `grouped_mm`, `batched_mm` (transformers' own), or "
+            "`jai_fused` (our Triton kernels; `jai_fused_x` and `jai_fused_fp8` keep less for the backward pass). "
+            "Default: transformers' choice, grouped_mm."
+        },
+    )
     router_statistics: bool = field(
         default=True,
         metadata={"help": "Log each layer's expert load and router entropy, and every skip alpha."},

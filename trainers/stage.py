@@ -62,15 +62,32 @@ def main_console() -> Console:
     return Console(quiet=not PartialState().is_main_process)
 
 
-def loading_arguments(model_args: ModelConfig, training_args: TrlConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for the trainer, in which `model_init_kwargs` has the last word."""
-    return {
+def loading_arguments(
+    model_args: ModelConfig, training_args: TrlConfig, jai_args: JaiTrainingArguments
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the trainer, in which `model_init_kwargs` has the last word.
+
+    Raises:
+        UserError: for an experts implementation that is not known.
+    """
+    arguments = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "experts_implementation": jai_args.experts_implementation,
         **cast(dict[str, Any], training_args.model_init_kwargs or {}),
     }
+    experts = arguments["experts_implementation"]
+    if experts is None:
+        del arguments["experts_implementation"]
+        return arguments
+    from jai.kernels.register import ALL_EXPERTS_FUNCTIONS  # importing it makes "jai_fused" known
+
+    known = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    if experts not in known:
+        raise UserError(f"`experts_implementation` is {experts!r}; expected one of {', '.join(sorted(known))}.")
+    return arguments
 
 
 @contextmanager

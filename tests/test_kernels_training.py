@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai sft` with the fused experts trains as with transformers' own, whole or through LoRA on the experts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from jai.errors import UserError
+from jai.provenance import read_step
+from jai.trainers import sft
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_model(vocab_size=len(tiny_tokenizer), num_hidden_layers=2)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory, sentences) -> Path:
+    file = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in sentences[:4]))
+    return file
+
+
+def run(checkpoint: Path, texts: Path, out: Path, *more: str) -> list[float]:
+    options = {
+        "model_name_or_path": checkpoint,
+        "dataset_name": texts,
+        "output_dir": out,
+        "max_steps": 2,
+        "max_length": 24,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    sft.main([part for key, value in options.items() for part in (f"--{key}", str(value))] + list(more))
+    history = json.loads((out / read_step(out)["log_history"]).read_text())
+    return [log["loss"] for log in history if "loss" in log]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_the_fused_experts_train_the_same(checkpoint, texts, tmp_path, monkeypatch, lora):
+    monkeypatch.chdir(tmp_path)
+    more = ("--use_peft", "--lora_targets", "both", "--lora_r", "4", "--merge_adapter", "true") if lora else ()
+    expected = run(checkpoint, texts, tmp_path / "expected", *more)
+    losses = run(checkpoint, texts, tmp_path / "fused", "--experts_implementation", "jai_fused", *more)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("expected", "fused")]
+    start = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4, msg=name)
+    assert not torch.equal(models[1].model.layers[0].mlp.experts.down_proj, start.model.layers[0].mlp.experts.down_proj)
+
+
+def test_an_unknown_implementation_is_one_message(checkpoint, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"`experts_implementation` is 'jai'; expected one of batched_mm, .*jai_fused"):
+        run(checkpoint, texts, tmp_path / "out", "--experts_implementation", "jai")
+    assert not (tmp_path / "out").exists()
