@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, get_quantiz
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments, resume_point
 from jai.trainers.data import load_training_data
 from jai.trainers.lora import lora_config
-from jai.trainers.mixin import JaiTrainerMixin
+from jai.trainers.mixin import JaiTrainerMixin, prepare_liger
 from jai.trainers.plan import print_plan
 from jai.trainers.source import open_source, prepare_chat
 from jai.trainers.stage import (
@@ -58,6 +58,8 @@ def run_dpo(
         UserError: for a model, data or options that cannot be trained with; the message says what to change.
     """
     console = console or main_console()
+    if training_args.use_liger_kernel:
+        prepare_liger()
     resume = resume_point(training_args)
     source = open_source(model_args, training_args)
     data = load_training_data(script_args, evaluate=training_args.eval_strategy != "no", preference=True)
@@ -75,7 +77,7 @@ def run_dpo(
         merge=jai_args.merge_adapter,
     )
 
-    training_args.model_init_kwargs = loading_arguments(model_args, training_args)
+    training_args.model_init_kwargs = loading_arguments(model_args, training_args, jai_args)
     with building_trainer(data):
         trainer = JaiDPOTrainer(
             model=source.name,

@@ -6,18 +6,37 @@ from typing import Any, cast
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from jai.errors import UserError
 from jai.trainers.monitor import ReadablePrinter, ReadableProgress, RouterMonitor
+
+
+def prepare_liger() -> None:
+    """What `use_liger_kernel` needs before a run: Liger passes over model types that it was not told of, in silence.
+
+    Raises:
+        UserError: if Liger is not installed, or cannot run here.
+    """
+    try:
+        from jai.kernels.liger import require_device
+    except ImportError as error:
+        raise UserError(
+            f"`use_liger_kernel` is on, and Liger cannot be imported ({error}). `pip install liger-kernel`, or leave "
+            "the option out."
+        ) from error
+    require_device()
 
 
 class JaiTrainerMixin(Trainer):
     """Put before a trainer class: `class MyTrainer(JaiTrainerMixin, SFTTrainer)`.
 
     Skip alphas are not weight-decayed; router statistics and alphas are in the logs (`router_statistics=False` leaves
-    them out).
+    them out). `use_liger_kernel` applies to a JAI.
     """
 
     def __init__(self, *args: Any, router_statistics: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.use_liger_kernel:
+            prepare_liger()
         self._router_monitor = RouterMonitor(cast(nn.Module, self.model)) if router_statistics else None
         for theirs, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
             if self.pop_callback(theirs) is not None:

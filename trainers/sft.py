@@ -16,7 +16,7 @@ from jai.errors import UserError
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments, resume_point
 from jai.trainers.data import Form, TrainingData, count_unsupervised, drop_unanswered, load_training_data
 from jai.trainers.lora import lora_config
-from jai.trainers.mixin import JaiTrainerMixin
+from jai.trainers.mixin import JaiTrainerMixin, prepare_liger
 from jai.trainers.plan import print_plan
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.source import open_source, prepare_chat
@@ -59,6 +59,8 @@ def run_sft(
         UserError: for a model, data or options that cannot be trained with; the message says what to change.
     """
     console = console or main_console()
+    if training_args.use_liger_kernel:
+        prepare_liger()
     resume = resume_point(training_args)
     source = open_source(model_args, training_args)
     data = load_training_data(
@@ -94,7 +96,7 @@ def run_sft(
         train, dropped = drop_unanswered(train)
         report_dropped(console, data, dropped, 1 if data.rows is None else len(train), "they have no assistant's turn")
         evaluation = None if evaluation is None else drop_unanswered(evaluation)[0]
-    training_args.model_init_kwargs = loading_arguments(model_args, training_args)
+    training_args.model_init_kwargs = loading_arguments(model_args, training_args, jai_args)
     with building_trainer(data):
         trainer = JaiSFTTrainer(
             model=source.name,
