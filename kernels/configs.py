@@ -3,8 +3,8 @@
 
 A file has a list a kernel. The first entry is taken whose `rows` (the average rows of an expert) is not below the
 actual number, or null. `tile` is a tile of our Triton kernel, or null: torch's grouped_mm, with our kernels around it.
-`measured` says when and with what the file was made; null: chosen to compile without spills, not by time. `candidates`
-are the tiles that tuning tries.
+`measured` says when and with what the file was made; null: chosen to compile without spills, not by time. `targets` are
+the compute capabilities (times ten) that it is compiled for ahead of time, `candidates` the tiles that tuning tries.
 """
 
 import functools

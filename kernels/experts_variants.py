@@ -10,7 +10,6 @@ from .configs import FOLDER, KERNELS, Tile
 from .routing import ALIGNMENT, FP8_GROUP
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 4, 5120, 17920, 2
-TARGETS = {"sm_80": (80,), "sm_90": (90,), "sm_100": (100,), "other": (80, 90, 100)}
 _INDICES = ("order_R", "offsets_E", "padded_offsets_E")
 _SMALL: dict[str, tuple[Any, dict[str, str], dict[str, object]]] = {
     "count": (
@@ -105,15 +104,15 @@ def _variant(
 
 def _variants() -> list[AheadOfTime]:
     found = {}
-    for generation, targets in TARGETS.items():
-        config = json.loads((FOLDER / f"{generation}.json").read_text())
+    for path in sorted(FOLDER.glob("*.json")):
+        config = json.loads(path.read_text())
         for kernel in KERNELS:
             tiles = [entry["tile"] for entry in config["kernels"][kernel]] + config["candidates"][kernel]
             for tile in (Tile(**tile) for tile in tiles if tile):
                 shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
                 name = f"experts.{kernel}.{shape}.w{tile.num_warps}.s{tile.num_stages}.{'tma' if tile.tma else 'ptr'}"
                 earlier = found[name].targets if name in found else ()
-                targets_of_all = tuple(sorted({*earlier, *targets}))
+                targets_of_all = tuple(sorted({*earlier, *config["targets"]}))
                 found[name] = _variant(name, *_product(kernel, tile), tile.num_warps, tile.num_stages, targets_of_all)
     for name, (function, types, constants) in _SMALL.items():
         warps = 8 if name == "swiglu_backward" else 4

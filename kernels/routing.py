@@ -2,9 +2,9 @@
 """Which rows of the sorted buffers belong to which expert, without asking the device (no host synchronisation).
 
 Every choice of an expert by a token is a row: `T * K` rows, numbered `t * K + k` before sorting. Sorted by expert
-(stable, so the result is deterministic), the rows of expert e lie at `offsets[e - 1] : offsets[e]`. In the backward pass
-each expert's rows begin at a multiple of `ALIGNMENT` instead, with zeros in between, so that the weight gradient's loop
-over rows needs no mask: `padded_offsets` are the ends of those.
+(stable, so the result is deterministic), the rows of expert e lie at `offsets[e - 1] : offsets[e]`. The backward pass
+starts each expert's rows at a multiple of `ALIGNMENT` instead, with zeros in between, so that the weight gradient's
+loop over rows needs no mask: `padded_offsets` are the ends of those.
 
 Shape suffixes: T tokens, K experts of a token, E experts, R = T * K rows.
 """

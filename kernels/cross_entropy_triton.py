@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of the linear cross-entropy: what happens to a chunk of logits between two matrix products.
+
+Every kernel reads logits in their own dtype and computes in fp32. A chunk is a matrix of `n` rows; `index[row]` is the
+token that a row belongs to, and per-token inputs and outputs are read and written at the token's place.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .ahead_of_time_spec import AheadOfTime
+
+_BLOCK = 4096
+_STATISTICS_BLOCK = 2048  # six sums a lane instead of two: at 4096 they need 168 registers on sm_90
+_WARPS = 8
+# A finite stand-in for minus infinity: the difference of two infinities would be NaN.
+_LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _scaled_logit(
+    raw, bias_ptr, columns, mask, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    z = raw.to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # tanh
+    return z * inv_temperature
+
+
+@triton.jit
+def _slope(z, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
+    """The derivative of `_scaled_logit`, from its result."""
+    slope = inv_temperature
+    if HAS_SOFTCAP:
+        t = z / (softcap * inv_temperature)
+        slope = inv_temperature * (1 - t * t)
+    return slope
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def loss_kernel(
+    logits_ptr,
+    row_stride,
+    bias_ptr,
+    labels_ptr,
+    index_ptr,
+    scale_ptr,
+    rows_ptr,
+    tokens,
+    vocab,
+    ignore_index,
+    smoothing,
+    softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: its loss, its log-sum-exp, statistics if wanted, and if wanted the gradient in place.
+
+    Each lane keeps the maximum and the sums of its own columns; lanes meet once, after the loop.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(index_ptr + row)
+    label = tl.load(labels_ptr + token)
+    row_ptr = logits_ptr + row * row_stride
+    lanes = tl.arange(0, BLOCK)
+    if label == ignore_index:
+        if HAS_GRADIENT:
+            for start in range(0, vocab, BLOCK):
+                columns = start + lanes
+                tl.store(row_ptr + columns, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask=columns < vocab)
+        return
+
+    # A label outside the vocabulary reads nothing that it must not, and makes the loss NaN.
+    is_valid = (label >= 0) & (label < vocab)
+    nan_if_invalid = tl.where(is_valid, 0.0, float("nan"))
+    target = tl.where(is_valid, label, 0)
+    target_logit = tl.load(row_ptr + target)
+    target_z = _scaled_logit(target_logit, bias_ptr, target, True, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+    target_z += nan_if_invalid
+
+    peak = tl.full((BLOCK,), _LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    plain_sum = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    peak_before = tl.full((BLOCK,), _LOWEST, tl.float32)
+    for start in range(0, vocab, BLOCK):
+        columns = start + lanes
+        mask = columns < vocab
+        raw = tl.load(row_ptr + columns, mask=mask, other=0.0)
+        z = _scaled_logit(raw, bias_ptr, columns, mask, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        if HAS_SMOOTHING or HAS_STATISTICS:
+            plain_sum += tl.where(mask, z, 0.0)
+        z = tl.where(mask, z, -float("inf"))
+        # The larger of the two has weight 1, so that one exponential serves.
+        is_new = z > peak
+        e = tl.exp(-tl.abs(z - peak))
+        if HAS_STATISTICS:
+            finite = tl.where(mask, z, 0.0)
+            weighted = tl.where(is_new, weighted * e + finite, weighted + e * finite)
+            squares = tl.where(is_new, squares * e * e + 1, squares + e * e)
+            peak_before = tl.maximum(peak_before, tl.where(columns < target, z, -float("inf")))
+        total = tl.where(is_new, total * e + 1, total + e)
+        peak = tl.maximum(peak, z)
+
+    highest = tl.max(peak, axis=0)
+    share = tl.exp(peak - highest)
+    sum_exp = tl.sum(total * share, axis=0)
+    lse = highest + tl.log(sum_exp)
+    loss = lse - target_z
+    if HAS_SMOOTHING or HAS_STATISTICS:
+        mean_logit = tl.sum(plain_sum, axis=0) / vocab
+        if HAS_SMOOTHING:
+            loss = lse - (1 - smoothing) * target_z - smoothing * mean_logit
+    tl.store(rows_ptr + token, loss)
+    tl.store(rows_ptr + tokens + token, lse)
+    if HAS_STATISTICS:
+        tl.store(rows_ptr + 2 * tokens + token, lse - tl.sum(weighted * share, axis=0) / sum_exp)
+        tl.store(rows_ptr + 3 * tokens + token, mean_logit)
+        tl.store(rows_ptr + 4 * tokens + token, tl.log(tl.sum(squares * share * share, axis=0)) - 2 * tl.log(sum_exp))
+        # The first of equal maxima is the prediction, as in `argmax`.
+        is_top1 = (target_z >= highest) & (target_z > tl.max(peak_before, axis=0))
+        tl.store(rows_ptr + 5 * tokens + token, tl.where(is_top1, 1.0, 0.0))
+
+    if HAS_GRADIENT:
+        scale = tl.load(scale_ptr) + nan_if_invalid
+        for start in range(0, vocab, BLOCK):
+            columns = start + lanes
+            mask = columns < vocab
+            raw = tl.load(row_ptr + columns, mask=mask, other=0.0)
+            z = _scaled_logit(raw, bias_ptr, columns, mask, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+            gradient = tl.exp(z - lse)
+            if HAS_SMOOTHING:
+                gradient -= smoothing / vocab
+                gradient -= tl.where(columns == target, 1 - smoothing, 0.0)
+            else:
+                gradient -= tl.where(columns == target, 1.0, 0.0)
+            gradient *= scale * _slope(z, softcap, inv_temperature, HAS_SOFTCAP)
+            tl.store(row_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def log_prob_gradient_kernel(
+    logits_ptr,
+    row_stride,
+    bias_ptr,
+    labels_ptr,
+    index_ptr,
+    lse_ptr,
+    upstream_ptr,
+    vocab,
+    ignore_index,
+    softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for a block of a row: logits become, in place, the gradient of upstream · log-probability."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(index_ptr + row)
+    label = tl.load(labels_ptr + token)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < vocab
+    pointers = logits_ptr + row * row_stride + columns
+    if label == ignore_index:
+        tl.store(pointers, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask=mask)
+        return
+    is_valid = (label >= 0) & (label < vocab)
+    upstream = tl.load(upstream_ptr + token) + tl.where(is_valid, 0.0, float("nan"))
+    raw = tl.load(pointers, mask=mask, other=0.0)
+    z = _scaled_logit(raw, bias_ptr, columns, mask, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+    gradient = tl.where(columns == label, 1.0, 0.0) - tl.exp(z - tl.load(lse_ptr + token))
+    gradient *= upstream * _slope(z, softcap, inv_temperature, HAS_SOFTCAP)
+    tl.store(pointers, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, size, programs, BLOCK: tl.constexpr):
+    """x *= factor, over without touching x where the factor is 1: few programs with many blocks each leave quickly."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK  # a weight's gradient may have more than 2³¹ elements
+        for start in range(first, size, programs * BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + offsets, mask=offsets < size, other=0.0)
+            tl.store(x_ptr + offsets, (x.to(tl.float32) * factor).to(x_ptr.dtype.element_ty), mask=offsets < size)
+
+
+def loss_rows(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    index: torch.Tensor,
+    scale: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    ignore_index: int,
+    smoothing: float,
+    softcap: float | None,
+    inv_temperature: float,
+    statistics: bool,
+    gradient: bool,
+) -> None:
+    """Fill `rows` (see `cross_entropy.ROWS`) from a chunk of logits (n, V); make it scale · d loss / d logits."""
+    vocab = logits.shape[1]
+    loss_kernel[(logits.shape[0],)](
+        logits,
+        logits.stride(0),
+        logits if bias is None else bias,
+        labels,
+        index,
+        scale,
+        rows,
+        rows.shape[1],
+        vocab,
+        ignore_index,
+        smoothing,
+        1.0 if softcap is None else softcap,
+        inv_temperature,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SMOOTHING=smoothing != 0,
+        HAS_STATISTICS=statistics,
+        HAS_GRADIENT=gradient,
+        BLOCK=min(_STATISTICS_BLOCK if statistics else _BLOCK, triton.next_power_of_2(vocab)),
+        num_warps=_WARPS,
+    )
+
+
+def log_prob_gradient(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    index: torch.Tensor,
+    lse: torch.Tensor,
+    upstream: torch.Tensor,
+    *,
+    ignore_index: int,
+    softcap: float | None,
+    inv_temperature: float,
+) -> None:
+    """Turn a chunk of logits (n, V) into upstream · d log-probability / d logits."""
+    vocab = logits.shape[1]
+    block = min(_BLOCK, triton.next_power_of_2(vocab))
+    log_prob_gradient_kernel[(logits.shape[0], triton.cdiv(vocab, block))](
+        logits,
+        logits.stride(0),
+        logits if bias is None else bias,
+        labels,
+        index,
+        lse,
+        upstream,
+        vocab,
+        ignore_index,
+        1.0 if softcap is None else softcap,
+        inv_temperature,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK=block,
+        num_warps=_WARPS,
+    )
+
+
+def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply a contiguous tensor in place by a 0-d fp32 tensor on its device; returns at once where that is 1."""
+    programs = min(1024, triton.cdiv(x.numel(), _BLOCK))
+    if programs:
+        scale_kernel[(programs,)](x, factor, x.numel(), programs, BLOCK=_BLOCK, num_warps=_WARPS)
+
+
+def _ahead_of_time() -> list[AheadOfTime]:
+    loss = {
+        "row_stride": "i32",
+        "labels_ptr": "*i64",
+        "index_ptr": "*i64",
+        "scale_ptr": "*fp32",
+        "rows_ptr": "*fp32",
+        "tokens": "i32",
+        "vocab": "i32",
+        "ignore_index": "i32",
+        "smoothing": "fp32",
+        "softcap": "fp32",
+        "inv_temperature": "fp32",
+    }
+    flags = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_SMOOTHING", "HAS_STATISTICS", "HAS_GRADIENT")
+    variants = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for name, wanted, hot in (
+            ("gradient", {"HAS_GRADIENT"}, True),
+            ("forward", set(), True),
+            ("statistics", {"HAS_STATISTICS"}, True),
+            ("statistics_gradient", {"HAS_STATISTICS", "HAS_GRADIENT"}, True),
+            ("everything", set(flags), False),
+        ):
+            variants.append(
+                AheadOfTime(
+                    name=f"cross_entropy_loss_{name}_{dtype}",
+                    kernel=loss_kernel,
+                    signature={"logits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", **loss},
+                    constexprs={
+                        **{flag: flag in wanted for flag in flags},
+                        "BLOCK": _STATISTICS_BLOCK if "HAS_STATISTICS" in wanted else _BLOCK,
+                    },
+                    num_warps=_WARPS,
+                    num_stages=3,
+                    hot=hot,
+                    multiples_of_16=("row_stride", "vocab"),
+                )
+            )
+        variants.append(
+            AheadOfTime(
+                name=f"cross_entropy_log_prob_gradient_{dtype}",
+                kernel=log_prob_gradient_kernel,
+                signature={
+                    "logits_ptr": f"*{dtype}",
+                    "row_stride": "i32",
+                    "bias_ptr": f"*{dtype}",
+                    "labels_ptr": "*i64",
+                    "index_ptr": "*i64",
+                    "lse_ptr": "*fp32",
+                    "upstream_ptr": "*fp32",
+                    "vocab": "i32",
+                    "ignore_index": "i32",
+                    "softcap": "fp32",
+                    "inv_temperature": "fp32",
+                },
+                constexprs={"HAS_BIAS": False, "HAS_SOFTCAP": False, "BLOCK": _BLOCK},
+                num_warps=_WARPS,
+                num_stages=3,
+                hot=True,
+                multiples_of_16=("row_stride", "vocab"),
+            )
+        )
+        variants.append(
+            AheadOfTime(
+                name=f"cross_entropy_scale_{dtype}",
+                kernel=scale_kernel,
+                signature={"x_ptr": f"*{dtype}", "factor_ptr": "*fp32", "size": "i32", "programs": "i32"},
+                constexprs={"BLOCK": _BLOCK},
+                num_warps=_WARPS,
+                num_stages=3,
+                hot=True,
+                multiples_of_16=("size",),
+            )
+        )
+    return variants
+
+
+AHEAD_OF_TIME: list[AheadOfTime] = _ahead_of_time()
