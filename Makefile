@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two at a time, each with one thread: what two cores and 8 GB hold. A file's tests share what is costly to make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/jai demo runs/demo
@@ -27,6 +27,15 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/embedding_init.py
+
+# All that needs a GPU, in the order in which it should be believed: right, tuned, fast. About 60 GiB, half an hour.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q tests/test_kernels_gpu.py tests/test_kernels_experts.py tests/test_kernels_cross_entropy.py tests/test_kernels_liger.py
+	$(BIN)/python benchmarks/tune_experts.py
+	$(BIN)/python benchmarks/experts.py --plot docs/experts-roofline.png
+	$(BIN)/python benchmarks/experts.py --tokens 16384 --skew 1
+	$(BIN)/python benchmarks/experts.py --tokens 4096 16384 --lora 16
+	$(BIN)/python benchmarks/cross_entropy.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

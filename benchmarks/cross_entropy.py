@@ -13,18 +13,13 @@ are appended to results/cross_entropy.csv.
 
 import argparse
 import contextlib
-import ctypes
 import statistics
-import subprocess
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Callable
 
-import psutil
 import torch
+from accelerator import describe, milliseconds, peak_mebibytes, version
 from records import append, provenance
 from torch.nn import functional
 
@@ -142,68 +137,6 @@ def errors(losses: dict[str, Loss], arguments: argparse.Namespace, tokens: int) 
     return found
 
 
-def milliseconds(run: Callable[[], None], device: str) -> float:
-    if device == "cpu":
-        began = time.perf_counter()
-        run()
-        return (time.perf_counter() - began) * 1000
-    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    began.record()
-    run()
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended)
-
-
-@contextlib.contextmanager
-def peak_mebibytes(device: str) -> Iterator[list[float]]:
-    """The most memory beside what is there before; on a CPU sampled every millisecond."""
-    peak = [0.0]
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        yield peak
-        torch.cuda.synchronize()
-        peak[0] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        return
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the next contender lives on what the last one freed
-    process, ended = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-
-    def sample() -> None:
-        while not ended.wait(0.001):
-            peak[0] = max(peak[0], (process.memory_info().rss - before) / 2**20)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    yield peak
-    ended.set()
-    sampler.join()
-
-
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
-def accelerator(device: str) -> dict[str, str]:
-    if device == "cpu":
-        return {"device": "cpu", "threads": str(torch.get_num_threads()), "driver": "", "cuda": ""}
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    return {
-        "device": torch.cuda.get_device_name(),
-        "threads": "",
-        "driver": driver.stdout.split("\n")[0].strip(),
-        "cuda": str(torch.version.cuda),
-    }
-
-
 def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
     """A row for each contender at one number of tokens."""
     losses = contenders(arguments.device)
@@ -286,7 +219,7 @@ def main() -> None:
         cross_entropy.LOGITS_BYTES = arguments.chunk_mib * 2**20
     warnings.filterwarnings("ignore", message=".*runs in plain PyTorch")
     packages = {name: version(name) for name in ("triton", "trl", "liger-kernel", "transformers")}
-    source = provenance(("torch",)) | packages | accelerator(arguments.device)
+    source = provenance(("torch",)) | packages | describe(arguments.device)
     for tokens in arguments.tokens:
         rows = measure(arguments, tokens)
         path = append("cross_entropy", [source | row for row in rows])

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 NAME = "jai-kernels"
 VERSION = 1
 MODULES = (
+    "causal_lm_loss.py",
     "configs.py",
     "cross_entropy.py",
     "cross_entropy_triton.py",
@@ -37,10 +38,13 @@ from importlib.util import find_spec
 from .cross_entropy import linear_cross_entropy, linear_log_probs
 from .experts import fused_experts
 
+__all__ = ["fused_experts", "linear_cross_entropy", "linear_log_probs"]
+
 if find_spec("transformers"):
     from . import register
+    from .causal_lm_loss import use_linear_cross_entropy
 
-__all__ = ["fused_experts", "linear_cross_entropy", "linear_log_probs"]
+    __all__ += ["use_linear_cross_entropy"]
 '''
 README = """---
 library_name: kernels

@@ -53,6 +53,13 @@ class JaiTrainingArguments:
             "Default: transformers' choice, grouped_mm."
         },
     )
+    linear_cross_entropy: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the head and its loss with our kernels (`jai.kernels.cross_entropy`) in place of TRL's "
+            "chunked head. The figures in the logs are the same."
+        },
+    )
     router_statistics: bool = field(
         default=True,
         metadata={"help": "Log each layer's expert load and router entropy, and every skip alpha."},

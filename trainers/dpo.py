@@ -88,6 +88,7 @@ def run_dpo(
             quantization_config=get_quantization_config(model_args),
             peft_config=lora,
             router_statistics=jai_args.router_statistics,
+            linear_cross_entropy=jai_args.linear_cross_entropy,
         )
     if isinstance(data.train, Dataset):
         left = len(cast(Dataset, trainer.train_dataset))

@@ -4,7 +4,7 @@
 from typing import Any, cast
 
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
 from jai.errors import UserError
 from jai.trainers.monitor import ReadablePrinter, ReadableProgress, RouterMonitor
@@ -30,13 +30,25 @@ class JaiTrainerMixin(Trainer):
     """Put before a trainer class: `class MyTrainer(JaiTrainerMixin, SFTTrainer)`.
 
     Skip alphas are not weight-decayed; router statistics and alphas are in the logs (`router_statistics=False` leaves
-    them out). `use_liger_kernel` applies to a JAI.
+    them out). `use_liger_kernel` applies to a JAI. `linear_cross_entropy=True` computes the head and its loss by our
+    kernels.
     """
 
-    def __init__(self, *args: Any, router_statistics: bool = True, **kwargs: Any):
+    # Whether the loss is a plain mean over tokens, so that its gradient can be computed in the forward pass.
+    weighs_tokens_alike = False
+
+    def __init__(self, *args: Any, router_statistics: bool = True, linear_cross_entropy: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.args.use_liger_kernel:
             prepare_liger()
+        if linear_cross_entropy:  # after TRL, which puts its own head in place when the trainer is made
+            from jai.kernels.causal_lm_loss import use_linear_cross_entropy
+
+            for model in filter(None, (self.model, getattr(self, "ref_model", None))):
+                use_linear_cross_entropy(
+                    cast(PreTrainedModel, self.accelerator.unwrap_model(model)),
+                    expect_equal_weights=self.weighs_tokens_alike,
+                )
         self._router_monitor = RouterMonitor(cast(nn.Module, self.model)) if router_statistics else None
         for theirs, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
             if self.pop_callback(theirs) is not None:

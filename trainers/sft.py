@@ -34,6 +34,8 @@ from jai.trainers.stage import (
 class JaiSFTTrainer(JaiTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer with skip alphas left out of weight decay, and router statistics in its logs."""
 
+    weighs_tokens_alike = True
+
 
 def run_sft(
     script_args: ScriptArguments,
@@ -107,6 +109,7 @@ def run_sft(
             quantization_config=get_quantization_config(model_args),
             peft_config=lora,
             router_statistics=jai_args.router_statistics,
+            linear_cross_entropy=jai_args.linear_cross_entropy,
             callbacks=[SnapshotCallback(jai_args.snapshot_steps)] if jai_args.snapshot_steps else None,
         )
     if isinstance(train, Dataset):

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks that want a GPU run here too, at toy sizes: so that the one command works where there is one."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy without results, so that the repository's are left alone."""
+    return Path(shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results")))
+
+
+def run(script: Path, *arguments: str) -> list[dict[str, str]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "LIGER_FUSED_MOE_AUTOTUNE": "0"}
+    command = [sys.executable, str(script), "--device", "cpu", "--dtype", "float32", "--repeats", "1", *arguments]
+    finished = subprocess.run(command, env=environment, cwd=script.parent.parent, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    with (script.parent / "results" / f"{script.stem}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("lora", ["0", "4"])
+def test_experts(folder, lora):
+    sizes = (
+        "--tokens",
+        "4",
+        "--hidden",
+        "16",
+        "--intermediate",
+        "24",
+        "--passes",
+        "forward",
+        "training",
+        "--lora",
+        lora,
+    )
+    rows = run(folder / "experts.py", *sizes, "--plot", str(folder / "plot.png"))
+    by_name = {(row["contender"], row["pass"]): row for row in rows}
+    for name in ("jai_fused", "jai_fused_x", "jai_fused_fp8", "grouped_mm", "eager", "cuBLAS loop", "liger"):
+        assert float(by_name[name, "forward"]["error"]) < 1e-5, name
+        assert float(by_name[name, "training"]["kept_kib_a_token"]) > 0
+    assert float(by_name["jai_fused", "training"]["against_ours"]) == 1
+    assert (folder / "plot.png").stat().st_size > 1000
+
+
+def test_cross_entropy(folder):
+    rows = run(folder / "cross_entropy.py", "--tokens", "32", "--hidden", "16", "--vocab", "200")
+    errors = {row["contender"]: row["weight_gradient_error"] for row in rows if row["weight_gradient_error"]}
+    assert {"jai linear_cross_entropy", "jai linear_log_probs", "TRL chunked", "whole logits"} <= set(errors)
+    assert all(float(error) < 1e-5 for error in errors.values())
