@@ -64,7 +64,8 @@ def fused_experts(
 
     Args:
         x_TH: tokens `(T, H)`; bf16, fp16 or fp32.
-        gate_up_EFH: the experts' gate rows, then up rows `(E, 2 * I, H)`, in the dtype of `x_TH`.
+        gate_up_EFH: the experts' gate rows, then up rows `(E, 2 * I, H)`, in the dtype of `x_TH`; copied where it is
+            not contiguous.
         down_EHI: `(E, H, I)`, likewise.
         ids_TK: the chosen experts `(T, K)`, int32 or int64, each expert at most once a token. Ids from E on are experts
             of other ranks and add nothing; negative ids are not allowed, and not checked.

@@ -104,20 +104,23 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _grouped_mm_serves(*tensors: torch.Tensor) -> bool:
+def _grouped_mm_serves(*operands: torch.Tensor) -> bool:
     """torch's grouped_mm on CUDA: bf16, and rows of a multiple of 16 bytes (for other types it asks the device)."""
-    return all(tensor.dtype == torch.bfloat16 and tensor.shape[-1] % 8 == 0 for tensor in tensors)
+    return all(
+        operand.dtype == torch.bfloat16 and all(size % 8 == 0 for size in operand.shape[1:]) for operand in operands
+    )
 
 
-# For what torch's grouped_mm does not serve, on any device.
+# For what the configured tiles do not serve, on any device: they were chosen for 16 bits.
 FALLBACK_TILE = Tile(64, 64, 32, 8, num_warps=4, num_stages=3, persistent=False, tma=False)
 
 
 def _tile(kernel: str, rows: int, num_experts: int, *operands: torch.Tensor) -> Tile | None:
     tile = choose(kernel, operands[0].device, rows, num_experts)
-    if tile is None and not _grouped_mm_serves(*operands):
-        return FALLBACK_TILE
-    return tile
+    if tile is None:
+        return None if _grouped_mm_serves(*operands) else FALLBACK_TILE
+    is_wide = operands[0].element_size() > 2 and operands[0].device.type == "cuda"
+    return FALLBACK_TILE if is_wide else tile
 
 
 def up(x_RH: torch.Tensor, gate_up_EFH: torch.Tensor, routing: Routing, save_pre: bool) -> tuple[torch.Tensor, ...]:

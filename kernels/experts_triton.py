@@ -132,7 +132,7 @@ def place_kernel(
         totals = tl.load(running_BE + (blocks - 1) * E + e, mask=e < E, other=0)
         before = tl.load(running_BE + block * E + e, mask=e < E, other=0) - counts
     ends = tl.cumsum(totals, axis=0)
-    padded = (totals + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    padded = tl.where(e < E, (tl.maximum(totals, 1) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT, 0)
     padded_ends = tl.cumsum(padded, axis=0)
     rank = tl.cumsum(chosen, axis=0) - 1 + before[None, :]
     slots = tl.sum(chosen * ((ends - totals)[None, :] + rank), axis=1)

@@ -4,7 +4,8 @@
 Every choice of an expert by a token is a row: `T * K` rows, numbered `t * K + k` before sorting. Sorted by expert
 (stable, so the result is deterministic), the rows of expert e lie at `offsets[e - 1] : offsets[e]`. The backward pass
 starts each expert's rows at a multiple of `ALIGNMENT` instead, with zeros in between, so that the weight gradient's
-loop over rows needs no mask: `padded_offsets` are the ends of those.
+loop over rows needs no mask: `padded_offsets` are the ends of those. An expert without rows has zeros too, so that no
+product is over nothing.
 
 Shape suffixes: T tokens, K experts of a token, E experts, R = T * K rows.
 """
@@ -26,7 +27,7 @@ class Routing(NamedTuple):
         slots_TK: the sorted place of each choice; -1 for an expert that is not here.
         padded_slots_TK: the same in a padded buffer.
         offsets_E: where each expert's rows end.
-        padded_offsets_E: where they end when every expert begins at a multiple of `ALIGNMENT`.
+        padded_offsets_E: where they end when every expert has a positive multiple of `ALIGNMENT`.
     """
 
     order_R: torch.Tensor
@@ -37,8 +38,8 @@ class Routing(NamedTuple):
 
 
 def padded_rows(rows: int, num_experts: int) -> int:
-    """The most rows that a padded buffer can need: every expert wastes less than `ALIGNMENT`."""
-    return (rows + min(num_experts, rows) * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+    """The most rows that a padded buffer can need: every expert wastes at most `ALIGNMENT`."""
+    return (rows + num_experts * ALIGNMENT) // ALIGNMENT * ALIGNMENT
 
 
 def route_reference(ids_TK: torch.Tensor, num_experts: int) -> Routing:
@@ -52,7 +53,7 @@ def route_reference(ids_TK: torch.Tensor, num_experts: int) -> Routing:
     order_R = torch.sort(ids_R, stable=True).indices
     slots_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=ids_R.device))
     counts_E = (ids_R[:, None] == torch.arange(num_experts, device=ids_R.device)).sum(dim=0)
-    padded_E = (counts_E + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    padded_E = (counts_E.clamp(min=1) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     offsets_E, padded_offsets_E = counts_E.cumsum(0), padded_E.cumsum(0)
     moved_E = (padded_offsets_E - padded_E) - (offsets_E - counts_E)
     padded_slots_R = slots_R + moved_E[ids_R.clamp(max=num_experts - 1)]
