@@ -32,6 +32,10 @@ class Tile:
     tma: bool
 
 
+# For LoRA's matrices, on any device: those products are bound by reading and writing the wide side.
+NARROW_TILE = Tile(64, 32, 64, 8, num_warps=4, num_stages=3, persistent=False, tma=False)
+# For what the configured tiles do not serve, on any device: they were chosen for 16 bits.
+FALLBACK_TILE = Tile(64, 64, 32, 8, num_warps=4, num_stages=3, persistent=False, tma=False)
 # One program costs 0.1 ms and one step of its loop 2 to 6 ms there.
 INTERPRETER_TILE = Tile(64, 64, 64, 2, num_warps=4, num_stages=1, persistent=False, tma=True)
 

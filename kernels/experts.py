@@ -16,9 +16,11 @@ Shape suffixes: T tokens, H hidden_size, I intermediate_size, F = 2 * I, E exper
 `routing.py`.
 """
 
+import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -32,14 +34,35 @@ Save = Literal["x+pre", "x", "fp8-pre"]
 NAMESPACE = re.sub(r"\W", "_", __package__ or "kernels")
 
 
+class ExpertsLora(NamedTuple):
+    """LoRA of the experts: a matrix becomes `W[e] + scale * b[e] @ a[e]`. A matrix without has factors of rank 0.
+
+    Attributes:
+        gate_up_a_ERH, gate_up_b_EFR: `(E, rank, H)` and `(E, 2 * I, rank)`.
+        down_a_ERI, down_b_EHR: `(E, rank, I)` and `(E, H, rank)`; the rank may be another.
+        gate_up_scale, down_scale: usually alpha / rank.
+    """
+
+    gate_up_a_ERH: torch.Tensor
+    gate_up_b_EFR: torch.Tensor
+    down_a_ERI: torch.Tensor
+    down_b_EHR: torch.Tensor
+    gate_up_scale: float
+    down_scale: float
+
+
 def fused_experts_reference(
     x_TH: torch.Tensor,
     gate_up_EFH: torch.Tensor,
     down_EHI: torch.Tensor,
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
+    lora: ExpertsLora | None = None,
 ) -> torch.Tensor:
     """`fused_experts` in plain operations, in the dtype of `x_TH` (float64 too), differentiable."""
+    if lora is not None:
+        gate_up_EFH = gate_up_EFH + lora.gate_up_scale * lora.gate_up_b_EFR @ lora.gate_up_a_ERH
+        down_EHI = down_EHI + lora.down_scale * lora.down_b_EHR @ lora.down_a_ERI
     out_TH = torch.zeros_like(x_TH)
     for expert in range(gate_up_EFH.shape[0]):
         token, choice = torch.where(ids_TK == expert)
@@ -57,8 +80,9 @@ def fused_experts(
     weights_TK: torch.Tensor,
     *,
     save: Save = "x+pre",
+    lora: ExpertsLora | None = None,
 ) -> torch.Tensor:
-    """The experts' weighted sum for every token, differentiable in `x`, both matrices and the router's weights.
+    """The experts' weighted sum for every token, differentiable in `x`, the matrices, the router's weights and LoRA.
 
     Nothing asks the device for a value, so it can be captured in a CUDA graph; results are deterministic.
 
@@ -72,6 +96,8 @@ def fused_experts(
         weights_TK: their weights `(T, K)`, any floating dtype.
         save: what is kept for the backward pass: `"x+pre"`; `"x"`, which runs the up-projection once more;
             `"fp8-pre"`, `pre` in 8 bits (e4m3, a power-of-two scale for every 128 values), about 81 KiB a token.
+        lora: adapters in the dtype of `x_TH`. No merged matrix is made, and where the matrices are frozen no gradient
+            of their size.
 
     Returns:
         `(T, H)` in the dtype of `x_TH`.
@@ -79,23 +105,25 @@ def fused_experts(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit together, and for an unknown `save`.
     """
-    _check(x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK, save)
+    _check(x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK, save, lora)
+    factors = () if lora is None else lora[:4]
+    scales = [] if lora is None else list(lora[4:])
+    differentiable = (x_TH, gate_up_EFH, down_EHI, weights_TK, *factors)
     if x_TH.shape[0] == 0:
-        return x_TH + 0 * (gate_up_EFH.sum() + down_EHI.sum() + weights_TK.sum()).to(x_TH.dtype)
-    x_TH, gate_up_EFH, down_EHI = x_TH.contiguous(), gate_up_EFH.contiguous(), down_EHI.contiguous()
-    ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
-    differentiable = (x_TH, gate_up_EFH, down_EHI, weights_TK)
+        return x_TH + 0 * sum(tensor.sum() for tensor in differentiable).to(x_TH.dtype)
+    ids_TK, differentiable = ids_TK.contiguous(), tuple(tensor.contiguous() for tensor in differentiable)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)):
-        act_RI, _, *routing = _ops.up(x_TH, gate_up_EFH, ids_TK, False)
-        return _ops.down(act_RI, down_EHI, weights_TK, *routing)
+        x_TH, gate_up_EFH, down_EHI, weights_TK, *factors = differentiable
+        act_RI, _, *routing = _ops.up(x_TH, gate_up_EFH, ids_TK, False, factors, scales)
+        return _ops.down(act_RI, down_EHI, weights_TK, *routing, factors, scales)
     if torch.compiler.is_compiling():  # the compiler decides by itself what to recompute, and sees the operators
-        return _Experts.apply(x_TH, gate_up_EFH, down_EHI, weights_TK, ids_TK, save)
+        return _Experts.apply(ids_TK, save, scales, *differentiable)
     channel = _Channel()
-    act_RI = _Up.apply(x_TH, gate_up_EFH, down_EHI, weights_TK, ids_TK, save, channel)
-    return _Down.apply(act_RI, down_EHI.detach(), weights_TK.detach(), channel)
+    act_RI = _Up.apply(ids_TK, save, scales, channel, *differentiable)
+    return _Down.apply(act_RI, channel, scales, *(tensor.detach() for tensor in differentiable[2:]))
 
 
-def _check(x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK, save) -> None:
+def _check(x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK, save, lora) -> None:
     if save not in get_args(Save):
         raise ValueError(f"`save` is {save!r}; expected one of {', '.join(map(repr, get_args(Save)))}.")
     given = ", ".join(
@@ -123,6 +151,20 @@ def _check(x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK, save) -> None:
             "Shapes do not fit: expected x (T, H), gate_up (E, 2 * I, H), down (E, H, I), ids (T, K) and weights "
             f"(T, K); given {given}."
         )
+    if lora is not None:
+        num_experts, double, hidden = gate_up_EFH.shape
+        up_rank, down_rank = (factor.shape[1] for factor in (lora.gate_up_a_ERH, lora.down_a_ERI))
+        expected = (
+            (num_experts, up_rank, hidden),
+            (num_experts, double, up_rank),
+            (num_experts, down_rank, double // 2),
+            (num_experts, hidden, down_rank),
+        )
+        if tuple(tuple(factor.shape) for factor in lora[:4]) != expected:
+            shapes = ", ".join(str(tuple(factor.shape)) for factor in lora[:4])
+            raise ValueError(f"LoRA's factors do not fit: expected {', '.join(map(str, expected))}; given {shapes}.")
+        if any(factor.dtype != x_TH.dtype or factor.device != x_TH.device for factor in lora[:4]):
+            raise ValueError(f"LoRA's factors must be {x_TH.dtype} on {x_TH.device}, as x is.")
     same_dtype = x_TH.dtype == gate_up_EFH.dtype == down_EHI.dtype
     if not same_dtype or x_TH.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x, gate_up and down must share one of bfloat16, float16 and float32; given {given}.")
@@ -144,8 +186,8 @@ class _Up(torch.autograd.Function):
     """The up-projection, which saves for both, and the gradient of everything."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH, gate_up_EFH, down_EHI, weights_TK, ids_TK, save: Save, channel: _Channel):
-        act_RI, channel.routing = _up_and_save(ctx, x_TH, gate_up_EFH, down_EHI, weights_TK, ids_TK, save)
+    def forward(ctx: Any, ids_TK, save: Save, scales: list[float], channel: _Channel, *differentiable):
+        act_RI, channel.routing = _up_and_save(ctx, ids_TK, save, scales, differentiable)
         ctx.channel = channel
         return act_RI
 
@@ -153,55 +195,71 @@ class _Up(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _):
         dout_TH, ctx.channel.dout_TH = ctx.channel.dout_TH, None
-        return *_backward(ctx, dout_TH), None, None, None
+        return None, None, None, None, *_backward(ctx, dout_TH, ctx.needs_input_grad[4:])
 
 
 class _Down(torch.autograd.Function):
     """The down-projection, which saves nothing."""
 
     @staticmethod
-    def forward(ctx: Any, act_RI, down_EHI, weights_TK, channel: _Channel):
+    def forward(ctx: Any, act_RI, channel: _Channel, scales: list[float], down_EHI, weights_TK, *factors):
         ctx.channel, ctx.act_shape = channel, act_RI.shape
         routing, channel.routing = channel.routing, ()
-        return _ops.down(act_RI, down_EHI, weights_TK, *routing)
+        return _ops.down(act_RI, down_EHI, weights_TK, *routing, factors, scales)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TH):
         ctx.channel.dout_TH = dout_TH
-        return dout_TH.new_zeros(1).expand(ctx.act_shape), None, None, None  # a stand-in: what counts is in the channel
+        stand_in = dout_TH.new_zeros(1).expand(ctx.act_shape)  # what counts is in the channel
+        return stand_in, *(None for _ in ctx.needs_input_grad[1:])
 
 
 class _Experts(torch.autograd.Function):
     """Both in one."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH, gate_up_EFH, down_EHI, weights_TK, ids_TK, save: Save):
-        act_RI, routing = _up_and_save(ctx, x_TH, gate_up_EFH, down_EHI, weights_TK, ids_TK, save)
-        return _ops.down(act_RI, down_EHI, weights_TK, *routing)
+    def forward(ctx: Any, ids_TK, save: Save, scales: list[float], *differentiable):
+        act_RI, routing = _up_and_save(ctx, ids_TK, save, scales, differentiable)
+        _, _, down_EHI, weights_TK, *factors = differentiable
+        return _ops.down(act_RI, down_EHI, weights_TK, *routing, factors, scales)
 
     @staticmethod
     def backward(ctx: Any, dout_TH):
-        return *_backward(ctx, dout_TH), None, None
+        return None, None, None, *_backward(ctx, dout_TH, ctx.needs_input_grad[3:])
 
 
-def _up_and_save(ctx: Any, x_TH, gate_up_EFH, down_EHI, weights_TK, ids_TK, save: Save):
-    act_RI, pre_RF, *routing = _ops.up(x_TH, gate_up_EFH, ids_TK, save != "x")
+def _up_and_save(ctx: Any, ids_TK, save: Save, scales: list[float], differentiable: tuple[torch.Tensor, ...]):
+    x_TH, gate_up_EFH, _, _, *factors = differentiable
+    act_RI, pre_RF, *routing = _ops.up(x_TH, gate_up_EFH, ids_TK, save != "x", factors, scales)
     saved_pre = _ops.to_fp8(pre_RF) if save == "fp8-pre" else (pre_RF,)
-    ctx.save = save
-    ctx.save_for_backward(x_TH, gate_up_EFH, down_EHI, weights_TK, *routing, *saved_pre)
+    ctx.save, ctx.scales = save, scales
+    ctx.save_for_backward(*routing, *differentiable, *saved_pre)
     return act_RI, tuple(routing)
 
 
-def _backward(ctx: Any, dout_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x_TH, gate_up_EFH, down_EHI, weights_TK, *routing_and_pre = ctx.saved_tensors
-    routing, saved_pre = routing_and_pre[: len(Routing._fields)], routing_and_pre[len(Routing._fields) :]
+def _backward(ctx: Any, dout_TH: torch.Tensor, needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: checkpointing gives each out a single time
+    routing, rest = saved[: len(Routing._fields)], saved[len(Routing._fields) :]
+    differentiable, saved_pre = rest[: len(needed)], rest[len(needed) :]
+    x_TH, gate_up_EFH, down_EHI, weights_TK, *factors = differentiable
     pre_RF = _ops.from_fp8(*saved_pre, x_TH.dtype) if ctx.save == "fp8-pre" else saved_pre[0]
-    needed = list(ctx.needs_input_grad[:4])
     gradients = _ops.backward(
-        dout_TH.contiguous(), x_TH, gate_up_EFH, down_EHI, weights_TK, pre_RF, *routing, needed
-    )  # fmt: skip
-    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True))
+        dout_TH.contiguous(),
+        x_TH,
+        gate_up_EFH,
+        down_EHI,
+        weights_TK,
+        pre_RF,
+        *routing,
+        factors,
+        ctx.scales,
+        list(needed),
+    )
+    return tuple(
+        gradient if wanted and tensor.numel() else None
+        for gradient, wanted, tensor in zip(gradients, needed, differentiable, strict=True)
+    )
 
 
 class _ops:
@@ -215,27 +273,63 @@ class _ops:
 
 
 def _operator(function):
+    @functools.wraps(function)
+    def on_its_device(*arguments):
+        with torch.cuda.device_of(arguments[0]):  # Triton starts kernels on the current device
+            return function(*arguments)
+
     name = function.__name__.removeprefix("_op_")
-    operator = torch.library.custom_op(f"{NAMESPACE}::experts_{name}", function, mutates_args=())
+    operator = torch.library.custom_op(f"{NAMESPACE}::experts_{name}", on_its_device, mutates_args=())
     setattr(_ops, name, staticmethod(operator))
     return operator
 
 
 @_operator
 def _op_up(
-    x_TH: torch.Tensor, gate_up_EFH: torch.Tensor, ids_TK: torch.Tensor, save_pre: bool
+    x_TH: torch.Tensor,
+    gate_up_EFH: torch.Tensor,
+    ids_TK: torch.Tensor,
+    save_pre: bool,
+    factors: list[torch.Tensor],
+    scales: list[float],
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:  # act, pre, routing
     from . import experts_launch as launch
 
     routing = launch.route(ids_TK, gate_up_EFH.shape[0])
-    act_RI, pre_RF = launch.up(launch.permute(x_TH, routing), gate_up_EFH, routing, save_pre)
+    act_RI, pre_RF = _project_up(x_TH, gate_up_EFH, routing, factors, scales, save_pre)
     return act_RI, pre_RF, *routing
 
 
+def _project_up(
+    x_TH: torch.Tensor,
+    gate_up_EFH: torch.Tensor,
+    routing: Routing,
+    factors: list[torch.Tensor],
+    scales: list[float],
+    save_pre: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """act, and the products before it (empty without `save_pre`)."""
+    from . import experts_launch as launch
+
+    x_RH, ends_E = launch.permute(x_TH, routing), routing.offsets_E
+    if not _adapts(factors[:2]):
+        return launch.up(x_RH, gate_up_EFH, routing, save_pre)
+    a_ERH, b_EFR = factors[:2]
+    pre_RF = launch.rows_by_expert("down", x_RH, gate_up_EFH, ends_E, x_RH.shape[0], transposed=True)
+    inner_RR = launch.narrow_rows_by_expert(x_RH, a_ERH, ends_E, transposed=True)
+    launch.add_rows_by_expert(pre_RF, inner_RR, b_EFR, ends_E, transposed=True, scale=scales[0])
+    return launch.swiglu(pre_RF, routing), pre_RF if save_pre else pre_RF.new_empty(0)
+
+
+def _adapts(factors: Sequence[torch.Tensor]) -> bool:
+    """Whether a matrix has LoRA: two factors, of a rank above 0."""
+    return bool(factors) and factors[0].numel() > 0
+
+
 @_op_up.register_fake
-def _(x_TH, gate_up_EFH, ids_TK, save_pre):
+def _(x_TH, gate_up_EFH, ids_TK, save_pre, factors, scales):
     num_experts, double, _ = gate_up_EFH.shape
     rows = ids_TK.shape[0] * ids_TK.shape[1]
     int32 = torch.int32
@@ -260,15 +354,21 @@ def _op_down(
     padded_slots_TK: torch.Tensor,
     offsets_E: torch.Tensor,
     padded_offsets_E: torch.Tensor,
+    factors: list[torch.Tensor],
+    scales: list[float],
 ) -> torch.Tensor:
     from . import experts_launch as launch
 
     y_RH = launch.rows_by_expert("down", act_RI, down_EHI, offsets_E, act_RI.shape[0], transposed=True)
+    if _adapts(factors[2:]):
+        a_ERI, b_EHR = factors[2:]
+        inner_RR = launch.narrow_rows_by_expert(act_RI, a_ERI, offsets_E, transposed=True)
+        launch.add_rows_by_expert(y_RH, inner_RR, b_EHR, offsets_E, transposed=True, scale=scales[1])
     return launch.combine(y_RH, slots_TK, weights_TK)
 
 
 @_op_down.register_fake
-def _(act_RI, down_EHI, weights_TK, *routing):
+def _(act_RI, down_EHI, weights_TK, *routing_and_lora):
     return act_RI.new_empty((weights_TK.shape[0], down_EHI.shape[1]))
 
 
@@ -285,42 +385,67 @@ def _op_backward(
     padded_slots_TK: torch.Tensor,
     offsets_E: torch.Tensor,
     padded_offsets_E: torch.Tensor,
+    factors: list[torch.Tensor],
+    scales: list[float],
     needed: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, gate_up, down and weights; empty where not `needed`. An empty `pre_RF` is computed anew."""
+) -> list[torch.Tensor]:
+    """Gradients of x, gate_up, down, weights and LoRA's factors; empty where not `needed`.
+
+    An empty `pre_RF` is computed anew. All rows here are in padded buffers (`ends_E`), but for those of `pre_RF`.
+    """
     from . import experts_launch as launch
 
     routing = Routing(order_R, slots_TK, padded_slots_TK, offsets_E, padded_offsets_E)
-    needs_x, needs_gate_up, needs_down, needs_weights = needed
-    if pre_RF.numel() == 0:
-        _, pre_RF = launch.up(launch.permute(x_TH, routing), gate_up_EFH, routing, save_pre=True)
-    dout_PH = launch.permute(dout_TH, routing, padded=True)
-    dpre_PF, act_PI, dweight_R = launch.down_backward(dout_PH, down_EHI, pre_RF, weights_TK, routing)
-    del pre_RF
+    ends_E, rows = padded_offsets_E, order_R.numel()
+    needs_x, needs_gate_up, needs_down, needs_weights, *_ = needed
     # One each: an operator's results may not share memory.
-    dx_TH, dgate_up_EFH, ddown_EHI, dweights_TK = (x_TH.new_empty(0) for _ in needed)
-    if needs_down:
-        ddown_EHI = launch.weight_gradient(dout_PH, act_PI, routing)
-    del dout_PH, act_PI
-    if needs_gate_up:
-        dgate_up_EFH = launch.weight_gradient(dpre_PF, launch.permute(x_TH, routing, padded=True), routing)
-    if needs_x:
-        rows = order_R.numel()
-        dx_PH = launch.rows_by_expert("up_gradient", dpre_PF, gate_up_EFH, padded_offsets_E, rows, transposed=False)
-        dx_TH = launch.combine(dx_PH, padded_slots_TK)
+    gradients = [x_TH.new_empty(0) for _ in needed]
+    if pre_RF.numel() == 0:
+        _, pre_RF = _project_up(x_TH, gate_up_EFH, routing, factors, scales, save_pre=True)
+
+    dout_PH = launch.permute(dout_TH, routing, padded=True)
+    dact_PI = launch.rows_by_expert("down_gradient", dout_PH, down_EHI, ends_E, rows, transposed=False)
+    if _adapts(factors[2:]):
+        a_ERI, b_EHR = factors[2:]
+        dinner_PR = launch.narrow_rows_by_expert(dout_PH, b_EHR, ends_E, transposed=False)
+        launch.add_rows_by_expert(dact_PI, dinner_PR, a_ERI, ends_E, transposed=False, scale=scales[1])
+    dpre_PF, act_PI, dweight_R = launch.swiglu_backward(dact_PI, pre_RF, weights_TK, routing)
+    del pre_RF
     if needs_weights:
         here_TK = slots_TK >= 0
-        dweights_TK = torch.where(here_TK, dweight_R[slots_TK.clamp(min=0)], 0).to(weights_TK.dtype)
-    return dx_TH, dgate_up_EFH, ddown_EHI, dweights_TK
+        gradients[3] = torch.where(here_TK, dweight_R[slots_TK.clamp(min=0)], 0).to(weights_TK.dtype)
+    if needs_down:
+        gradients[2] = launch.weight_gradient(dout_PH, act_PI, routing)
+    if _adapts(factors[2:]):
+        inner_PR = launch.narrow_rows_by_expert(act_PI, a_ERI, ends_E, transposed=True)
+        gradients[6] = launch.weight_gradient(dinner_PR, act_PI, routing, narrow=True).mul_(scales[1])
+        gradients[7] = launch.weight_gradient(dout_PH, inner_PR, routing, narrow=True).mul_(scales[1])
+    del dout_PH, act_PI
+
+    if needs_gate_up or _adapts(factors[:2]):
+        x_PH = launch.permute(x_TH, routing, padded=True)
+    if needs_gate_up:
+        gradients[1] = launch.weight_gradient(dpre_PF, x_PH, routing)
+    if _adapts(factors[:2]):
+        a_ERH, b_EFR = factors[:2]
+        inner_PR = launch.narrow_rows_by_expert(x_PH, a_ERH, ends_E, transposed=True)
+        dinner_PR = launch.narrow_rows_by_expert(dpre_PF, b_EFR, ends_E, transposed=False)
+        gradients[4] = launch.weight_gradient(dinner_PR, x_PH, routing, narrow=True).mul_(scales[0])
+        gradients[5] = launch.weight_gradient(dpre_PF, inner_PR, routing, narrow=True).mul_(scales[0])
+    if needs_x:
+        dx_PH = launch.rows_by_expert("up_gradient", dpre_PF, gate_up_EFH, ends_E, rows, transposed=False)
+        if _adapts(factors[:2]):
+            launch.add_rows_by_expert(dx_PH, dinner_PR, a_ERH, ends_E, transposed=False, scale=scales[0])
+        gradients[0] = launch.combine(dx_PH, padded_slots_TK)
+    return gradients
 
 
 @_op_backward.register_fake
-def _(dout_TH, x_TH, gate_up_EFH, down_EHI, weights_TK, pre_RF, *routing_and_needed):
-    inputs = (x_TH, gate_up_EFH, down_EHI, weights_TK)
-    return tuple(
-        torch.empty_like(tensor) if wanted else x_TH.new_empty(0)
-        for tensor, wanted in zip(inputs, routing_and_needed[-1], strict=True)
-    )
+def _(dout_TH, x_TH, gate_up_EFH, down_EHI, weights_TK, pre_RF, *rest):
+    factors, _, needed = rest[-3:]
+    given = (x_TH, gate_up_EFH, down_EHI, weights_TK, *factors)
+    computed = [*needed[:4], *(factor.numel() > 0 for factor in factors)]
+    return [torch.empty_like(t) if wanted else x_TH.new_empty(0) for t, wanted in zip(given, computed, strict=True)]
 
 
 @_operator

@@ -12,7 +12,7 @@ from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import experts_triton as kernels
-from .configs import Tile, choose
+from .configs import FALLBACK_TILE, NARROW_TILE, Tile, choose
 from .routing import ALIGNMENT, FP8_GROUP, Routing, padded_rows
 
 BLOCK_ROWS = 8  # of the kernels that only move and weigh rows; divides ALIGNMENT, so a block has one expert
@@ -111,10 +111,6 @@ def _grouped_mm_serves(*operands: torch.Tensor) -> bool:
     )
 
 
-# For what the configured tiles do not serve, on any device: they were chosen for 16 bits.
-FALLBACK_TILE = Tile(64, 64, 32, 8, num_warps=4, num_stages=3, persistent=False, tma=False)
-
-
 def _tile(kernel: str, rows: int, num_experts: int, *operands: torch.Tensor) -> Tile | None:
     tile = choose(kernel, operands[0].device, rows, num_experts)
     if tile is None:
@@ -127,15 +123,11 @@ def up(x_RH: torch.Tensor, gate_up_EFH: torch.Tensor, routing: Routing, save_pre
     """SwiGLU of the up-projection: act `(R, I)`, and with `save_pre` the products before it `(R, 2 I)` (else empty)."""
     (rows, hidden), (num_experts, double, _) = x_RH.shape, gate_up_EFH.shape
     intermediate = double // 2
-    act_RI = x_RH.new_empty((rows, intermediate))
     tile = _tile("up", rows, num_experts, x_RH, gate_up_EFH)
     if tile is None:
         pre_RF = functional.grouped_mm(x_RH, gate_up_EFH.transpose(1, 2), offs=routing.offsets_E)
-        block = min(_power_of_two(intermediate), 512)
-        kernels.swiglu_kernel[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(intermediate, block))](
-            pre_RF, act_RI, routing.offsets_E, intermediate, E=num_experts, BLOCK_R=BLOCK_ROWS, BLOCK_I=block
-        )
-        return act_RI, pre_RF if save_pre else pre_RF.new_empty(0)
+        return swiglu(pre_RF, routing), pre_RF if save_pre else pre_RF.new_empty(0)
+    act_RI = x_RH.new_empty((rows, intermediate))
     pre_RF = x_RH.new_empty((rows, double) if save_pre else 0)
     gate_up_2d = gate_up_EFH.view(-1, hidden)
     tma = tile.tma and _has_descriptors(x_RH, gate_up_2d)
@@ -147,6 +139,18 @@ def up(x_RH: torch.Tensor, gate_up_EFH: torch.Tensor, routing: Routing, save_pre
         SAVE_PRE=save_pre, **_constants(tile, num_experts, hidden, x_RH.dtype, tma), **_launch(tile),
     )  # fmt: skip
     return act_RI, pre_RF
+
+
+def swiglu(pre_RF: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """silu(gate) * up of the products `(R, 2 I)`: `(R, I)`."""
+    rows, intermediate = pre_RF.shape[0], pre_RF.shape[1] // 2
+    act_RI = pre_RF.new_empty((rows, intermediate))
+    block = min(_power_of_two(intermediate), 512)
+    kernels.swiglu_kernel[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(intermediate, block))](
+        pre_RF, act_RI, routing.offsets_E, intermediate,
+        E=routing.offsets_E.numel(), BLOCK_R=BLOCK_ROWS, BLOCK_I=block,
+    )  # fmt: skip
+    return act_RI
 
 
 def _constants(tile: Tile, num_experts: int, depth: int, dtype: torch.dtype, tma: bool) -> dict[str, object]:
@@ -175,42 +179,69 @@ def rows_by_expert(
 
     The result has the rows of `a`, padded or not, whose ends are `offsets_E`; `rows` is how many of them are real.
     """
-    num_experts, depth = b.shape[0], a_RK.shape[1]
-    columns = b.shape[1] if transposed else b.shape[2]
-    tile = _tile(kernel, rows, num_experts, a_RK, b)
+    tile = _tile(kernel, rows, b.shape[0], a_RK, b)
     if tile is None:
         return functional.grouped_mm(a_RK, b.transpose(1, 2) if transposed else b, offs=offsets_E)
-    out_RN = a_RK.new_empty((a_RK.shape[0], columns))
-    b_2d = b.view(-1, b.shape[2])
-    tma = tile.tma and _has_descriptors(a_RK, b_2d)
-    b_block = (tile.block_n, tile.block_k) if transposed else (tile.block_k, tile.block_n)
-    tiles = _row_tiles(a_RK.shape[0], num_experts, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    kernels.rows_kernel[_programs(tile, tiles, a_RK.device)](
-        _blocks_of(a_RK, (tile.block_m, tile.block_k), tma),
-        _blocks_of(b_2d, b_block, tma),
-        out_RN, offsets_E, a_RK.shape[0], depth, columns, a_RK.stride(0), b_2d.stride(0),
-        NN=not transposed, **_constants(tile, num_experts, depth, a_RK.dtype, tma), **_launch(tile),
-    )  # fmt: skip
+    out_RN = a_RK.new_empty((a_RK.shape[0], b.shape[1] if transposed else b.shape[2]))
+    _rows_by_expert(tile, a_RK, b, offsets_E, transposed, out_RN)
     return out_RN
 
 
-def down_backward(
-    dout_PH: torch.Tensor, down_EHI: torch.Tensor, pre_RF: torch.Tensor, weights_TK: torch.Tensor, routing: Routing
+def narrow_rows_by_expert(
+    a_RK: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor, transposed: bool
+) -> torch.Tensor:
+    """`rows_by_expert` where `b` is one of LoRA's matrices: narrow on one side."""
+    out_RN = a_RK.new_empty((a_RK.shape[0], b.shape[1] if transposed else b.shape[2]))
+    _rows_by_expert(NARROW_TILE, a_RK, b, offsets_E, transposed, out_RN)
+    return out_RN
+
+
+def add_rows_by_expert(
+    out_RN: torch.Tensor, a_RK: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor, transposed: bool, scale: float
+) -> None:
+    """Add `scale` times the product of `rows_by_expert` to `out`, in place: only `out` is read and written whole."""
+    _rows_by_expert(NARROW_TILE, a_RK, b, offsets_E, transposed, out_RN, add=True, scale=scale)
+
+
+def _rows_by_expert(
+    tile: Tile,
+    a_RK: torch.Tensor,
+    b: torch.Tensor,
+    offsets_E: torch.Tensor,
+    transposed: bool,
+    out_RN: torch.Tensor,
+    add: bool = False,
+    scale: float = 1.0,
+) -> None:
+    num_experts, (rows, depth), columns = b.shape[0], a_RK.shape, out_RN.shape[1]
+    b_2d = b.view(-1, b.shape[2])
+    tma = tile.tma and _has_descriptors(a_RK, b_2d)
+    b_block = (tile.block_n, tile.block_k) if transposed else (tile.block_k, tile.block_n)
+    tiles = _row_tiles(rows, num_experts, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    kernels.rows_kernel[_programs(tile, tiles, a_RK.device)](
+        _blocks_of(a_RK, (tile.block_m, tile.block_k), tma),
+        _blocks_of(b_2d, b_block, tma),
+        out_RN, offsets_E, rows, depth, columns, a_RK.stride(0), b_2d.stride(0), scale,
+        NN=not transposed, ADD=add, **_constants(tile, num_experts, depth, a_RK.dtype, tma), **_launch(tile),
+    )  # fmt: skip
+
+
+def swiglu_backward(
+    dact_PI: torch.Tensor, pre_RF: torch.Tensor, weights_TK: torch.Tensor, routing: Routing
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Through the router's weight, the down-projection and SwiGLU.
+    """Through the router's weight and SwiGLU.
 
     Args:
-        dout_PH: the gradient of the output, permuted with padding.
+        dact_PI: the output's gradient times the down-projection, padded; overwritten.
 
     Returns:
         The gradient of the up-projection's products `(P, 2 I)` and the weighted activations `(P, I)`, both padded, and
         the gradient of the router's weights in the order of the sorted rows, `(R,)` in fp32.
     """
-    (num_experts, _, intermediate), rows = down_EHI.shape, pre_RF.shape[0]
-    dact_PI = rows_by_expert("down_gradient", dout_PH, down_EHI, routing.padded_offsets_E, rows, transposed=False)
-    dpre_PF = dact_PI.new_empty((dact_PI.shape[0], 2 * intermediate))
-    dweight_R = torch.zeros(rows, dtype=torch.float32, device=dact_PI.device)
-    kernels.swiglu_backward_kernel[(triton.cdiv(dact_PI.shape[0], BLOCK_ROWS),)](
+    (padded, intermediate), num_experts = dact_PI.shape, routing.offsets_E.numel()
+    dpre_PF = dact_PI.new_empty((padded, 2 * intermediate))
+    dweight_R = torch.zeros(pre_RF.shape[0], dtype=torch.float32, device=dact_PI.device)
+    kernels.swiglu_backward_kernel[(triton.cdiv(padded, BLOCK_ROWS),)](
         dact_PI, pre_RF, weights_TK, routing.order_R, dpre_PF, dweight_R, routing.offsets_E, routing.padded_offsets_E,
         intermediate, E=num_experts, E_PAD=_power_of_two(num_experts),
         BLOCK_R=BLOCK_ROWS, BLOCK_I=min(_power_of_two(intermediate), 512), num_warps=8,
@@ -218,10 +249,13 @@ def down_backward(
     return dpre_PF, dact_PI, dweight_R
 
 
-def weight_gradient(a_PM: torch.Tensor, b_PN: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """`a[rows of the expert].T @ b[rows of the expert]` for every expert: `(E, M, N)`; both padded."""
+def weight_gradient(a_PM: torch.Tensor, b_PN: torch.Tensor, routing: Routing, narrow: bool = False) -> torch.Tensor:
+    """`a[rows of the expert].T @ b[rows of the expert]` for every expert: `(E, M, N)`; both padded.
+
+    `narrow`: M or N is LoRA's rank.
+    """
     num_experts, rows = routing.offsets_E.numel(), routing.order_R.numel()
-    tile = _tile("weight_gradient", rows, num_experts, a_PM, b_PN)
+    tile = NARROW_TILE if narrow else _tile("weight_gradient", rows, num_experts, a_PM, b_PN)
     if tile is None:
         return functional.grouped_mm(a_PM.t(), b_PN, offs=routing.padded_offsets_E)
     (padded, M), N = a_PM.shape, b_PN.shape[1]

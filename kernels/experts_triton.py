@@ -352,9 +352,11 @@ def rows_kernel(
     N,
     stride_a,
     stride_b,
+    scale,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     NN: tl.constexpr,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
@@ -363,7 +365,10 @@ def rows_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """out = a @ b[expert].T, or with NN a @ b[expert]: the down-projection, and the gradients of both inputs."""
+    """out = a @ b[expert].T, or with NN a @ b[expert]: the down-projection, and the gradients of both inputs.
+
+    With ADD, `scale` times that is added to what is in `out`: what LoRA adds to a product.
+    """
     e = tl.arange(0, E_PAD)
     starts, ends = _ends(offsets_E, E, E_PAD)
     tiles = _row_tiles(starts, ends, BLOCK_M)
@@ -388,7 +393,10 @@ def rows_kernel(
         r = row + tl.arange(0, BLOCK_M)
         c = column + tl.arange(0, BLOCK_N)
         out_block = _pointers(out_RN, row, column, N, BLOCK_M, BLOCK_N)
-        tl.store(out_block, out.to(out_RN.dtype.element_ty), mask=(r < end)[:, None] & (c < N)[None, :])
+        mask = (r < end)[:, None] & (c < N)[None, :]
+        if ADD:
+            out = out * scale + tl.load(out_block, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_block, out.to(out_RN.dtype.element_ty), mask=mask)
 
 
 @triton.jit

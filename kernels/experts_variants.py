@@ -6,10 +6,11 @@ from typing import Any
 
 from . import experts_triton as kernels
 from .ahead_of_time_spec import AheadOfTime
-from .configs import FOLDER, KERNELS, Tile
+from .configs import FOLDER, KERNELS, NARROW_TILE, Tile
 from .routing import ALIGNMENT, FP8_GROUP
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 4, 5120, 17920, 2
+EVERY = (80, 90, 100)
 _INDICES = ("order_R", "offsets_E", "padded_offsets_E")
 _SMALL: dict[str, tuple[Any, dict[str, str], dict[str, object]]] = {
     "count": (
@@ -89,8 +90,8 @@ def _product(kernel: str, tile: Tile) -> tuple[Any, dict[str, str], dict[str, ob
     transposed = kernel == "down"
     b_block = (n, k) if transposed else (k, n)
     types = {"a_RK": _matrix(tile, m, k), "b": _matrix(tile, *b_block), "out_RN": "*bf16", "offsets_E": "*i32"}
-    types |= {"rows": "i32", "K": "i32", "N": "i32", **strides}
-    return kernels.rows_kernel, types, by_expert | {"NN": not transposed}
+    types |= {"rows": "i32", "K": "i32", "N": "i32", **strides, "scale": "fp32"}
+    return kernels.rows_kernel, types, by_expert | {"NN": not transposed, "ADD": False}
 
 
 def _variant(
@@ -114,9 +115,14 @@ def _variants() -> list[AheadOfTime]:
                 earlier = found[name].targets if name in found else ()
                 targets_of_all = tuple(sorted({*earlier, *config["targets"]}))
                 found[name] = _variant(name, *_product(kernel, tile), tile.num_warps, tile.num_stages, targets_of_all)
+    for transposed in (True, False):
+        name = f"experts.lora.{'nt' if transposed else 'nn'}"
+        function, types, constants = _product("down" if transposed else "up_gradient", NARROW_TILE)
+        constants |= {"ADD": True, "EVEN_K": False}
+        found[name] = _variant(name, function, types, constants, NARROW_TILE.num_warps, NARROW_TILE.num_stages, EVERY)
     for name, (function, types, constants) in _SMALL.items():
         warps = 8 if name == "swiglu_backward" else 4
-        found[name] = _variant(f"experts.{name}", function, types, constants, warps, 3, (80, 90, 100))
+        found[name] = _variant(f"experts.{name}", function, types, constants, warps, 3, EVERY)
     for name, (function, types) in _FP8.items():
         types = {**types, "exponents_RG": "*i8", "columns": "i32", "rows": "i32"}
         constants = {"GROUP": FP8_GROUP, "BLOCK_R": 32}

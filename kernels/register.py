@@ -17,10 +17,11 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import Save, fused_experts
+from .experts import ExpertsLora, Save, fused_experts
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,44 @@ def why_not(experts: nn.Module, hidden_states: torch.Tensor, save: Save = "x+pre
         return f"{name} stores its matrices transposed"
     if not _is_silu(getattr(experts, "act_fn", None)) or not _has_default_gate(type(experts)):
         return f"{name} has another activation than SwiGLU's silu"
-    for matrix in (experts.gate_up_proj, experts.down_proj):
+    for matrix in _matrices(experts)[:2]:
         if isinstance(matrix, DTensor):
             return f"the matrices of {name} are distributed tensors"
         if matrix.dtype not in _DTYPES:
             return f"the matrices of {name} are {matrix.dtype}; the kernels take bfloat16, float16 and float32"
     return None
+
+
+def _matrices(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor, ExpertsLora | None]:
+    """Both matrices, and LoRA beside them where PEFT adapts them (`target_parameters`) and has not merged.
+
+    PEFT 0.21 puts a parametrisation with the factors on each adapted parameter while the module runs; reading the
+    parameter itself would make the merged matrix. Of PEFT's private class only three attributes are used.
+    """
+    matrices, factors, scales = [], [], []
+    adapted = False
+    for name in ("gate_up_proj", "down_proj"):
+        proxy = _factors_of(experts, name)
+        if proxy is None:
+            matrix, scale = getattr(experts, name), 0.0
+            num_experts, rows, columns = matrix.shape
+            a, b = matrix.new_empty(num_experts, 0, columns), matrix.new_empty(num_experts, rows, 0)
+        else:
+            adapted = True
+            matrix, a, b, scale = experts.parametrizations[name].original, proxy.rhs, proxy.lhs, float(proxy.scaling)
+        matrices.append(matrix)
+        factors += [a, b]
+        scales.append(scale)
+    return *matrices, ExpertsLora(*factors, *scales) if adapted else None
+
+
+def _factors_of(experts: nn.Module, name: str) -> nn.Module | None:
+    if not parametrize.is_parametrized(experts, name):
+        return None
+    parametrizations = experts.parametrizations[name]
+    proxy = parametrizations[0]
+    alone = len(parametrizations) == 1 and all(hasattr(proxy, part) for part in ("lhs", "rhs", "scaling"))
+    return proxy if alone else None
 
 
 def _is_silu(activation: object) -> bool:
@@ -88,10 +121,12 @@ def experts_forward(
         _warn_once(reason)
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
     device_type = hidden_states.device.type
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    gate_up, down, lora = _matrices(experts)
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else gate_up.dtype
+    if lora is not None:
+        lora = ExpertsLora(*(factor.to(dtype) for factor in lora[:4]), *lora[4:])
     out = fused_experts(
-        hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), top_k_index, top_k_weights, save=save
+        hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), top_k_index, top_k_weights, save=save, lora=lora
     )
     return out.to(hidden_states.dtype)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +32,7 @@ import jai.kernels.register as register
 from jai import JaiForCausalLM
 from jai.kernels import experts_launch as launch
 from jai.kernels.configs import FOLDER, KERNELS, config_file, read_config
-from jai.kernels.experts import fused_experts, fused_experts_reference
+from jai.kernels.experts import ExpertsLora, fused_experts, fused_experts_reference
 from jai.kernels.routing import ALIGNMENT, combine_reference, padded_rows, permute_reference, route_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -303,17 +304,121 @@ def kept_bytes_per_token(implementation: str, tokens: int = 16384) -> float:
     return sum(kept.values()) / tokens
 
 
+def random_lora(inputs: dict[str, torch.Tensor], up_rank: int, down_rank: int) -> ExpertsLora:
+    (experts, double, hidden), dtype = inputs["gate_up_EFH"].shape, inputs["x_TH"].dtype
+    generator = torch.Generator().manual_seed(7)
+    shapes = (experts, up_rank, hidden), (experts, double, up_rank), (experts, down_rank, double // 2)
+    factors = (torch.randn(shape, generator=generator) * 0.3 for shape in (*shapes, (experts, hidden, down_rank)))
+    return ExpertsLora(*(factor.to(DEVICE, dtype).requires_grad_() for factor in factors), 0.5, 2.0)
+
+
+class TestLora:
+    @pytest.mark.parametrize(("up_rank", "down_rank"), [(4, 8), (5, 0), (0, 3)])
+    def test_gradients(self, up_rank, down_rank):
+        inputs = random_inputs(7, 37, 53, 3, 2)
+        lora = random_lora(inputs, up_rank, down_rank)
+        exact = {name: tensor.double() if name != "ids_TK" else tensor for name, tensor in inputs.items()}
+        exact_lora = ExpertsLora(*(factor.detach().double().requires_grad_() for factor in lora[:4]), *lora[4:])
+        leaves = [inputs["x_TH"].requires_grad_(), inputs["weights_TK"].requires_grad_(), *lora[:4]]
+        exact_leaves = [exact["x_TH"].requires_grad_(), exact["weights_TK"].requires_grad_(), *exact_lora[:4]]
+        out_TH, expected_TH = fused_experts(**inputs, lora=lora), fused_experts_reference(**exact, lora=exact_lora)
+        assert relative_error(out_TH, expected_TH) < 1e-6
+        dout_TH = torch.randn_like(out_TH)
+        out_TH.backward(dout_TH)
+        expected_TH.backward(dout_TH.double())
+        for leaf, exact_leaf in zip(leaves, exact_leaves, strict=True):
+            if leaf.numel():
+                assert relative_error(leaf.grad, exact_leaf.grad) < 1e-6
+
+    def test_no_tensor_of_the_size_of_the_matrices(self):
+        """Neither a merged matrix nor its gradient: in fp32 on the CPU nothing as large as a matrix is ever made."""
+        inputs = random_inputs(2, 64, 96, 4, 1)
+        lora = random_lora(inputs, 2, 2)
+        smallest = inputs["down_EHI"].numel()
+
+        class Largest(TorchDispatchMode):
+            made = 0
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                    if isinstance(tensor, torch.Tensor) and "jai_kernels" not in str(function):
+                        aliases = {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+                        Largest.made = max(Largest.made, 0 if tensor.data_ptr() in aliases else tensor.numel())
+                return out
+
+        with Largest():
+            merged = inputs["down_EHI"] + lora.down_scale * lora.down_b_EHR @ lora.down_a_ERI
+            assert Largest.made >= smallest == merged.numel()
+            Largest.made = 0
+            fused_experts(**inputs, lora=lora).sum().backward()
+        assert 0 < Largest.made < smallest
+
+    def test_peft(self):
+        """`target_parameters` on a JAI-like model: the same output and gradients as PEFT's merged matrices."""
+        model = get_peft_model(
+            mixtral(),
+            LoraConfig(
+                r=4,
+                target_modules=[],
+                target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+                init_lora_weights=False,
+            ),
+        )
+        ids = torch.tensor([[1, 2, 3, 4]], device=DEVICE)
+        results = []
+        for implementation in ("eager", "jai_fused"):
+            model.base_model.model.set_experts_implementation(implementation)
+            model.zero_grad()
+            output = model(input_ids=ids, labels=ids)
+            output.loss.backward()
+            results.append(
+                (output.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+            )
+        (logits, gradients), (fused_logits, fused_gradients) = results
+        torch.testing.assert_close(fused_logits, logits, rtol=1e-5, atol=1e-5)
+        assert len(gradients) == 8
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+    def test_peft_factors_are_seen(self, monkeypatch):
+        """PEFT's private parametrisation is read by three attributes: should they go, this says so."""
+        targets = ["mlp.experts.down_proj"]
+        model = get_peft_model(mixtral(), LoraConfig(r=4, target_modules=[], target_parameters=targets))
+        model.base_model.model.set_experts_implementation("jai_fused")
+        seen = []
+        compute = register.fused_experts
+        monkeypatch.setattr(register, "fused_experts", lambda *a, **k: (seen.append(k["lora"]), compute(*a, **k))[1])
+        ids = torch.tensor([[1, 2]], device=DEVICE)
+        model(input_ids=ids)
+        assert [lora.down_a_ERI.shape[1] for lora in seen] == [4, 4]
+        assert {lora.gate_up_a_ERH.shape[1] for lora in seen} == {0}
+        with model.disable_adapter():
+            model(input_ids=ids)
+        assert seen[2:] == [None, None]
+
+    def test_bad_factors_are_one_message(self):
+        inputs = random_inputs(4, 16, 16, 2, 2)
+        lora = random_lora(inputs, 4, 4)
+        with pytest.raises(ValueError, match=r"LoRA's factors do not fit: expected .*; given"):
+            fused_experts(**inputs, lora=lora._replace(down_a_ERI=lora.down_a_ERI[:, :2]))
+        with pytest.raises(ValueError, match=r"LoRA's factors must be torch\.float32 on"):
+            fused_experts(**inputs, lora=lora._replace(down_a_ERI=lora.down_a_ERI.double()))
+
+
 class TestOperators:
     def test_opcheck(self):
         inputs = random_inputs(4, 16, 16, 2, 2)
         operators = torch.ops.jai_kernels
-        up = (inputs["x_TH"], inputs["gate_up_EFH"], inputs["ids_TK"], True)
+        lora = random_lora(inputs, 2, 3)
+        factors, scales = [factor.detach() for factor in lora[:4]], list(lora[4:])
+        up = (inputs["x_TH"], inputs["gate_up_EFH"], inputs["ids_TK"], True, factors, scales)
         act_RI, pre_RF, *routing = operators.experts_up(*up)
-        down = (act_RI, inputs["down_EHI"], inputs["weights_TK"], *routing)
+        down = (act_RI, inputs["down_EHI"], inputs["weights_TK"], *routing, factors, scales)
         torch.library.opcheck(operators.experts_up, up, test_utils=("test_schema", "test_faketensor"))
         torch.library.opcheck(operators.experts_down, down, test_utils=("test_schema", "test_faketensor"))
         backward = (torch.randn_like(inputs["x_TH"]), inputs["x_TH"], inputs["gate_up_EFH"], inputs["down_EHI"])
-        backward += (inputs["weights_TK"], pre_RF, *routing, [True, False, True, True])
+        backward += (inputs["weights_TK"], pre_RF, *routing, factors, scales, [True, False, True, True, *[True] * 4])
         torch.library.opcheck(operators.experts_backward, backward, test_utils=("test_schema", "test_faketensor"))
         fp8 = operators.experts_to_fp8(pre_RF)
         torch.library.opcheck(operators.experts_to_fp8, (pre_RF,), test_utils=("test_schema", "test_faketensor"))
@@ -347,7 +452,8 @@ class TestOperators:
             y_RH = launch.rows_by_expert("down", act_RI, down_EHI, routing.offsets_E, 8, True)
             launch.combine(y_RH, routing.slots_TK, weights_TK)
             dout_PH = launch.permute(x_TH, routing, padded=True)
-            dpre_PF, act_PI, _ = launch.down_backward(dout_PH, down_EHI, pre_RF, weights_TK, routing)
+            dact_PI = launch.rows_by_expert("down_gradient", dout_PH, down_EHI, routing.padded_offsets_E, 8, False)
+            dpre_PF, act_PI, _ = launch.swiglu_backward(dact_PI, pre_RF, weights_TK, routing)
             launch.weight_gradient(dout_PH, act_PI, routing)
             launch.rows_by_expert("up_gradient", dpre_PF, gate_up_EFH, routing.padded_offsets_E, 8, False)
 
