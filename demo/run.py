@@ -38,7 +38,9 @@ from jai.demo.results import Command, Curve, Fertility, Results, Stage, Start
 from jai.errors import UserError
 from jai.files import sha256
 from jai.hub_card.check import check_checkpoint
+from jai.hub_card.evaluation import TOKENS_PER_CHARACTER, Evaluation, Score, write_evaluation
 from jai.hub_card.loopback_hub import LoopbackHub
+from jai.provenance import versions
 from jai.tokenization.phi3_style import train_phi3_style
 from jai.version import __version__
 
@@ -155,6 +157,8 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
     stages = [_stage(name, folder, subjects[folder], heldout, answers.get(folder)) for folder, name in names.items()]
     router_load = {language: subjects["dpo"].router_load(texts) for language, texts in heldout.items()}
 
+    write_evaluation(out / "dpo", _evaluation(stages, fertility, router_load))
+
     _say(console, "Hub", "pushed to a Hub on this machine, pulled back, compared")
     checks = _round_trip(out, shell)
 
@@ -253,6 +257,33 @@ def _stage(
         stage.correct = {language: _share(a.correct for a in found) for language, found in by_language.items()}
         stage.in_language = {language: _share(a.in_language for a in found) for language, found in by_language.items()}
     return stage
+
+
+def _evaluation(stages: list[Stage], fertility: Fertility, router_load: dict[str, list[list[float]]]) -> Evaluation:
+    """The record that the model's card reads."""
+    base, final = stages[0].name, stages[-1].name
+    scores = []
+    for language, name in (("th", "Thai"), ("en", "English")):
+        text = ("jai-demo-heldout", f"the demo's held-out {name} text", language)
+        chats = ("jai-demo-questions", f"the demo's {name} questions", language)
+        tokens = {base: fertility.base[language], final: fertility.extended[language]}
+        bits = {stage.name: stage.bits[language] for stage in stages}
+        spoken = {stage.name: stage.in_language[language] for stage in stages if stage.in_language is not None}
+        right = {stage.name: stage.correct[language] for stage in stages if stage.correct is not None}
+        scores += [
+            Score(TOKENS_PER_CHARACTER, "tokens per character", *text, False, tokens),
+            Score("bits_per_character", "bits per character", *text, False, bits),
+            Score("in_language", "answers in the language of the question", *chats, True, spoken),
+            Score("exact_match", "answers exactly right", *chats, True, right),
+        ]
+    return Evaluation(
+        model=final,
+        models=[stage.name for stage in stages],
+        scores=scores,
+        router_load={language: router_load[language] for language in ("th", "en")},
+        router_load_text="the demo's held-out text",
+        versions=versions("torch", "transformers"),
+    )
 
 
 def _share(holds: Iterable[bool]) -> float:

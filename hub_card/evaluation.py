@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was measured of a checkpoint: `evaluation.json` beside the weights, which the model card reads."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from jai.errors import UserError
+from jai.hub_card.weights import read_json
+
+EVALUATION_FILE = "evaluation.json"
+TOKENS_PER_CHARACTER = "tokens_per_character"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric on one data set, of a checkpoint and of those that it was made from.
+
+    Attributes:
+        metric: identifier of the metric, such as "acc" or "tokens_per_character".
+        metric_name: its name for people.
+        dataset: Hub id of the data, or a short name of data that is not there.
+        dataset_name: its name for people.
+        language: "th" or "en" (ISO 639-1); None where it has none.
+        higher_is_better: which way is up.
+        values: the score of each model by name, `Evaluation.model` among them.
+    """
+
+    metric: str
+    metric_name: str
+    dataset: str
+    dataset_name: str
+    language: str | None
+    higher_is_better: bool
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was measured of a checkpoint.
+
+    Attributes:
+        model: the name of this checkpoint in the scores.
+        models: every model of the scores, in the order in which one was made from the other.
+        scores: what was measured.
+        router_load: share of each layer's choices that each expert gets, by language, layer and expert.
+        router_load_text: the text that this was counted on.
+        versions: versions of what measured, by package.
+    """
+
+    model: str
+    models: list[str]
+    scores: list[Score]
+    router_load: dict[str, list[list[float]]] = field(default_factory=dict)
+    router_load_text: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def results(self) -> list[EvalResult]:
+        """This checkpoint's scores in the form of the Hub's model-index."""
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=score.dataset,
+                dataset_name=score.dataset_name,
+                dataset_config=score.language,
+                metric_type=score.metric,
+                metric_name=score.metric_name,
+                metric_value=round(score.values[self.model], 4),
+            )
+            for score in self.scores
+            if self.model in score.values
+        ]
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write what was measured beside the weights."""
+    text = json.dumps(dataclasses.asdict(evaluation), indent=2, ensure_ascii=False)
+    (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """What was measured of the checkpoint in a folder, None where there is no record.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    path = folder / EVALUATION_FILE
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    try:
+        evaluation = _parse(content)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"{path} is no record of an evaluation ({type(error).__name__}: {error}). Measure again, or remove the "
+            "file."
+        ) from None
+    return evaluation
+
+
+def _parse(content: Any) -> Evaluation:
+    scores = [Score(**score) for score in content["scores"]]
+    evaluation = Evaluation(**{**content, "scores": scores})
+    for score in scores:
+        if not score.values:
+            raise ValueError(f"{score.metric} has no values")
+        if not set(score.values) <= set(evaluation.models):
+            raise ValueError(f"the models of {score.metric} are not all among {evaluation.models}")
+        if not all(_is_number(value) for value in score.values.values()):
+            raise ValueError(f"{score.metric} has values that are no finite numbers")
+    for language, layers in evaluation.router_load.items():
+        if not all(_is_number(share) and 0 <= share <= 1 for layer in layers for share in layer):
+            raise ValueError(f"the router load of {language} has values that are no shares")
+        if not layers or len({len(layer) for layer in layers}) != 1:
+            raise ValueError(f"the router load of {language} does not have the same experts in each layer")
+    return evaluation
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
