@@ -4,8 +4,9 @@
     python benchmarks/tune_experts.py            # JAI-1's size in bf16; minutes
     python benchmarks/tune_experts.py --dry-run  # prints what it would write
 
-For every kernel and number of rows it times each candidate of the generation's file, the tile that the file has, and
-torch's grouped_mm, in turn, and takes the fastest. The whole layer is what counts: check with benchmarks/experts.py.
+For every kernel and number of rows it times each candidate of the generation's file, the tiles that the file has, and
+torch's grouped_mm where that is one kernel, in turn, and takes the fastest. The whole layer is what counts: check with
+benchmarks/experts.py.
 """
 
 import argparse
@@ -93,7 +94,9 @@ def main() -> None:
         calls = workloads(arguments, rows_each)
         for kernel in KERNELS:
             stored = [entry["tile"] for entry in known["kernels"][kernel]] + known["candidates"][kernel]
-            tiles = list(dict.fromkeys([None, *(Tile(**tile) for tile in stored if tile)]))
+            tiles = list(dict.fromkeys(Tile(**tile) for tile in stored if tile))
+            if launch.has_grouped_mm(torch.device("cuda")):
+                tiles.append(None)
             best, medians = fastest(kernel, calls[kernel], tiles, arguments.repeats)
             print(f"{kernel}, {rows_each} rows an expert:")
             for name, time in sorted(medians.items(), key=lambda item: item[1]):

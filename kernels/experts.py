@@ -126,16 +126,7 @@ def fused_experts(
 def _check(x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK, save, lora) -> None:
     if save not in get_args(Save):
         raise ValueError(f"`save` is {save!r}; expected one of {', '.join(map(repr, get_args(Save)))}.")
-    given = ", ".join(
-        f"{name} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-        for name, tensor in (
-            ("x", x_TH),
-            ("gate_up", gate_up_EFH),
-            ("down", down_EHI),
-            ("ids", ids_TK),
-            ("weights", weights_TK),
-        )
-    )
+    tensors = {"x": x_TH, "gate_up": gate_up_EFH, "down": down_EHI, "ids": ids_TK, "weights": weights_TK}
     shaped = (x_TH.ndim, gate_up_EFH.ndim, down_EHI.ndim, ids_TK.ndim, weights_TK.ndim) == (2, 3, 3, 2, 2)
     if shaped:
         (tokens, hidden), (num_experts, double, _) = x_TH.shape, gate_up_EFH.shape
@@ -149,7 +140,7 @@ def _check(x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK, save, lora) -> None:
     if not shaped:
         raise ValueError(
             "Shapes do not fit: expected x (T, H), gate_up (E, 2 * I, H), down (E, H, I), ids (T, K) and weights "
-            f"(T, K); given {given}."
+            f"(T, K); given {_described(tensors)}."
         )
     if lora is not None:
         num_experts, double, hidden = gate_up_EFH.shape
@@ -167,11 +158,17 @@ def _check(x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK, save, lora) -> None:
             raise ValueError(f"LoRA's factors must be {x_TH.dtype} on {x_TH.device}, as x is.")
     same_dtype = x_TH.dtype == gate_up_EFH.dtype == down_EHI.dtype
     if not same_dtype or x_TH.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"x, gate_up and down must share one of bfloat16, float16 and float32; given {given}.")
+        raise ValueError(
+            f"x, gate_up and down must share one of bfloat16, float16 and float32; given {_described(tensors)}."
+        )
     if ids_TK.dtype not in (torch.int32, torch.int64) or not weights_TK.is_floating_point():
-        raise ValueError(f"ids must be int32 or int64 and weights floating point; given {given}.")
-    if len({tensor.device for tensor in (x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK)}) > 1:
-        raise ValueError(f"All tensors must be on one device; given {given}.")
+        raise ValueError(f"ids must be int32 or int64 and weights floating point; given {_described(tensors)}.")
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        raise ValueError(f"All tensors must be on one device; given {_described(tensors)}.")
+
+
+def _described(tensors: dict[str, torch.Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(t.shape)} {t.dtype} on {t.device}" for name, t in tensors.items())
 
 
 @dataclass(slots=True)

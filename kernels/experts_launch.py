@@ -31,7 +31,9 @@ def route(ids_TK: torch.Tensor, num_experts: int) -> Routing:
     offsets_E = torch.empty(num_experts, dtype=torch.int32, device=device)
     padded_offsets_E = torch.empty_like(offsets_E)
     e_pad = _power_of_two(num_experts)
-    block = max(16, min(_power_of_two(rows), 4096 // e_pad))
+    block = max(16, 4096 // e_pad)
+    if rows <= 64:
+        block = min(block, 64)  # for decoding; any other size would be compiled anew
     blocks = triton.cdiv(rows, block)
     running_BE = offsets_E  # not read where there is one block
     if blocks > 1:
@@ -101,13 +103,23 @@ def _blocks_of(matrix: torch.Tensor, block: tuple[int, int], tma: bool) -> torch
 
 
 def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not `allow_tf32`: reading that raises once transformers' `tf32=True` has set `fp32_precision`.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@functools.cache
+def has_grouped_mm(device: torch.device) -> bool:
+    """Whether torch's grouped_mm is one kernel there; elsewhere it reads the offsets and loops over the experts."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _grouped_mm_serves(*operands: torch.Tensor) -> bool:
-    """torch's grouped_mm on CUDA: bf16, and rows of a multiple of 16 bytes (for other types it asks the device)."""
-    return all(
-        operand.dtype == torch.bfloat16 and all(size % 8 == 0 for size in operand.shape[1:]) for operand in operands
+    """What grouped_mm's kernel takes: bf16, and 16-byte alignment of every matrix and every row."""
+    return has_grouped_mm(operands[0].device) and all(
+        operand.dtype == torch.bfloat16
+        and operand.data_ptr() % 16 == 0
+        and all(size % 8 == 0 for size in operand.shape[1:])
+        for operand in operands
     )
 
 
@@ -277,7 +289,7 @@ def to_fp8(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values_RC = torch.empty_like(x_RC, dtype=torch.float8_e4m3fn)
     exponents_RG = x_RC.new_empty((rows, triton.cdiv(columns, FP8_GROUP)), dtype=torch.int8)
     grid = (triton.cdiv(rows, 32), exponents_RG.shape[1])
-    kernels.to_fp8_kernel[grid](x_RC, values_RC, exponents_RG, columns, GROUP=FP8_GROUP, BLOCK_R=32, rows=rows)
+    kernels.to_fp8_kernel[grid](x_RC, values_RC, exponents_RG, rows, columns, GROUP=FP8_GROUP, BLOCK_R=32)
     return values_RC, exponents_RG
 
 
@@ -286,5 +298,5 @@ def from_fp8(values_RC: torch.Tensor, exponents_RG: torch.Tensor, dtype: torch.d
     rows, columns = values_RC.shape
     out_RC = torch.empty_like(values_RC, dtype=dtype)
     grid = (triton.cdiv(rows, 32), exponents_RG.shape[1])
-    kernels.from_fp8_kernel[grid](values_RC, exponents_RG, out_RC, columns, GROUP=FP8_GROUP, BLOCK_R=32, rows=rows)
+    kernels.from_fp8_kernel[grid](values_RC, exponents_RG, out_RC, rows, columns, GROUP=FP8_GROUP, BLOCK_R=32)
     return out_RC

@@ -2,10 +2,11 @@
 """The Triton kernels of the experts, and nothing else: what starts them is in `experts_launch.py`.
 
 Every matrix product is one kind of loop: tiles of sorted rows, of which each belongs to one expert, against that
-expert's matrix. Programs take
-the tiles in turn: as many programs as multiprocessors, or as tiles. Rows of all experts lie in one
-buffer, so a tile may read rows of the next expert: those are computed and never stored. Matrices arrive through tensor
-descriptors (TMA) where `TMA` is set, and through pointers where the sizes are odd or the device has no TMA.
+expert's matrix. Programs take the tiles in turn: as many programs as multiprocessors, or as tiles. Rows of all experts
+lie in one buffer, so a tile may read rows of the next expert: those are computed and never stored. Matrices arrive
+through tensor descriptors (TMA) where `TMA` is set, and through pointers where the sizes are odd or the device has no
+TMA. What depends on the number of tokens is not specialised (`do_not_specialize`): a batch of another size compiles
+nothing.
 
 Letters: R sorted rows, E experts, H hidden, I intermediate; a tile is BLOCK_M rows by BLOCK_N columns, BLOCK_K deep.
 """
@@ -90,7 +91,7 @@ def _silu_parts(gate, up):
     return silu, sigmoid + silu * (1.0 - sigmoid), silu * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def count_kernel(ids_R, counts_BE, rows, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
     """How many of a block's rows each expert gets."""
     block = tl.program_id(0)
@@ -101,7 +102,7 @@ def count_kernel(ids_R, counts_BE, rows, E: tl.constexpr, E_PAD: tl.constexpr, B
     tl.store(counts_BE + block * E + e, counts, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def place_kernel(
     ids_R,
     running_BE,  # counts of this block and of all before it
@@ -191,7 +192,7 @@ def _padded_rows(first, place, offsets_E, padded_offsets_E, E: tl.constexpr, E_P
     return place - _pick(padded_starts, e, expert) + _pick(starts, e, expert), _pick(ends, e, expert)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
     rows_RH,
     slots_TK,
@@ -282,7 +283,7 @@ def swiglu_backward_kernel(
     tl.store(dweight_R + row, dweight, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def up_kernel(
     x_RH,
     gate_up_FH,  # all experts' matrices one below the other: (E * 2 * I, H), each gate rows, then up rows
@@ -341,7 +342,7 @@ def up_kernel(
         tl.store(act_block, act.to(act_RI.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     a_RK,
     b,  # (E * N, K), or with NN (E * K, N)
@@ -399,7 +400,7 @@ def rows_kernel(
         tl.store(out_block, out.to(out_RN.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def weight_gradient_kernel(
     a_PM,  # padded rows
     b_PN,  # padded rows
@@ -438,8 +439,8 @@ def weight_gradient_kernel(
         tl.store(out_block, out.to(out_EMN.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
-def to_fp8_kernel(x_RC, out_RC, exponents_RG, columns, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, rows):
+@triton.jit(do_not_specialize=["rows"])
+def to_fp8_kernel(x_RC, out_RC, exponents_RG, rows, columns, GROUP: tl.constexpr, BLOCK_R: tl.constexpr):
     """Eight bits (e4m3) and, for every GROUP values of a row, the power of two that brings the largest below 448."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     group = tl.program_id(1)
@@ -454,8 +455,8 @@ def to_fp8_kernel(x_RC, out_RC, exponents_RG, columns, GROUP: tl.constexpr, BLOC
     tl.store(exponents_RG + r * tl.num_programs(1) + group, exponent.to(tl.int8), mask=r < rows)
 
 
-@triton.jit
-def from_fp8_kernel(x_RC, exponents_RG, out_RC, columns, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, rows):
+@triton.jit(do_not_specialize=["rows"])
+def from_fp8_kernel(x_RC, exponents_RG, out_RC, rows, columns, GROUP: tl.constexpr, BLOCK_R: tl.constexpr):
     """Back from eight bits."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     group = tl.program_id(1)

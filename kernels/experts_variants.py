@@ -120,6 +120,9 @@ def _variants() -> list[AheadOfTime]:
         function, types, constants = _product("down" if transposed else "up_gradient", NARROW_TILE)
         constants |= {"ADD": True, "EVEN_K": False}
         found[name] = _variant(name, function, types, constants, NARROW_TILE.num_warps, NARROW_TILE.num_stages, EVERY)
+    function, types, constants = _product("weight_gradient", NARROW_TILE)
+    name = "experts.lora.weight_gradient"
+    found[name] = _variant(name, function, types, constants, NARROW_TILE.num_warps, NARROW_TILE.num_stages, EVERY)
     for name, (function, types, constants) in _SMALL.items():
         warps = 8 if name == "swiglu_backward" else 4
         found[name] = _variant(f"experts.{name}", function, types, constants, warps, 3, EVERY)

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 NAME = "jai-kernels"
 VERSION = 1
 MODULES = (
+    "ahead_of_time_spec.py",
     "causal_lm_loss.py",
     "configs.py",
     "cross_entropy.py",

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS: dict[str, Save] = {"jai_fused": "x+pre", "jai_fused_x": "x", "jai_fused_fp8": "fp8-pre"}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NAMES = ("gate_up_proj", "down_proj")
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))  # once: ACT2FN makes a module at every look
 
 
 def why_not(experts: nn.Module, hidden_states: torch.Tensor, save: Save = "x+pre") -> str | None:
@@ -36,7 +38,7 @@ def why_not(experts: nn.Module, hidden_states: torch.Tensor, save: Save = "x+pre
     device = hidden_states.device
     if device.type == "cuda":
         needed = (8, 9) if save == "fp8-pre" else (8, 0)
-        if torch.cuda.get_device_capability(device) < needed:
+        if _capability(device) < needed:
             return f"{torch.cuda.get_device_name(device)} is older than compute capability {needed[0]}.{needed[1]}"
     elif os.environ.get("TRITON_INTERPRET") != "1":
         return f"the hidden states are on {device}; the kernels run on CUDA devices"
@@ -49,35 +51,48 @@ def why_not(experts: nn.Module, hidden_states: torch.Tensor, save: Save = "x+pre
         return f"{name} stores its matrices transposed"
     if not _is_silu(getattr(experts, "act_fn", None)) or not _has_default_gate(type(experts)):
         return f"{name} has another activation than SwiGLU's silu"
-    for matrix in _matrices(experts)[:2]:
+    for matrix in _matrices(experts):
         if isinstance(matrix, DTensor):
             return f"the matrices of {name} are distributed tensors"
         if matrix.dtype not in _DTYPES:
             return f"the matrices of {name} are {matrix.dtype}; the kernels take bfloat16, float16 and float32"
+        if matrix.ndim != 3:
+            return f"the matrices of {name} have {matrix.ndim} dimensions; the kernels take (experts, rows, columns)"
     return None
 
 
-def _matrices(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor, ExpertsLora | None]:
-    """Both matrices, and LoRA beside them where PEFT adapts them (`target_parameters`) and has not merged.
+@torch.compiler.assume_constant_result  # torch.compile would put the call into its graph
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
-    PEFT 0.21 puts a parametrisation with the factors on each adapted parameter while the module runs; reading the
-    parameter itself would make the merged matrix. Of PEFT's private class only three attributes are used.
+
+def _matrices(experts: nn.Module) -> list[torch.Tensor]:
+    """Both matrices, without what PEFT adds to them: reading an adapted one would make the merged matrix."""
+    return [
+        getattr(experts, name) if _factors_of(experts, name) is None else experts.parametrizations[name].original
+        for name in _NAMES
+    ]
+
+
+def _lora(experts: nn.Module, dtype: torch.dtype) -> ExpertsLora | None:
+    """LoRA in `dtype`, where PEFT adapts a matrix (`target_parameters`) and has not merged.
+
+    PEFT 0.21 puts a parametrisation with the factors on each adapted parameter while the module runs. Of PEFT's private
+    class only three attributes are used.
     """
-    matrices, factors, scales = [], [], []
-    adapted = False
-    for name in ("gate_up_proj", "down_proj"):
-        proxy = _factors_of(experts, name)
+    proxies = [_factors_of(experts, name) for name in _NAMES]
+    if proxies == [None, None]:
+        return None
+    factors, scales = [], []
+    for matrix, proxy in zip(_matrices(experts), proxies, strict=True):
+        num_experts, rows, columns = matrix.shape
         if proxy is None:
-            matrix, scale = getattr(experts, name), 0.0
-            num_experts, rows, columns = matrix.shape
-            a, b = matrix.new_empty(num_experts, 0, columns), matrix.new_empty(num_experts, rows, 0)
+            a, b, scale = matrix.new_empty(num_experts, 0, columns), matrix.new_empty(num_experts, rows, 0), 0.0
         else:
-            adapted = True
-            matrix, a, b, scale = experts.parametrizations[name].original, proxy.rhs, proxy.lhs, float(proxy.scaling)
-        matrices.append(matrix)
-        factors += [a, b]
+            a, b, scale = proxy.rhs, proxy.lhs, float(proxy.scaling)
+        factors += [a.to(dtype), b.to(dtype)]
         scales.append(scale)
-    return *matrices, ExpertsLora(*factors, *scales) if adapted else None
+    return ExpertsLora(*factors, *scales)
 
 
 def _factors_of(experts: nn.Module, name: str) -> nn.Module | None:
@@ -90,7 +105,7 @@ def _factors_of(experts: nn.Module, name: str) -> nn.Module | None:
 
 
 def _is_silu(activation: object) -> bool:
-    return activation is nn.functional.silu or isinstance(activation, (nn.SiLU, type(ACT2FN["silu"])))
+    return activation is nn.functional.silu or isinstance(activation, _SILU)
 
 
 def _has_default_gate(experts_class: type) -> bool:
@@ -121,13 +136,10 @@ def experts_forward(
         _warn_once(reason)
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
     device_type = hidden_states.device.type
-    gate_up, down, lora = _matrices(experts)
+    gate_up, down = _matrices(experts)
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else gate_up.dtype
-    if lora is not None:
-        lora = ExpertsLora(*(factor.to(dtype) for factor in lora[:4]), *lora[4:])
-    out = fused_experts(
-        hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), top_k_index, top_k_weights, save=save, lora=lora
-    )
+    x, gate_up, down = (tensor.to(dtype) for tensor in (hidden_states, gate_up, down))
+    out = fused_experts(x, gate_up, down, top_k_index, top_k_weights, save=save, lora=_lora(experts, dtype))
     return out.to(hidden_states.dtype)
 
 
