@@ -7,7 +7,8 @@ r"""A layer's experts beside their peers: time, memory, bytes kept for the backw
 
 First the ceiling of the machine: the same matrix products by cuBLAS, expert by expert, alone. Then every contender in
 turn, on the same tensors: ours, transformers' implementations, a cuBLAS loop over the experts (whose sizes the host
-knows: no real model can), sonicmoe where it loads, and Liger's. Passes: `forward`, `training` (forward and backward),
+knows: no real model can), sonicmoe where it loads, and Liger's. Passes: `forward`, `replayed` (the same as a CUDA graph,
+for up to 64 tokens: what decoding costs without Python), `training` (forward and backward),
 `checkpointed` (the same under non-reentrant activation checkpointing). `--lora R` adapts both matrices by PEFT. Time is
 the median over rounds, by CUDA events, with the caches flushed in between; memory the most beside what is there before.
 Rows are appended to results/experts.csv; --plot draws the last run against the roofline.
@@ -32,7 +33,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import jai.kernels.register  # noqa: F401  "jai_fused"
 from jai.kernels.experts import fused_experts_reference
 
-PASSES = ("forward", "training", "checkpointed")
+PASSES = ("forward", "replayed", "training", "checkpointed")
 IMPLEMENTATIONS = (
     "jai_fused",
     "jai_fused_x",
@@ -46,6 +47,7 @@ IMPLEMENTATIONS = (
 CEILING = "ceiling: cuBLAS products"
 LOOP = "cuBLAS loop"
 BATCHED_MOST = 64  # batched_mm copies a token's matrices: 1.1 GB each at JAI-1's size
+REPLAYED_MOST = 64  # decoding
 CHECKED_TOKENS = 256
 
 
@@ -150,8 +152,27 @@ def with_lora(experts: nn.Module, rank: int) -> nn.Module:
     return get_peft_model(Layer(), LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=targets))
 
 
+def captured(runs: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Each contender as a CUDA graph, as a serving engine runs it; one that asks the device has none."""
+    replays: dict[str, Callable[[], object]] = {}
+    for name, run in runs.items():
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            replays[name] = graph.replay
+        except Exception as reason:
+            print(f"  {name} cannot be captured: {str(reason).splitlines()[0][:140]}")
+    return replays
+
+
 def run_once(what: str, module: nn.Module, batch: tuple[torch.Tensor, ...], dout_TH: torch.Tensor) -> None:
-    if what == "forward":
+    if what in ("forward", "replayed"):
         with torch.no_grad():
             module(*batch)
         return
@@ -208,7 +229,9 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
     for what in arguments.passes:
         runs: dict[str, Callable[[], object]] = {}
         dtype = getattr(torch, arguments.dtype)
-        runs[CEILING] = Ceiling(experts, arguments.hidden, arguments.intermediate, dtype, what != "forward")
+        runs[CEILING] = Ceiling(
+            experts, arguments.hidden, arguments.intermediate, dtype, what in ("training", "checkpointed")
+        )
         for name in errors:
 
             def run(name: str = name, what: str = what) -> None:
@@ -216,6 +239,10 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
                 run_once(what, module, batch, dout_TH)
 
             runs[name] = run
+        if what == "replayed":
+            if arguments.device == "cpu" or tokens > REPLAYED_MOST:
+                continue
+            runs = captured(runs)
         peaks, kept, times = {}, {}, {}
         for name, run in runs.items():
             try:
@@ -238,7 +265,7 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
 
 
 def row_of(arguments, tokens, what, name, times, peaks, kept, errors) -> dict[str, str]:
-    products = 1 if what == "forward" else 3
+    products = 1 if what in ("forward", "replayed") else 3
     operations = products * 6 * tokens * arguments.top_k * arguments.hidden * arguments.intermediate
     middle = statistics.median(times[name])
     return {

@@ -636,7 +636,11 @@ class TestHubKernel:
             "model(ids, labels=ids).loss.backward()\n"
             "import jai.kernels.register\n"  # beside the installed package
             "torch.testing.assert_close(model(ids).logits, expected)\n"
-            "assert kernel.linear_cross_entropy and kernel.linear_log_probs\n"
+            "hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(40, 16)\n"
+            "loss = kernel.linear_cross_entropy(hidden, weight, torch.arange(5))\n"
+            "torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(5)))\n"
+            "loss.backward()\n"
+            "assert kernel.linear_log_probs and kernel.use_linear_cross_entropy\n"
         )
         loaded = run_clean(code, tmp_path, interpret=True)
         assert loaded.returncode == 0, loaded.stderr
