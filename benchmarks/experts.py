@@ -8,9 +8,10 @@ r"""A layer's experts beside their peers: time, memory, bytes kept for the backw
 First the ceiling of the machine: the same matrix products by cuBLAS, expert by expert, alone. Then every contender in
 turn, on the same tensors: ours, transformers' implementations, a cuBLAS loop over the experts (whose sizes the host
 knows: no real model can), sonicmoe where it loads, and Liger's. Passes: `forward`, `replayed` (the same as a CUDA
-graph, for up to 64 tokens: what decoding costs without Python), `training` (forward and backward), `checkpointed` (the same under non-reentrant activation checkpointing). `--lora R` adapts both matrices by PEFT. Time is
-the median over rounds, by CUDA events, with the caches flushed in between; memory the most beside what is there before.
-Rows are appended to results/experts.csv; --plot draws the last run against the roofline.
+graph, for up to 64 tokens: what decoding costs without Python), `training` (forward and backward), `checkpointed` (the
+same under non-reentrant activation checkpointing). `--lora R` adapts both matrices by PEFT. Time is the median over
+rounds, by CUDA events, with the caches flushed in between; memory the most beside what is there before. Rows are
+appended to results/experts.csv; --plot draws the last run against the roofline.
 """
 
 import argparse
