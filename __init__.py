@@ -14,10 +14,20 @@ from jai.version import __version__
 _HOME_OF = {
     "JaiConfig": "jai.configuration_jai",
     "JaiForCausalLM": "jai.modeling_jai",
+    "JaiForQuestionAnswering": "jai.modeling_jai",
     "JaiForSequenceClassification": "jai.modeling_jai",
+    "JaiForTokenClassification": "jai.modeling_jai",
     "JaiModel": "jai.modeling_jai",
 }
-__all__ = ["JaiConfig", "JaiForCausalLM", "JaiForSequenceClassification", "JaiModel", "__version__"]
+__all__ = [
+    "JaiConfig",
+    "JaiForCausalLM",
+    "JaiForQuestionAnswering",
+    "JaiForSequenceClassification",
+    "JaiForTokenClassification",
+    "JaiModel",
+    "__version__",
+]
 
 # The shell sets this at every TAB: completion needs no model, and answers in half a second instead of four.
 if "_JAI_COMPLETE" not in os.environ:

@@ -19,6 +19,21 @@ AUTO_MAP = {
     "AutoModel": "modeling_jai.JaiModel",
     "AutoModelForCausalLM": "modeling_jai.JaiForCausalLM",
     "AutoModelForSequenceClassification": "modeling_jai.JaiForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_jai.JaiForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_jai.JaiForQuestionAnswering",
+}
+
+_ATTENTION_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+# Apart from the experts', because transformers takes an entry without a module for a misprint.
+_DENSE_PLAN = {
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
 }
 
 # transformers renamed Mixtral's expert-parallel styles in 5.19; vLLM and SGLang pin versions on both sides.
@@ -108,7 +123,9 @@ class JaiConfig(PreTrainedConfig):
         output_router_logits: return the router's logits, and add the auxiliary loss to the loss.
         router_aux_loss_coef: weight of the load-balancing loss; 0 for a dense JAI.
         rope_parameters: RoPE, as in transformers; the default is plain RoPE with base 1,000,000.
-        sliding_window: only `None`: JAI drops phi-3's window (paper, section 3.2).
+
+    JAI drops phi-3's window (paper, section 3.2): a `sliding_window` other than `None` is refused, and there is no such
+    attribute, because transformers takes every configuration that has one for a model with windows.
 
     Raises:
         ValueError: (inside huggingface_hub's `StrictDataclassError`) if the values do not fit each other.
@@ -118,14 +135,9 @@ class JaiConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_experts": "num_local_experts"}
     default_theta = 1_000_000.0
+    norm_topk_prob = True  # read by engines that route by themselves: some take one expert a token for unnormalised
     base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
+        **_ATTENTION_PLAN,
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
@@ -152,7 +164,6 @@ class JaiConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 32000
     tie_word_embeddings: bool = False
-    sliding_window: int | None = None
     attention_dropout: float | int = 0.0
     block_size: int = 4
     block_repeats: list[int] | tuple[int, ...] = (1, 1, 1, 2, 3, 3, 2, 1, 1, 1)
@@ -179,6 +190,7 @@ class JaiConfig(PreTrainedConfig):
         if self.num_local_experts == 1:
             # TRL asks any model with `output_router_logits` for its auxiliary loss unless the weight is 0.
             self.router_aux_loss_coef = 0.0
+            self.base_model_tp_plan = {**_ATTENTION_PLAN, **_DENSE_PLAN}
         # Whole from the start, and flat: saving adds only the entry of the saved class, and a load from the Hub may
         # have put the name of the first repository before the others.
         kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
@@ -186,6 +198,8 @@ class JaiConfig(PreTrainedConfig):
         original_context = kwargs.pop("original_max_position_embeddings", None)
         if original_context is not None:
             self.original_max_position_embeddings = original_context
+        if kwargs.get("sliding_window") is None:
+            kwargs.pop("sliding_window", None)
         super().__post_init__(**kwargs)
 
     @property
@@ -257,10 +271,9 @@ class JaiConfig(PreTrainedConfig):
                 f"`num_experts_per_tok` is {self.num_experts_per_tok}, but there are {self.num_local_experts} experts. "
                 f"Give a number from 1 to {self.num_local_experts}."
             )
-        if self.sliding_window is not None:
-            raise ValueError(
-                f"`sliding_window` is {self.sliding_window}, but JAI has no window (paper, section 3.2). Leave it out."
-            )
+        window = getattr(self, "sliding_window", None)
+        if window is not None:
+            raise ValueError(f"`sliding_window` is {window}, but JAI has no window (paper, section 3.2). Leave it out.")
         super().validate_architecture()
 
 

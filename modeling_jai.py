@@ -10,6 +10,7 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, H hidden_size, I intermed
 token, N query heads, G key and value heads, D head_dim, V vocabulary.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,12 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices, packed_sequence_mask_function
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -126,6 +132,8 @@ def eager_attention_forward(
 class JaiAttention(nn.Module):
     """Grouped-query attention; phi-3's fused `qkv_proj` is cut into three so that tensor parallelism and LoRA fit."""
 
+    apply_rotary_pos_emb = staticmethod(apply_rotary_pos_emb)  # an attribute: a kernel may replace it in one model
+
     def __init__(self, config: JaiConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -153,7 +161,7 @@ class JaiAttention(nn.Module):
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self.apply_rotary_pos_emb(query, key, *position_embeddings)
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -332,10 +340,23 @@ class JaiPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
 
+def offer_peft_defaults():
+    """Tell PEFT, if the process has imported it, what its methods adapt in a JAI where no target modules are given.
+
+    The layers have Llama's names, so the targets are Llama's, but for all of attention where those are q and v alone.
+    """
+    peft = sys.modules.get("peft.utils.constants")
+    for name, table in vars(peft).items() if peft else ():
+        if name.endswith("_MODULES_MAPPING") and "llama" in table:
+            few = table["llama"] == ["q_proj", "v_proj"]
+            table.setdefault("jai", ["q_proj", "k_proj", "v_proj", "o_proj"] if few else table["llama"])
+
+
 @auto_docstring
 class JaiModel(JaiPreTrainedModel):
     def __init__(self, config: JaiConfig):
         super().__init__(config)
+        offer_peft_defaults()
         config.validate_architecture()  # again: `num_hidden_layers` may have been set since the config was made
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -561,20 +582,25 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
+        # `generate` takes embeddings only where this signature names them.
         # LongRoPE turns every key differently once the context outgrows the original one: compute the cache anew.
         rope = self.config.rope_parameters
         limit = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else None
         if limit and past_key_values is not None and 0 < past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
             past_key_values, kwargs["next_sequence_length"] = None, None
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+
+# The heads build their model here: transformers' own `__init__` does so through AutoModel, which refuses remote code.
 
 
 class JaiForSequenceClassification(GenericForSequenceClassification, JaiPreTrainedModel):
     """JAI with a linear head on the last token: a classifier, or a reward model with `num_labels=1`."""
 
     def __init__(self, config: JaiConfig):
-        # Not GenericForSequenceClassification's: it builds the model through AutoModel, which refuses remote code.
         JaiPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = JaiModel(config)
@@ -582,8 +608,39 @@ class JaiForSequenceClassification(GenericForSequenceClassification, JaiPreTrain
         self.post_init()
 
 
+class JaiForTokenClassification(GenericForTokenClassification, JaiPreTrainedModel):
+    """JAI with a linear head on every token: a tagger, or a process reward model with `num_labels=2`."""
+
+    def __init__(self, config: JaiConfig):
+        JaiPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = JaiModel(config)
+        self.dropout = nn.Dropout(0.1)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+class JaiForQuestionAnswering(GenericForQuestionAnswering, JaiPreTrainedModel):
+    """JAI with two linear heads on every token, for where an answer starts and where it ends."""
+
+    def __init__(self, config: JaiConfig):
+        JaiPreTrainedModel.__init__(self, config)
+        self.model = JaiModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
 JaiModel.register_for_auto_class("AutoModel")
 JaiForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 JaiForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+JaiForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+JaiForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
 
-__all__ = ["JaiForCausalLM", "JaiForSequenceClassification", "JaiModel", "JaiPreTrainedModel"]
+__all__ = [
+    "JaiForCausalLM",
+    "JaiForQuestionAnswering",
+    "JaiForSequenceClassification",
+    "JaiForTokenClassification",
+    "JaiModel",
+    "JaiPreTrainedModel",
+]

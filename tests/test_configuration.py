@@ -69,7 +69,6 @@ def test_defaults_are_jai_1():
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "rope_parameters": {"rope_theta": 1_000_000.0, "rope_type": "default"},
-        "sliding_window": None,
         "max_position_embeddings": 32768,
         "tie_word_embeddings": False,
     }

@@ -138,7 +138,6 @@ SHARED_WITH_MIXTRAL = [
     "router_aux_loss_coef",
     "rms_norm_eps",
     "rope_parameters",
-    "sliding_window",
     "max_position_embeddings",
     "pad_token_id",
     "bos_token_id",

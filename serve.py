@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`transformers serve` for a JAI: `python -m jai.serve MODEL`, and the options of `transformers serve`.
+
+That server looks for a checkpoint's class among the names of transformers itself, so it finds no class from outside
+(transformers 5.16 to 5.23): neither a registered one nor, with `--trust-remote-code`, one in the repository. Here the
+name leads to AutoModelForCausalLM, which finds both. A copy of this file runs without the package, as
+`python serve.py MODEL --trust-remote-code`.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.cli.transformers import app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until interrupted.
+
+    Args:
+        arguments: a model and the options of `transformers serve`; None is the command line.
+    """
+    transformers.JaiForCausalLM = AutoModelForCausalLM  # type: ignore[attr-defined]
+    app(["serve", *(sys.argv[1:] if arguments is None else arguments)], prog_name="jai")
+
+
+if __name__ == "__main__":
+    main()
