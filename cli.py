@@ -564,21 +564,41 @@ def generate(
     run(model, prompt, options)
 
 
+@app.command(**PASS_THROUGH)
+def serve(context: typer.Context) -> None:
+    """Serve a model over HTTP as OpenAI does, with transformers' server: MODEL, then any of its options."""
+    from jai.errors import UserError
+
+    try:
+        from jai.serve import main as run
+    except ImportError as error:
+        raise UserError(
+            f"The server cannot be imported ({error}). Install its packages: pip install 'transformers[serving]'."
+        ) from error
+    run(context.args)
+
+
 @app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a JAI checkpoint.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a JAI checkpoint, or of an adapter.")],
     repo_id: Annotated[
         str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made if it does not exist.")
     ],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.", show_default="main")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of changing the branch.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="An adapter's base model on the Hub, if it names a folder.")
+    ] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; upload nothing.")] = False,
     no_forward: Annotated[
         bool, typer.Option("--no-forward", help="Check names and shapes only, for models larger than memory.")
     ] = False,
 ) -> None:
-    """Check a checkpoint in a clean process, write its model card, and upload it."""
+    """Check a checkpoint or an adapter in a clean process, write its model card, and upload it in one commit."""
     from jai.hub_card.publish import publish as run
 
     run(
@@ -586,6 +606,8 @@ def publish(
         repo_id,
         private=private,
         revision=revision,
+        create_pr=create_pr,
+        base=base,
         commit_message=message,
         dry_run=dry_run,
         forward=not no_forward,

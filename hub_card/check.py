@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a folder is a whole JAI checkpoint that loads anywhere: first its files, then a load in a clean process."""
+"""Whether a folder is a whole JAI checkpoint that loads anywhere: first its files, then a load in a clean process.
+
+Of an adapter likewise, on its base model.
+"""
 
 import json
 import os
@@ -8,12 +11,18 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from jai.errors import UserError
-from jai.hub_card.contents import Contents, read_contents
+from jai.hub_card.adapter import read_adapter
+from jai.hub_card.contents import Contents, Kind, read_contents
 from jai.hub_card.weights import read_json, read_tensors
 
 _CLEAN_LOAD = Path(__file__).with_name("clean_load.py")
+_ROUNDINGS = 4  # of the weights' dtype, by which the logits of two processes may differ
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,8 @@ class CheckReport:
         logits_sha256: hash of the logits (as float32) of a fixed input; the same weights give the same hash on the same
             machine. `None` without a forward pass.
         tokenizer: name of the tokenizer's class, `None` where the folder has no tokenizer.
+        difference: the largest one between these logits and those that the installed package computes, as a share of
+            the largest logit. `None` where they were not compared.
     """
 
     contents: Contents
@@ -36,10 +47,11 @@ class CheckReport:
     dtype: str
     logits_sha256: str | None
     tokenizer: str | None
+    difference: float | None = None
 
 
 def check_files(folder: str | os.PathLike) -> Contents:
-    """Check that a folder holds every file of a JAI checkpoint, and that its weight files are whole.
+    """Check that a folder holds every file of a JAI checkpoint or an adapter, and that its weight files are whole.
 
     Reads headers only, so it takes no time on a large model.
 
@@ -48,12 +60,10 @@ def check_files(folder: str | os.PathLike) -> Contents:
     """
     contents = read_contents(folder)
     folder = contents.folder
+    if contents.kind is Kind.ADAPTER:
+        read_adapter(contents)
+        return contents
     if "config.json" not in contents.kept:
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"{folder} is a PEFT adapter, not a whole model. Merge it first (`model.merge_and_unload()`, then "
-                "`save_pretrained`), or publish the adapter alone with `model.push_to_hub`."
-            )
         raise UserError(f"{folder} has no config.json, so it is no checkpoint. Give the folder that holds the weights.")
     config = read_json(folder / "config.json")
     auto_map = config.get("auto_map") if isinstance(config, dict) else None
@@ -93,18 +103,30 @@ def check_files(folder: str | os.PathLike) -> Contents:
     return contents
 
 
-def check_checkpoint(folder: str | os.PathLike, *, forward: bool = True) -> CheckReport:
+def check_checkpoint(
+    folder: str | os.PathLike,
+    *,
+    forward: bool = True,
+    base: Path | None = None,
+    source: bool = False,
+    source_base: Path | None = None,
+) -> CheckReport:
     """Check a folder's files, then load it through the Auto classes in a process that cannot import `jai`.
 
-    That process sees only the files that would be published, has no network, no token and empty caches.
+    That process runs the code in the folder. It sees only the files that would be published, has no network, no token
+    and empty caches.
 
     Args:
-        folder: a checkpoint folder.
+        folder: a checkpoint folder, or that of an adapter.
         forward: load the weights and run one forward pass; without, only names and shapes are compared, for models that
             do not fit in memory.
+        base: folder of an adapter's base model.
+        source: also load it with the installed package, in another process, and compare the logits.
+        source_base: the base that the installed package takes, if not `base`.
 
     Raises:
-        UserError: if the folder is no whole JAI checkpoint or does not load.
+        UserError: if the folder is no whole JAI checkpoint, does not load, or computes something else than the
+            installed package.
     """
     contents = check_files(folder)
     with tempfile.TemporaryDirectory(prefix="jai-check-") as scratch:
@@ -112,33 +134,64 @@ def check_checkpoint(folder: str | os.PathLike, *, forward: bool = True) -> Chec
         for name in contents.kept:
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             (staged / name).symlink_to((contents.folder / name).resolve())
-        report = Path(scratch) / "report.json"
-        request = json.dumps({"folder": str(staged), "forward": forward, "report": str(report)})
-        process = subprocess.run(
-            [sys.executable, "-P", str(_CLEAN_LOAD), request],
-            env=_clean_environment(Path(scratch)),
-            cwd=scratch,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        if not report.is_file():
-            why = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-            last = (process.stdout.strip().splitlines() or ["no output"])[-1]
-            raise UserError(
-                f"The clean process that loads {folder} died ({why}: {last}). If it ran out of memory, check without a "
-                "forward pass, or on a machine with more memory."
-            )
-        found = json.loads(report.read_text(encoding="utf-8"))
-    if "error" in found:
-        error = found["error"].replace(str(staged), str(folder))
+        asked = {"folder": str(staged), "forward": forward}
+        found = _run(contents, Path(scratch), "clean", {**asked, "base": base and str(base), "source": False})
+        difference = None
+        if source and forward:
+            own_base = source_base or base
+            _run(contents, Path(scratch), "source", {**asked, "base": own_base and str(own_base), "source": True})
+            difference = _compare_logits(contents.folder, Path(scratch), found["dtype"])
+    return CheckReport(contents, **found, difference=difference)
+
+
+def _run(contents: Contents, scratch: Path, name: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own finds; its logits are then in `NAME.safetensors`."""
+    report = scratch / f"{name}.json"
+    request |= {"report": str(report), "logits": str(scratch / f"{name}.safetensors")}
+    process = subprocess.run(
+        [sys.executable, "-P", str(_CLEAN_LOAD), json.dumps(request)],
+        env=_clean_environment(scratch),
+        cwd=scratch,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    folder = contents.folder
+    if not report.is_file():
+        why = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+        last = (process.stdout.strip().splitlines() or ["no output"])[-1]
         raise UserError(
-            f"{folder} does not load in a clean process: {error}\nNobody could load it from the Hub either. Mend the "
-            "folder, or save the model again with save_pretrained."
+            f"The {name} process that loads {folder} died ({why}: {last}). If it ran out of memory, check without a "
+            "forward pass, or on a machine with more memory."
         )
-    return CheckReport(contents, **found)
+    found = json.loads(report.read_text(encoding="utf-8"))
+    if "error" not in found:
+        return found
+    error = found["error"].replace(request["folder"], str(folder))
+    if request["source"]:
+        raise UserError(
+            f"{folder} loads in a clean process, but not with the installed package: {error}\nUse the version of jai "
+            "that made it."
+        )
+    raise UserError(
+        f"{folder} does not load in a clean process: {error}\nNobody could load it from the Hub either. Mend the "
+        "folder, or save the model again with save_pretrained."
+    )
+
+
+def _compare_logits(folder: Path, scratch: Path, dtype: str) -> float:
+    clean, source = (load_file(scratch / f"{name}.safetensors")["logits"] for name in ("clean", "source"))
+    difference = ((clean - source).abs().max() / source.abs().max()).item()
+    allowed = max(_ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps, 1e-4)
+    if not difference <= allowed:  # not a number either
+        raise UserError(
+            f"The code in {folder} computes something else than the installed package: the logits differ by "
+            f"{difference:.2g} of the largest. Load the model with `jai` imported and save it again with "
+            "save_pretrained, so that the code beside the weights is the one that they were made with."
+        )
+    return difference
 
 
 def _clean_environment(scratch: Path) -> dict[str, str]:

@@ -2,14 +2,37 @@
 """Load a checkpoint folder as a stranger would: in a process of its own, in which `jai` cannot be imported.
 
 Run by path, with a JSON request as the only argument; the findings go to the file that the request names. It imports
-nothing of `jai`, so that only the code that lies in the folder can be what loads the weights.
+nothing of `jai`, so that only the code that lies in the folder can be what loads the weights. With `source` it is the
+other way round: the installed package loads the weights, and no code in the folder is run.
 """
 
 import hashlib
 import importlib.abc
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to load.
+
+    Attributes:
+        folder: a checkpoint folder, or an adapter's where there is a `base`.
+        base: folder of the adapter's base model.
+        forward: load the weights and run one forward pass; otherwise only their names and shapes are compared.
+        source: let the installed package load it.
+        report: JSON file for the findings.
+        logits: safetensors file for the logits.
+    """
+
+    folder: str
+    base: str | None
+    forward: bool
+    source: bool
+    report: str
+    logits: str
 
 
 class _NoJai(importlib.abc.MetaPathFinder):
@@ -23,71 +46,107 @@ class _NoJai(importlib.abc.MetaPathFinder):
         return
 
 
-def load(folder: Path, forward: bool) -> dict[str, object]:
-    """Load the model (and the tokenizer, if there is one), run one forward, and say what came out.
-
-    Without `forward` the weights are not read: their names and shapes are compared with the model's.
-    """
+def load(request: Request) -> dict[str, object]:
+    """Load the model (and the tokenizer, if there is one), run one forward, and say what came out."""
     import torch
     import transformers
+    from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    folder = Path(request.folder)
+    model_folder = Path(request.base or folder)
+    trust = {"trust_remote_code": not request.source}
+    config = AutoConfig.from_pretrained(model_folder, **trust)
     architecture = (config.architectures or ["JaiForCausalLM"])[0]
     autos = [auto for auto, where in config.auto_map.items() if where.split(".")[-1] == architecture]
     if not autos:
         raise ValueError(f"config.json says architectures=[{architecture!r}], which its auto_map does not name")
     auto = getattr(transformers, autos[0])
+    quantized = getattr(config, "quantization_config", None) is not None
 
-    fingerprint = None
-    if forward:
-        model, loading = auto.from_pretrained(folder, trust_remote_code=True, dtype="auto", output_loading_info=True)
+    if request.forward:
+        model, loading = auto.from_pretrained(
+            model_folder, dtype="auto", use_safetensors=True, output_loading_info=True, **trust
+        )
         problems = {kind: sorted(map(str, found)) for kind, found in loading.items() if found}
         if problems:
             raise ValueError(f"the weights do not fit the model: {_shorten(problems)}")
-        input_ids = (torch.arange(16) * 7 % config.vocab_size).unsqueeze(0)
+    else:
+        with torch.device("meta"):
+            model = auto.from_config(config, **trust)
+        if request.base is None:
+            tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+            wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+            _compare(wanted, _stored(folder.glob("*.safetensors")), quantized)
+    module = type(model).__module__
+    if module.startswith("transformers_modules") == request.source:
+        where = "the installed package" if request.source else "the code in the folder"
+        raise ValueError(f"the model came from {module}, not from {where}")
+    # `numel` would count the packed bytes of a quantised weight.
+    parameters, dtype = model.num_parameters(), str(model.dtype if request.forward else config.dtype)
+    if request.base is not None:
+        model = _add_adapter(model, folder, request.forward)
+        autos = ["AutoPeftModelForCausalLM"]
+
+    fingerprint = None
+    if request.forward:
+        input_ids = (torch.arange(16) * 7 % config.vocab_size).unsqueeze(0).to(model.device)
         with torch.no_grad():
-            logits = model.eval()(input_ids=input_ids)[0].float().contiguous()
+            logits = model.eval()(input_ids=input_ids)[0].float().cpu().contiguous()
         if not torch.isfinite(logits).all():
             raise ValueError("the logits of a forward pass are not finite numbers")
         fingerprint = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
-    else:
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=True)
-        _compare_shapes(model, folder, tied=config.tie_word_embeddings)
-
-    module = type(model).__module__
-    if not module.startswith("transformers_modules"):
-        raise ValueError(f"the model came from {module}, not from the code in the folder")
-    found = {
+        save_file({"logits": logits}, request.logits)
+    return {
         "auto_class": autos[0],
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype if forward else config.dtype).removeprefix("torch."),
+        "parameters": parameters,
+        "dtype": dtype.removeprefix("torch."),
         "logits_sha256": fingerprint,
-        "tokenizer": None,
+        "tokenizer": None if request.source else _load_tokenizer(folder, config.vocab_size),
     }
-    if (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} entries, the model only vocab_size={config.vocab_size}: "
-                "some texts would fail"
-            )
-        tokenizer("ภาษาไทย and English")
-        found["tokenizer"] = type(tokenizer).__name__
-    return found
 
 
-def _compare_shapes(model, folder: Path, tied: bool) -> None:
+def _load_tokenizer(folder: Path, vocab_size: int) -> str | None:
+    import transformers
+
+    if not ((folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists()):
+        return None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries, the model only vocab_size={vocab_size}: some texts would fail"
+        )
+    tokenizer("ภาษาไทย and English")
+    return type(tokenizer).__name__
+
+
+def _add_adapter(model, folder: Path, forward: bool):
+    from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+
+    if forward:
+        model = PeftModel.from_pretrained(model, folder)
+    else:
+        model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    _compare(wanted, _stored([folder / "adapter_model.safetensors"]), quantized=False)
+    return model
+
+
+def _stored(paths) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     stored: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(paths):
         with safe_open(path, framework="pt") as file:
             stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if tied:
-        wanted.pop("lm_head.weight", None)
+    return stored
+
+
+def _compare(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]], quantized: bool) -> None:
+    if quantized:  # a packed weight has another shape, and brings scales along: what counts is that its layer is there
+        layers = {name.rpartition(".")[0] for name in wanted}
+        wanted = dict.fromkeys(layers, ())
+        stored = {next((layer for layer in _above(name) if layer in layers), name): () for name in stored}
     problems = {
         "missing_keys": sorted(wanted.keys() - stored.keys()),
         "unexpected_keys": sorted(stored.keys() - wanted.keys()),
@@ -97,6 +156,12 @@ def _compare_shapes(model, folder: Path, tied: bool) -> None:
         raise ValueError(f"the weights do not fit the model: {_shorten({k: v for k, v in problems.items() if v})}")
 
 
+def _above(name: str) -> list[str]:
+    """The modules that a tensor may belong to, the innermost first: "a.b.c" is in "a.b" and in "a"."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
 def _shorten(problems: dict[str, list[str]]) -> str:
     return "; ".join(
         f"{len(found)} {kind.replace('_', ' ')} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"
@@ -104,14 +169,17 @@ def _shorten(problems: dict[str, list[str]]) -> str:
     )
 
 
-def main(request: str) -> None:
-    asked = json.loads(request)
-    sys.meta_path.insert(0, _NoJai())
+def main(argument: str) -> None:
+    request = Request(**json.loads(argument))
+    if not request.source:
+        sys.meta_path.insert(0, _NoJai())
     try:
-        found = load(Path(asked["folder"]), asked["forward"])
+        if request.source:
+            import jai  # noqa: F401  registers its classes
+        found = load(request)
     except Exception as error:  # whatever it is, it is the answer
         found = {"error": f"{type(error).__name__}: {error}"}
-    Path(asked["report"]).write_text(json.dumps(found), encoding="utf-8")
+    Path(request.report).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wire under the loopback Hub: an HTTP/1.1 server on 127.0.0.1 with faults on request."""
 
+import io
 import json
 import re
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,15 +18,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from jai.hub_card.loopback_faults import Faults
+
 _BLOCK = 2**20
+_SLOW_PIECES, _SLOW_PAUSE = 5, 0.01
 
 
 class HttpError(Exception):
     """An answer that is an error, with the header by which the Hub's client tells errors apart."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None, retry_after: int | None = None):
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.retry_after = status, message, code, retry_after
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,14 @@ class SeenRequest:
 
 @dataclass
 class Request:
-    """A request as a route sees it. `blocks` yields the body once."""
+    """A request as a route sees it. `blocks` yields the body once; `account` is the Hub's own."""
 
     method: str
     path: str
     query: dict[str, str]
     headers: Message
     blocks: Iterator[bytes]
-    user: str | None = None
+    account: Any = None
 
     def body(self) -> bytes:
         return b"".join(self.blocks)
@@ -73,24 +78,8 @@ def error_answer(error: HttpError) -> Answer:
     """An error as the Hub words it."""
     one_line = " ".join(error.message.split()).encode("ascii", "replace").decode()
     headers = {"X-Error-Message": one_line} | ({"X-Error-Code": error.code} if error.code else {})
+    headers |= {"Retry-After": str(error.retry_after)} if error.retry_after is not None else {}
     return json_answer({"error": error.message}, headers, error.status)
-
-
-@dataclass
-class Fault:
-    """What to do to the next `remaining` requests whose `"METHOD /path"` contains `match`.
-
-    Attributes:
-        status: answer with it; `None` closes the connection without an answer.
-        after_work: let the request take effect first, as when an answer is lost on its way back.
-        delay: seconds to wait before.
-    """
-
-    remaining: int
-    match: str
-    status: int | None
-    after_work: bool = False
-    delay: float = 0.0
 
 
 class LoopbackServer:
@@ -98,9 +87,8 @@ class LoopbackServer:
 
     def __init__(self, answer: Callable[[Request], Answer]):
         self._answer = answer
-        self._lock = threading.Lock()
         self.requests: list[SeenRequest] = []
-        self.faults: list[Fault] = []
+        self.faults = Faults()
 
     def __enter__(self) -> "LoopbackServer":
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"loopback": self}))
@@ -117,21 +105,14 @@ class LoopbackServer:
     def port(self) -> int:
         return self._server.server_port
 
-    def take_fault(self, request: Request) -> Fault | None:
-        """The fault that this request meets, if any; it is then used up by one."""
-        with self._lock:
-            for fault in self.faults:
-                if fault.remaining > 0 and fault.match in f"{request.method} {request.path}":
-                    fault.remaining -= 1
-                    return fault
-        return None
-
     def answer(self, request: Request) -> Answer:
         """The answer to a request, errors included."""
         try:
             return self._answer(request)
         except HttpError as error:
             return error_answer(error)
+        except ConnectionError:
+            raise
         except Exception as error:  # a fault of the server is an answer, too
             traceback.print_exc()
             return error_answer(HttpError(500, f"{type(error).__name__}: {error}"))
@@ -157,21 +138,25 @@ class _Handler(BaseHTTPRequestHandler):
         request = Request(self.command, url.path, query, self.headers, self._blocks())
         authorized = "Authorization" in self.headers
         self.loopback.requests.append(SeenRequest(self.command, url.path, self.headers.get("Host", ""), authorized))
-        fault = self.loopback.take_fault(request)
-        if fault is None:
-            answer = self.loopback.answer(request)
-        else:
-            time.sleep(fault.delay)
-            if fault.after_work:
+        has_body = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        fault = self.loopback.faults.draw(self.command, url.path, has_body)
+        time.sleep(fault.delay if fault else 0)
+        kind = fault.kind if fault else ""
+        if kind in ("hang up", "lose answer", "cut upload"):
+            if kind == "lose answer":
                 self.loopback.answer(request)
-            if fault.status is None:
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            answer = error_answer(HttpError(fault.status, "this failure was asked for"))
+            elif kind == "cut upload":
+                self._read_half()
+            self._hang_up()
+            return
+        if fault is not None and kind == "status":
+            error = HttpError(fault.status, "this failure was asked for", retry_after=fault.retry_after)
+            answer = error_answer(error)
+        else:
+            answer = self.loopback.answer(request)
         for _ in request.blocks:  # what the route did not read, else it would pass for the next request
             pass
-        self._send(answer)
+        self._send(answer, kind)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -187,8 +172,21 @@ class _Handler(BaseHTTPRequestHandler):
         while remaining and (block := self.rfile.read(min(_BLOCK, remaining))):
             remaining -= len(block)
             yield block
+        if remaining:  # what came so far may read like a whole request
+            raise ConnectionAbortedError(f"the client left {remaining} bytes before the end")
 
-    def _send(self, answer: Answer) -> None:
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):  # the client may have been quicker
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _read_half(self) -> None:
+        if "Transfer-Encoding" in self.headers:
+            self.rfile.readline()
+        else:
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+
+    def _send(self, answer: Answer, kind: str) -> None:
         size = answer.body.stat().st_size if isinstance(answer.body, Path) else len(answer.body)
         start, end = 0, size
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
@@ -196,22 +194,26 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = int(asked[1]), min(int(asked[2]) + 1 if asked[2] else size, size)
             answer.status = 206 if start < end else 416
             answer.headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}" if start < end else f"bytes */{size}"
+        length = max(end - start, 0)
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(max(end - start, 0)))
+        self.send_header("Content-Length", str(length))
         self.end_headers()
         if self.command == "HEAD":
             return
-        if isinstance(answer.body, bytes):
-            self.wfile.write(answer.body)
-            return
-        with answer.body.open("rb") as file:
+        pause = _SLOW_PAUSE if kind == "slow" else 0
+        block_size = max(length // _SLOW_PIECES, 1) if kind == "slow" else _BLOCK
+        with answer.body.open("rb") if isinstance(answer.body, Path) else io.BytesIO(answer.body) as file:
             file.seek(start)
-            while start < end:
-                block = file.read(min(_BLOCK, end - start))
+            remaining = length // 2 if kind == "cut answer" else length
+            while remaining:
+                block = file.read(min(block_size, remaining))
                 self.wfile.write(block)
-                start += len(block)
+                remaining -= len(block)
+                time.sleep(pause)
+        if kind == "cut answer":
+            self._hang_up()
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing: `requests` keeps what there is to know."""

@@ -23,12 +23,15 @@ from urllib.parse import unquote
 import yaml
 from huggingface_hub import metadata_load
 
-from jai.hub_card.loopback_http import Answer, Fault, HttpError, LoopbackServer, Request, SeenRequest, json_answer
+from jai.hub_card.loopback_faults import Fault, Faults
+from jai.hub_card.loopback_http import Answer, HttpError, LoopbackServer, Request, SeenRequest, json_answer
+from jai.hub_card.loopback_pulls import PullRequest
 from jai.hub_card.loopback_xet import XetStore
 
 _LARGE_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model", ".msgpack", ".npy", ".npz", ".onnx", ".pt", ".pth", ".h5")
 _LARGE_BYTES = 10 * 2**20  # the Hub refuses larger files as plain git blobs
 _TOKEN_SECONDS = 3600
+_PULLS_PER_PAGE = 10
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,37 @@ class Commit:
     files: dict[str, StoredFile]
 
 
+@dataclass(frozen=True)
+class Account:
+    """Whose a token is, and whether it may write."""
+
+    user: str
+    may_write: bool
+
+
 @dataclass
 class Repo:
-    """A model repository: its commits by hash, and the head of each branch."""
+    """A model repository: its commits by hash, and what its branches (with `refs/pr/N`) and tags point to.
+
+    Attributes:
+        gated: its files are for its owner alone, though everybody sees that they are there.
+    """
 
     id: str
     private: bool
+    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    pulls: list[PullRequest] = field(default_factory=list)
+
+    @property
+    def owner(self) -> str:
+        return self.id.split("/")[0]
 
     def head(self, revision: str = "main") -> Commit:
-        sha = self.branches.get(revision, revision)
+        """The commit that a branch, a tag, `refs/pr/N` or a hash names."""
+        sha = self.branches.get(revision) or self.tags.get(revision) or revision
         if sha not in self.commits:
             raise HttpError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[sha]
@@ -72,8 +95,8 @@ class LoopbackHub:
 
     Args:
         root: folder for the bytes of files and for the caches of `environment()`; the caller removes it.
-        token: the one user's token; drawn at random if not given.
-        user: name of that user, and the only namespace it may write to.
+        token: the user's token, which may write; drawn at random if not given.
+        user: name of that user, and the only namespace it may write to (`add_token` makes others).
         xet: whether large files go through Xet (needs the package `hf_xet`) or through plain LFS.
     """
 
@@ -82,6 +105,7 @@ class LoopbackHub:
         self.token = token or f"hf_{secrets.token_hex(17)}"
         self.user = user
         self.xet = xet
+        self._accounts = {self.token: Account(user, may_write=True)}
         self._http = LoopbackServer(self._answer)
         self._repos: dict[str, Repo] = {}
         self._lock = threading.RLock()
@@ -135,47 +159,88 @@ class LoopbackHub:
         """Every request so far, in order."""
         return self._http.requests
 
-    def fail_next(self, n: int = 1, status: int = 500, match: str = "", delay: float = 0.0) -> None:
+    def add_token(self, user: str, may_write: bool = True) -> str:
+        """Another token, of this user or of somebody else."""
+        token = f"hf_{secrets.token_hex(17)}"
+        self._accounts[token] = Account(user, may_write)
+        return token
+
+    # What goes wrong
+
+    @property
+    def faults(self) -> Faults:
+        """All that goes wrong on the way: planned for some requests, or by chance (`hub.faults.storm`)."""
+        return self._http.faults
+
+    def fail_next(
+        self, n: int = 1, status: int = 500, match: str = "", delay: float = 0.0, retry_after: int | None = None
+    ) -> None:
         """Answer the next `n` requests whose `"METHOD /path"` contains `match` with `status`, after `delay` seconds."""
-        self._http.faults.append(Fault(n, match, status, delay=delay))
+        self.faults.plan(Fault("status", status, delay, retry_after), n, match)
 
     def hang_up_next(self, n: int = 1, match: str = "", after_work: bool = False) -> None:
         """Close the connection of the next `n` matching requests without an answer.
 
         With `after_work` the request takes effect first, as when an answer is lost on its way back.
         """
-        self._http.faults.append(Fault(n, match, None, after_work=after_work))
+        self.faults.plan(Fault("lose answer" if after_work else "hang up"), n, match)
 
     def stop_faults(self) -> None:
         """Forget the faults that have not happened yet."""
-        self._http.faults.clear()
+        self.faults.stop()
 
     # Who may do what
 
-    def _user_of(self, authorization: str | None) -> str | None:
+    def _account_of(self, authorization: str | None) -> Account | None:
         if authorization is None:
             return None
-        if not hmac.compare_digest(authorization.encode(), f"Bearer {self.token}".encode()):
-            raise HttpError(401, "Invalid credentials in Authorization header")
-        return self.user
+        for token, account in self._accounts.items():
+            if hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
+                return account
+        raise HttpError(401, "Invalid credentials in Authorization header")
+
+    def _signed_in(self, request: Request) -> Account:
+        if request.account is None:
+            raise HttpError(401, "Invalid username or password.")
+        return request.account
+
+    def _may_write(self, request: Request) -> Account:
+        account = self._signed_in(request)
+        if not account.may_write:
+            raise HttpError(403, "Forbidden: you must use a write token to upload to a repository.")
+        return account
 
     def _readable(self, request: Request, repo_id: str) -> Repo:
         repo = self._repos.get(unquote(repo_id))
-        if repo is None or (repo.private and request.user is None):
+        account: Account | None = request.account
+        if repo is None or (repo.private and (account is None or account.user != repo.owner)):
             # The Hub does not tell strangers which private repositories there are.
-            status = 401 if request.user is None else 404
-            raise HttpError(status, "Repository not found", "RepoNotFound")
+            raise HttpError(401 if account is None else 404, "Repository not found", "RepoNotFound")
         return repo
+
+    def _check_gate(self, request: Request, repo: Repo) -> None:
+        account: Account | None = request.account
+        if repo.gated and (account is None or account.user != repo.owner):
+            status = 401 if account is None else 403
+            raise HttpError(status, f"Access to model {repo.id} is restricted.", "GatedRepo")
 
     def _writable(self, request: Request, repo_id: str) -> Repo:
-        if request.user is None:
-            raise HttpError(401, "Invalid username or password.")
+        account = self._may_write(request)
         repo = self._readable(request, repo_id)
-        self._check_namespace(repo.id.split("/")[0])
+        self._check_namespace(account, repo.owner)
         return repo
 
-    def _check_namespace(self, namespace: str) -> None:
-        if namespace != self.user:
+    def _writable_at(self, request: Request, repo_id: str, revision: str) -> Repo:
+        """A repository to which this request may add: who may read it may make a pull request, and go on with it."""
+        account = self._may_write(request)
+        repo = self._readable(request, repo_id)
+        own_pulls = {pull.ref for pull in repo.pulls if pull.author == account.user}
+        if not (request.query.get("create_pr") or unquote(revision) in own_pulls):
+            self._check_namespace(account, repo.owner)
+        return repo
+
+    def _check_namespace(self, account: Account, namespace: str) -> None:
+        if namespace != account.user:
             raise HttpError(403, f"You don't have the rights to write models under the namespace {namespace!r}")
 
     def _signature(self, what: str) -> str:
@@ -191,18 +256,16 @@ class LoopbackHub:
     # Accounts and repositories
 
     def _whoami(self, request: Request) -> Answer:
-        if request.user is None:
-            raise HttpError(401, "Invalid username or password.")
-        token = {"displayName": "loopback", "role": "write"}
-        who = {"type": "user", "id": "0" * 24, "name": self.user, "fullname": self.user, "orgs": []}
+        account = self._signed_in(request)
+        token = {"displayName": "loopback", "role": "write" if account.may_write else "read"}
+        who = {"type": "user", "id": "0" * 24, "name": account.user, "fullname": account.user, "orgs": []}
         return json_answer({**who, "auth": {"type": "access_token", "accessToken": token}})
 
     def _create_repo(self, request: Request) -> Answer:
-        if request.user is None:
-            raise HttpError(401, "Invalid username or password.")
+        account = self._may_write(request)
         asked = request.json()
-        repo_id = f"{asked.get('organization') or self.user}/{asked['name']}"
-        self._check_namespace(repo_id.split("/")[0])
+        repo_id = f"{asked.get('organization') or account.user}/{asked['name']}"
+        self._check_namespace(account, repo_id.split("/")[0])
         url = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
         with self._lock:
             if repo_id in self._repos:
@@ -217,7 +280,7 @@ class LoopbackHub:
 
     def _delete_repo(self, request: Request) -> Answer:
         asked = request.json()
-        repo_id = f"{asked.get('organization') or self.user}/{asked['name']}"
+        repo_id = f"{asked.get('organization') or self._signed_in(request).user}/{asked['name']}"
         with self._lock:
             self._writable(request, repo_id)
             del self._repos[repo_id]
@@ -232,6 +295,57 @@ class LoopbackHub:
             repo.branches[unquote(branch)] = repo.head(start).sha
         return Answer()
 
+    def _delete_branch(self, request: Request, repo_id: str, branch: str) -> Answer:
+        repo = self._writable(request, repo_id)
+        with self._lock:
+            if unquote(branch) == "main":
+                raise HttpError(403, "main cannot be deleted")
+            if repo.branches.pop(unquote(branch), None) is None:
+                raise HttpError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
+        return Answer()
+
+    def _create_tag(self, request: Request, repo_id: str, revision: str) -> Answer:
+        repo = self._writable(request, repo_id)
+        tag = request.json()["tag"]
+        with self._lock:
+            if tag in repo.tags:
+                raise HttpError(409, f"Tag reference exists already: {tag}")
+            repo.tags[tag] = repo.head(unquote(revision)).sha
+        return Answer()
+
+    def _delete_tag(self, request: Request, repo_id: str, tag: str) -> Answer:
+        repo = self._writable(request, repo_id)
+        with self._lock:
+            if repo.tags.pop(unquote(tag), None) is None:
+                raise HttpError(404, f"Invalid rev id: {tag}", "RevisionNotFound")
+        return Answer()
+
+    def _refs(self, request: Request, repo_id: str) -> Answer:
+        repo = self._readable(request, repo_id)
+        pulls = {pull.ref for pull in repo.pulls}
+
+        def listed(refs: dict[str, str], prefix: str) -> list[dict[str, str]]:
+            return [{"name": n, "ref": f"{prefix}{n}", "targetCommit": sha} for n, sha in sorted(refs.items())]
+
+        found = {
+            "branches": listed({n: sha for n, sha in repo.branches.items() if n not in pulls}, "refs/heads/"),
+            "converts": [],
+            "tags": listed(repo.tags, "refs/tags/"),
+        }
+        if request.query.get("include_prs"):
+            found["pullRequests"] = listed({n: sha for n, sha in repo.branches.items() if n in pulls}, "")
+        return json_answer(found)
+
+    def _commits(self, request: Request, repo_id: str, revision: str) -> Answer:
+        repo = self._readable(request, repo_id)
+        commits = []
+        commit: Commit | None = repo.head(unquote(revision))
+        while commit is not None:
+            named = {"id": commit.sha, "title": commit.title, "message": commit.message, "date": commit.date}
+            commits.append({**named, "authors": [{"user": repo.owner}]})
+            commit = repo.commits[commit.parent] if commit.parent else None
+        return json_answer(commits)
+
     def _model_info(self, request: Request, repo_id: str, revision: str = "main") -> Answer:
         repo = self._readable(request, repo_id)
         commit = repo.head(unquote(revision))
@@ -239,7 +353,8 @@ class LoopbackHub:
         card = metadata_load(self._object(commit.files["README.md"].sha256)) if "README.md" in commit.files else None
         info = {"id": repo.id, "sha": commit.sha, "private": repo.private, "siblings": siblings, "cardData": card}
         from_card = {key: (card or {}).get(key) for key in ("tags", "library_name", "pipeline_tag")}
-        return json_answer({**info, **from_card, "lastModified": commit.date, "gated": False, "disabled": False})
+        gated = "manual" if repo.gated else False
+        return json_answer({**info, **from_card, "lastModified": commit.date, "gated": gated, "disabled": False})
 
     def _sibling(self, path: str, file: StoredFile) -> dict[str, Any]:
         sibling: dict[str, Any] = {"rfilename": path, "size": file.size, "blobId": file.oid}
@@ -278,6 +393,7 @@ class LoopbackHub:
 
     def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Answer:
         repo = self._readable(request, repo_id)
+        self._check_gate(request, repo)
         commit = repo.head(unquote(revision))
         file = commit.files.get(unquote(path))
         headers = {"X-Repo-Commit": commit.sha}
@@ -332,7 +448,7 @@ class LoopbackHub:
         return json_answer(found, status=400 if errors else 200)
 
     def _preupload(self, request: Request, repo_id: str, revision: str) -> Answer:
-        commit = self._writable(request, repo_id).head(unquote(revision))
+        commit = self._writable_at(request, repo_id, revision).head(unquote(revision))
         files = []
         for asked in request.json()["files"]:
             binary = b"\0" in base64.b64decode(asked.get("sample", ""))
@@ -344,7 +460,8 @@ class LoopbackHub:
         return json_answer({"files": files, "commitOid": commit.sha})
 
     def _lfs_batch(self, request: Request, repo_id: str) -> Answer:
-        repo = self._writable(request, repo_id)
+        self._may_write(request)  # the batch does not say whether it is for a pull request
+        repo = self._readable(request, repo_id)
         objects = []
         for asked in request.json()["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
@@ -373,7 +490,8 @@ class LoopbackHub:
         partial.rename(self._object(sha256))
 
     def _verify_object(self, request: Request, repo_id: str) -> Answer:
-        self._writable(request, repo_id)
+        self._may_write(request)
+        self._readable(request, repo_id)
         asked = request.json()
         path = self._object(asked["oid"])
         if not path.exists() or path.stat().st_size != asked["size"]:
@@ -381,9 +499,7 @@ class LoopbackHub:
         return Answer()
 
     def _commit(self, request: Request, repo_id: str, revision: str) -> Answer:
-        repo = self._writable(request, repo_id)
-        if request.query.get("create_pr"):
-            raise HttpError(400, "this Hub has no pull requests")
+        repo = self._writable_at(request, repo_id, revision)
         header: dict[str, str] = {}
         added: dict[str, StoredFile] = {}
         deleted: set[str] = set()
@@ -409,10 +525,102 @@ class LoopbackHub:
             kept = {p: f for p, f in head.files.items() if not any(_is_in(p, d) for d in deleted)}
             if missing := {d for d in deleted if not any(_is_in(p, d) for p in head.files)}:
                 raise HttpError(404, f"A file with this name doesn't exist: {missing.pop()}", "EntryNotFound")
-            message = header.get("description", "")
-            commit = self._add_commit(repo, unquote(revision), header["summary"], message, {**kept, **added})
-        url = f"{self.endpoint}/{repo.id}/commit/{commit.sha}"
-        return json_answer({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
+            branch = unquote(revision)
+            if request.query.get("create_pr"):
+                branch = self._open_pull(repo, request.account.user, branch, header["summary"], "open").ref
+            commit = self._add_commit(repo, branch, header["summary"], header.get("description", ""), {**kept, **added})
+            pull = next((pull for pull in repo.pulls if pull.ref == branch), None)
+            if pull is not None:
+                pull.happened("commit", commit.date, pull.author, {"subject": commit.title, "oid": commit.sha})
+        url = f"{self.endpoint}/{repo.id}"
+        answer = {"success": True, "commitOid": commit.sha, "commitUrl": f"{url}/commit/{commit.sha}", "hookOutput": ""}
+        if pull is not None:
+            answer["pullRequestUrl"] = f"{url}/discussions/{pull.num}"
+        return json_answer(answer)
+
+    # Pull requests
+
+    def _open_pull(self, repo: Repo, author: str, base: str, title: str, status: str) -> PullRequest:
+        pull = PullRequest(len(repo.pulls) + 1, title, author, base, _now(), status)
+        repo.pulls.append(pull)
+        repo.branches[pull.ref] = repo.head(base).sha
+        return pull
+
+    def _pull(self, repo: Repo, num: str) -> PullRequest:
+        if not 1 <= int(num) <= len(repo.pulls):
+            raise HttpError(404, f"Discussion {num} not found")
+        return repo.pulls[int(num) - 1]
+
+    def _list_pulls(self, request: Request, repo_id: str) -> Answer:
+        repo = self._readable(request, repo_id)
+        wanted = {"all": None, "open": ("open", "draft"), "closed": ("closed", "merged")}[
+            request.query.get("status", "all")
+        ]
+        author = request.query.get("author")
+        found = [
+            pull.summary(repo.id)
+            for pull in reversed(repo.pulls)
+            if (wanted is None or pull.status in wanted) and author in (None, pull.author)
+        ]
+        start = int(request.query.get("p", 0)) * _PULLS_PER_PAGE
+        page = found[start : start + _PULLS_PER_PAGE]
+        return json_answer({"discussions": page, "count": len(found), "start": start})
+
+    def _new_pull(self, request: Request, repo_id: str) -> Answer:
+        account = self._may_write(request)
+        repo = self._readable(request, repo_id)
+        asked = request.json()
+        if not asked.get("pullRequest"):
+            raise HttpError(400, "this Hub has pull requests, but no other discussions")
+        with self._lock:
+            pull = self._open_pull(repo, account.user, "main", asked["title"], "draft")
+            text = {"edited": False, "hidden": False, "latest": {"raw": asked["description"]}}
+            pull.happened("comment", pull.created, account.user, text)
+        return json_answer({"num": pull.num})
+
+    def _pull_details(self, request: Request, repo_id: str, num: str) -> Answer:
+        repo = self._readable(request, repo_id)
+        return json_answer(self._pull(repo, num).details(repo.id))
+
+    def _change_pull(self, request: Request, repo_id: str, num: str) -> Answer:
+        account = self._may_write(request)
+        repo = self._readable(request, repo_id)
+        pull, status = self._pull(repo, num), request.json()["status"]
+        if pull.author != account.user:
+            self._check_namespace(account, repo.owner)
+        with self._lock:
+            if pull.status == "merged":
+                raise HttpError(400, "this pull request is merged")
+            pull.status = status
+            return json_answer({"newStatus": pull.happened("status-change", _now(), account.user, {"status": status})})
+
+    def _merge_pull(self, request: Request, repo_id: str, num: str) -> Answer:
+        repo = self._writable(request, repo_id)
+        pull = self._pull(repo, num)
+        with self._lock:
+            if pull.status != "open":
+                raise HttpError(400, f"only an open pull request can be merged; this one is {pull.status}")
+            theirs, base = repo.head(pull.ref), repo.head(pull.base)
+            if self._fork_of(repo, pull).sha != base.sha:
+                raise HttpError(409, f"{pull.base} has changed since; merge it into the pull request first")
+            title = f"{pull.title} (#{pull.num})"
+            pull.merge_commit = self._add_commit(repo, pull.base, title, "", theirs.files).sha
+            pull.status = "merged"
+            pull.happened("status-change", _now(), request.account.user, {"status": "merged"})
+        return Answer()
+
+    def _fork_of(self, repo: Repo, pull: PullRequest) -> Commit:
+        """The commit of the base that a pull request began at."""
+        before, commit = set(), repo.head(pull.base)
+        while True:
+            before.add(commit.sha)
+            if commit.parent is None:
+                break
+            commit = repo.commits[commit.parent]
+        commit = repo.head(pull.ref)
+        while commit.sha not in before and commit.parent is not None:
+            commit = repo.commits[commit.parent]
+        return commit
 
     def _large_file(self, sha256: str) -> StoredFile:
         if not self._object(sha256).exists():
@@ -434,8 +642,7 @@ class LoopbackHub:
         self._write_object(sha256, group.download_stream(XetFileInfo(self._xet.xet_hash(sha256), size)))
 
     def _add_commit(self, repo: Repo, branch: str, title: str, message: str, files: dict[str, StoredFile]) -> Commit:
-        parent = repo.branches.get(branch)
-        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        parent, date = repo.branches.get(branch), _now()
         listing = sorted((path, file.oid) for path, file in files.items())
         sha = hashlib.sha1(repr((parent, title, message, time.time_ns(), listing)).encode()).hexdigest()
         commit = Commit(sha, title, message, date, parent, files)
@@ -451,8 +658,13 @@ class LoopbackHub:
         return token, int(time.time()) + _TOKEN_SECONDS
 
     def _xet_token(self, request: Request, repo_id: str, scope: str, revision: str) -> Answer:
-        repo = (self._writable if scope == "write" else self._readable)(request, repo_id)
-        repo.head(unquote(revision))
+        if scope == "write":
+            repo = self._writable_at(request, repo_id, revision)
+        else:
+            repo = self._readable(request, repo_id)
+            self._check_gate(request, repo)
+        if not request.query.get("create_pr"):  # with it, the client names no branch
+            repo.head(unquote(revision))
         if not self.xet:
             raise HttpError(400, "Xet is not enabled for this repository")
         url = self.endpoint + self._cas_path
@@ -492,14 +704,14 @@ class LoopbackHub:
         if request.path == "/v1/telemetry":  # from Xet clients
             return Answer()
         if not request.path.startswith((self._cas_path, "/objects/", "/uploads/", "/xorbs/")):
-            request.user = self._user_of(request.headers.get("Authorization"))
+            request.account = self._account_of(request.headers.get("Authorization"))
         for methods, pattern, route in _ROUTES:
             if request.method in methods and (match := pattern.fullmatch(request.path)):
                 return route(self, request, *match.groups())
         if request.path.startswith(self._cas_path + "/"):
             return self._cas(request, request.path[len(self._cas_path) + 1 :])
         if re.match(r"/api/models/|/.+/resolve/", request.path):
-            raise HttpError(401 if request.user is None else 404, "Repository not found", "RepoNotFound")
+            raise HttpError(401 if request.account is None else 404, "Repository not found", "RepoNotFound")
         raise HttpError(404, f"no such route: {request.method} {request.path}")
 
 
@@ -514,7 +726,17 @@ _ROUTES: list[tuple[list[str], re.Pattern[str], Callable[..., Answer]]] = [
         ("GET", "/api/models/R!", LoopbackHub._model_info),
         ("GET", "/api/models/R!/revision/([^/]+)", LoopbackHub._model_info),
         ("GET", "/api/models/R!/tree/([^/]+)(?:/(.+))?", LoopbackHub._tree),
+        ("GET", "/api/models/R!/refs", LoopbackHub._refs),
+        ("GET", "/api/models/R!/commits/([^/]+)", LoopbackHub._commits),
         ("POST", "/api/models/R!/branch/([^/]+)", LoopbackHub._create_branch),
+        ("DELETE", "/api/models/R!/branch/([^/]+)", LoopbackHub._delete_branch),
+        ("POST", "/api/models/R!/tag/([^/]+)", LoopbackHub._create_tag),
+        ("DELETE", "/api/models/R!/tag/([^/]+)", LoopbackHub._delete_tag),
+        ("GET", "/api/models/R!/discussions", LoopbackHub._list_pulls),
+        ("POST", "/api/models/R!/discussions", LoopbackHub._new_pull),
+        ("GET", r"/api/models/R!/discussions/(\d+)", LoopbackHub._pull_details),
+        ("POST", r"/api/models/R!/discussions/(\d+)/status", LoopbackHub._change_pull),
+        ("POST", r"/api/models/R!/discussions/(\d+)/merge", LoopbackHub._merge_pull),
         ("POST", "/api/models/R!/preupload/([^/]+)", LoopbackHub._preupload),
         ("POST", "/api/models/R!/commit/([^/]+)", LoopbackHub._commit),
         ("GET", "/api/models/R!/xet-(read|write)-token/([^/]+)", LoopbackHub._xet_token),
@@ -526,6 +748,10 @@ _ROUTES: list[tuple[list[str], re.Pattern[str], Callable[..., Answer]]] = [
         ("GET HEAD", "/xorbs/([0-9a-f]{64})", LoopbackHub._get_xorb),
     )
 ]
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
 def _is_in(path: str, deleted: str) -> bool:
