@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two at a time, each with one thread: what two cores and 8 GB hold. A file's tests share what is costly to make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow check bench bench-gpu clean
+.PHONY: demo test test-slow check audit bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/jai demo runs/demo
@@ -23,6 +23,11 @@ check: $(STAMP)
 	mkdir -p $(VENV)/typing
 	ln -sfn "$(CURDIR)" $(VENV)/typing/jai
 	MYPYPATH=$(VENV)/typing $(BIN)/mypy
+
+# Known vulnerabilities of the pinned packages; needs pip-audit and an index that knows them.
+audit: $(STAMP)
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/conversion.py

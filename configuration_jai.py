@@ -190,7 +190,7 @@ class JaiConfig(PreTrainedConfig):
         if self.num_local_experts == 1:
             # TRL asks any model with `output_router_logits` for its auxiliary loss unless the weight is 0.
             self.router_aux_loss_coef = 0.0
-            self.base_model_tp_plan = {**_ATTENTION_PLAN, **_DENSE_PLAN}
+            self.base_model_tp_plan = {**_ATTENTION_PLAN, **_DENSE_PLAN}  # type: ignore[misc]
         # Whole from the start, and flat: saving adds only the entry of the saved class, and a load from the Hub may
         # have put the name of the first repository before the others.
         kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}

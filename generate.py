@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
 
@@ -53,7 +54,7 @@ def generate(model: str, prompt: str, options: GenerateOptions | None = None, *,
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=options.trust_remote_code)
         network = AutoModelForCausalLM.from_pretrained(
-            model, trust_remote_code=options.trust_remote_code, dtype="auto", device_map=_device()
+            model, trust_remote_code=options.trust_remote_code, dtype="auto", device_map=_device(), use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{model} cannot be loaded: {error}") from None
@@ -63,9 +64,12 @@ def generate(model: str, prompt: str, options: GenerateOptions | None = None, *,
     elif tokenizer.chat_template is None:
         raise UserError(f"{model} has no chat template. Use --raw to continue the text as it stands.")
     else:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise UserError(f"The chat template of {model} cannot be used: {error} Use --raw to do without.") from error
     inputs = inputs.to(network.device)
 
     set_seed(options.seed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses the experts' tiles for the GPU at hand, and writes them to kernels/configs/GPU_NAME.json.
+"""Chooses the experts' tiles for the GPU at hand, and writes them to kernels/tiles/GPU_NAME.json.
 
     python benchmarks/tune_experts.py            # JAI-1's size in bf16; minutes
     python benchmarks/tune_experts.py --dry-run  # prints what it would write

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes by device, from `configs/*.json`: measured ones by the GPU's name, else its generation's, else safe ones.
+"""Tile sizes by device, from `tiles/*.json`: measured ones by the GPU's name, else its generation's, else safe ones.
 
 A file has a list a kernel. The first entry is taken whose `rows` (the average rows of an expert) is not below the
 actual number, or null. `tile` is a tile of our Triton kernel, or null: torch's grouped_mm, with our kernels around it.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).with_name("configs")
+FOLDER = Path(__file__).with_name("tiles")
 KERNELS = ("up", "down", "up_gradient", "down_gradient", "weight_gradient")
 
 

@@ -106,11 +106,12 @@ def fused_experts(
         ValueError: for shapes, dtypes or devices that do not fit together, and for an unknown `save`.
     """
     _check(x_TH, gate_up_EFH, down_EHI, ids_TK, weights_TK, save, lora)
-    factors = () if lora is None else lora[:4]
+    factors: Sequence[torch.Tensor] = () if lora is None else lora[:4]
     scales = [] if lora is None else list(lora[4:])
     differentiable = (x_TH, gate_up_EFH, down_EHI, weights_TK, *factors)
     if x_TH.shape[0] == 0:
-        return x_TH + 0 * sum(tensor.sum() for tensor in differentiable).to(x_TH.dtype)
+        nothing = sum((tensor.sum() for tensor in differentiable), start=x_TH.new_zeros(()))
+        return x_TH + 0 * nothing.to(x_TH.dtype)
     ids_TK, differentiable = ids_TK.contiguous(), tuple(tensor.contiguous() for tensor in differentiable)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)):
         x_TH, gate_up_EFH, down_EHI, weights_TK, *factors = differentiable

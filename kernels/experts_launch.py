@@ -131,7 +131,9 @@ def _tile(kernel: str, rows: int, num_experts: int, *operands: torch.Tensor) -> 
     return FALLBACK_TILE if is_wide else tile
 
 
-def up(x_RH: torch.Tensor, gate_up_EFH: torch.Tensor, routing: Routing, save_pre: bool) -> tuple[torch.Tensor, ...]:
+def up(
+    x_RH: torch.Tensor, gate_up_EFH: torch.Tensor, routing: Routing, save_pre: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """SwiGLU of the up-projection: act `(R, I)`, and with `save_pre` the products before it `(R, 2 I)` (else empty)."""
     (rows, hidden), (num_experts, double, _) = x_RH.shape, gate_up_EFH.shape
     intermediate = double // 2

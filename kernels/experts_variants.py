@@ -104,7 +104,7 @@ def _variant(
 
 
 def _variants() -> list[AheadOfTime]:
-    found = {}
+    found: dict[str, AheadOfTime] = {}
     for path in sorted(FOLDER.glob("*.json")):
         config = json.loads(path.read_text())
         for kernel in KERNELS:

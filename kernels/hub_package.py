@@ -79,7 +79,7 @@ def package(out: Path) -> None:
         variant.mkdir(parents=True)
         for module in MODULES:
             shutil.copyfile(HERE / module, variant / module)
-        shutil.copytree(HERE / "configs", variant / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(HERE / "tiles", variant / "tiles", ignore=shutil.ignore_patterns("__pycache__"))
         (variant / "__init__.py").write_text(INIT)
         contents = b"".join(path.read_bytes() for path in sorted(variant.rglob("*")) if path.is_file())
         metadata = {

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -68,8 +69,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _matrices(experts: nn.Module) -> list[torch.Tensor]:
     """Both matrices, without what PEFT adds to them: reading an adapted one would make the merged matrix."""
+    parametrizations: Any = getattr(experts, "parametrizations", None)
     return [
-        getattr(experts, name) if _factors_of(experts, name) is None else experts.parametrizations[name].original
+        getattr(experts, name) if _factors_of(experts, name) is None else parametrizations[name].original
         for name in _NAMES
     ]
 
@@ -83,7 +85,8 @@ def _lora(experts: nn.Module, dtype: torch.dtype) -> ExpertsLora | None:
     proxies = [_factors_of(experts, name) for name in _NAMES]
     if proxies == [None, None]:
         return None
-    factors, scales = [], []
+    factors: list[torch.Tensor] = []
+    scales: list[float] = []
     for matrix, proxy in zip(_matrices(experts), proxies, strict=True):
         num_experts, rows, columns = matrix.shape
         if proxy is None:
@@ -92,13 +95,14 @@ def _lora(experts: nn.Module, dtype: torch.dtype) -> ExpertsLora | None:
             a, b, scale = proxy.rhs, proxy.lhs, float(proxy.scaling)
         factors += [a.to(dtype), b.to(dtype)]
         scales.append(scale)
-    return ExpertsLora(*factors, *scales)
+    up_a, up_b, down_a, down_b = factors
+    return ExpertsLora(up_a, up_b, down_a, down_b, *scales)
 
 
-def _factors_of(experts: nn.Module, name: str) -> nn.Module | None:
+def _factors_of(experts: nn.Module, name: str) -> Any:
     if not parametrize.is_parametrized(experts, name):
         return None
-    parametrizations = experts.parametrizations[name]
+    parametrizations = cast(Any, experts.parametrizations)[name]
     proxy = parametrizations[0]
     alone = len(parametrizations) == 1 and all(hasattr(proxy, part) for part in ("lhs", "rhs", "scaling"))
     return proxy if alone else None

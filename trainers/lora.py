@@ -81,6 +81,6 @@ def merge_adapter(adapter: Path, out: Path, base: str, **loading: Any) -> None:
         loading: arguments of `from_pretrained`: dtype, revision, trust_remote_code.
     """
     with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(base, device_map=None, **loading)
+        model = AutoModelForCausalLM.from_pretrained(base, device_map=None, use_safetensors=True, **loading)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         merged.save_pretrained(out)

@@ -75,6 +75,7 @@ def loading_arguments(
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "use_safetensors": True,  # nothing pickled
         "experts_implementation": jai_args.experts_implementation,
         **cast(dict[str, Any], training_args.model_init_kwargs or {}),
     }
@@ -161,7 +162,8 @@ def _say_where(console: Console, out: Path, stage: str, source: Source, *, is_ad
     if is_adapter:
         console.print(f"[bold green]Adapter written to[/] {folder} (for {base})")
         console.print(f'Next: [bold]AutoModelForCausalLM.from_pretrained("{folder}")[/] loads it with its model.')
-        console.print("      `--merge_adapter` makes a full checkpoint, which the next stage and `jai publish` need.")
+        console.print("      `--merge_adapter true` makes a full checkpoint, which the next stage needs.")
+        console.print(f"      [bold]jai publish {folder} OWNER/NAME --base OWNER/BASE[/]")
         return
     console.print(f"[bold green]Checkpoint written to[/] {folder}")
     if not source.is_jai:

@@ -36,7 +36,7 @@ def load(name: str, revision: str | None, trust_remote_code: bool) -> tuple[PreT
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if tokenizer.chat_template is None:
         raise ValueError(f"{name} has no chat template, so it cannot chat. Give a model that was trained on chats.")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **options)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, **options)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
