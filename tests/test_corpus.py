@@ -337,9 +337,14 @@ DAMAGED = [
         r"a\.jsonl, document 2 holds '\\ud800', half of a surrogate",
     ),
     ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz is a damaged gzip file after line 0"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100)[:-4], r"a\.jsonl\.gz is a damaged gzip file after line 100"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100)[:-20], "damaged gzip file"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "\xff"}\n'), r"a\.jsonl\.gz, line 1 is not UTF-8"),
+    # mtime: the bytes name the tests, and every worker must give them the same names
+    (
+        "a.jsonl.gz",
+        gzip.compress(b'{"text": "a"}\n' * 100, mtime=0)[:-4],
+        r"a\.jsonl\.gz is a damaged gzip file after line 100",
+    ),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100, mtime=0)[:-20], "damaged gzip file"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "\xff"}\n', mtime=0), r"a\.jsonl\.gz, line 1 is not UTF-8"),
     ("a.parquet", b"PAR1 nonsense PAR1", r"a\.parquet is a damaged parquet file after row 0"),
     ("a.parquet", b"", r"a\.parquet is a damaged parquet file after row 0"),
     ("a.parquet", {"title": ["x"], "body": ["y"]}, r"no string column `text`; its columns are: title, body"),
