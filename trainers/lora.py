@@ -11,11 +11,9 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
-from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
 from jai.trainers.arguments import JaiTrainingArguments
 
@@ -23,9 +21,6 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 DENSE_MLP = ("gate_proj", "up_proj", "down_proj")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ROUTER = "mlp.gate"
-
-# What `LoraConfig(task_type="CAUSAL_LM")` without targets adapts in a model of type "jai".
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[JaiConfig.model_type] = list(ATTENTION)
 
 
 def lora_config(model_args: ModelConfig, jai_args: JaiTrainingArguments, config: PreTrainedConfig) -> LoraConfig | None:
