@@ -82,8 +82,9 @@ class Ceiling:
     Operands are random numbers that no product overwrites: of zeros a GPU draws less power, and clocks higher.
     """
 
-    def __init__(self, experts: nn.Module, hidden: int, intermediate: int, dtype: torch.dtype, backward: bool):
-        self.backward, self.sizes = backward, experts.sizes
+    def __init__(self, experts: nn.Module, arguments: argparse.Namespace, backward: bool):
+        hidden, intermediate, dtype = arguments.hidden, arguments.intermediate, getattr(torch, arguments.dtype)
+        self.backward, self.trained, self.sizes = backward, backward and not arguments.lora, experts.sizes
         self.gate_up, self.down = experts.gate_up_proj.detach(), experts.down_proj.detach()
         rows, device = max(experts.sizes), self.gate_up.device
 
@@ -92,8 +93,8 @@ class Ceiling:
             return operand, torch.empty_like(operand)
 
         self.x, self.pre, self.act = rows_of(hidden), rows_of(2 * intermediate), rows_of(intermediate)
-        self.gate_up_gradient = torch.empty_like(self.gate_up[0]) if backward else None
-        self.down_gradient = torch.empty_like(self.down[0]) if backward else None
+        self.gate_up_gradient = torch.empty_like(self.gate_up[0]) if self.trained else None
+        self.down_gradient = torch.empty_like(self.down[0]) if self.trained else None
 
     def __call__(self) -> None:
         for expert, size in enumerate(self.sizes):
@@ -104,8 +105,9 @@ class Ceiling:
             torch.mm(act, self.down[expert].t(), out=x_out)
             if self.backward:
                 torch.mm(x, self.down[expert], out=act_out)
-                torch.mm(x.t(), act, out=self.down_gradient)
                 torch.mm(pre, self.gate_up[expert], out=x_out)
+            if self.trained:
+                torch.mm(x.t(), act, out=self.down_gradient)
                 torch.mm(pre.t(), x, out=self.gate_up_gradient)
 
 
@@ -228,10 +230,7 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
     rows = []
     for what in arguments.passes:
         runs: dict[str, Callable[[], object]] = {}
-        dtype = getattr(torch, arguments.dtype)
-        runs[CEILING] = Ceiling(
-            experts, arguments.hidden, arguments.intermediate, dtype, what in ("training", "checkpointed")
-        )
+        runs[CEILING] = Ceiling(experts, arguments, what in ("training", "checkpointed"))
         for name in errors:
 
             def run(name: str = name, what: str = what) -> None:
@@ -265,7 +264,7 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
 
 
 def row_of(arguments, tokens, what, name, times, peaks, kept, errors) -> dict[str, str]:
-    products = 1 if what in ("forward", "replayed") else 3
+    products = 1 if what in ("forward", "replayed") else 2 if arguments.lora else 3  # LoRA's own are not counted
     operations = products * 6 * tokens * arguments.top_k * arguments.hidden * arguments.intermediate
     middle = statistics.median(times[name])
     return {
