@@ -6,7 +6,7 @@ For one token, with its K chosen experts e_k and their weights w_k (JAI-1's repo
     out = sum over k of  w_k * down[e_k] @ ( silu(gate[e_k] @ x) * (up[e_k] @ x) )
 
 Kept for the backward pass are x and the products before SwiGLU (`pre`), about 150 KiB a token at JAI-1's size, where
-transformers' `grouped_mm` keeps 324; `save` trades more of it for time.
+transformers' `grouped_mm` keeps 320; `save` trades more of it for time.
 
 **Two autograd Functions.** Non-reentrant activation checkpointing stops recomputing once it has what was saved. So the
 up-projection's Function saves everything, and the down-projection's, which comes after it, saves nothing: it hands the

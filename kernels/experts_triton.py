@@ -65,11 +65,6 @@ def _ends(offsets, E: tl.constexpr, E_PAD: tl.constexpr):
 
 
 @triton.jit
-def _row_tiles(starts, ends, BLOCK_M: tl.constexpr):
-    return (ends - starts + BLOCK_M - 1) // BLOCK_M
-
-
-@triton.jit
 def _pick(values, e, expert):
     return tl.sum(tl.where(e == expert, values, 0), axis=0)
 
@@ -81,6 +76,27 @@ def _place(tile, row_tiles, column_tiles, GROUP_M: tl.constexpr):
     height = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
     within = tile % (GROUP_M * column_tiles)
     return group * GROUP_M + within % height, within // height
+
+
+@triton.jit
+def _tile_of(
+    tile,
+    starts,
+    ends,
+    tiles,  # how many tiles each expert's rows make
+    columns,
+    E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """A tile's expert, its first row, where that expert's rows end, and its first column."""
+    last_tiles = tl.cumsum(tiles, axis=0)
+    row_tile, column_tile = _place(tile, tl.sum(tiles, axis=0), tl.cdiv(columns, BLOCK_N), GROUP_M)
+    expert = tl.sum((last_tiles <= row_tile).to(tl.int32), axis=0)
+    e = tl.arange(0, E_PAD)
+    row = _pick(starts - (last_tiles - tiles) * BLOCK_M, e, expert) + row_tile * BLOCK_M
+    return expert, row, _pick(ends, e, expert), column_tile * BLOCK_N
 
 
 @triton.jit
@@ -307,18 +323,10 @@ def up_kernel(
     GROUP_M: tl.constexpr,
 ):
     """act = silu(x @ gate.T) * (x @ up.T), and both products before it (`pre`) where the backward pass wants them."""
-    e = tl.arange(0, E_PAD)
     starts, ends = _ends(offsets_E, E, E_PAD)
-    tiles = _row_tiles(starts, ends, BLOCK_M)
-    last_tiles = tl.cumsum(tiles, axis=0)
-    row_tiles = tl.sum(tiles, axis=0)
-    column_tiles = tl.cdiv(I, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP_M)
-        expert = tl.sum((last_tiles <= row_tile).to(tl.int32), axis=0)
-        row = _pick(starts - (last_tiles - tiles) * BLOCK_M, e, expert) + row_tile * BLOCK_M
-        end = _pick(ends, e, expert)
-        column = column_tile * BLOCK_N
+    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    for tile in tl.range(tl.program_id(0), tl.sum(tiles, axis=0) * tl.cdiv(I, BLOCK_N), tl.num_programs(0)):
+        expert, row, end, column = _tile_of(tile, starts, ends, tiles, I, E_PAD, BLOCK_M, BLOCK_N, GROUP_M)
         gate_row = expert * 2 * I + column
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -370,18 +378,10 @@ def rows_kernel(
 
     With ADD, `scale` times that is added to what is in `out`: what LoRA adds to a product.
     """
-    e = tl.arange(0, E_PAD)
     starts, ends = _ends(offsets_E, E, E_PAD)
-    tiles = _row_tiles(starts, ends, BLOCK_M)
-    last_tiles = tl.cumsum(tiles, axis=0)
-    row_tiles = tl.sum(tiles, axis=0)
-    column_tiles = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP_M)
-        expert = tl.sum((last_tiles <= row_tile).to(tl.int32), axis=0)
-        row = _pick(starts - (last_tiles - tiles) * BLOCK_M, e, expert) + row_tile * BLOCK_M
-        end = _pick(ends, e, expert)
-        column = column_tile * BLOCK_N
+    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    for tile in tl.range(tl.program_id(0), tl.sum(tiles, axis=0) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        expert, row, end, column = _tile_of(tile, starts, ends, tiles, N, E_PAD, BLOCK_M, BLOCK_N, GROUP_M)
         out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             a = _block(a_RK, row, k, rows, K, stride_a, BLOCK_M, BLOCK_K, False, EVEN_K, TMA)
