@@ -10,14 +10,20 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Callable
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import _http, disable_progress_bars
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from jai import JaiConfig, JaiForCausalLM
+from jai.hub_card.loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
 
@@ -192,3 +198,53 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data, which is not at {folder}")
     return folder
+
+
+# --- A Hub on this machine
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    with LoopbackHub(tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture
+def api(hub: LoopbackHub) -> HfApi:
+    return HfApi(endpoint=hub.endpoint, token=hub.token)
+
+
+@pytest.fixture
+def nobody_logged_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub without the login and the caches of whoever runs the tests."""
+    disable_progress_bars()
+    # The Xet client reads it once, at its first use in this process.
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path_factory.getbasetemp() / "xet"))
+    for name in ("HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's retries at once: it would wait 23 seconds in all."""
+    monkeypatch.setattr(_http, "time", types.SimpleNamespace(sleep=lambda _: None))
+
+
+@pytest.fixture(scope="session")
+def run_as_stranger() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_as_stranger(code, environment, *arguments)`: Python without `jai`, and without this process's caches."""
+
+    def run(code: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+        block = "import sys; sys.modules['jai'] = None\n"
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        return subprocess.run(
+            [sys.executable, "-P", "-c", block + code, *arguments],
+            env={**kept, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

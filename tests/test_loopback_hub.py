@@ -6,7 +6,6 @@ import random
 import socket
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import _http, disable_progress_bars
+from huggingface_hub.utils import _http
 
 from jai.hub_card.loopback_faults import Fault, Faults
 from jai.hub_card.loopback_hub import LoopbackHub
@@ -27,18 +26,7 @@ from jai.hub_card.loopback_xet import chunk_offsets, shard_files
 
 REPO = "loopback/files"
 
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    disable_progress_bars()
-    # The Xet client reads it once, at its first use in this process.
-    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path_factory.getbasetemp() / "xet"))
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
-    with LoopbackHub(tmp_path / "hub") as hub:
-        yield hub
+pytestmark = pytest.mark.usefixtures("nobody_logged_in")
 
 
 @pytest.fixture
@@ -46,12 +34,6 @@ def api(hub: LoopbackHub) -> HfApi:
     api = HfApi(endpoint=hub.endpoint, token=hub.token)
     api.create_repo(REPO)
     return api
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's retries at once: it would wait 23 seconds in all."""
-    monkeypatch.setattr(_http, "time", types.SimpleNamespace(sleep=lambda _: None))
 
 
 @pytest.fixture

@@ -2,20 +2,15 @@
 """Publishing: the check, the card, the upload, and what others get who know nothing but the repository's name."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, constants, metadata_load
-from huggingface_hub.utils import _http, disable_progress_bars
+from huggingface_hub import ModelCard, constants, metadata_load
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -35,20 +30,7 @@ BASE = "microsoft/Phi-3-medium-4k-instruct"
 INPUT_IDS = [[5, 6, 7, 8, 9]]
 README = "---\nlicense: mit\n---\n# A card\n"
 
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    disable_progress_bars()
-    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path_factory.getbasetemp() / "xet"))
-    for name in ("HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH"):  # nobody's own login
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's retries at once: it would wait 23 seconds in all."""
-    monkeypatch.setattr(_http, "time", types.SimpleNamespace(sleep=lambda _: None))
+pytestmark = pytest.mark.usefixtures("nobody_logged_in")
 
 
 @pytest.fixture(scope="module")
@@ -88,31 +70,6 @@ def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to change."""
     return Path(shutil.copytree(checkpoint, tmp_path / "tiny-jai"))
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
-    with LoopbackHub(tmp_path / "hub") as hub:
-        yield hub
-
-
-@pytest.fixture
-def api(hub: LoopbackHub) -> HfApi:
-    return HfApi(endpoint=hub.endpoint, token=hub.token)
-
-
-def run_python(code: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-    """Run code as a stranger would: `jai` cannot be imported, nothing of this process's caches is seen."""
-    block = "import sys; sys.modules['jai'] = None\n"
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    return subprocess.run(
-        [sys.executable, "-P", "-c", block + code, *arguments],
-        env={**kept, **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def changed_config(folder: Path, **values) -> None:
@@ -403,7 +360,7 @@ model.push_to_hub("loopback/again")
 
 
 @pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
-def test_published_and_pulled_by_a_stranger(xet, checkpoint, tiny_tokenizer, tmp_path, monkeypatch):
+def test_published_and_pulled_by_a_stranger(xet, checkpoint, tiny_tokenizer, tmp_path, monkeypatch, run_as_stranger):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     with LoopbackHub(tmp_path / "hub", xet=xet) as hub:
         output = StringIO()
@@ -419,7 +376,7 @@ def test_published_and_pulled_by_a_stranger(xet, checkpoint, tiny_tokenizer, tmp
         assert not (checkpoint / "README.md").exists()
 
         arguments = (REPO, result.commit, json.dumps(INPUT_IDS), str(tmp_path / "pulled.pt"))
-        pulled = run_python(PULL, hub.environment(), *arguments)
+        pulled = run_as_stranger(PULL, hub.environment(), *arguments)
         assert pulled.returncode == 0, pulled.stderr
         # And what was loaded that way can be pushed on, code and all.
         again = hub.repo("loopback/again").head().files
@@ -439,7 +396,7 @@ def test_published_and_pulled_by_a_stranger(xet, checkpoint, tiny_tokenizer, tmp
     assert found["text"].startswith("ประเทศไทย")
 
 
-def test_a_private_repository_and_a_users_own_push(hub, tiny_model):
+def test_a_private_repository_and_a_users_own_push(hub, tiny_model, run_as_stranger):
     code = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -457,11 +414,11 @@ print(sum(p.numel() for p in model.parameters()))
         "import sys; del sys.modules['jai']; from jai import JaiForCausalLM\n"
         "JaiForCausalLM.from_pretrained(sys.argv[1]).push_to_hub('secret', private=True)"
     )
-    pushed = run_python(push, hub.environment(), str(folder))
+    pushed = run_as_stranger(push, hub.environment(), str(folder))
     assert pushed.returncode == 0, pushed.stderr
     assert hub.repo("loopback/secret").private
     anonymous = {key: value for key, value in hub.environment().items() if key != "HF_TOKEN"}
-    pulled = run_python(code, anonymous, hub.token)
+    pulled = run_as_stranger(code, anonymous, hub.token)
     assert pulled.returncode == 0, pulled.stderr
     first, second = pulled.stdout.strip().split("\n")[0], pulled.stdout.strip().split("\n")[-1]
     assert first.startswith("refused")
@@ -621,7 +578,7 @@ def test_tokens_in_the_wrong_place(folder, hub):
     assert token not in model_card(folder)
 
 
-def test_no_token_in_any_log(folder, hub, tmp_path):
+def test_no_token_in_any_log(folder, hub, tmp_path, run_as_stranger):
     """At the client's most talkative, through a failure and a success, with the token in the environment."""
     code = """
 import logging, sys, traceback
@@ -638,7 +595,7 @@ for attempt in ("somebody-else/x", repo):
         traceback.print_exc()
 """
     environment = {**hub.environment(), "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "RUST_LOG": "debug"}
-    run = run_python(code, environment, str(folder), REPO)
+    run = run_as_stranger(code, environment, str(folder), REPO)
     assert run.returncode == 0, run.stderr
     assert "may not write to somebody-else/x" in run.stderr
     assert "PublishResult" in run.stdout
@@ -654,7 +611,7 @@ for attempt in ("somebody-else/x", repo):
 
 
 @pytest.mark.slow
-def test_the_cards_examples_run(checkpoint, tmp_path):
+def test_the_cards_examples_run(checkpoint, tmp_path, run_as_stranger):
     """Every Python block of the card, as it stands, against the published repository."""
     with LoopbackHub(tmp_path / "hub") as hub:
         publish(
@@ -663,5 +620,5 @@ def test_the_cards_examples_run(checkpoint, tmp_path):
         blocks = re.findall(r"```python\n(.*?)```", hub.content(REPO, "README.md").decode(), re.DOTALL)
         assert len(blocks) == 2
         for block in blocks:
-            run = run_python(f"import os; os.chdir({str(tmp_path)!r})\n{block}", hub.environment())
+            run = run_as_stranger(f"import os; os.chdir({str(tmp_path)!r})\n{block}", hub.environment())
             assert run.returncode == 0, run.stderr

@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
-from huggingface_hub.utils import _http, disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars
 
 from jai.errors import UserError
 from jai.hub_card import publish as publishing
@@ -41,11 +40,6 @@ def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")  # instead of three seconds
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_http, "time", types.SimpleNamespace(sleep=lambda _: None))
 
 
 def a_version(folder: Path, number: int, draw: random.Random) -> Contents:

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import disable_progress_bars
 from jinja2.exceptions import SecurityError
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -38,13 +36,7 @@ OURS = sorted(
 REPO = "loopback/tiny"
 INDEX = "model.safetensors.index.json"
 
-
-@pytest.fixture(autouse=True)
-def _own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    disable_progress_bars()
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
-    for name in ("HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("nobody_logged_in")
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub import CommitOperationAdd, ModelCard, constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -29,13 +28,8 @@ INPUT_IDS = torch.arange(5, 21).reshape(2, 8)
 
 
 @pytest.fixture(autouse=True)
-def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    disable_progress_bars()
-    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path_factory.getbasetemp() / "xet"))
+def _own_cache(nobody_logged_in, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
-    for name in ("HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +46,6 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
-    with LoopbackHub(tmp_path / "hub") as hub:
-        yield hub
-
-
-@pytest.fixture
-def api(hub: LoopbackHub) -> HfApi:
-    return HfApi(endpoint=hub.endpoint, token=hub.token)
-
-
-@pytest.fixture
 def push(hub: LoopbackHub) -> Callable[..., PublishResult]:
     def run(folder: Path, repo_id: str = REPO, output: StringIO | None = None, **options) -> PublishResult:
         settings = {"token": hub.token, "endpoint": hub.endpoint, "forward": False}
@@ -71,28 +54,25 @@ def push(hub: LoopbackHub) -> Callable[..., PublishResult]:
     return run
 
 
-def run_line(line: str, environment: dict[str, str]) -> dict:
+@pytest.fixture
+def run_line(run_as_stranger) -> Callable[[str, dict[str, str]], dict]:
     """Run a line that loads a model as a stranger would: its logits' sum, and where its code came from."""
-    code = (
-        "import json, sys; sys.modules['jai'] = None\n"
-        "import torch, transformers\nfrom transformers import AutoModelForCausalLM\n"
-        "from peft import AutoPeftModelForCausalLM\n"
-        f"model = {line}.eval()\n"
-        "inner = model.get_base_model() if hasattr(model, 'get_base_model') else model\n"
-        f"logits = model(torch.tensor({INPUT_IDS.tolist()})).logits\n"
-        "print(json.dumps({'sum': logits.double().sum().item(), 'module': type(inner).__module__}))"
-    )
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env=kept | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.strip().splitlines()[-1])
+
+    def run(line: str, environment: dict[str, str]) -> dict:
+        code = (
+            "import json\n"
+            "import torch, transformers\nfrom transformers import AutoModelForCausalLM\n"
+            "from peft import AutoPeftModelForCausalLM\n"
+            f"model = {line}.eval()\n"
+            "inner = model.get_base_model() if hasattr(model, 'get_base_model') else model\n"
+            f"logits = model(torch.tensor({INPUT_IDS.tolist()})).logits\n"
+            "print(json.dumps({'sum': logits.double().sum().item(), 'module': type(inner).__module__}))"
+        )
+        finished = run_as_stranger(code, environment)
+        assert finished.returncode == 0, finished.stderr
+        return json.loads(finished.stdout.strip().splitlines()[-1])
+
+    return run
 
 
 def sum_of(model) -> float:
@@ -103,7 +83,7 @@ def sum_of(model) -> float:
 # Pinned code
 
 
-def test_the_code_is_tagged_once_for_each_version_and_the_line_loads_it(folder, hub, api, push):
+def test_the_code_is_tagged_once_for_each_version_and_the_line_loads_it(folder, hub, api, push, run_line):
     output = StringIO()
     first = push(folder, output=output)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(REPO).tags}
@@ -159,7 +139,7 @@ def test_a_tag_that_fails_is_made_up_for(folder, hub, api, push):
 # Pull requests
 
 
-def test_a_pull_request(folder, hub, api, push):
+def test_a_pull_request(folder, hub, api, push, run_line):
     with pytest.raises(UserError, match="There is no loopback/tiny to open a pull request in"):
         push(folder, create_pr=True)
     with pytest.raises(UserError, match="Leave --revision out"):
@@ -236,7 +216,7 @@ def adapter(checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_an_adapter(adapter, checkpoint, hub, api, push):
+def test_an_adapter(adapter, checkpoint, hub, api, push, run_line):
     with pytest.raises(UserError, match=r"base model is .*tiny-jai', which is no model on the Hub.*--base owner/name"):
         push(adapter)
     with pytest.raises(UserError, match="--base is for adapters"):
@@ -340,7 +320,7 @@ def quantizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
-def test_a_quantized_checkpoint(kind, tiny_model, quantizers, hub, push, tmp_path, monkeypatch):
+def test_a_quantized_checkpoint(kind, tiny_model, quantizers, hub, push, tmp_path, monkeypatch, run_line):
     path = [str(quantizers), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     model, whole, small = tiny_model(hidden_size=64, intermediate_size=64), tmp_path / "whole", tmp_path / "small"
