@@ -2,12 +2,14 @@
 """What a checkpoint was made from: one file beside the weights, which holds its last step and, in it, all before.
 
 A step names its inputs, and each input carries the step that made it. So the steps of a merge form a tree, and a folder
-needs no other folder to say where it comes from.
+needs no other folder to say where it comes from. Records travel to the Hub; `redact` keeps access tokens out of them,
+and out of all else that is printed, raised and uploaded.
 """
 
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -19,7 +21,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from jai.errors import UserError
 from jai.files import sha256
-from jai.hub_card.redaction import redact
 from jai.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
@@ -30,6 +31,10 @@ PROVENANCE_FILE = "provenance.json"
 Step = dict[str, Any]
 Input = dict[str, Any]
 _MAPPINGS = ("options", "versions", "result", "metrics", "hardware")
+
+# Access tokens of users and organisations, and the short-lived ones of Xet.
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|\bxet_(?:read|write)_[A-Za-z0-9]{16,}")
+_HIDDEN = "hf_***"
 
 
 def read_step(folder: Path) -> Step | None:
@@ -115,6 +120,21 @@ def chain(step: Step | None) -> list[Step]:
     for entry in step["inputs"]:
         steps += [earlier for earlier in chain(entry["made_by"]) if earlier not in steps]
     return [*steps, step]
+
+
+def redact(text: str, *tokens: str | None) -> str:
+    """`text` without these tokens, nor anything else that looks like one."""
+    for token in tokens:
+        if token:
+            text = text.replace(token, _HIDDEN)
+            text = text.replace(repr(token)[1:-1], _HIDDEN)  # as it looks inside the message of another exception
+    return _TOKEN.sub(_HIDDEN, text)
+
+
+def holds_token(path: Path, *tokens: str | None) -> bool:
+    """Whether a text file holds one of these tokens or anything that looks like an access token."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return redact(text, *tokens) != text
 
 
 def _is_hub_id(name: str) -> bool:

@@ -15,8 +15,8 @@ from jai.conversion.checkpoint import read_header
 from jai.errors import UserError
 from jai.hub_card.card import mark_generated
 from jai.hub_card.contents import ADAPTER_CONFIG, Contents
-from jai.hub_card.redaction import redact
 from jai.hub_card.weights import read_json
+from jai.provenance import redact
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

@@ -30,7 +30,7 @@ from jai.hub_card.adapter import Adapter, adapter_card, on_hub, read_adapter
 from jai.hub_card.card import card_files, written_by_hand
 from jai.hub_card.check import CheckReport, check_checkpoint, check_files
 from jai.hub_card.contents import ADAPTER_CONFIG, Contents, Kind, in_manifest, size_text
-from jai.hub_card.redaction import holds_token, redact
+from jai.provenance import holds_token, redact
 
 _README = "README.md"
 _PEFT_README = "# Model Card for Model ID"  # what PEFT leaves beside an adapter: a form to fill in

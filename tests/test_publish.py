@@ -22,8 +22,7 @@ from jai.hub_card.check import check_checkpoint, check_files
 from jai.hub_card.contents import read_contents, size_text
 from jai.hub_card.loopback_hub import LoopbackHub
 from jai.hub_card.publish import publish, upload
-from jai.hub_card.redaction import redact
-from jai.provenance import PROVENANCE_FILE, input_of, write_step
+from jai.provenance import PROVENANCE_FILE, input_of, redact, write_step
 
 REPO = "loopback/tiny-jai"
 BASE = "microsoft/Phi-3-medium-4k-instruct"
