@@ -281,10 +281,10 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts. Run again after a break, it goes on."""
-    from jai.conversion.convert import convert as run
-    from jai.conversion.options import ConvertOptions
-    from jai.conversion.verify import DEFAULT_TEXT
-    from jai.conversion.verify import verify as run_verify
+    from jai.conversion.convert.command import convert as run
+    from jai.conversion.convert.options import ConvertOptions
+    from jai.conversion.convert.verify import DEFAULT_TEXT
+    from jai.conversion.convert.verify import verify as run_verify
 
     if verify_text is not None and not verify_text.is_file():
         raise UserError(f"--verify-text {verify_text} is no file. Give a UTF-8 text file.")
@@ -371,8 +371,8 @@ def upcycle(
     verify: Annotated[bool, typer.Option("--verify", help="Then compare every byte with its source.")] = False,
 ) -> None:
     """Make experts of a dense JAI and snapshots of its training. Run again after a break, it goes on."""
-    from jai.conversion.upcycle import UpcycleOptions
-    from jai.conversion.upcycle import upcycle as run
+    from jai.conversion.upcycle.command import UpcycleOptions
+    from jai.conversion.upcycle.command import upcycle as run
 
     given = {
         "snapshots": [*(snapshots or ()), *(more_snapshots or ())] or None,
@@ -402,7 +402,7 @@ def snapshot(
     workers: Annotated[int, typer.Option(help="Shards to write at a time.")] = 1,
 ) -> None:
     """Keep of a dense JAI's checkpoint only the FFN weights, for jai upcycle."""
-    from jai.conversion.snapshot import snapshot as run
+    from jai.conversion.upcycle.snapshot import snapshot as run
     from jai.files import parse_size
 
     run(checkpoint, out, max_shard_bytes=parse_size(max_shard_size), workers=workers)
@@ -462,8 +462,8 @@ def merge(
     verify: Annotated[bool, typer.Option("--verify", help="Then compute every byte again and compare.")] = False,
 ) -> None:
     """Merge checkpoints of one architecture, with weights by layer. Run again after a break, it goes on."""
-    from jai.conversion.merge import merge as run
-    from jai.conversion.merge_options import MergeOptions
+    from jai.conversion.merge.command import merge as run
+    from jai.conversion.merge.options import MergeOptions
 
     given = {
         "models": [*(models or ()), *(more_models or ())] or None,
@@ -515,7 +515,7 @@ def inspect(
     ],
 ) -> None:
     """Show the layer plan, the parameters beside phi-3's, and the memory that it takes."""
-    from jai.conversion.inspection import inspect as run
+    from jai.conversion.inspect_checkpoint import inspect as run
 
     run(path)
 

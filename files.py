@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that are complete or not there, hashes of files, and sizes as people write them."""
+"""Folders that are complete or not there, hashes of files, and sizes as people write them.
+
+A long work is gone on with where it was killed. Beside its output `OUT` lies `.OUT.partial` while work goes on:
+`files/`, which becomes OUT by one rename at the end; `journal.json`, which says what is being made from what and which
+files are finished and on the disk; and a lock.
+"""
 
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from rich.console import Console
 
 from jai.errors import UserError
 
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": base ** (power + 1)
     for kind, base in (("B", 1000), ("iB", 1024))
@@ -27,8 +40,7 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
         UserError: if `out` exists already (an empty folder is taken), or its parent cannot be written.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already. Give another output folder, or remove this one first.")
+    refuse_existing(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +61,173 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
+class UnfinishedFolder:
+    """Work on one output folder.
+
+    Attributes:
+        out: the folder that will be there at the end.
+        work: the folder beside it that is there meanwhile.
+        folder: where the output's files are written.
+        finished: name and size of the files that are whole and on the disk.
+    """
+
+    def __init__(self, out: Path, identity: dict[str, Any]):
+        self.out = out
+        self.work = work_folder(out)
+        self.folder = self.work / "files"
+        self.finished: dict[str, int] = {}
+        self._identity = identity
+        self._journal = self.work / "journal.json"
+        self._mutex = Lock()
+
+    def finish(self, name: str) -> None:
+        """Record that a file is written. It is flushed to the disk first, so the journal never says too much."""
+        with (self.folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+        with self._mutex:
+            self.finished[name] = (self.folder / name).stat().st_size
+            self._write_journal()
+
+    def begin(self) -> None:
+        """Read the journal of an earlier run, or start one.
+
+        Raises:
+            UserError: if the earlier run had other inputs or options.
+        """
+        refuse_existing(self.out)  # another process may have finished it just before this one had the lock
+        self.folder.mkdir(exist_ok=True)
+        if not self._journal.exists():
+            self._write_journal()
+            return
+        journal = json.loads(self._journal.read_text(encoding="utf-8"))
+        changes = list(_differences(journal["identity"], json.loads(json.dumps(self._identity))))
+        if changes:
+            more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
+            raise UserError(
+                f"{self.out} was begun with other inputs or options: {'; '.join(changes[:3])}{more}. Give the same "
+                f"again to go on, or remove {self.work} to start anew."
+            )
+        for name, size in journal["finished"].items():
+            path = self.folder / name
+            if path.exists() and path.stat().st_size == size:
+                self.finished[name] = size
+        for path in self.folder.iterdir():
+            if path.name not in self.finished:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def complete(self) -> None:
+        """Flush everything and rename the files to the output folder."""
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.name not in self.finished:
+                _flush(path)
+        _flush(self.folder)
+        try:
+            self.folder.rename(self.out)
+        except OSError as error:
+            raise UserError(
+                f"{self.out} exists already, so the finished output stays in {self.folder}. Move one of them."
+            ) from error
+        _flush(self.out.parent)
+        shutil.rmtree(self.work)
+
+    def _write_journal(self) -> None:
+        partial = self._journal.with_suffix(".new")
+        content = {"identity": self._identity, "finished": self.finished}
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        _flush(partial)
+        partial.rename(self._journal)
+        _flush(self.work)
+
+
+@contextmanager
+def resumable_folder(out: Path, identity: dict[str, Any]) -> Iterator[UnfinishedFolder]:
+    """Make the folder `out`: going on where an earlier run of the same work stopped, whole at the end.
+
+    Where the block ends with an error, what is finished stays for the next run; where nothing is, nothing stays.
+
+    Args:
+        out: folder to make; it must not exist, or be empty.
+        identity: what decides the bytes of the output: inputs and options, as JSON. An earlier run is gone on with only
+            if its identity was the same.
+
+    Raises:
+        UserError: if `out` exists, cannot be written, is being made by another process, or was begun with another
+            identity; and for a full disk.
+    """
+    refuse_existing(out)
+    job = UnfinishedFolder(out, identity)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        job.work.mkdir(exist_ok=True)
+        lock = _lock(job.work, out)
+    except OSError as error:
+        raise UserError(f"Cannot write to {out.parent}: {error.strerror}. Give a folder that you may write.") from error
+    try:
+        job.begin()
+        try:
+            yield job
+            job.complete()
+        except BaseException as error:
+            if job.finished:
+                kept = f"{len(job.finished)} finished files stay in {job.work}: the same command goes on from there."
+                Console(stderr=True).print(kept, highlight=False, markup=False, soft_wrap=True)
+            else:
+                shutil.rmtree(job.work, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+                raise UserError(
+                    f"Could not write {out}: {error.strerror}. Free some space or choose another disk."
+                ) from error
+            raise
+    finally:
+        os.close(lock)
+
+
+def work_folder(out: Path) -> Path:
+    """Where an output is written until it is whole."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise `UserError` if an output folder exists; an empty one is taken."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already. Give another output folder, or remove this one first.")
+
+
+def _lock(work: Path, out: Path) -> int:
+    """Lock a work folder for this process; the lock ends with the process, however that ends."""
+    while True:
+        path = work / "lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"Another process is making {out}. Wait for it, or give another output folder.") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:  # some network file systems have none
+                os.close(lock)
+                raise
+        # A process that finished between our open and our lock has removed the file.
+        if path.exists() and os.fstat(lock).st_ino == path.stat().st_ino:
+            return lock
+        os.close(lock)
+        work.mkdir(exist_ok=True)
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            yield from _differences(old.get(key), new.get(key), f"{path} {key}".strip())
+    elif old != new:
+        yield f"{path} was {json.dumps(old, ensure_ascii=False)} and is {json.dumps(new, ensure_ascii=False)}"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: str | os.PathLike) -> str:

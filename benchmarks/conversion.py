@@ -27,10 +27,11 @@ from transformers import Phi3Config
 
 from jai.configuration_jai import JaiConfig, plan_layers
 from jai.conversion import names
-from jai.conversion.job import resumable_folder
-from jai.conversion.options import PAPER_BLOCK_REPEATS
-from jai.conversion.tensors import Computed, PlannedTensor
-from jai.conversion.writing import write_checkpoint
+from jai.conversion.convert.options import PAPER_BLOCK_REPEATS
+from jai.conversion.inputs.parts import Computed
+from jai.conversion.output.shards import write_checkpoint
+from jai.conversion.output.tensors import PlannedTensor
+from jai.files import resumable_folder
 
 PLAN = ",".join(map(str, PAPER_BLOCK_REPEATS))
 
@@ -111,7 +112,7 @@ def main() -> None:
         if arguments.mergekit:
             commands["mergekit passthrough"] = [arguments.mergekit, Path(scratch) / "passthrough.yaml", out]
         start = {
-            "jai": median([measure([sys.executable, "-c", "import jai.conversion.convert"]) for _ in range(5)]),
+            "jai": median([measure([sys.executable, "-c", "import jai.conversion.convert.command"]) for _ in range(5)]),
             "mergekit": median([measure([arguments.mergekit, "--help"]) for _ in range(5)])
             if arguments.mergekit
             else Run(0, 0, 0),

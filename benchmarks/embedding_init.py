@@ -26,8 +26,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from jai.conversion.convert import convert
-from jai.conversion.options import ConvertOptions
+from jai.conversion.convert.command import convert
+from jai.conversion.convert.options import ConvertOptions
 from jai.demo.base import train_base
 from jai.demo.corpus import build_corpus
 from jai.demo.measure import Subject

@@ -191,7 +191,11 @@ def main() -> None:
             in_process(write_model, model, seed)
         yamls = configs(models, Path(scratch))
         commands = {
-            ("jai", "start"): [sys.executable, "-c", "import jai.cli, jai.conversion.merge"],  # --help imports less
+            ("jai", "start"): [
+                sys.executable,
+                "-c",
+                "import jai.cli, jai.conversion.merge.command",
+            ],  # --help imports less
             ("mergekit", "start"): [*mergekit, "--help"],
             **{
                 (tool, method): (

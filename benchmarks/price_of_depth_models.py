@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from jai import JaiConfig, JaiForCausalLM
-from jai.conversion.convert import convert
-from jai.conversion.options import ConvertOptions
+from jai.conversion.convert.command import convert
+from jai.conversion.convert.options import ConvertOptions
 
 NUM_EXPERTS, EXPERTS_PER_TOKEN = 4, 2
 EXPERT_NOISE = {"noise-0.01": 0.01, "noise-0.1": 0.1}

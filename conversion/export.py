@@ -19,14 +19,13 @@ from transformers import GenerationConfig, MixtralConfig, Phi3Config, PreTrained
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
-from jai.conversion.folder import copy_tokenizer
-from jai.conversion.jai_checkpoint import JaiCheckpoint, jai_shapes, open_jai, slice_names
-from jai.conversion.job import refuse_existing
-from jai.conversion.options import check_choices
-from jai.conversion.output import Output
-from jai.conversion.tensors import PlannedTensor
+from jai.conversion.convert.options import check_choices
+from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_jai, slice_names
+from jai.conversion.output.beside import copy_tokenizer
+from jai.conversion.output.checkpoint_folder import Output
+from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
-from jai.files import parse_size
+from jai.files import parse_size, refuse_existing
 
 Form = Literal["mixtral", "phi3"]
 

@@ -26,10 +26,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.convert import convert
-from jai.conversion.inspection import count_parameters
-from jai.conversion.options import ConvertOptions
-from jai.conversion.verify import verify
+from jai.conversion.convert.command import convert
+from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.convert.verify import verify
+from jai.conversion.inspect_checkpoint import count_parameters
 from jai.demo.base import train_base
 from jai.demo.corpus import Corpus, build_corpus, write_corpus
 from jai.demo.measure import Answer, Subject

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from jai.conversion.checkpoint import read_header
+from jai.conversion.inputs.header import read_header
 from jai.errors import UserError
 from jai.hub_card.card import mark_generated
 from jai.hub_card.contents import ADAPTER_CONFIG, Contents

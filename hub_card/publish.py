@@ -24,7 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.markup import escape
 
-from jai.conversion.checkpoint import METADATA_PATTERNS
+from jai.conversion.inputs.hub import METADATA_PATTERNS
 from jai.errors import UserError
 from jai.hub_card.adapter import Adapter, adapter_card, on_hub, read_adapter
 from jai.hub_card.card import card_files, written_by_hand

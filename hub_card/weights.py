@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from jai.conversion.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_header, weight_files
+from jai.conversion.inputs.header import read_header
+from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE, weight_files
 from jai.errors import UserError
 
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
 
 from jai.conversion import names
-from jai.conversion.checkpoint import CheckpointReader, read_header
-from jai.conversion.convert import convert
-from jai.conversion.options import ConvertOptions
-from jai.conversion.plan import plan_conversion
-from jai.conversion.verify import verify
-from jai.conversion.vocabulary import Vocabulary
-from jai.conversion.writing import plan_shards
+from jai.conversion.convert.command import convert
+from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.convert.plan import plan_conversion
+from jai.conversion.convert.verify import verify
+from jai.conversion.convert.vocabulary import Vocabulary
+from jai.conversion.inputs.header import read_header
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.output.shards import plan_shards
 from jai.errors import UserError
 from jai.files import sha256
 from jai.modeling_jai import JaiForCausalLM
@@ -247,7 +248,7 @@ def test_new_rows_do_not_depend_on_chunks_or_shards(
 ):
     options = {"tokenizer": str(extended_tokenizer), "init": init, "seed": 3}
     run(base_with_tokenizer, tmp_path / "one", **options)
-    monkeypatch.setattr("jai.conversion.vocabulary._ROWS_CHUNK", 7)
+    monkeypatch.setattr("jai.conversion.convert.vocabulary._ROWS_CHUNK", 7)
     run(base_with_tokenizer, tmp_path / "many", **options, max_shard_size=40_000)
     one, many = CheckpointReader(tmp_path / "one"), CheckpointReader(tmp_path / "many")
     assert len(many.shards.names) > 5
@@ -567,7 +568,7 @@ def test_phi3_medium_is_planned_without_its_weights(tmp_path, monkeypatch, capsy
     (base / "config.json").write_text(json.dumps(MEDIUM))
     # A tokenizer of 64,000 entries, of which the last 31,936 are new.
     vocabulary = Vocabulary(64000, {id_: [id_ % 32000] for id_ in range(32064, 64000)}, {})
-    monkeypatch.setattr("jai.conversion.plan.plan_vocabulary", lambda *_: vocabulary)
+    monkeypatch.setattr("jai.conversion.convert.plan.plan_vocabulary", lambda *_: vocabulary)
     config = convert(ConvertOptions(base=str(base), out=tmp_path / "jai"), dry_run=True, console=Console(width=120))
     plan = plan_conversion(ConvertOptions(base=str(base), out=tmp_path / "jai"), dry_run=True)
     with torch.device("meta"):

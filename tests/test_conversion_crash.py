@@ -22,17 +22,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 
-from jai.conversion import shard_file, writing
-from jai.conversion.checkpoint import CheckpointReader, read_header
-from jai.conversion.convert import convert
-from jai.conversion.job import Job, resumable_folder, work_folder
-from jai.conversion.merge import merge
-from jai.conversion.merge_options import MergeOptions
-from jai.conversion.options import ConvertOptions
-from jai.conversion.plan import plan_conversion
-from jai.conversion.tensors import Computed, Copied
-from jai.conversion.upcycle import UpcycleOptions, upcycle
+from jai.conversion.convert.command import convert
+from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.convert.plan import plan_conversion
+from jai.conversion.inputs.header import read_header
+from jai.conversion.inputs.parts import Computed, Copied
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.merge.command import merge
+from jai.conversion.merge.options import MergeOptions
+from jai.conversion.output import shard_file
+from jai.conversion.output import shards as writing
+from jai.conversion.upcycle.command import UpcycleOptions, upcycle
 from jai.errors import UserError
+from jai.files import UnfinishedFolder, resumable_folder, work_folder
 
 PLAN = {"block_size": 2, "block_repeats": [1, 3, 2], "duplicate_init": "copy"}
 SHARD = 150_000  # bytes: some ten shards
@@ -70,16 +72,16 @@ def stop_after(monkeypatch):
     """Let a run stop once it has finished so many shards."""
 
     def install(shards: int, then=None) -> None:
-        finish = Job.finish
+        finish = UnfinishedFolder.finish
 
-        def finish_some(job: Job, name: str) -> None:
+        def finish_some(job: UnfinishedFolder, name: str) -> None:
             finish(job, name)
             if len(job.finished) == shards:
                 if then is None:
                     raise Killed
                 then()
 
-        monkeypatch.setattr(Job, "finish", finish_some)
+        monkeypatch.setattr(UnfinishedFolder, "finish", finish_some)
 
     return install
 
@@ -146,15 +148,15 @@ class TestEveryByte:
         plan = plan_conversion(options(base, tmp_path / "jai"))
         assert f"{plan.bytes:,} bytes are what their sources give" in " ".join(capsys.readouterr().out.split())
 
-        finish = Job.finish
+        finish = UnfinishedFolder.finish
 
-        def flip(job: Job, name: str) -> None:
+        def flip(job: UnfinishedFolder, name: str) -> None:
             data = bytearray((job.folder / name).read_bytes())
             data[-1] ^= 1
             (job.folder / name).write_bytes(data)
             finish(job, name)
 
-        monkeypatch.setattr(Job, "finish", flip)
+        monkeypatch.setattr(UnfinishedFolder, "finish", flip)
         with pytest.raises(UserError, match=r"model\.layers.* is not what its source gives"):
             convert(options(base, tmp_path / "bad"), verify_bytes=True)
         assert not (tmp_path / "bad").exists()
@@ -396,13 +398,13 @@ class TestTrouble:
     def test_ctrl_c_says_how_to_go_on(self, base, tmp_path):
         script = (
             "import sys, time\n"
-            "from jai.conversion.job import Job\n"
+            "from jai.files import UnfinishedFolder\n"
             "from jai.cli import main\n"
-            "finish = Job.finish\n"
+            "finish = UnfinishedFolder.finish\n"
             "def slow(job, name):\n"
             "    finish(job, name)\n"
             "    time.sleep(0.3)\n"
-            "Job.finish = slow\n"
+            "UnfinishedFolder.finish = slow\n"
             "main()\n"
         )
         command = ["convert", str(base), str(tmp_path / "jai"), "--block-size", "2", "--block-repeats", "1,3,2"]

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi
 from transformers import Phi3ForCausalLM
 
-from jai.conversion.job import work_folder
+from jai.files import work_folder
 from jai.hub_card.loopback_hub import LoopbackHub
 
 PLAN = ["--block-size", "2", "--block-repeats", "1,2,1"]

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, Phi3ForCausalLM
 
 from jai import cli
-from jai.conversion.convert import convert
+from jai.conversion.convert.command import convert
+from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.export import ExportOptions, export, plan_tensors
-from jai.conversion.jai_checkpoint import open_jai
-from jai.conversion.options import ConvertOptions
-from jai.conversion.tensors import Copied
+from jai.conversion.inputs.jai import open_jai
+from jai.conversion.inputs.parts import Copied
 from jai.errors import UserError
 from jai.files import sha256
 from jai.provenance import chain, read_step

@@ -10,9 +10,9 @@ from rich.console import Console
 from transformers import Phi3ForCausalLM
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.convert import convert
-from jai.conversion.inspection import PHI3_MEDIUM, count_parameters, inspect
-from jai.conversion.options import ConvertOptions
+from jai.conversion.convert.command import convert
+from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.inspect_checkpoint import PHI3_MEDIUM, count_parameters, inspect
 from jai.errors import UserError
 from jai.modeling_jai import JaiForCausalLM
 

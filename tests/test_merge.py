@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jai
-from jai.conversion import merge_methods
-from jai.conversion.checkpoint import CheckpointReader
-from jai.conversion.convert import convert
-from jai.conversion.merge import merge
-from jai.conversion.merge_options import MergeOptions
-from jai.conversion.merge_plan import CHUNK, plan_tensors
-from jai.conversion.merge_weights import parse_curve, value_for
-from jai.conversion.options import ConvertOptions
-from jai.conversion.tensors import Computed, Copied
+from jai.conversion.convert.command import convert
+from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.inputs.parts import Computed, Copied
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.merge import methods as merge_methods
+from jai.conversion.merge.command import merge
+from jai.conversion.merge.curves import parse_curve, value_for
+from jai.conversion.merge.options import MergeOptions
+from jai.conversion.merge.plan import CHUNK, plan_tensors
 from jai.errors import UserError
 from jai.files import sha256
 from jai.provenance import chain, read_step

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import jai
-from jai.conversion.checkpoint import weight_files
+from jai.conversion.inputs.weight_files import weight_files
 from jai.errors import UserError
 from jai.generate import GenerateOptions, generate
 from jai.hub_card.card import model_card

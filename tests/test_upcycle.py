@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from jai import cli
-from jai.conversion.checkpoint import CheckpointReader
-from jai.conversion.convert import convert
-from jai.conversion.inspection import inspect
-from jai.conversion.jai_checkpoint import jai_shapes, open_jai
-from jai.conversion.options import ConvertOptions
-from jai.conversion.snapshot import snapshot
-from jai.conversion.tensors import Copied
-from jai.conversion.upcycle import UpcycleOptions, open_sources, plan_config, plan_tensors, upcycle
+from jai.conversion.convert.command import convert
+from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.inputs.jai import jai_shapes, open_jai
+from jai.conversion.inputs.parts import Copied
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inspect_checkpoint import inspect
+from jai.conversion.upcycle.command import UpcycleOptions, open_sources, plan_config, plan_tensors, upcycle
+from jai.conversion.upcycle.snapshot import snapshot
 from jai.errors import UserError
 from jai.files import sha256
 from jai.provenance import chain, read_step
@@ -333,7 +333,7 @@ def test_bytes_do_not_depend_on_workers_or_breaks(dense, checkpoints, tmp_path, 
     run(dense, tmp_path / "one", **options)
     run(dense, tmp_path / "many", **options, workers=4)
 
-    from jai.conversion import writing
+    from jai.conversion.output import shards as writing
 
     write, calls = writing._write_shard, []
 

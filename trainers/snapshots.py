@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from jai.conversion.snapshot import snapshot
+from jai.conversion.upcycle.snapshot import snapshot
 from jai.errors import UserError
 
 SNAPSHOTS_FOLDER = "snapshots"

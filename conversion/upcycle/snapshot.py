@@ -8,11 +8,11 @@ from rich import filesize
 from rich.console import Console
 from rich.markup import escape
 
-from jai.conversion.jai_checkpoint import feed_forward_shapes, open_jai, snapshot_config
-from jai.conversion.job import refuse_existing
-from jai.conversion.output import Output
-from jai.conversion.tensors import PlannedTensor
+from jai.conversion.inputs.jai import feed_forward_shapes, open_jai, snapshot_config
+from jai.conversion.output.checkpoint_folder import Output
+from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
+from jai.files import refuse_existing
 
 MAX_SHARD_BYTES = 5_000_000_000
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from jai.conversion.job import resumable_folder
-from jai.conversion.tensors import PlannedTensor
-from jai.conversion.writing import compare_checkpoint, write_checkpoint
+from jai.conversion.output.shards import compare_checkpoint, write_checkpoint
+from jai.conversion.output.tensors import PlannedTensor
+from jai.files import resumable_folder
 from jai.provenance import Input, versions, write_step
 from jai.version import __version__
 

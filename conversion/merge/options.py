@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jai.conversion.merge_weights import Curve, parse_curve
-from jai.conversion.options import check_choices
+from jai.conversion.convert.options import check_choices
+from jai.conversion.merge.curves import Curve, parse_curve
 from jai.errors import UserError
 from jai.files import parse_size
 

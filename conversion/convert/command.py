@@ -11,13 +11,13 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.folder import hashes_beside, write_beside
-from jai.conversion.job import refuse_existing
-from jai.conversion.options import ConvertOptions
-from jai.conversion.output import Output
-from jai.conversion.plan import ConversionPlan, plan_conversion
-from jai.conversion.vocabulary import INIT_TEXTS
-from jai.conversion.writing import OutputShard, plan_shards
+from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.convert.plan import ConversionPlan, plan_conversion
+from jai.conversion.convert.vocabulary import INIT_TEXTS
+from jai.conversion.output.beside import hashes_beside, write_beside
+from jai.conversion.output.checkpoint_folder import Output
+from jai.conversion.output.shards import OutputShard, plan_shards
+from jai.files import refuse_existing
 from jai.provenance import Input, input_of, read_step
 
 _NAMED = 10  # of the tokens without pieces

@@ -16,14 +16,16 @@ from transformers import Phi3Config
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
-from jai.conversion.checkpoint import CheckpointReader, PlannedShards, has_weights, resolve_checkpoint, weight_map
-from jai.conversion.hub import HubShards
-from jai.conversion.job import work_folder
-from jai.conversion.options import ConvertOptions
-from jai.conversion.tensors import Part, PlannedTensor
-from jai.conversion.values import constant, drawn, with_noise
-from jai.conversion.vocabulary import Vocabulary, embedding_parts, load_tokenizer, plan_vocabulary
+from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.convert.vocabulary import Vocabulary, embedding_parts, load_tokenizer, plan_vocabulary
+from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
+from jai.conversion.inputs.parts import Part
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, weight_map
+from jai.conversion.output.drawn import constant, drawn, with_noise
+from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
+from jai.files import work_folder
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def plan_conversion(options: ConvertOptions, *, dry_run: bool = False) -> Conver
     expected = names.source_shapes(config, base.vocab_size, base.num_hidden_layers)
     if reader is None:
         assert isinstance(config.dtype, torch.dtype)
-        reader = CheckpointReader(PlannedShards(expected, config.dtype))
+        reader = CheckpointReader(PlannedFiles(expected, config.dtype))
     reader.check(expected, spare=frozenset({names.LM_HEAD}))  # of a tied model, a copy of the embeddings
     return ConversionPlan(
         base_folder=base_folder,
@@ -103,7 +105,7 @@ def _open_base(options: ConvertOptions, folder: Path, *, dry_run: bool) -> Check
     if dry_run and not (is_local and has_weights(folder)):
         return None
     if options.stream:
-        shards = HubShards(options.base, folder, work_folder(options.out) / "downloads")
+        shards = HubFiles(options.base, folder, work_folder(options.out) / "downloads")
         return CheckpointReader(shards, weight_map(folder))
     return CheckpointReader(folder)
 

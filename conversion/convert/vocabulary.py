@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jai.conversion.checkpoint import CheckpointReader
-from jai.conversion.tensors import Computed, Part
-from jai.conversion.values import normal
+from jai.conversion.inputs.parts import Computed, Part
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.output.drawn import normal
 from jai.errors import UserError
 from jai.tokenization.extend import new_token_pieces
 from jai.tokenization.train import RECORD_FILE as TOKENIZER_RECORD_FILE

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from jai.conversion.checkpoint import CheckpointReader
-from jai.conversion.tensors import Computed
+from jai.conversion.inputs.parts import Computed
+from jai.conversion.inputs.reader import CheckpointReader
 
 _CHUNK = 1 << 20  # values drawn at a time: 4 MB in fp32
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from transformers import Phi3ForCausalLM
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.checkpoint import CheckpointReader, resolve_checkpoint
-from jai.conversion.plan import load_phi3_config
-from jai.conversion.vocabulary import load_tokenizer
+from jai.conversion.convert.plan import load_phi3_config
+from jai.conversion.convert.vocabulary import load_tokenizer
+from jai.conversion.inputs.hub import resolve_checkpoint
+from jai.conversion.inputs.reader import CheckpointReader
 from jai.errors import UserError
 from jai.modeling_jai import JaiForCausalLM
 

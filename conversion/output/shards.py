@@ -22,11 +22,13 @@ from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from jai.conversion.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_header
-from jai.conversion.job import Job
-from jai.conversion.shard_file import ShardFile
-from jai.conversion.tensors import DTYPE_NAMES, Copied, Part, PlannedTensor, Shards
+from jai.conversion.inputs.header import DTYPE_NAMES, read_header
+from jai.conversion.inputs.parts import Copied, Part
+from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE, WeightFiles
+from jai.conversion.output.shard_file import ShardFile
+from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
+from jai.files import UnfinishedFolder
 
 _COMPARED_BYTES = 1 << 20
 
@@ -59,7 +61,7 @@ class OutputShard:
         return len(self.header) + sum(tensor.bytes for tensor in self.tensors)
 
     @property
-    def reads(self) -> set[tuple[Shards, str]]:
+    def reads(self) -> set[tuple[WeightFiles, str]]:
         return {source for tensor in self.tensors for part in tensor.parts for source in part.reads}
 
 
@@ -79,11 +81,16 @@ def plan_shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[Outp
 
 
 def write_checkpoint(
-    job: Job, tensors: list[PlannedTensor], max_shard_bytes: int, workers: int = 1, *, console: Console | None = None
+    job: UnfinishedFolder,
+    tensors: list[PlannedTensor],
+    max_shard_bytes: int,
+    workers: int = 1,
+    *,
+    console: Console | None = None,
 ) -> None:
     """Write `tensors` into the folder of `job` as safetensors shards with an index, in the form of transformers.
 
-    Shards that the job has finished already are left as they are.
+    WeightFiles that the job has finished already are left as they are.
 
     Args:
         job: where to write, from `resumable_folder`.

@@ -13,9 +13,11 @@ from huggingface_hub.errors import StrictDataclassError
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
-from jai.conversion.checkpoint import CheckpointReader, PlannedShards, has_weights, refuse_adapter, resolve_checkpoint
-from jai.conversion.folder import hashes_beside
-from jai.conversion.inspection import SNAPSHOT_TYPE, load_jai_config
+from jai.conversion.inputs.hub import resolve_checkpoint
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, refuse_adapter
+from jai.conversion.inspect_checkpoint import SNAPSHOT_TYPE, load_jai_config
+from jai.conversion.output.beside import hashes_beside
 from jai.errors import UserError
 from jai.provenance import Input, input_of, read_step
 
@@ -88,7 +90,7 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
     shapes = feed_forward_shapes(config) if is_snapshot else jai_shapes(config)
     if planned_only and not has_weights(folder):
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-        reader = CheckpointReader(PlannedShards(shapes, dtype))
+        reader = CheckpointReader(PlannedFiles(shapes, dtype))
     else:
         reader = CheckpointReader(folder)
         # Tied models are saved without the head, or with a copy of the embeddings.

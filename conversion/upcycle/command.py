@@ -18,15 +18,15 @@ from rich.table import Table
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
-from jai.conversion.folder import write_beside
-from jai.conversion.jai_checkpoint import JaiCheckpoint, jai_shapes, open_jai, slice_names
-from jai.conversion.job import refuse_existing
-from jai.conversion.options import check_choices
-from jai.conversion.output import Output
-from jai.conversion.tensors import Part, PlannedTensor
-from jai.conversion.values import drawn, with_noise
+from jai.conversion.convert.options import check_choices
+from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_jai, slice_names
+from jai.conversion.inputs.parts import Part
+from jai.conversion.output.beside import write_beside
+from jai.conversion.output.checkpoint_folder import Output
+from jai.conversion.output.drawn import drawn, with_noise
+from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
-from jai.files import parse_size
+from jai.files import parse_size, refuse_existing
 
 DEFAULT_EXPERTS = 4
 # What makes two checkpoints states of one model.

@@ -17,16 +17,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.folder import copy_tokenizer, hashes_beside, write_beside
-from jai.conversion.inspection import load_jai_config
-from jai.conversion.job import refuse_existing, work_folder
-from jai.conversion.merge_inputs import MergeInput, check_alike, open_input
-from jai.conversion.merge_options import MergeOptions
-from jai.conversion.merge_plan import count_layers, plan_tensors
-from jai.conversion.merge_weights import Curve
-from jai.conversion.output import Output
-from jai.conversion.tensors import Copied, PlannedTensor
-from jai.conversion.writing import plan_shards
+from jai.conversion.inputs.parts import Copied
+from jai.conversion.inspect_checkpoint import load_jai_config
+from jai.conversion.merge.checkpoints import MergeInput, check_alike, open_input
+from jai.conversion.merge.curves import Curve
+from jai.conversion.merge.options import MergeOptions
+from jai.conversion.merge.plan import count_layers, plan_tensors
+from jai.conversion.output.beside import copy_tokenizer, hashes_beside, write_beside
+from jai.conversion.output.checkpoint_folder import Output
+from jai.conversion.output.shards import plan_shards
+from jai.conversion.output.tensors import PlannedTensor
+from jai.files import refuse_existing, work_folder
 
 
 @dataclass(frozen=True)

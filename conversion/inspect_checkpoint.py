@@ -11,7 +11,9 @@ from transformers import Phi3Config
 
 from jai.configuration_jai import JaiConfig, PlannedLayer
 from jai.conversion import names
-from jai.conversion.checkpoint import INDEX_FILE, WEIGHTS_FILE, CheckpointReader, resolve_checkpoint
+from jai.conversion.inputs.hub import resolve_checkpoint
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE
 from jai.errors import UserError
 
 SNAPSHOT_TYPE = "jai_ffn_snapshot"  # the `model_type` of a snapshot: nothing loads one as a model

@@ -9,9 +9,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
-from jai.conversion.checkpoint import CheckpointReader, has_weights, refuse_adapter, resolve_checkpoint
-from jai.conversion.folder import hashes_beside
-from jai.conversion.hub import HubShards
+from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.weight_files import has_weights, refuse_adapter
+from jai.conversion.output.beside import hashes_beside
 from jai.errors import UserError
 from jai.provenance import Input, input_of, read_step
 
@@ -82,7 +83,7 @@ def open_input(name: str, downloads: Path, *, planned_only: bool) -> MergeInput:
     refuse_adapter(name, folder)
     config = _load_config(name, folder)
     if planned_only and not Path(name).is_dir() and not has_weights(folder):
-        reader = CheckpointReader(HubShards(name, folder, downloads))
+        reader = CheckpointReader(HubFiles(name, folder, downloads))
     else:
         reader = CheckpointReader(folder)
     return MergeInput(name, folder, config, _load_tokenizer(folder), reader)

@@ -11,12 +11,13 @@ from io import FileIO
 
 import torch
 
-from jai.conversion import merge_methods
-from jai.conversion.checkpoint import CheckpointReader
-from jai.conversion.merge_methods import Passes
-from jai.conversion.merge_options import MergeOptions
-from jai.conversion.merge_weights import layer_of, value_for
-from jai.conversion.tensors import Computed, Copied, Part, PlannedTensor
+from jai.conversion.inputs.parts import Computed, Copied, Part
+from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.merge import methods as merge_methods
+from jai.conversion.merge.curves import layer_of, value_for
+from jai.conversion.merge.methods import Passes
+from jai.conversion.merge.options import MergeOptions
+from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
 
 # Values of a tensor at a time: 2 MB in fp32, so that a few models' stay in the processor's cache. What DARE drops

@@ -1,18 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that stay on the Hub: headers are read over the network, shards fetched when needed and then deleted."""
+"""Checkpoints on the Hub: fetched whole, or read where they are, one shard at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
-from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
+from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError
 
-from jai.conversion.checkpoint import WEIGHTS_FILE, Header, hub_refusal, parse_header, read_header, weight_map
+from jai.conversion.inputs.header import Header, parse_header, read_header
+from jai.conversion.inputs.weight_files import WEIGHTS_FILE, weight_map
 from jai.errors import UserError
 
+METADATA_PATTERNS = ("*.json", "*.jinja", "*.py", "tokenizer.model")
 
-class HubShards:
+
+def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
+    """Folder of a checkpoint: a local folder as it is, a Hub id after download.
+
+    Args:
+        name: folder or Hub id.
+        weights: whether to download the weights too.
+
+    Raises:
+        UserError: if it is neither, or the Hub refuses.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    patterns = [*METADATA_PATTERNS, *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError:
+        raise UserError(f"{name} is neither a folder nor a Hub id. Give a folder that exists, or owner/name.") from None
+    except Exception as error:  # of many kinds: the client is httpx or httpx2, depending on huggingface_hub's version
+        raise hub_refusal(name, error) from None
+
+
+def hub_refusal(name: str, error: Exception) -> UserError:
+    """What to tell the user when the Hub does not give a repository."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"{name} is no local folder, and the Hub did not give it: {reason}. Check the name, the network, and "
+        "`hf auth login` if the repository is private."
+    )
+
+
+class HubFiles:
     """The weight files of a Hub repository at one commit, of which only those that are needed are here.
 
     Args:

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the bytes of an output are made of: ranges of input files, and values that are computed."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from jai.conversion.inputs.weight_files import WeightFiles
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Bytes `start` to `start + length` of a source file, as they are."""
+
+    shards: WeightFiles
+    shard: str
+    start: int
+    length: int
+
+    @property
+    def reads(self) -> tuple[tuple[WeightFiles, str], ...]:
+        return ((self.shards, self.shard),)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Bytes that are made when they are written.
+
+    Attributes:
+        length: how many.
+        formula: what is computed, for people and for tests that account for every byte.
+        make: yields the values in order, in the dtype of the output, in chunks of bounded size. Called twice it gives
+            the same bytes.
+        reads: the source files that it reads.
+    """
+
+    length: int
+    formula: str
+    make: Callable[[], Iterable[torch.Tensor]]
+    reads: tuple[tuple[WeightFiles, str], ...] = ()
+
+
+Part = Copied | Computed

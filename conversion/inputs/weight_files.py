@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight files of a checkpoint: which there are, by its index or alone, and what is asked of them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from jai.conversion.inputs.header import DTYPE_NAMES, Header, read_header
+from jai.errors import UserError
+from jai.files import sha256
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class WeightFiles(Protocol):
+    """The weight files that tensors are read from: a local folder's, or a Hub repository's.
+
+    Attributes:
+        names: of the files.
+        place: folder or Hub id, for messages.
+    """
+
+    names: list[str]
+    place: str
+
+    def header(self, name: str) -> Header:
+        """Header of a file, which need not be here for that."""
+
+    def path(self, name: str) -> Path:
+        """Where a file lies; it is fetched first if it must be."""
+
+    def release(self, name: str) -> None:
+        """Say that a file is not needed any more."""
+
+    def identity(self) -> dict[str, list]:
+        """What tells each file from another version of it, without reading it."""
+
+    def sha256(self, name: str) -> str:
+        """Hash of a file."""
+
+    def check_unchanged(self, name: str) -> None:
+        """Raise `UserError` if a file is not what it was when this object was made."""
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has the weights of a checkpoint, or an index of them."""
+    return (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
+
+
+def refuse_adapter(name: str, folder: Path) -> None:
+    """Raise `UserError` for a LoRA adapter without its model."""
+    if (folder / "adapter_config.json").exists() and not has_weights(folder):
+        raise UserError(
+            f"{name} is a LoRA adapter without its model. Train with `merge_adapter: true`, or train all weights, and "
+            "give the result here."
+        )
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file, as a folder's index says; None where one file holds all weights.
+
+    Raises:
+        UserError: if there are no weights, or the index is damaged or names a file outside of the folder.
+    """
+    if (folder / WEIGHTS_FILE).exists():  # transformers prefers it too
+        return None
+    index = folder / INDEX_FILE
+    if not index.exists():
+        raise UserError(
+            f"{folder} has no safetensors weights ({WEIGHTS_FILE} or {INDEX_FILE}). Pickled .bin files are not read: "
+            "load them with transformers and save them again, which writes safetensors."
+        )
+    try:
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = [name for name in file_of.values() if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no index of weights. Fetch or save it again.") from None
+    if outside:
+        raise UserError(
+            f"{index} names {outside[0]}, which is not a file beside it. Do not use this checkpoint: an index has only "
+            "plain file names."
+        )
+    return file_of
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, by its index where it has one.
+
+    Raises:
+        UserError: as `weight_map`, and if a file is missing.
+    """
+    file_of = weight_map(folder)
+    names = [WEIGHTS_FILE] if file_of is None else sorted(set(file_of.values()))
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names. Fetch the missing files.")
+    return [folder / name for name in names]
+
+
+class LocalFiles:
+    """The weight files of a local folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.place = str(folder)
+        self.names = [path.name for path in weight_files(folder)]
+        self._identities = {name: self._identity(name) for name in self.names}
+
+    def header(self, name: str) -> Header:
+        return read_header(self.folder / name)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def release(self, name: str) -> None:
+        """Nothing: the files are the user's."""
+
+    def identity(self) -> dict[str, list]:
+        return dict(self._identities)
+
+    def sha256(self, name: str) -> str:
+        return sha256(self.folder / name)
+
+    def check_unchanged(self, name: str) -> None:
+        if not self.path(name).exists() or self._identity(name) != self._identities[name]:
+            raise UserError(
+                f"{self.path(name)} changed while it was read. Let nothing write to the inputs, and start again."
+            )
+
+    def _identity(self, name: str) -> list:
+        status = (self.folder / name).stat()
+        return [status.st_size, status.st_mtime_ns]
+
+
+class PlannedFiles:
+    """Weights of which only the form is known, for planning; reading them is an error of the program."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+        self.names = [WEIGHTS_FILE]
+        self.place = "the plan"
+        self._tensors: dict[str, dict] = {}
+        end = 0
+        for name, shape in shapes.items():
+            size = math.prod(shape) * dtype.itemsize
+            entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            self._tensors[name], end = entry, end + size
+        self._size = end
+
+    def header(self, name: str) -> Header:
+        return Header(self._tensors, 0, self._size, "")
+
+    def path(self, name: str) -> Path:
+        raise AssertionError(f"{name} is planned only")
+
+    def release(self, name: str) -> None:
+        """Nothing is held."""
+
+    def identity(self) -> dict[str, list]:
+        return {name: [self._size] for name in self.names}
+
+    def sha256(self, name: str) -> str:
+        raise AssertionError(f"{name} is planned only")
+
+    def check_unchanged(self, name: str) -> None:
+        """Nothing can change."""
