@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that are complete or not there, hashes of files, and sizes as people write them.
+"""Files: JSON that is checked when it is read, folders that are complete or not there, hashes, sizes, next commands.
 
 A long work is gone on with where it was killed. Beside its output `OUT` lies `.OUT.partial` while work goes on:
 `files/`, which becomes OUT by one rename at the end; `journal.json`, which says what is being made from what and which
@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -30,6 +32,85 @@ _UNITS = {"": 1, "B": 1} | {
     for kind, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT")
 }
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_JSON_KINDS = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def check_is_file(path: Path, remedy: str = "Fetch or save it again.") -> None:
+    """Refuse what is not a file, before it is opened: reading a named pipe waits for ever.
+
+    Args:
+        path: a file or a link to one, as the Hub's cache has them.
+        remedy: what to do, for the message.
+
+    Raises:
+        UserError: if it is missing, a link to nothing, or something else than a file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if path.is_symlink():
+            problem = f"is a link to {os.readlink(path)}, which cannot be followed ({error.strerror})"
+        elif isinstance(error, FileNotFoundError):
+            problem = "does not exist"
+        else:
+            problem = f"cannot be read ({error.strerror})"
+    else:
+        if stat.S_ISREG(mode):
+            return
+        problem = f"is {next((name for is_kind, name in _KINDS if is_kind(mode)), 'something else')}, not a file"
+    raise UserError(f"{path} {problem}. {remedy}")
+
+
+def read_json(path: str | os.PathLike, remedy: str = "Fetch or save it again.") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        remedy: what to do where it cannot be read, for the message.
+
+    Raises:
+        UserError: if it is no file, not UTF-8, no valid JSON, nested too deeply, or holds something else than an
+            object.
+    """
+    path = Path(path)
+    check_is_file(path, remedy)
+    try:
+        content = json.loads(path.read_bytes().decode())
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError as error:
+        problem = f"is no JSON: it is not UTF-8 (byte {error.start})"
+    except ValueError as error:
+        problem = f"is no valid JSON ({error})"
+    except RecursionError:
+        problem = "is JSON that is nested too deeply"
+    else:
+        if isinstance(content, dict):
+            return content
+        problem = f"holds {_JSON_KINDS[type(content)]}, where a JSON object, {{…}}, was expected"
+    raise UserError(f"{path} {problem}. {remedy}") from None
+
+
+def print_next(console: Console, *commands: Sequence[str | os.PathLike]) -> None:
+    """Print commands that may come next, each given as its words, in a form that a shell takes."""
+    for number, words in enumerate(commands):
+        lead = "      " if number else "Next: "
+        console.print(lead + shlex.join(map(os.fspath, words)), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files as they come: whatever is wrong with one, it is one message, at once."""
+
+import io
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jai.errors import UserError
+from jai.files import check_is_file, print_next, read_json
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def make_link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def make_link_to_nothing(path: Path) -> None:
+    path.symlink_to("blobs/1234")
+
+
+# What may stand in the place of a file, and what the message calls it.
+NO_FILES = {
+    "missing": (lambda path: None, "does not exist"),
+    "folder": (make_folder, "is a folder, not a file"),
+    "pipe": (os.mkfifo, "is a named pipe, not a file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
+    "dangling link": (make_link_to_nothing, "is a link to blobs/1234, which cannot be followed"),
+    "circular link": (make_link_to_itself, "is a link to config.json, which cannot be followed"),
+}
+NO_JSON_OBJECTS = {
+    "empty": (b"", "is no valid JSON"),
+    "cut": (b'{"a": [1, 2', "is no valid JSON"),
+    "deep": (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+    "long number": (b'{"a": ' + b"1" * 5000 + b"}", "is no valid JSON"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+    "binary": (b'{"a": "\xff"}', r"not UTF-8 \(byte 7\)"),
+    "list": (b"[]", "holds a list, where a JSON object"),
+    "text": (b'"a"', "holds a string"),
+    "number": (b"1.5", "holds a number"),
+    "truth": (b"true", "holds true or false"),
+    "null": (b"null", "holds null"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NO_FILES.values(), ids=NO_FILES)
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, make, message):
+    path = tmp_path / "config.json"
+    make(path)
+    for read in (check_is_file, read_json):
+        with pytest.raises(UserError, match=f"config.json {message}.*What to do"):
+            read(path, "What to do.")
+
+
+@pytest.mark.parametrize(("content", "message"), NO_JSON_OBJECTS.values(), ids=NO_JSON_OBJECTS)
+def test_what_is_no_json_object_is_refused(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"{message}.*Fetch or save it again"):
+        read_json(tmp_path / "config.json")
+
+
+def test_json_is_read_through_links(tmp_path):
+    """The Hub's cache has links to blobs."""
+    (tmp_path / "blob").write_text(json.dumps({"ภาษา": ["ไทย", None]}), encoding="utf-8")
+    (tmp_path / "config.json").symlink_to("blob")
+    check_is_file(tmp_path / "config.json")
+    assert read_json(tmp_path / "config.json") == {"ภาษา": ["ไทย", None]}
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "it's [bold]", "ไทย", "$HOME;ls"])
+def test_next_commands_can_be_pasted(name):
+    """Whatever a folder is called, and however narrow the terminal."""
+    output = io.StringIO()
+    words = [["jai", "inspect", Path("/models") / name], ["jai", "generate", Path("/models") / name, "…"]]
+    print_next(Console(file=output, width=20), *words)
+    first, second = output.getvalue().splitlines()
+    assert shlex.split(first.removeprefix("Next: ")) == [str(word) for word in words[0]]
+    assert shlex.split(second) == [str(word) for word in words[1]]
