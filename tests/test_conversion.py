@@ -161,7 +161,7 @@ def test_new_rows_are_means_of_their_pieces(tmp_path, base_with_tokenizer, exten
     run(base_with_tokenizer, tmp_path / "jai", tokenizer=str(extended_tokenizer))
     old_tokenizer = AutoTokenizer.from_pretrained(base_with_tokenizer)
     new_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "jai")
-    pieces = new_token_pieces(old_tokenizer, new_tokenizer)
+    pieces = new_token_pieces(old_tokenizer.backend_tokenizer, new_tokenizer.backend_tokenizer)
     assert len(pieces) == len(new_tokenizer) - len(old_tokenizer) > 0
     reserved = {id_ for id_, ids in pieces.items() if not ids}
     assert reserved == set(range(len(old_tokenizer), 448))
@@ -193,8 +193,9 @@ def by_init(tmp_path_factory, base_with_tokenizer, extended_tokenizer) -> dict[s
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
 def test_inits_of_new_rows(by_init, base_with_tokenizer, name):
     from jai.tokenization.extend import new_token_pieces
+    from jai.tokenization.loading import load_backend_tokenizer
 
-    pieces = new_token_pieces(*map(AutoTokenizer.from_pretrained, (base_with_tokenizer, by_init["mean"])))
+    pieces = new_token_pieces(*map(load_backend_tokenizer, (base_with_tokenizer, by_init["mean"])))
     reserved = sorted(id_ for id_, ids in pieces.items() if not ids)
     merged = sorted(id_ for id_, ids in pieces.items() if ids)
     base = load_file(base_with_tokenizer / "model.safetensors")[name]

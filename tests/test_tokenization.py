@@ -257,7 +257,7 @@ class TestExtension:
     def test_first_new_id_can_be_given(self, tiny_base):
         extended = extend_tokenizer(tiny_base, THAI_TEXT * 2, vocab_size=500, first_new_id=400)
         assert len(extended) == 500
-        assert all(new_token_pieces(tiny_base, extended).values())
+        assert all(new_token_pieces(tiny_base.backend_tokenizer, extended.backend_tokenizer).values())
 
     def test_prepending_bases_keep_their_ids(self, shared_data, tmp_path):
         # Beside a phi-3 config.json, transformers takes tokenizer.json as it stands: it puts `▁` before each segment.
@@ -317,7 +317,7 @@ class TestBadInput:
 class TestPieces:
     def test_every_new_id_has_the_pieces_of_its_string(self, pair):
         base, extended = pair
-        pieces = new_token_pieces(base, extended)
+        pieces = new_token_pieces(base.backend_tokenizer, extended.backend_tokenizer)
         assert list(pieces) == list(range(len(base), len(extended)))
         first_new = -(-len(base) // 64) * 64
         assert all((not found) == (i < first_new) for i, found in pieces.items())
@@ -332,19 +332,20 @@ class TestPieces:
 
     def test_missing_characters_are_their_bytes(self, tiny_base, tiny_extended):
         i = tiny_extended.convert_tokens_to_ids("ฉ")
-        assert tiny_base.convert_ids_to_tokens(new_token_pieces(tiny_base, tiny_extended)[i]) == [
+        pieces = new_token_pieces(tiny_base.backend_tokenizer, tiny_extended.backend_tokenizer)[i]
+        assert tiny_base.convert_ids_to_tokens(pieces) == [
             "<0xE0>",
             "<0xB8>",
             "<0x89>",
         ]
 
     def test_the_same_tokenizer_has_none(self, tiny_base):
-        assert new_token_pieces(tiny_base, tiny_base) == {}
+        assert new_token_pieces(tiny_base.backend_tokenizer, tiny_base.backend_tokenizer) == {}
 
     def test_another_base_is_refused(self, tiny_base, tiny_extended, sentences):
         other = train_phi3_style(sentences * 4, vocab_size=400)
         with pytest.raises(UserError, match="does not extend its base"):
-            new_token_pieces(other, tiny_extended)
+            new_token_pieces(other.backend_tokenizer, tiny_extended.backend_tokenizer)
 
 
 class TestChat:
@@ -442,7 +443,7 @@ class TestTrain:
             "sample_bytes": SAMPLE_BYTES,
             "seed": 0,
         }
-        pieces = new_token_pieces(tiny_base, tokenizer)
+        pieces = new_token_pieces(tiny_base.backend_tokenizer, tokenizer.backend_tokenizer)
         assert record["new_tokens"] == {
             str(i): {"surface": tokenizer.convert_ids_to_tokens(i), "pieces": ids} for i, ids in pieces.items()
         }

@@ -207,7 +207,7 @@ def test_training_learns_and_stops_where_it_should(tokenizers, sentences):
 
 def test_extended_model_starts_at_the_mean_of_pieces(tokenizers):
     base, extended = tokenizers
-    pieces = new_token_pieces(base, extended)
+    pieces = new_token_pieces(base.backend_tokenizer, extended.backend_tokenizer)
     model = build_model(SHAPE, len(base), 16, seed=0)
     larger = extend_model(model, SHAPE, 16, len(extended), pieces, seed=0)
     ids = torch.tensor([[5, 300, 77, 12]])

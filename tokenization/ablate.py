@@ -388,7 +388,7 @@ def _run(job: _Job) -> Run:
         stream = Stream(stored["ids"], stored["characters"])
     if training.pretrain_tokens:
         start = Phi3ForCausalLM.from_pretrained(_pretrained_folder(job.out, job.seed), dtype=torch.float32)
-        pieces = new_token_pieces(_load_tokenizer(str(config.base)), tokenizer)
+        pieces = new_token_pieces(_load_tokenizer(str(config.base)).backend_tokenizer, tokenizer.backend_tokenizer)
         model = extend_model(start, config.model, training.context, job.entries, pieces, job.seed)
     else:
         model = build_model(config.model, job.entries, training.context, job.seed)

@@ -111,11 +111,14 @@ def extend_tokenizer(
     return extended
 
 
-def new_token_pieces(base: PreTrainedTokenizerBase, extended: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+def new_token_pieces(base: Tokenizer, extended: Tokenizer) -> dict[int, list[int]]:
     """For every id of `extended` after the base's last, the base's ids of the same string.
 
     Their mean is where the new rows of the embeddings start (paper, section 3.1.1). Reserved and special ids have no
-    pieces: their list is empty.
+    pieces: their list is empty. Words that `add_tokens` added have those of their text.
+
+    Args:
+        base, extended: what the tokenizers library makes of both: `load_backend_tokenizer`, or `backend_tokenizer`.
 
     Raises:
         UserError: if `extended` does not keep every id of `base`.
@@ -129,18 +132,28 @@ def new_token_pieces(base: PreTrainedTokenizerBase, extended: PreTrainedTokenize
             "that was extended from this base."
         )
     # The bare BPE: the tokenizer around it would put a space before a piece that has none.
-    bpe = base.backend_tokenizer.model
-    without_pieces = {token.content for token in extended.added_tokens_decoder.values()}
+    added = extended.get_added_tokens_decoder()
+    unknown = base.token_to_id(getattr(base.model, "unk_token", None) or "")
     end = max(base_vocab.values()) + 1
     pieces: dict[int, list[int]] = {}
     for surface, i in sorted(vocab.items(), key=lambda entry: entry[1]):
         if i < end:
             continue
-        if surface in without_pieces or surface == RESERVED_TOKEN.format(i):
+        if surface == RESERVED_TOKEN.format(i) or (i in added and added[i].special):
             pieces[i] = []
         else:
-            pieces[i] = [piece.id for piece in bpe.tokenize(surface) if piece.id != base.unk_token_id]
+            parts = _parts_of_word(base, surface) if i in added else [surface]
+            pieces[i] = [piece.id for part in parts for piece in base.model.tokenize(part) if piece.id != unknown]
     return pieces
+
+
+def _parts_of_word(base: Tokenizer, word: str) -> list[str]:
+    """What the base's model reads of an added word, which stands for itself: no space goes before it."""
+    text = base.normalizer.normalize_str(word) if base.normalizer else word
+    parts = [part for part, _ in base.pre_tokenizer.pre_tokenize_str(text)] if base.pre_tokenizer else [text]
+    if parts and not word.startswith((" ", SPACE)):
+        parts[0] = parts[0].removeprefix(SPACE)
+    return [part for part in parts if part]
 
 
 def _check_base(base: PreTrainedTokenizerBase, runs: regex.Pattern, script: str) -> None:

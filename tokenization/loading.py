@@ -1,23 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers by name, for every verb that takes one."""
+"""Tokenizers by name, for every verb that takes one. Nothing heavy is imported before a tokenizer is there to load."""
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jai.errors import UserError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
+# One of these holds the vocabulary (GPT-2's is in vocab.json, BERT's in vocab.txt); all else beside it are settings.
+_VOCABULARY_FILES = (TOKENIZER_JSON, SENTENCEPIECE_MODEL, "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_HUB_PATTERNS = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.tiktoken")
 _LONGEST_REASON = 300
+_ADVICE = "Give a folder that `save_pretrained` wrote, or a Hub id (owner/name)."
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id. Runs no code from there.
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file that a tokenizer's vocabulary can be read from."""
+    return any((folder / name).exists() for name in _VOCABULARY_FILES)
+
+
+def load_tokenizer(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id, as transformers' `AutoTokenizer` loads it.
+
+    Args:
+        name: folder or Hub id.
+        revision: commit, branch or tag on the Hub; None is the default branch.
+        trust_remote_code: run the tokenizer's code, if it brings some.
 
     Raises:
-        UserError: if there is none, or it is damaged.
+        UserError: if there is no tokenizer, it is damaged or needs its own code, or the Hub does not give it.
     """
+    folder = tokenizer_folder(name, revision)
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # of many kinds: the Hub's, JSON's, KeyError, the tokenizers library's bare Exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of many kinds: JSON's, KeyError, RecursionError, a bare Exception
+        raise _refusal(name, error) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(f"{name} loads as a {type(tokenizer).__name__}, which is no tokenizer. {_ADVICE}")
+    return tokenizer
+
+
+def load_backend_tokenizer(name: str | Path, *, revision: str | None = None) -> Tokenizer:
+    """The `backend_tokenizer` of a folder's or Hub id's tokenizer: vocabulary, merges and added tokens.
+
+    For those who look up tokens and do not encode text: the class that the folder names, which may put spaces
+    otherwise, is not asked. To find that class, `AutoTokenizer` imports PyTorch and 190 MB; this takes 20 MB for phi-3.
+
+    Raises:
+        UserError: as `load_tokenizer`, and if the tokenizer is not one of the tokenizers library.
+    """
+    folder = tokenizer_folder(name, revision)
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / TOKENIZER_JSON).exists():
+        return backend_of(name, load_tokenizer(folder))
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder).backend_tokenizer
+    except Exception as error:  # as above
+        raise _refusal(name, error) from error
+
+
+def backend_of(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizers library's part of a tokenizer.
+
+    Raises:
+        UserError: if it has none; `name` says which it is.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
-            f"{name} has no tokenizer that can be loaded. Give a folder with tokenizer.json, or a Hub id. ({reason})"
+            f"{name} loads as {type(tokenizer).__name__}, which has no fast implementation. Give a tokenizer with a "
+            f"{TOKENIZER_JSON}."
+        )
+    return tokenizer.backend_tokenizer
+
+
+def tokenizer_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a tokenizer's files: a folder as it is, a Hub id after download (or from the cache, offline).
+
+    Raises:
+        UserError: if it is neither, holds no tokenizer, or the Hub does not give it (without a network at once).
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _fetch(str(name), revision)
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{name} has no tokenizer that can be loaded: there is none of {', '.join(_VOCABULARY_FILES)}. Put the "
+            f"tokenizer's files beside the model's, or name another tokenizer. {_ADVICE}"
+        )
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and not path.is_file():
+            raise UserError(f"{path} is not a regular file, so no tokenizer can be read from it. Fetch {name} again.")
+    return folder
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # It asks for the commit once, where a file by itself is asked for six times in 23 seconds.
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
+    except HFValidationError:
+        raise UserError(
+            f"{name} has no tokenizer that can be loaded: it is no folder, and no Hub id either. {_ADVICE}"
+        ) from None
+    except Exception as error:  # of many kinds: the client is httpx or httpx2, depending on huggingface_hub's version
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{name} has no tokenizer that can be loaded: it is no folder, and the Hub did not give it ({reason}). "
+            "Check the name, the network, and `hf auth login` if the repository is private."
         ) from error
+
+
+def _refusal(name: str | Path, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+    return UserError(f"{name} has no tokenizer that can be loaded ({reason}). Fetch or save it again.")

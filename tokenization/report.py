@@ -20,13 +20,13 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase, TokenizersBackend
+from transformers import PreTrainedTokenizerBase
 
 from jai.errors import UserError
 from jai.files import new_folder
 from jai.tokenization.corpus import Source, open_sources
 from jai.tokenization.extend import RESERVED_TOKEN
-from jai.tokenization.loading import load_tokenizer
+from jai.tokenization.loading import backend_of, load_tokenizer
 from jai.tokenization.measure import TextFigures, TokenizerFigures, machine, measure
 from jai.tokenization.train import RECORD_FILE
 from jai.version import __version__
@@ -211,11 +211,7 @@ def load_subjects(origins: Sequence[str]) -> dict[str, Subject]:
 
 def _load(origin: str) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(origin)
-    if not isinstance(tokenizer, TokenizersBackend):
-        raise UserError(
-            f"{origin} loads as {type(tokenizer).__name__}, which has no fast implementation to measure. Give a "
-            "tokenizer with a tokenizer.json."
-        )
+    backend_of(origin, tokenizer)
     return tokenizer
 
 

@@ -82,7 +82,7 @@ def train_tokenizer(
         extended = extend_tokenizer(
             base_tokenizer, sample, vocab_size, script=script, max_token_chars=max_token_chars, unit=unit
         )
-        pieces = new_token_pieces(base_tokenizer, extended)
+        pieces = new_token_pieces(base_tokenizer.backend_tokenizer, extended.backend_tokenizer)
         extended.save_pretrained(folder)
         state = base_tokenizer.backend_tokenizer.to_str().encode()
         record = {

@@ -17,7 +17,7 @@ from transformers import Phi3Config
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
 from jai.conversion.convert.options import ConvertOptions
-from jai.conversion.convert.vocabulary import Vocabulary, embedding_parts, load_tokenizer, plan_vocabulary
+from jai.conversion.convert.vocabulary import Vocabulary, embedding_parts, load_vocabulary, plan_vocabulary
 from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
 from jai.conversion.inputs.parts import Part
 from jai.conversion.inputs.reader import CheckpointReader
@@ -73,9 +73,9 @@ def plan_conversion(options: ConvertOptions, *, dry_run: bool = False) -> Conver
     base_folder = resolve_checkpoint(options.base, weights=not (options.stream or dry_run))
     base = load_phi3_config(base_folder)
     reader = _open_base(options, base_folder, dry_run=dry_run)
-    base_tokenizer = load_tokenizer(base_folder)
+    base_tokenizer = load_vocabulary(base_folder)
     new_folder = resolve_checkpoint(options.tokenizer, weights=False) if options.tokenizer else None
-    tokenizer = load_tokenizer(new_folder) if new_folder else None
+    tokenizer = load_vocabulary(new_folder) if new_folder else None
     if new_folder and tokenizer is None:
         raise UserError(f"{options.tokenizer} has no tokenizer files. Give a folder that save_pretrained wrote.")
     vocabulary = plan_vocabulary(base.vocab_size, base_tokenizer, tokenizer, new_folder)

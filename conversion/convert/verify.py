@@ -14,11 +14,11 @@ from transformers import Phi3ForCausalLM
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion.convert.plan import load_phi3_config
-from jai.conversion.convert.vocabulary import load_tokenizer
 from jai.conversion.inputs.hub import resolve_checkpoint
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.errors import UserError
 from jai.modeling_jai import JaiForCausalLM
+from jai.tokenization.loading import has_tokenizer, load_tokenizer
 
 DEFAULT_TEXT = Path(__file__).with_name("verify.txt")
 SAME_FUNCTION_KL = 1e-9
@@ -123,11 +123,10 @@ def _fits(base: Path, converted: Path, console: Console) -> bool:
 
 
 def _token_ids(base_folder: Path, vocab_size: int, text: Path) -> tuple[torch.Tensor, bool]:
-    tokenizer = load_tokenizer(base_folder)
-    if tokenizer is None:
+    if not has_tokenizer(base_folder):
         return torch.randint(vocab_size, (_MAX_TOKENS,), generator=torch.Generator().manual_seed(0)), True
     content = text.read_text(encoding="utf-8")
-    return torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"]), False
+    return torch.tensor(load_tokenizer(base_folder)(content, add_special_tokens=False)["input_ids"]), False
 
 
 def _print(console: Console, result: Verification) -> None:

@@ -11,13 +11,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
 
 from jai.conversion.inputs.parts import Computed, Part
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.output.drawn import normal
 from jai.errors import UserError
 from jai.tokenization.extend import new_token_pieces
+from jai.tokenization.loading import has_tokenizer, load_backend_tokenizer
 from jai.tokenization.train import RECORD_FILE as TOKENIZER_RECORD_FILE
 
 EmbeddingInit = Literal["mean", "random", "mean-normed"]
@@ -49,17 +50,15 @@ class Vocabulary:
         return len(self.pieces) + len(self.without_pieces)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_vocabulary(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder, or None where it has no tokenizer files. Runs no code from the folder."""
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
-        return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return load_backend_tokenizer(folder) if has_tokenizer(folder) else None
 
 
 def plan_vocabulary(
     base_size: int,
-    base: PreTrainedTokenizerBase | None,
-    extended: PreTrainedTokenizerBase | None,
+    base: Tokenizer | None,
+    extended: Tokenizer | None,
     extended_folder: Path | None = None,
 ) -> Vocabulary:
     """Find the rows to add for an extended tokenizer (paper, section 3.1.1).
@@ -82,18 +81,19 @@ def plan_vocabulary(
             "--tokenizer was given, but BASE has no tokenizer files, so the pieces of new tokens cannot be found. Put "
             "the base's tokenizer.json and tokenizer_config.json into its folder."
         )
-    if len(extended) < len(base):
+    size, base_entries = extended.get_vocab_size(), base.get_vocab_size()
+    if size < base_entries:
         raise UserError(
-            f"The tokenizer has {len(extended):,} entries, fewer than the base's {len(base):,}. Give one that extends "
-            "the base's (jai tokenizer train)."
+            f"The tokenizer has {size:,} entries, fewer than the base's {base_entries:,}. Give one that extends the "
+            "base's (jai tokenizer train)."
         )
     pieces = new_token_pieces(base, extended)
-    surfaces = dict(zip(pieces, extended.convert_ids_to_tokens(list(pieces))))
+    surfaces = {id_: extended.id_to_token(id_) or "" for id_ in pieces}
     if extended_folder and (extended_folder / TOKENIZER_RECORD_FILE).exists():
         _check_tokenizer_record(extended_folder / TOKENIZER_RECORD_FILE, pieces, surfaces)
     # Entries without pieces are reserved strings; the base has rows for some of them (phi-3: 32011 to 32063).
     return Vocabulary(
-        size=max(len(extended), base_size),
+        size=max(size, base_size),
         pieces={id_: ids for id_, ids in pieces.items() if ids},
         without_pieces={id_: surfaces[id_] for id_, ids in pieces.items() if not ids and id_ >= base_size},
     )
