@@ -655,9 +655,13 @@ def test_bad_command_lines(checkpoint, argv, message):
         ("empty.jsonl", "", r"empty.jsonl has no rows"),
         ("columns.jsonl", '{"question": "a", "answer": "b"}\n', r"columns question, answer; expected `messages`"),
         ("pairs.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', r"run `jai dpo`"),
-        ("shape.jsonl", '{"messages": [["user", "hi"]]}\n', r"expected a list of messages"),
-        ("roles.jsonl", '{"messages": [{"role": "robot", "content": "hi"}]}\n', r"role 'robot'"),
-        ("mixed.jsonl", '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n', r"both must be"),
+        ("shape.jsonl", '{"messages": [["user", "hi"]]}\n', r"Row 1 of shape.jsonl .* expected a message such as"),
+        ("roles.jsonl", '{"messages": [{"role": "robot", "content": "hi"}]}\n', r"Row 1 of roles.jsonl .*role 'robot'"),
+        (
+            "mixed.jsonl",
+            '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n',
+            r"`completion` is .*; expected a string, like `prompt`",
+        ),
     ],
 )
 def test_bad_data(checkpoint, name, content, message):

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, SFTConfig, TrlParser
+from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from jai.errors import UserError
 
@@ -75,6 +75,23 @@ class JaiTrainingArguments:
     def __post_init__(self):
         if self.lora_targets not in LORA_TARGETS:
             raise UserError(f"`lora_targets` is {self.lora_targets!r}; expected one of {', '.join(LORA_TARGETS)}.")
+
+
+@dataclass(frozen=True)
+class StageArguments:
+    """All that a stage is told.
+
+    Attributes:
+        script: TRL's: which data.
+        training: TRL's: how to train.
+        model: TRL's: which model, its dtype, LoRA.
+        jai: ours.
+    """
+
+    script: ScriptArguments
+    training: TrlConfig
+    model: ModelConfig
+    jai: JaiTrainingArguments
 
 
 class _Parser(TrlParser):

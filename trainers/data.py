@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data: found, loaded, and checked for its form before anything long begins."""
+"""Training data: found, loaded, and every row checked, before anything long begins."""
 
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,25 +10,26 @@ from typing import Any, TypeAlias
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
 from jai.errors import UserError
+from jai.trainers.arguments import StageArguments
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_READABLE = ".jsonl, .jsonl.gz, .json, .json.gz or .parquet"
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_READABLE = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet or .csv"
 _CHAT_EXTRAS = ("tools", "chat_template_kwargs")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_A_MESSAGE = '{"role": "user", "content": "…"}'
 
 
-class Form(Enum):
-    """What a row of training data holds. The value says what the loss is taken on by default."""
+class DatasetType(Enum):
+    """What a row of training data is, in TRL's words."""
 
-    CHAT = "every token of the conversation"
-    PROMPT_COMPLETION = "the completion"
-    TEXT = "every token"
-    PREFERENCE = "the chosen answer against the rejected one"
+    LANGUAGE_MODELING = "language modeling"
+    PROMPT_COMPLETION = "prompt-completion"
+    PREFERENCE = "preference"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TrainingData:
 
     Attributes:
         name: file, folder or Hub id, as given.
-        form: what a row holds.
+        type: what a row is.
         columns: the columns that hold it.
         conversational: whether they hold messages (with roles) rather than strings.
         train: the rows to train on, with the columns that training reads.
@@ -46,7 +46,7 @@ class TrainingData:
     """
 
     name: str
-    form: Form
+    type: DatasetType
     columns: tuple[str, ...]
     conversational: bool
     train: AnyDataset
@@ -57,47 +57,54 @@ class TrainingData:
         """Number of training rows; None where they are streamed."""
         return len(self.train) if isinstance(self.train, Dataset) else None
 
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether it is text to continue, as in pre-training."""
+        return self.type is DatasetType.LANGUAGE_MODELING and not self.conversational
 
-def load_training_data(
-    script_args: ScriptArguments, *, evaluate: bool, preference: bool, text_column: str = "text"
-) -> TrainingData:
-    """Load a stage's data and check its form.
+
+def load_training_data(arguments: StageArguments, dataset_types: Sequence[DatasetType]) -> TrainingData:
+    """Load a stage's data: a Hub id, a .jsonl(.gz), .json(.gz), .parquet or .csv file, or a folder of such files.
+
+    Conversations come out as messages with role and content, whichever of the two common forms they had.
 
     Args:
-        script_args: names the data: a Hub id, a .jsonl(.gz), .json(.gz) or .parquet file, or a folder of such files.
-        evaluate: whether the evaluation split is needed.
-        preference: expect prompt, chosen and rejected (DPO); else messages, prompt and completion, or text.
-        text_column: the column of plain text.
+        arguments: the run's; they name the data, its splits and its column of plain text.
+        dataset_types: what the stage can train on.
 
     Raises:
-        UserError: if the data cannot be found or read, lacks a split, has no rows, or has other columns.
+        UserError: if the data cannot be found or read, lacks a split, has no rows, has other columns, or has a row
+            that cannot be trained on.
     """
-    name = script_args.dataset_name
+    script = arguments.script
+    name = script.dataset_name
     if not name:
         raise UserError(
             f"No training data is given. Set `dataset_name` to a Hub id, a folder, or a file that ends in {_READABLE}."
         )
     try:
-        splits = _load(name, script_args)
-        train = _split(splits, script_args.dataset_train_split, name, "dataset_train_split")
+        splits = _load(name, script)
+        train = _split(splits, script.dataset_train_split, name, "dataset_train_split")
         first: dict[str, Any] = next(iter(train))
     except StopIteration:  # `load_dataset` raises it too, for an empty file
         raise UserError(f"The data {name} has no rows. Give a dataset with at least one example.") from None
-    evaluation = _split(splits, script_args.dataset_test_split, name, "dataset_test_split") if evaluate else None
-    form, columns = (_preference_form if preference else _sft_form)(first, name, text_column)
-    # The others go: a stray `prompt` beside `messages` would make TRL take the rows for something else.
-    kept = [*columns, *(column for column in _CHAT_EXTRAS if column in first)]
-    return TrainingData(
-        name=name,
-        form=form,
-        columns=columns,
-        conversational=not isinstance(first[columns[0]], str),
-        train=train.select_columns(kept),
-        evaluation=None if evaluation is None else evaluation.select_columns(kept),
-    )
+    evaluation = None
+    if arguments.training.eval_strategy != "no":
+        evaluation = _split(splits, script.dataset_test_split, name, "dataset_test_split")
+    text_column = getattr(arguments.training, "dataset_text_field", "text")
+    if DatasetType.PREFERENCE in dataset_types:
+        type_, columns = _preference_columns(train, list(first), name)
+    else:
+        type_, columns = _sft_columns(list(first), name, text_column)
+    conversational = isinstance(_example(train, columns[0]), list)
+    data = TrainingData(name, type_, columns, conversational, train, evaluation)
+    train, columns = _tidy(train, data, script.dataset_train_split)
+    if evaluation is not None:
+        evaluation, _ = _tidy(evaluation, data, script.dataset_test_split)
+    return replace(data, columns=columns, train=train, evaluation=evaluation)
 
 
-def _load(name: str, script_args: ScriptArguments) -> Any:
+def _load(name: str, script: ScriptArguments) -> Any:
     """The splits of a file, a folder or a Hub dataset, by name."""
     path = Path(name)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
@@ -112,8 +119,8 @@ def _load(name: str, script_args: ScriptArguments) -> Any:
         return {"train": load_from_disk(name)}
     try:
         if path.is_file():
-            return load_dataset(_BUILDERS[suffix], data_files=name, streaming=script_args.dataset_streaming)
-        return load_dataset(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
+            return load_dataset(_BUILDERS[suffix], data_files=name, streaming=script.dataset_streaming)
+        return load_dataset(name, script.dataset_config, streaming=script.dataset_streaming)
     except DatasetGenerationError as error:
         raise UserError(
             f"The data {name} cannot be read: {error.__cause__ or error}. Every line must be one JSON object, and a "
@@ -136,72 +143,187 @@ def _split(splits: Any, split: str, name: str, option: str) -> AnyDataset:
     return splits[split]
 
 
-def _sft_form(row: dict[str, Any], name: str, text_column: str) -> tuple[Form, tuple[str, ...]]:
+def _example(rows: AnyDataset, column: str, sample: int = 100) -> Any:
+    """The first value in a column that is not null, among the first rows."""
+    values = (row[column] for row in rows.take(sample))
+    return next((value for value in values if value is not None), None)
+
+
+def _sft_columns(columns: list[str], name: str, text_column: str) -> tuple[DatasetType, tuple[str, ...]]:
     for column in ("messages", "conversations"):
-        if column in row:
-            _check_messages(row[column], column, name)
-            return Form.CHAT, (column,)
-    if "prompt" in row and "completion" in row:
-        if type(row["prompt"]) is not type(row["completion"]):
-            raise UserError(
-                f"The data {name} has a {type(row['prompt']).__name__} as `prompt` and a "
-                f"{type(row['completion']).__name__} as `completion`; both must be strings, or both lists of messages."
-            )
-        if not isinstance(row["prompt"], str):
-            _check_messages(row["prompt"], "prompt", name)
-            _check_messages(row["completion"], "completion", name)
-        return Form.PROMPT_COMPLETION, ("prompt", "completion")
-    if isinstance(row.get(text_column), str):
-        return Form.TEXT, (text_column,)
+        if column in columns:
+            return DatasetType.LANGUAGE_MODELING, (column,)
+    if "prompt" in columns and "completion" in columns:
+        return DatasetType.PROMPT_COMPLETION, ("prompt", "completion")
+    if text_column in columns:
+        return DatasetType.LANGUAGE_MODELING, (text_column,)
+    if "chosen" in columns:
+        advice = "Rename its columns; for preference pairs run `jai dpo`."
+    elif {"instruction", "output"} <= set(columns):
+        advice = (
+            "It looks like Alpaca's form: join `instruction` and `input` to `prompt`, and rename `output` to "
+            "`completion`."
+        )
+    else:
+        advice = "Rename its columns, or set `dataset_text_field`."
     raise UserError(
-        f"The data {name} has the columns {', '.join(row)}; expected `messages` (chat), `prompt` and `completion`, or "
-        f"`{text_column}` (plain text, continued pre-training). Rename its columns"
-        + ("; for preference pairs run `jai dpo`." if "chosen" in row else ", or set `dataset_text_field`.")
+        f"The data {name} has the columns {', '.join(columns)}; expected `messages` (chat), `prompt` and `completion`, "
+        f"or `{text_column}` (plain text, continued pre-training). {advice}"
     )
 
 
-def _preference_form(row: dict[str, Any], name: str, text_column: str) -> tuple[Form, tuple[str, ...]]:
-    if "chosen" not in row or "rejected" not in row:
+def _preference_columns(rows: AnyDataset, columns: list[str], name: str) -> tuple[DatasetType, tuple[str, ...]]:
+    if "chosen" not in columns or "rejected" not in columns:
         raise UserError(
-            f"The data {name} has the columns {', '.join(row)}; expected `prompt`, `chosen` and `rejected` (or "
+            f"The data {name} has the columns {', '.join(columns)}; expected `prompt`, `chosen` and `rejected` (or "
             "`chosen` and `rejected` as whole conversations). Rename its columns; for other data run `jai sft`."
         )
-    columns = tuple(column for column in ("chosen", "rejected", "prompt") if column in row)
-    if len({isinstance(row[column], str) for column in columns}) > 1:
+    pair = ("chosen", "rejected")
+    if "prompt" not in columns:
+        return DatasetType.PREFERENCE, pair
+    # UltraFeedback's layout: the prompt as a string, and again as the first turn of both conversations.
+    if isinstance(_example(rows, "prompt"), str) and isinstance(_example(rows, "chosen"), list):
+        return DatasetType.PREFERENCE, pair
+    return DatasetType.PREFERENCE, (*pair, "prompt")
+
+
+def _tidy(rows: AnyDataset, data: TrainingData, split: str) -> tuple[AnyDataset, tuple[str, ...]]:
+    """The rows with the columns that training reads alone, every row checked, conversations in `messages`.
+
+    The other columns go: a stray `prompt` beside `messages` would make TRL take the rows for something else.
+    """
+    columns, present = data.columns, list(next(iter(rows)))
+    if missing := [column for column in columns if column not in present]:
         raise UserError(
-            f"The data {name} mixes strings and lists of messages in {', '.join(columns)}; use one form for all."
+            f"The split {split} of {data.name} lacks {', '.join(missing)}; it has the columns {', '.join(present)}. "
+            "All splits need the same columns."
         )
-    if not isinstance(row["chosen"], str):
-        for column in columns:
-            _check_messages(row[column], column, name)
-    return Form.PREFERENCE, columns
+    rows = rows.select_columns([*columns, *(column for column in _CHAT_EXTRAS if column in present)])
+    if data.conversational:
+        example = next(iter(_example(rows, columns[0])), None)
+        if isinstance(example, dict) and {"from", "value"} <= example.keys():
+            rows = rows.map(_from_sharegpt, fn_kwargs={"columns": columns})
+        if "conversations" in columns:
+            rows, columns = rows.rename_column("conversations", "messages"), ("messages",)
+    checked = replace(data, columns=columns)
+    if isinstance(rows, Dataset):
+        _refuse(list(_wrong_rows(rows, checked)), checked, split)
+        return rows, columns
+
+    def check(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if wrong := _wrong_row(row, checked):
+            _refuse([(index + 1, wrong)], checked, split)
+        return row
+
+    return rows.map(check, with_indices=True), columns
 
 
-def _check_messages(value: Any, column: str, name: str) -> None:
-    fits = isinstance(value, list) and all(
-        isinstance(message, dict) and ({"role", "content"} <= message.keys() or {"from", "value"} <= message.keys())
-        for message in value
+def _from_sharegpt(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    def message(turn: Any) -> Any:
+        if not isinstance(turn, dict) or "from" not in turn:
+            return turn
+        return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+
+    return {
+        column: [message(turn) for turn in row[column]] if isinstance(row[column], list) else row[column]
+        for column in columns
+    }
+
+
+def _refuse(wrong_rows: list[tuple[int, str]], data: TrainingData, split: str) -> None:
+    if not wrong_rows:
+        return
+    (row, wrong), *others = wrong_rows
+    more = ""
+    if others:
+        numbers = ", ".join(f"{number:,}" for number, _ in others[:5])
+        more = f" Rows like it: {numbers}{f' and {len(others) - 5:,} more' if len(others) > 5 else ''}."
+    raise UserError(
+        f"Row {row:,} of {data.name} (split {split}) cannot be trained on: {wrong}.{more} Mend these rows or leave "
+        "them out."
     )
-    if not fits or not value:
-        raise UserError(
-            f"`{column}` in the data {name} holds {str(value)[:80]}; expected a list of messages such as "
-            '[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}].'
+
+
+def _wrong_rows(rows: Dataset, data: TrainingData) -> Iterable[tuple[int, str]]:
+    """Numbers of the rows that cannot be trained on, from 1, each with what is wrong."""
+    for number, row in enumerate(rows, 1):
+        if wrong := _wrong_row(row, data):
+            yield number, wrong
+
+
+def _wrong_row(row: dict[str, Any], data: TrainingData) -> str | None:
+    for column in data.columns:
+        wrong = (_wrong_conversation if data.conversational else _wrong_text)(row[column])
+        if wrong:
+            mixed = row[column] is not None and isinstance(row[column], list) != data.conversational
+            return f"`{column}` {wrong}" + (
+                f", like `{data.columns[0]}`" if mixed and column != data.columns[0] else ""
+            )
+    if data.type is not DatasetType.PREFERENCE:
+        return None
+    if row["chosen"] == row["rejected"]:
+        return "`chosen` and `rejected` are the same, so there is nothing to prefer"
+    if "prompt" in data.columns:
+        return None
+    if row["chosen"][:1] != row["rejected"][:1]:
+        return (
+            "`chosen` and `rejected` begin differently. Without a column `prompt`, both must begin with the turns that "
+            "they answer"
         )
+    shorter, longer = sorted((row["chosen"], row["rejected"]), key=len)
+    if longer[: len(shorter)] == shorter:
+        return "one of `chosen` and `rejected` is the beginning of the other, so it has no answer of its own"
+    return None
 
 
-def drop_unanswered(data: AnyDataset) -> tuple[AnyDataset, int]:
+def _wrong_text(value: Any) -> str | None:
+    if value is None:
+        return "is null"
+    return None if isinstance(value, str) else f"is {_shortened(value)}; expected a string"
+
+
+def _wrong_conversation(value: Any) -> str | None:
+    if value is None:
+        return "is null"
+    if not isinstance(value, list):
+        return f"is {_shortened(value)}; expected a list of messages such as {_A_MESSAGE}"
+    if not value:
+        return "has no messages"
+    for turn, message in enumerate(value, 1):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            return f"has {_shortened(message)} as message {turn}; expected a message such as {_A_MESSAGE}"
+        content = message["content"]
+        if not isinstance(message["role"], str):
+            return f"has no role in message {turn}"
+        if isinstance(content, list):
+            return (
+                f"has content in parts in message {turn} (OpenAI's form for images); expected a string: join the text "
+                "of its parts"
+            )
+        if content is None and not message.get("tool_calls"):
+            return f"has no content in message {turn}"
+        if content is not None and not isinstance(content, str):
+            return f"has {_shortened(content)} as content of message {turn}; expected a string"
+    return None
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def drop_unanswered(rows: AnyDataset) -> tuple[AnyDataset, int]:
     """Leave out the conversations without an assistant's turn, which `assistant_only_loss` cannot train on.
 
     Returns the rest and how many were dropped (0 for streams, which are filtered as they come).
     """
 
     def is_answered(row: dict[str, Any]) -> bool:
-        turns = row.get("completion") or row.get("messages") or row.get("conversations") or []
-        return any((turn.get("role") or turn.get("from")) in ("assistant", "gpt") for turn in turns)
+        return any(message["role"] == "assistant" for message in row.get("completion") or row["messages"])
 
     with PartialState().local_main_process_first():
-        kept = data.filter(is_answered)
-    return kept, len(data) - len(kept) if isinstance(data, Dataset) else 0
+        kept = rows.filter(is_answered)
+    return kept, len(rows) - len(kept) if isinstance(rows, Dataset) else 0
 
 
 def count_unsupervised(packed: Dataset) -> tuple[int, int]:
@@ -214,36 +336,3 @@ def count_unsupervised(packed: Dataset) -> tuple[int, int]:
             empty += all(label == -100 for label in row["labels"][start : start + length])
             start += length
     return empty, total
-
-
-def estimate_tokens(
-    data: TrainingData, tokenizer: PreTrainedTokenizerBase, max_length: int | None, sample: int = 100
-) -> float:
-    """Mean tokens of a row, after truncation, from up to `sample` rows spread over the data.
-
-    A preference pair counts both of its answers, each with the prompt.
-    """
-    if isinstance(data.train, Dataset):
-        rows: Iterable[dict[str, Any]] = data.train.select(range(0, len(data.train), -(-len(data.train) // sample)))
-    else:
-        rows = data.train.take(sample)
-    lengths = [
-        sum(min(_length(text, tokenizer), max_length or sys.maxsize) for text in _texts(row, data)) for row in rows
-    ]
-    return sum(lengths) / len(lengths)
-
-
-def _texts(row: dict[str, Any], data: TrainingData) -> list[Any]:
-    """The sequences that a row becomes, each a string or a list of messages."""
-    if data.form is Form.PROMPT_COMPLETION:
-        return [row["prompt"] + row["completion"]]
-    if data.form is Form.PREFERENCE:
-        prompt = row.get("prompt", [] if data.conversational else "")
-        return [prompt + row["chosen"], prompt + row["rejected"]]
-    return [row[data.columns[0]]]
-
-
-def _length(text: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    if not isinstance(text, str):
-        text = "".join(str(message.get("content") or message.get("value")) for message in text)
-    return len(tokenizer(text)["input_ids"])

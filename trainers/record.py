@@ -7,75 +7,119 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 
 from jai.configuration_jai import AUTO_MAP
 from jai.provenance import chain, file_hashes, input_of, versions, write_step
+from jai.trainers.arguments import StageArguments
+from jai.trainers.base_model import END_OF_TURN, BaseModel
 from jai.trainers.data import TrainingData
-from jai.trainers.source import END_OF_TURN, Source
 
 LOGS_FOLDER = "training_logs"
 
 # TRL and transformers set these for the training; the model that comes out has the values that went in.
 _TRAINING_ONLY = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
+_RECORDED_TRAINING = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "packing",
+    "packing_strategy",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "loss_type",
+    "beta",
+    "router_aux_loss_coef",
+    "gradient_checkpointing",
+    "bf16",
+    "fp16",
+    "seed",
+)
+_RECORDED_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "use_dora")
+
 
 def write_record(
-    out: Path, source: Source, data: TrainingData, trainer: Trainer, stage: str, options: dict[str, Any], metrics: dict
+    out: Path,
+    step: str,
+    arguments: StageArguments,
+    base: BaseModel,
+    data: TrainingData,
+    logs: list[dict[str, Any]],
+    steps: int,
+    metrics: dict[str, float],
 ) -> None:
     """Complete a saved checkpoint: its configuration as it was, its history, and nothing that belongs to the run alone.
 
     Args:
         out: the folder that the trainer saved the model in.
-        source: the checkpoint that the stage started from; its history and the logs of its training come along.
+        step: "sft", "dpo" or "pretrain".
+        arguments: the run's.
+        base: the checkpoint that the stage started from; its history and the logs of its training come along.
         data: what was trained on.
-        trainer: the trainer, after training.
-        stage: "sft", "dpo" or "pretrain".
-        options: the options worth recording.
+        logs: all that the trainer logged.
+        steps: optimiser steps that were made.
         metrics: what `train` returned.
     """
     # It is a pickle, it holds the Hub token if one was given, and nothing needs it.
     (out / "training_args.bin").unlink(missing_ok=True)
-    _restore_config(out, source)
-    _stop_at_end_of_turn(out, source.tokenizer)
+    _restore_config(out, base)
+    _stop_at_end_of_turn(out, base.tokenizer)
 
     (out / LOGS_FOLDER).mkdir(exist_ok=True)
-    earlier = [step["log_history"] for step in chain(source.made_by) if "log_history" in step]
+    earlier = [before["log_history"] for before in chain(base.made_by) if "log_history" in before]
     for name in earlier:
         # Its last part only: a record that came from the Hub must not name a place outside of the folder.
         log_history = f"{LOGS_FOLDER}/{Path(name).name}"
-        if (log := source.file(log_history)) is not None:
+        if (log := base.file(log_history)) is not None:
             shutil.copyfile(log, out / log_history)
-    log_history = f"{LOGS_FOLDER}/{len(earlier) + 1:02}_{stage}.json"
-    _write_json(out / log_history, trainer.state.log_history)
-    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
-    device = trainer.args.device
-    files = file_hashes([source.folder / "config.json", *source.folder.glob("*.safetensors")])
-    step = {
-        "step": stage,
-        "inputs": [input_of("model", source.name, files=files, made_by=source.made_by)],
+    log_history = f"{LOGS_FOLDER}/{len(earlier) + 1:02}_{step}.json"
+    _write_json(out / log_history, logs)
+    evaluations = [log for log in logs if "eval_loss" in log]
+    device = arguments.training.device
+    files = file_hashes([base.folder / "config.json", *base.folder.glob("*.safetensors")])
+    record = {
+        "step": step,
+        "inputs": [input_of("model", base.name, files=files, made_by=base.made_by)],
         "dataset": {"name": Path(data.name).name if Path(data.name).exists() else data.name, "rows": data.rows},
-        "options": options,
+        "options": _recorded_options(arguments),
         "metrics": {**metrics, **(evaluations[-1] if evaluations else {})},
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processes": trainer.args.world_size,
+            "processes": arguments.training.world_size,
         },
         "versions": versions("torch", "transformers", "trl", "peft", "accelerate", "datasets"),
         "log_history": log_history,
     }
-    write_step(out, step)
+    write_step(out, record)
 
 
-def _restore_config(out: Path, source: Source) -> None:
+def _recorded_options(arguments: StageArguments) -> dict[str, Any]:
+    training, model, jai = arguments.training, arguments.model, arguments.jai
+    options = {name: getattr(training, name) for name in _RECORDED_TRAINING if hasattr(training, name)}
+    if model.use_peft:
+        options |= {name: getattr(model, name) for name in _RECORDED_LORA}
+        options |= {"lora_targets": jai.lora_targets, "lora_router": jai.lora_router}
+    return options
+
+
+def _restore_config(out: Path, base: BaseModel) -> None:
     path = out / "config.json"
     if not path.exists():  # an adapter alone
         return
     config = json.loads(path.read_text(encoding="utf-8"))
-    original = source.config.to_dict()
+    original = base.config.to_dict()
     config |= {key: original[key] for key in _TRAINING_ONLY if key in original}
-    if source.is_jai:
+    if base.is_jai:
         config["auto_map"] = AUTO_MAP
     _write_json(path, config)
 

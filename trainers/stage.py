@@ -1,103 +1,185 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages have in common: the way from a built trainer to a finished folder."""
+"""The seven steps of every training stage: open, check, announce, build, train, record, and say what is next."""
 
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
+from datasets import Dataset
 from jinja2 import TemplateError
+from peft import LoraConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
-from transformers import Trainer
-from trl import ModelConfig
+from trl import ModelConfig, ScriptArguments, get_quantization_config
 
 from jai.errors import UserError
-from jai.trainers.arguments import JaiTrainingArguments, TrlConfig
-from jai.trainers.data import TrainingData
-from jai.trainers.lora import merge_adapter
-from jai.trainers.record import write_record
-from jai.trainers.source import Source
-
-_RECORDED_TRAINING = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "max_length",
-    "packing",
-    "packing_strategy",
-    "assistant_only_loss",
-    "completion_only_loss",
-    "loss_type",
-    "beta",
-    "router_aux_loss_coef",
-    "gradient_checkpointing",
-    "bf16",
-    "fp16",
-    "seed",
+from jai.trainers.announce import print_plan
+from jai.trainers.arguments import (
+    JaiTrainingArguments,
+    StageArguments,
+    TrlConfig,
+    parse_arguments,
+    resume_point,
 )
-_RECORDED_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "use_dora")
+from jai.trainers.base_model import BaseModel, open_base_model, prepare_chat
+from jai.trainers.data import (
+    DatasetType,
+    TrainingData,
+    count_unsupervised,
+    drop_unanswered,
+    load_training_data,
+)
+from jai.trainers.lora import lora_config, merge_adapter
+from jai.trainers.mixin import JaiTrainerMixin, prepare_liger
+from jai.trainers.parameters import count_parameters
+from jai.trainers.record import write_record
+from jai.trainers.snapshots import SnapshotCallback
+from jai.trainers.tokens import count_tokens
 
 
-def hush_known_warnings() -> None:
-    """Keep warnings off the screen that no user can act on."""
+@dataclass(frozen=True)
+class Stage:
+    """What differs from one stage to another.
+
+    Attributes:
+        verb: of the command line: "sft" is `jai sft`.
+        title: of the plan that is printed.
+        trainer_class: one of TRL's trainers, with `JaiTrainerMixin` before it.
+        config_class: the trainer's own arguments.
+        dataset_types: what it can train on.
+    """
+
+    verb: str
+    title: str
+    trainer_class: type[JaiTrainerMixin]
+    config_class: type[TrlConfig]
+    dataset_types: tuple[DatasetType, ...]
+
+
+def run_command(stage: Stage, argv: Sequence[str]) -> Path:
+    """Parse the arguments of `jai VERB` and run the stage.
+
+    Raises:
+        UserError: as `run_stage`, and for options that cannot be parsed.
+    """
     # TRL still says gradient checkpointing, where transformers has begun to say activation checkpointing.
     warnings.filterwarnings("ignore", message=".*activation_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found.*")
+    options = (ScriptArguments, stage.config_class, ModelConfig, JaiTrainingArguments)
+    return run_stage(stage, StageArguments(*parse_arguments(options, argv, prog=f"jai {stage.verb}")))
 
 
-def main_console() -> Console:
-    """A console that is silent on all processes but the main one."""
-    return Console(quiet=not PartialState().is_main_process)
+def run_stage(stage: Stage, arguments: StageArguments, console: Console | None = None) -> Path:
+    """Train a model and leave a whole checkpoint (or an adapter) with its record in the output folder.
+
+    Raises:
+        UserError: for a model, data or options that cannot be trained with; the message says what to change.
+    """
+    console = console or Console(quiet=not PartialState().is_main_process)
+    if arguments.training.use_liger_kernel:
+        prepare_liger()
+    checkpoint = resume_point(arguments.training)
+    base = open_base_model(arguments.model, arguments.training)
+    data = load_training_data(arguments, stage.dataset_types)
+    prepare_chat(base, data, arguments.training)
+    lora = lora_config(arguments.model, arguments.jai, base.config)
+    loading = loading_arguments(arguments)
+
+    parameters = count_parameters(base, lora, arguments.model)
+    if getattr(arguments.training, "assistant_only_loss", False):
+        data = _without_unanswered(data, console)
+    train_tokens, evaluation_tokens = count_tokens(data, base.tokenizer, arguments.training)
+
+    step, title = ("pretrain", "Continued pre-training") if data.is_plain_text else (stage.verb, stage.title)
+    print_plan(console, title, arguments, base, data, lora, parameters, train_tokens, evaluation_tokens)
+    trainer = _build(stage, arguments, base, data, lora, loading, console)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    out = _save(trainer, arguments, base, console)
+    if trainer.is_world_process_zero():
+        write_record(out, step, arguments, base, data, trainer.state.log_history, trainer.state.global_step, metrics)
+        _say_what_is_next(out, step, arguments, base, console)
+    if arguments.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.name)
+    if hasattr(trainer, "end"):  # transformers 5.18 and later
+        trainer.end()
+    return out
 
 
-def loading_arguments(
-    model_args: ModelConfig, training_args: TrlConfig, jai_args: JaiTrainingArguments
-) -> dict[str, Any]:
+def loading_arguments(arguments: StageArguments) -> dict[str, Any]:
     """Arguments of `from_pretrained` for the trainer, in which `model_init_kwargs` has the last word.
 
     Raises:
         UserError: for an experts implementation that is not known.
     """
-    arguments = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
+    loading = {
+        "revision": arguments.model.model_revision,
+        "trust_remote_code": arguments.training.trust_remote_code,
+        "attn_implementation": arguments.model.attn_implementation,
+        "dtype": arguments.model.dtype,
         "use_safetensors": True,  # nothing pickled
-        "experts_implementation": jai_args.experts_implementation,
-        **cast(dict[str, Any], training_args.model_init_kwargs or {}),
+        "experts_implementation": arguments.jai.experts_implementation,
+        **cast(dict[str, Any], arguments.training.model_init_kwargs or {}),
     }
-    experts = arguments["experts_implementation"]
+    experts = loading["experts_implementation"]
     if experts is None:
-        del arguments["experts_implementation"]
-        return arguments
+        del loading["experts_implementation"]
+        return loading
     from jai.kernels.register import ALL_EXPERTS_FUNCTIONS  # importing it makes "jai_fused" known
 
     known = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
     if experts not in known:
         raise UserError(f"`experts_implementation` is {experts!r}; expected one of {', '.join(sorted(known))}.")
-    return arguments
+    return loading
+
+
+def _build(
+    stage: Stage,
+    arguments: StageArguments,
+    base: BaseModel,
+    data: TrainingData,
+    lora: LoraConfig | None,
+    loading: dict[str, Any],
+    console: Console,
+) -> JaiTrainerMixin:
+    """The trainer, which has loaded the model and tokenised the data; what it left out of them is said."""
+    training = arguments.training
+    training.model_init_kwargs = loading
+    snapshot_steps = arguments.jai.snapshot_steps
+    with _naming_conversations(data):
+        trainer = stage.trainer_class(
+            model=base.name,
+            args=training,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=base.tokenizer,
+            quantization_config=get_quantization_config(arguments.model),
+            peft_config=lora,
+            router_statistics=arguments.jai.router_statistics,
+            linear_cross_entropy=arguments.jai.linear_cross_entropy,
+            callbacks=[SnapshotCallback(snapshot_steps)] if snapshot_steps else None,
+        )
+    if data.rows is not None:
+        _report_taught_nothing(console, data, data.rows, cast(Dataset, trainer.train_dataset), training)
+    return trainer
+
+
+def _without_unanswered(data: TrainingData, console: Console) -> TrainingData:
+    kept, dropped = drop_unanswered(data.train)
+    left = 1 if data.rows is None else len(cast(Dataset, kept))
+    _report_dropped(console, data, dropped, left, "they have no assistant's turn")
+    evaluation = None if data.evaluation is None else drop_unanswered(data.evaluation)[0]
+    return replace(data, train=kept, evaluation=evaluation)
 
 
 @contextmanager
-def building_trainer(data: TrainingData) -> Iterator[None]:
-    """Around the construction of a trainer, which tokenises the data.
-
-    Raises:
-        UserError: if a conversation cannot be rendered.
-    """
+def _naming_conversations(data: TrainingData) -> Iterator[None]:
     try:
         yield
     except TemplateError as error:
@@ -107,69 +189,65 @@ def building_trainer(data: TrainingData) -> Iterator[None]:
         ) from error
 
 
-def report_dropped(console: Console, data: TrainingData, dropped: int, left: int, why: str) -> None:
-    """Say how many training examples were left out.
+def _report_taught_nothing(
+    console: Console, data: TrainingData, rows: int, prepared: Dataset, training: TrlConfig
+) -> None:
+    """Count the examples that truncation left without a single label: TRL drops them, and packs them, in silence."""
+    if data.type is DatasetType.PREFERENCE:
+        why = f"their prompts alone have {training.max_length} tokens or more (raise `max_length`)"
+    else:
+        why = f"nothing that the loss is taken on lies in their first {training.max_length} tokens (raise `max_length`)"
+    if not getattr(training, "packing", False):
+        _report_dropped(console, data, rows - len(prepared), len(prepared), why)
+    elif "seq_lengths" in prepared.column_names and (
+        getattr(training, "assistant_only_loss", False) or data.type is DatasetType.PROMPT_COMPLETION
+    ):
+        empty, total = count_unsupervised(prepared)
+        if empty == total:
+            raise UserError(f"None of the examples in {data.name} can be trained on: {why}.")
+        if empty:
+            console.print(f"[yellow]{empty:,} of {total:,} examples are packed but teach nothing:[/] {why}.")
 
-    Raises:
-        UserError: if none is left.
-    """
+
+def _report_dropped(console: Console, data: TrainingData, dropped: int, left: int, why: str) -> None:
     if left == 0:
         raise UserError(f"None of the examples in {data.name} can be trained on: {why}.")
     if dropped:
         console.print(f"[yellow]Left out {dropped:,} of {dropped + left:,} examples:[/] {why}.")
 
 
-def train_and_save(
-    trainer: Trainer,
-    stage: str,
-    source: Source,
-    data: TrainingData,
-    model_args: ModelConfig,
-    jai_args: JaiTrainingArguments,
-    resume: str | None,
-    console: Console,
-) -> Path:
-    """Train, and leave a whole checkpoint (or an adapter) with its record in the output folder."""
-    args = trainer.args
-    out = Path(str(args.output_dir))
-    metrics = trainer.train(resume_from_checkpoint=resume).metrics
+def _save(trainer: JaiTrainerMixin, arguments: StageArguments, base: BaseModel, console: Console) -> Path:
+    """Save the model, or the adapter, or with `merge_adapter` both, in the output folder."""
+    out = Path(str(arguments.training.output_dir))
+    merge = arguments.jai.merge_adapter
     if trainer.is_fsdp_enabled:  # the final model in one piece, whatever the checkpoints are
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     adapter = out / "adapter"
-    trainer.save_model(str(adapter if jai_args.merge_adapter else out))
+    trainer.save_model(str(adapter if merge else out))
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        if jai_args.merge_adapter:
-            console.print("Merging the adapter …")
-            merge_adapter(adapter, out, source.name, dtype=model_args.dtype, **source.loading)
-            source.tokenizer.save_pretrained(out)
-            (adapter / "training_args.bin").unlink()
-        options = {name: getattr(args, name) for name in _RECORDED_TRAINING if hasattr(args, name)}
-        if model_args.use_peft:
-            options |= {name: getattr(model_args, name) for name in _RECORDED_LORA}
-            options |= {"lora_targets": jai_args.lora_targets, "lora_router": jai_args.lora_router}
-        write_record(out, source, data, trainer, stage, options, metrics)
-        _say_where(console, out, stage, source, is_adapter=model_args.use_peft and not jai_args.merge_adapter)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.name)
-    if hasattr(trainer, "end"):  # transformers 5.18 and later
-        trainer.end()
+    if merge and trainer.is_world_process_zero():
+        console.print("Merging the adapter …")
+        merge_adapter(adapter, out, base.name, dtype=arguments.model.dtype, **base.loading)
+        base.tokenizer.save_pretrained(out)
+        (adapter / "training_args.bin").unlink()
     return out
 
 
-def _say_where(console: Console, out: Path, stage: str, source: Source, *, is_adapter: bool) -> None:
-    folder, base = escape(str(out)), escape(source.name)
-    if is_adapter:
-        console.print(f"[bold green]Adapter written to[/] {folder} (for {base})")
-        console.print(f'Next: [bold]AutoModelForCausalLM.from_pretrained("{folder}")[/] loads it with its model.')
+def _say_what_is_next(out: Path, step: str, arguments: StageArguments, base: BaseModel, console: Console) -> None:
+    folder = escape(shlex.quote(str(out)))
+    if arguments.model.use_peft and not arguments.jai.merge_adapter:
+        console.print(f"[bold green]Adapter written to[/] {escape(str(out))} (for {escape(base.name)})")
+        console.print(
+            f"Next: [bold]AutoModelForCausalLM.from_pretrained({escape(repr(str(out)))})[/] loads it with its model."
+        )
         console.print("      `--merge_adapter true` makes a full checkpoint, which the next stage needs.")
         console.print(f"      [bold]jai publish {folder} OWNER/NAME --base OWNER/BASE[/]")
         return
-    console.print(f"[bold green]Checkpoint written to[/] {folder}")
-    if not source.is_jai:
+    console.print(f"[bold green]Checkpoint written to[/] {escape(str(out))}")
+    if not base.is_jai:
         console.print(f"Next: [bold]jai convert {folder} OUT[/]")
         return
-    following = {"pretrain": "sft", "sft": "dpo"}.get(stage)
+    following = {"pretrain": "sft", "sft": "dpo"}.get(step)
     if following:
         console.print(f"Next: [bold]jai {following} --config recipes/{following}.yaml --model_name_or_path {folder}[/]")
     console.print(f'{"      " if following else "Next: "}[bold]jai generate {folder} "…"[/]')

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint that a stage starts from."""
+"""The checkpoint that a stage starts from: opened and checked, its weights not read yet."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file
-from trl import ModelConfig
+from trl import ModelConfig, SFTConfig
 from trl.chat_template_utils import get_training_chat_template
 
 from jai.configuration_jai import JaiConfig
@@ -24,7 +24,7 @@ _CHAT_TOKENS = ("<|user|>", "<|assistant|>", END_OF_TURN)
 
 
 @dataclass(frozen=True)
-class Source:
+class BaseModel:
     """The checkpoint that a stage starts from.
 
     Attributes:
@@ -53,7 +53,7 @@ class Source:
         return _find_file(self.name, name, self.loading["revision"])
 
 
-def open_source(model_args: ModelConfig, training_args: TrlConfig) -> Source:
+def open_base_model(model_args: ModelConfig, training_args: TrlConfig) -> BaseModel:
     """Read the configuration and the tokenizer of the model to train; its weights are left for the trainer.
 
     Raises:
@@ -106,7 +106,7 @@ def open_source(model_args: ModelConfig, training_args: TrlConfig) -> Source:
         )
     _find_file(name, PROVENANCE_FILE, model_args.model_revision)  # fetches it, if the model is on the Hub
     folder = Path(str(cached_file(name, CONFIG_NAME, revision=model_args.model_revision))).parent
-    return Source(name, folder, loading, config, tokenizer, read_step(folder))
+    return BaseModel(name, folder, loading, config, tokenizer, read_step(folder))
 
 
 def _find_file(checkpoint: str, name: str, revision: str) -> Path | None:
@@ -124,17 +124,18 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def prepare_chat(
-    source: Source, data: TrainingData, *, assistant_only_loss: bool = False, chat_template_path: str | None = None
-) -> None:
+def prepare_chat(base: BaseModel, data: TrainingData, training_args: TrlConfig) -> None:
     """See to it that the tokenizer can render the data's conversations.
 
-    A tokenizer with phi-3's special tokens and no template gets JAI's.
+    The template in `chat_template_path` is put into the tokenizer; a tokenizer with phi-3's special tokens and no
+    template gets JAI's.
 
     Raises:
         UserError: if there is no template, or it does not mark the assistant's turns where the loss needs it.
     """
-    tokenizer = source.tokenizer
+    tokenizer = base.tokenizer
+    assistant_only_loss = getattr(training_args, "assistant_only_loss", False)
+    chat_template_path = getattr(training_args, "chat_template_path", None)
     if chat_template_path is not None:
         if not Path(chat_template_path).is_file():
             raise UserError(
@@ -142,6 +143,7 @@ def prepare_chat(
                 "other models are not taken over, because their tokens would resize the vocabulary."
             )
         tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        cast(SFTConfig, training_args).chat_template_path = None  # the tokenizer has it now
     if not data.conversational:
         if assistant_only_loss:
             raise UserError(
@@ -153,7 +155,7 @@ def prepare_chat(
         missing = [token for token in _CHAT_TOKENS if token not in tokenizer.get_vocab()]
         if missing:
             raise UserError(
-                f"{data.name} holds conversations, but the tokenizer of {source.name} has no chat template, and lacks "
+                f"{data.name} holds conversations, but the tokenizer of {base.name} has no chat template, and lacks "
                 f"{', '.join(missing)} of phi-3's. Set `chat_template_path` to a .jinja file made for its tokens."
             )
         with_chat_template(tokenizer)
@@ -163,6 +165,6 @@ def prepare_chat(
         except ValueError:
             raise UserError(
                 f"`assistant_only_loss` needs {{% generation %}} marks in the chat template, and the one of "
-                f"{source.name} has none. Set `chat_template_path` to a marked template (JAI's is "
+                f"{base.name} has none. Set `chat_template_path` to a marked template (JAI's is "
                 "tokenization/chat_template.jinja), or `assistant_only_loss: false`."
             ) from None

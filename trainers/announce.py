@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage is about to do, printed before it begins."""
+
+import math
+
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import SchedulerType
+
+from jai.trainers.arguments import StageArguments, TrlConfig
+from jai.trainers.base_model import BaseModel
+from jai.trainers.data import DatasetType, TrainingData
+from jai.trainers.parameters import ParameterCount
+from jai.trainers.tokens import TokenCount
+
+
+def estimate_steps(training_args: TrlConfig, rows: int | None, tokens: TokenCount) -> int | None:
+    """Optimiser steps of the run; None where the number of rows is unknown and no `max_steps` is set."""
+    if training_args.max_steps > 0:
+        return training_args.max_steps
+    if rows is None:
+        return None
+    if getattr(training_args, "packing", False) and training_args.max_length:
+        trained_tokens = (tokens.tokens - tokens.cut) * rows / tokens.rows
+        rows = math.ceil(trained_tokens / training_args.max_length)
+    batches = math.ceil(rows / (training_args.per_device_train_batch_size * training_args.world_size))
+    steps = max(math.ceil(batches / training_args.gradient_accumulation_steps), 1)
+    return math.ceil(steps * training_args.num_train_epochs)
+
+
+def print_plan(
+    console: Console,
+    title: str,
+    arguments: StageArguments,
+    base: BaseModel,
+    data: TrainingData,
+    lora: LoraConfig | None,
+    parameters: ParameterCount,
+    train_tokens: TokenCount,
+    evaluation_tokens: TokenCount | None,
+) -> None:
+    """Print a stage's plan. Steps are an estimate, and so are tokens where a sample of the rows was counted."""
+    training_args = arguments.training
+    steps = estimate_steps(training_args, data.rows, train_tokens)
+    batch = (
+        training_args.per_device_train_batch_size,
+        training_args.gradient_accumulation_steps,
+        training_args.world_size,
+    )
+    model_name, data_name = escape(base.name), escape(data.name)
+    if base.is_jai:
+        code = "the installed jai package (no code from the checkpoint runs)"
+    elif training_args.trust_remote_code:
+        code = f"[bold]runs the model code in {model_name}[/] (trust_remote_code)"
+    else:
+        code = "transformers"
+    trained = f"{parameters.trained:,} are trained ({parameters.trained / parameters.total:.2%})"
+
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("model", model_name)
+    table.add_row("code", code)
+    table.add_row("parameters", f"{parameters.total:,}, of which {trained}")
+    table.add_row("adapter", escape(_adapter(lora)))
+    table.add_row("data", f"{data_name}: {_size(data.rows, train_tokens)}; {_sequences(training_args)}")
+    if training_args.max_length:
+        table.add_row("cut off", _cut(train_tokens, training_args, data))
+    if evaluation_tokens is not None:
+        rows = len(data.evaluation) if isinstance(data.evaluation, Dataset) else None
+        table.add_row("evaluation", _size(rows, evaluation_tokens))
+        if training_args.max_length:
+            table.add_row("", f"cut off: {_cut(evaluation_tokens, training_args, data)}")
+    table.add_row("loss on", _loss_on(data, training_args))
+    table.add_row(
+        "steps",
+        f"{'unknown' if steps is None else f'about {steps:,}'}, each on {math.prod(batch):,} sequences "
+        f"({batch[0]} a device x {batch[1]} accumulated x {batch[2]} processes)",
+    )
+    schedule = SchedulerType(training_args.lr_scheduler_type).value
+    table.add_row("learning rate", f"{training_args.learning_rate:g}, {schedule}")
+    table.add_row("device", f"{training_args.device.type}, {_weights(arguments, parameters)}")
+    kind = "adapter" if lora and not arguments.jai.merge_adapter else "full checkpoint"
+    table.add_row("output", f"{escape(str(training_args.output_dir))} ({kind})")
+    console.print(table)
+
+
+def _adapter(lora: LoraConfig | None) -> str:
+    if lora is None:
+        return "none: every weight is trained"
+    targets = [*sorted(_names(lora.target_modules)), *(lora.target_parameters or [])]
+    whole = f"; whole: {', '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
+    return f"LoRA, rank {lora.r}, on {', '.join(targets)}{whole}"
+
+
+def _names(targets: str | set[str] | list[str] | None) -> list[str]:
+    return [targets] if isinstance(targets, str) else list(targets or [])
+
+
+def _size(rows: int | None, tokens: TokenCount) -> str:
+    if rows is None:
+        return "streamed"
+    about = "about " if tokens.is_sample else ""
+    return f"{rows:,} rows, {about}{tokens.tokens * rows / tokens.rows:,.0f} tokens"
+
+
+def _sequences(training_args: TrlConfig) -> str:
+    length = f"at most {training_args.max_length:,} tokens each" if training_args.max_length else "of any length"
+    if not getattr(training_args, "packing", False):
+        return length
+    if getattr(training_args, "packing_strategy", None) == "wrapped":
+        return f"packed (wrapped: documents see the end of the one before them, and are split), {length}"
+    return f"packed, {length}"
+
+
+def _cut(tokens: TokenCount, training_args: TrlConfig, data: TrainingData) -> str:
+    if not tokens.cut:
+        return f"nothing in the first {tokens.rows:,} rows" if data.rows is None else "nothing"
+    where = f" of a sample of {tokens.rows:,} rows" if tokens.is_sample else ""
+    remedy = "raise `max_length`"
+    if data.is_plain_text:
+        remedy += ", or split documents with `packing: true` and `packing_strategy: bfd_split`"
+    return (
+        f"[bold yellow]{tokens.cut:,} of {tokens.tokens:,} tokens ({tokens.cut / tokens.tokens:.1%}){where}[/]: beyond "
+        f"{training_args.max_length:,} in their sequence; {remedy}"
+    )
+
+
+def _weights(arguments: StageArguments, parameters: ParameterCount) -> str:
+    training, model = arguments.training, arguments.model
+    autocast = ", autocast to bf16" if training.bf16 else ", autocast to fp16" if training.fp16 else ""
+    if not parameters.quantized:
+        return f"weights in {model.dtype}{autocast}"
+    bits = f"4 bits ({model.bnb_4bit_quant_type})" if model.load_in_4bit else "8 bits"
+    share = parameters.quantized / parameters.total
+    return (
+        f"{parameters.quantized:,} weights ({share:.0%}, the linear layers but the head) in {bits}, the rest in "
+        f"{model.dtype}{autocast}"
+    )
+
+
+def _loss_on(data: TrainingData, training_args: TrlConfig) -> str:
+    if getattr(training_args, "assistant_only_loss", False):
+        return "the assistant's turns"
+    if data.type is DatasetType.PREFERENCE:
+        return "the chosen answer against the rejected one"
+    if data.type is DatasetType.PROMPT_COMPLETION:
+        whole = getattr(training_args, "completion_only_loss", None) is False
+        return "prompt and completion" if whole else "the completion"
+    return "every token of the conversation" if data.conversational else "every token"
