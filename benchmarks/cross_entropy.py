@@ -23,8 +23,8 @@ from accelerator import describe, milliseconds, peak_mebibytes, version
 from records import append, provenance
 from torch.nn import functional
 
-from jai.kernels import cross_entropy
-from jai.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, linear_log_probs
+from jai.kernels.head import loss as head_loss
+from jai.kernels.head.loss import linear_cross_entropy, linear_cross_entropy_reference, linear_log_probs
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 CHECKED_TOKENS = 2048
@@ -167,7 +167,7 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
             if name not in failed:
                 times[name].append(milliseconds(run, arguments.device))
     kept = int((labels != -100).sum())
-    plain = cross_entropy._why_not_triton(hidden.device, hidden.dtype)
+    plain = head_loss._why_not_triton(hidden.device, hidden.dtype)
     first = statistics.median(times["jai linear_cross_entropy"])
     rows = []
     for name in runs:
@@ -179,7 +179,7 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
             "kept": str(kept),
             "hidden": str(arguments.hidden),
             "vocab": str(arguments.vocab),
-            "chunk_mib": str(cross_entropy.LOGITS_BYTES // 2**20),
+            "chunk_mib": str(head_loss.LOGITS_BYTES // 2**20),
             "median_ms": failed.get(name, ""),
             "fastest_ms": "",
             "slowest_ms": "",
@@ -221,7 +221,7 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("No GPU here. Give --device cpu and small sizes: see --help.")
     if arguments.chunk_mib:
-        cross_entropy.LOGITS_BYTES = arguments.chunk_mib * 2**20
+        head_loss.LOGITS_BYTES = arguments.chunk_mib * 2**20
     warnings.filterwarnings("ignore", message=".*runs in plain PyTorch")
     packages = {name: version(name) for name in ("triton", "trl", "liger-kernel", "transformers")}
     source = provenance(("torch",)) | packages | describe(arguments.device)

@@ -31,7 +31,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import jai.kernels.register  # noqa: F401  "jai_fused"
-from jai.kernels.experts import fused_experts_reference
+from jai.kernels.experts.fused import fused_experts_reference
 
 PASSES = ("forward", "replayed", "training", "checkpointed")
 IMPLEMENTATIONS = (

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses the experts' tiles for the GPU at hand, and writes them to kernels/tiles/GPU_NAME.json.
+"""Chooses the experts' tiles for the GPU at hand, and writes them to kernels/experts/tiles_by_gpu/GPU_NAME.json.
 
     python benchmarks/tune_experts.py            # JAI-1's size in bf16; minutes
     python benchmarks/tune_experts.py --dry-run  # prints what it would write
 
-For every kernel and number of rows it times each candidate of the generation's file, the tiles that the file has, and
+For every product and number of rows it times each candidate of the generation's file, the tiles that the file has, and
 torch's grouped_mm where that is one kernel, in turn, and takes the fastest. The whole layer is what counts: check with
 benchmarks/experts.py.
 """
@@ -20,17 +20,16 @@ import torch
 from accelerator import describe, milliseconds, version
 from records import provenance
 
-from jai.kernels import configs
-from jai.kernels import experts_launch as launch
-from jai.kernels.configs import FOLDER, KERNELS, Tile
-from jai.kernels.routing import route_reference
+from jai.kernels.experts import launch
+from jai.kernels.experts.routing import route_reference
+from jai.kernels.experts.tiles import FOLDER, PRODUCTS, Tile, tile_file
 
 LIMITS = (16, 64, 256, None)  # average rows of an expert, up to which an entry serves; None: any number
 ROWS = (2, 64, 256, 8192)  # at which each is timed
 
 
 def workloads(arguments: argparse.Namespace, rows_each: int) -> dict[str, object]:
-    """A call for each kernel, with `rows_each` rows an expert."""
+    """A call for each product, with `rows_each` rows an expert."""
     experts, hidden, inner = arguments.experts, arguments.hidden, arguments.intermediate
     ids_TK = torch.arange(experts, device="cuda").repeat_interleave(rows_each)[:, None]
     routing = route_reference(ids_TK, experts)
@@ -53,13 +52,13 @@ def workloads(arguments: argparse.Namespace, rows_each: int) -> dict[str, object
     }
 
 
-def fastest(kernel: str, call, tiles: list[Tile | None], repeats: int) -> tuple[Tile | None, dict[str, float]]:
+def fastest(call, tiles: list[Tile | None], repeats: int) -> tuple[Tile | None, dict[str, float]]:
     """The tile with the smallest median, and all medians in milliseconds."""
     times: dict[Tile | None, list[float]] = {}
-    chosen = launch.choose
+    chosen = launch.choose_tile
     try:
         for tile in tiles:
-            launch.choose = lambda *_, tile=tile: tile
+            launch.choose_tile = lambda *_, tile=tile: tile
             try:
                 call()
                 torch.cuda.synchronize()
@@ -68,10 +67,10 @@ def fastest(kernel: str, call, tiles: list[Tile | None], repeats: int) -> tuple[
                 print(f"    {tile}: {str(reason).splitlines()[0][:100]}")
         for _ in range(repeats):
             for tile, taken in times.items():
-                launch.choose = lambda *_, tile=tile: tile
+                launch.choose_tile = lambda *_, tile=tile: tile
                 taken.append(milliseconds(call, "cuda"))
     finally:
-        launch.choose = chosen
+        launch.choose_tile = chosen
     medians = {tile: statistics.median(taken) for tile, taken in times.items()}
     best = min(medians, key=medians.__getitem__)
     return best, {("grouped_mm" if tile is None else str(asdict(tile))): time for tile, time in medians.items()}
@@ -87,39 +86,39 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("No GPU here: tiles are chosen by time.")
-    generation = configs.config_file("", torch.cuda.get_device_capability())
+    generation = tile_file("", torch.cuda.get_device_capability())
     known = json.loads(generation.read_text())
-    found: dict[str, list[dict[str, object]]] = {kernel: [] for kernel in KERNELS}
+    found: dict[str, list[dict[str, object]]] = {product: [] for product in PRODUCTS}
     for limit, rows_each in zip(LIMITS, ROWS, strict=True):
         calls = workloads(arguments, rows_each)
-        for kernel in KERNELS:
-            stored = [entry["tile"] for entry in known["kernels"][kernel]] + known["candidates"][kernel]
+        for product in PRODUCTS:
+            stored = [entry["tile"] for entry in known["products"][product]] + known["candidates"][product]
             tiles = list(dict.fromkeys(Tile(**tile) for tile in stored if tile))
             if launch.has_grouped_mm(torch.device("cuda")):
                 tiles.append(None)
-            best, medians = fastest(kernel, calls[kernel], tiles, arguments.repeats)
-            print(f"{kernel}, {rows_each} rows an expert:")
+            best, medians = fastest(calls[product], tiles, arguments.repeats)
+            print(f"{product}, {rows_each} rows an expert:")
             for name, time in sorted(medians.items(), key=lambda item: item[1]):
                 print(f"    {time:9.3f} ms  {name}")
-            found[kernel].append({"rows": limit, "tile": asdict(best) if best else None})
+            found[product].append({"rows": limit, "tile": asdict(best) if best else None})
         del calls
         torch.cuda.empty_cache()
     measured = provenance(("torch",)) | describe("cuda") | {"triton": version("triton")}
     measured["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
     major, minor = torch.cuda.get_device_capability()
-    config = {
+    tiles_of_this_gpu = {
         "measured": measured,
         "targets": [10 * major + minor],
         "note": f"hidden {arguments.hidden}, intermediate {arguments.intermediate}, {arguments.experts} experts, bf16",
-        "kernels": found,
+        "products": found,
         "candidates": known["candidates"],
     }
     path = FOLDER / f"{torch.cuda.get_device_name().replace(' ', '_')}.json"
     if arguments.dry_run:
-        print(json.dumps(config, indent=1))
+        print(json.dumps(tiles_of_this_gpu, indent=1))
         return
-    path.write_text(json.dumps(config, indent=1) + "\n")
-    print(f"Written to {path}. Compile it ahead of time too: python -m jai.kernels.ahead_of_time --write")
+    path.write_text(json.dumps(tiles_of_this_gpu, indent=1) + "\n")
+    print(f"Written to {path}. Compile it ahead of time too: python benchmarks/ahead_of_time.py --write")
 
 
 if __name__ == "__main__":

@@ -19,31 +19,20 @@ from jai.files import new_folder
 HERE = Path(__file__).parent
 NAME = "jai-kernels"
 VERSION = 1
-MODULES = (
-    "ahead_of_time_spec.py",
-    "causal_lm_loss.py",
-    "configs.py",
-    "cross_entropy.py",
-    "cross_entropy_triton.py",
-    "experts.py",
-    "experts_launch.py",
-    "experts_triton.py",
-    "register.py",
-    "routing.py",
-)
+PARTS = ("experts", "head", "register.py")  # liger.py needs JAI
 INIT = '''# SPDX-License-Identifier: Apache-2.0
 """JAI's kernels: `fused_experts`, `linear_cross_entropy`, and `experts_implementation="jai_fused"` for transformers."""
 
 from importlib.util import find_spec
 
-from .cross_entropy import linear_cross_entropy, linear_log_probs
-from .experts import fused_experts
+from .experts.fused import fused_experts
+from .head.loss import linear_cross_entropy, linear_log_probs
 
 __all__ = ["fused_experts", "linear_cross_entropy", "linear_log_probs"]
 
 if find_spec("transformers"):
     from . import register
-    from .causal_lm_loss import use_linear_cross_entropy
+    from .head.causal_lm import use_linear_cross_entropy
 
     __all__ += ["use_linear_cross_entropy"]
 '''
@@ -75,13 +64,15 @@ def package(out: Path) -> None:
         UserError: where `out` exists.
     """
     with new_folder(out) as folder:
-        variant = folder / "build" / "torch-universal"
-        variant.mkdir(parents=True)
-        for module in MODULES:
-            shutil.copyfile(HERE / module, variant / module)
-        shutil.copytree(HERE / "tiles", variant / "tiles", ignore=shutil.ignore_patterns("__pycache__"))
-        (variant / "__init__.py").write_text(INIT)
-        contents = b"".join(path.read_bytes() for path in sorted(variant.rglob("*")) if path.is_file())
+        build = folder / "build" / "torch-universal"
+        build.mkdir(parents=True)
+        for part in PARTS:
+            if (HERE / part).is_dir():
+                shutil.copytree(HERE / part, build / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(HERE / part, build / part)
+        (build / "__init__.py").write_text(INIT)
+        contents = b"".join(path.read_bytes() for path in sorted(build.rglob("*")) if path.is_file())
         metadata = {
             "id": f"jai_kernels_{hashlib.sha256(contents).hexdigest()[:12]}",
             "name": NAME,
@@ -90,7 +81,7 @@ def package(out: Path) -> None:
             "python-depends": [],
             "backend": {"type": "cuda"},
         }
-        (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        (build / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         (folder / "README.md").write_text(README.replace("VERSION", str(VERSION)))
 
 

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import ExpertsLora, Save, fused_experts
+from .experts.fused import ExpertsLora, Save, fused_experts
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from jai.kernels import cross_entropy as module
-from jai.kernels.causal_lm_loss import use_linear_cross_entropy
-from jai.kernels.cross_entropy import (
+from jai.kernels.head import loss as module
+from jai.kernels.head.causal_lm import use_linear_cross_entropy
+from jai.kernels.head.loss import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
     linear_log_probs,
@@ -520,14 +520,14 @@ def copied(tmp_path) -> Path:
     folder = tmp_path / "jai_kernels_copy"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    for name in ("cross_entropy.py", "cross_entropy_triton.py", "ahead_of_time_spec.py"):
-        shutil.copy(ROOT / "kernels" / name, folder)
+    for name in ("loss.py", "triton_kernels.py"):
+        shutil.copy(ROOT / "kernels" / "head" / name, folder)
     return folder
 
 
 def test_two_copies_of_the_package_live_side_by_side(copied, monkeypatch):
     monkeypatch.syspath_prepend(copied.parent)
-    other = importlib.import_module("jai_kernels_copy.cross_entropy")
+    other = importlib.import_module("jai_kernels_copy.loss")
     assert other._NAMESPACE != module._NAMESPACE
     head = Head()
     assert torch.equal(
@@ -540,7 +540,7 @@ def test_serves_without_triton_and_says_so_once(copied):
 import sys, warnings
 sys.modules["triton"] = None
 import torch
-from jai_kernels_copy.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from jai_kernels_copy.loss import linear_cross_entropy, linear_cross_entropy_reference
 h, w, y = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3), torch.arange(5)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -553,16 +553,6 @@ print([str(w.message) for w in caught if "cross-entropy" in str(w.message)])
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=copied.parent)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Triton is not installed") == 1
-
-
-def test_every_variant_names_every_argument():
-    from jai.kernels.cross_entropy_triton import AHEAD_OF_TIME
-
-    names = [variant.name for variant in AHEAD_OF_TIME]
-    assert len(set(names)) == len(names)
-    for variant in AHEAD_OF_TIME:
-        assert {*variant.signature, *variant.constexprs} == set(variant.kernel.arg_names), variant.name
-        assert set(variant.multiples_of_16) <= set(variant.signature)
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------

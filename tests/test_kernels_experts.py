@@ -30,10 +30,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import jai.kernels.register as register
 from jai import JaiForCausalLM
-from jai.kernels import experts_launch as launch
-from jai.kernels.configs import FOLDER, KERNELS, config_file, read_config
-from jai.kernels.experts import ExpertsLora, fused_experts, fused_experts_reference
-from jai.kernels.routing import ALIGNMENT, combine_reference, padded_rows, permute_reference, route_reference
+from jai.kernels.experts import launch
+from jai.kernels.experts.fused import ExpertsLora, fused_experts, fused_experts_reference
+from jai.kernels.experts.routing import ALIGNMENT, combine_reference, padded_rows, permute_reference, route_reference
+from jai.kernels.experts.tiles import FOLDER, PRODUCTS, read_tiles, tile_file
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -418,7 +418,7 @@ class TestLora:
 class TestOperators:
     def test_opcheck(self):
         inputs = random_inputs(4, 16, 16, 2, 2)
-        operators = torch.ops.jai_kernels
+        operators = torch.ops.jai_kernels_experts
         lora = random_lora(inputs, 2, 3)
         factors, scales = [factor.detach() for factor in lora[:4]], list(lora[4:])
         up = (inputs["x_TH"], inputs["gate_up_EFH"], inputs["ids_TK"], True, factors, scales)
@@ -603,22 +603,22 @@ def run_clean(code: str, folder: Path, interpret: bool) -> subprocess.CompletedP
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-class TestConfigs:
-    def test_every_file_serves_every_kernel_for_any_number_of_rows(self):
+class TestTiles:
+    def test_every_file_serves_every_product_for_any_number_of_rows(self):
         for path in FOLDER.glob("*.json"):
-            for kernel in KERNELS:
-                entries = read_config(path)[kernel]
-                assert entries[-1][0] is None, f"{path.name}: {kernel} has no entry for many rows"
+            for product in PRODUCTS:
+                entries = read_tiles(path)[product]
+                assert entries[-1][0] is None, f"{path.name}: {product} has no entry for many rows"
                 limits = [rows for rows, _ in entries[:-1]]
                 assert limits == sorted(limits)
                 for _, tile in entries:
-                    if tile is not None and kernel == "weight_gradient":
+                    if tile is not None and product == "weight_gradient":
                         assert ALIGNMENT % tile.block_k == 0
 
     def test_the_file_of_a_gpu(self):
-        assert config_file("NVIDIA H100 80GB HBM3", (9, 0)).stem in ("NVIDIA_H100_80GB_HBM3", "sm_90")
-        assert config_file("NVIDIA A100-SXM4-80GB", (8, 0)).stem in ("NVIDIA_A100-SXM4-80GB", "sm_80")
-        assert config_file("NVIDIA L4", (8, 9)).stem == "other"
+        assert tile_file("NVIDIA H100 80GB HBM3", (9, 0)).stem in ("NVIDIA_H100_80GB_HBM3", "sm_90")
+        assert tile_file("NVIDIA A100-SXM4-80GB", (8, 0)).stem in ("NVIDIA_A100-SXM4-80GB", "sm_80")
+        assert tile_file("NVIDIA L4", (8, 9)).stem == "other"
 
 
 class TestHubKernel:

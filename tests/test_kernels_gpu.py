@@ -17,8 +17,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from jai.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from jai.kernels.experts import fused_experts, fused_experts_reference
+from jai.kernels.experts.fused import fused_experts, fused_experts_reference
+from jai.kernels.head.loss import linear_cross_entropy, linear_cross_entropy_reference
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY = 5120, 17920, 4, 2, 64000
 
@@ -163,7 +163,7 @@ def test_cross_entropy_in_bf16_against_float64():
 def test_memcheck(tmp_path):
     code = (
         "import torch\n"
-        "from jai.kernels.experts import fused_experts\n"
+        "from jai.kernels.experts.fused import fused_experts\n"
         "for tokens, hidden, inner in ((37, 64, 96), (37, 67, 53), (1, 128, 128)):\n"
         "    x, gu, d = (torch.randn(*shape, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
         "                for shape in ((tokens, hidden), (4, 2 * inner, hidden), (4, hidden, inner)))\n"

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from jai.errors import UserError
-from jai.kernels import causal_lm_loss, register
+from jai.kernels import register
+from jai.kernels.head import causal_lm
 from jai.provenance import read_step
 from jai.trainers import dpo, sft
 
@@ -59,7 +60,7 @@ def test_the_kernels_train_the_same(checkpoint, texts, tmp_path, monkeypatch, lo
     more = ("--use_peft", "--lora_targets", "both", "--lora_r", "4", "--merge_adapter", "true") if lora else ()
     expected = run(checkpoint, texts, tmp_path / "expected", *more)
     calls: list[str] = []
-    for module, name in ((register, "fused_experts"), (causal_lm_loss, "linear_token_figures")):
+    for module, name in ((register, "fused_experts"), (causal_lm, "linear_token_figures")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=original, **k: (calls.append(f.__name__), f(*a, **k))[1])
     losses = run(checkpoint, texts, tmp_path / "fused", *KERNELS, *more)

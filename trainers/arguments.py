@@ -56,7 +56,7 @@ class JaiTrainingArguments:
     linear_cross_entropy: bool = field(
         default=False,
         metadata={
-            "help": "Compute the head and its loss with our kernels (`jai.kernels.cross_entropy`) in place of TRL's "
+            "help": "Compute the head and its loss with our kernels (`jai.kernels.head`) in place of TRL's "
             "chunked head. The figures in the logs are the same."
         },
     )

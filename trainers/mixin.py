@@ -42,7 +42,7 @@ class JaiTrainerMixin(Trainer):
         if self.args.use_liger_kernel:
             prepare_liger()
         if linear_cross_entropy:  # after TRL, which puts its own head in place when the trainer is made
-            from jai.kernels.causal_lm_loss import use_linear_cross_entropy
+            from jai.kernels.head.causal_lm import use_linear_cross_entropy
 
             for model in filter(None, (self.model, getattr(self, "ref_model", None))):
                 use_linear_cross_entropy(

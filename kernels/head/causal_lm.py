@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.mixtral import modeling_mixtral
 
-from .cross_entropy import linear_cross_entropy, linear_token_figures
+from .loss import linear_cross_entropy, linear_token_figures
 
 # Factors that some models put on their logits. JAI, Mixtral, Llama, Phi-3 and Qwen have none.
 _LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")

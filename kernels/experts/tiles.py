@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes by device, from `tiles/*.json`: measured ones by the GPU's name, else its generation's, else safe ones.
+"""Tile sizes by device, from `tiles_by_gpu/`: measured ones by the GPU's name, else its generation's, else safe ones.
 
-A file has a list a kernel. The first entry is taken whose `rows` (the average rows of an expert) is not below the
-actual number, or null. `tile` is a tile of our Triton kernel, or null: torch's grouped_mm, with our kernels around it.
+A file has a list for each product. The first entry is taken whose `rows` (the average rows of an expert) is not below
+the actual number, or null. `tile` is one of our Triton kernel, or null: torch's grouped_mm, with our kernels around it.
 `measured` says when and with what the file was made; null: chosen to compile without spills, not by time. `targets` are
 the compute capabilities (times ten) that it is compiled for ahead of time, `candidates` the tiles that tuning tries.
 """
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).with_name("tiles")
-KERNELS = ("up", "down", "up_gradient", "down_gradient", "weight_gradient")
+FOLDER = Path(__file__).with_name("tiles_by_gpu")
+# Matrix products of the forward and the backward pass.
+PRODUCTS = ("up", "down", "up_gradient", "down_gradient", "weight_gradient")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel cuts its work. `persistent`: as many programs as multiprocessors, else one a tile."""
+    """How the kernel of a product cuts its work. `persistent`: as many programs as multiprocessors, else one a tile."""
 
     block_m: int
     block_n: int
@@ -40,7 +41,7 @@ FALLBACK_TILE = Tile(64, 64, 32, 8, num_warps=4, num_stages=3, persistent=False,
 INTERPRETER_TILE = Tile(64, 64, 64, 2, num_warps=4, num_stages=1, persistent=False, tma=True)
 
 
-def config_file(device_name: str, capability: tuple[int, int]) -> Path:
+def tile_file(device_name: str, capability: tuple[int, int]) -> Path:
     """The file for a GPU: `NVIDIA_H100_80GB_HBM3.json` if that was measured, `sm_90.json`, or `other.json`."""
     major, minor = capability
     candidates = (device_name.replace(" ", "_"), f"sm_{major}{minor}", "other")
@@ -48,23 +49,23 @@ def config_file(device_name: str, capability: tuple[int, int]) -> Path:
 
 
 @functools.cache
-def read_config(path: Path) -> dict[str, list[tuple[int | None, Tile | None]]]:
-    """A file's entries by kernel: the most rows an expert that each is for (None: any), and its tile."""
-    entries = json.loads(path.read_text())["kernels"]
+def read_tiles(path: Path) -> dict[str, list[tuple[int | None, Tile | None]]]:
+    """A file's entries by product: the most rows an expert that each is for (None: any), and its tile."""
+    entries = json.loads(path.read_text())["products"]
     return {
-        kernel: [(entry["rows"], Tile(**entry["tile"]) if entry["tile"] else None) for entry in entries[kernel]]
-        for kernel in KERNELS
+        product: [(entry["rows"], Tile(**entry["tile"]) if entry["tile"] else None) for entry in entries[product]]
+        for product in PRODUCTS
     }
 
 
 @functools.cache
-def _device_config(device: torch.device) -> dict[str, list[tuple[int | None, Tile | None]]]:
-    return read_config(config_file(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)))
+def _tiles_of(device: torch.device) -> dict[str, list[tuple[int | None, Tile | None]]]:
+    return read_tiles(tile_file(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)))
 
 
-def choose(kernel: str, device: torch.device, rows: int, num_experts: int) -> Tile | None:
+def choose_tile(product: str, device: torch.device, rows: int, num_experts: int) -> Tile | None:
     """The tile for `rows` rows spread over `num_experts`; None means torch's grouped_mm."""
     if device.type != "cuda":  # Triton's interpreter
         return INTERPRETER_TILE
     average = -(-rows // num_experts)
-    return next(tile for most, tile in _device_config(device)[kernel] if most is None or average <= most)
+    return next(tile for most, tile in _tiles_of(device)[product] if most is None or average <= most)

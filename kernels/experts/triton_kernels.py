@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of the experts, and nothing else: what starts them is in `experts_launch.py`.
+"""The Triton kernels of the experts, and nothing else: what starts them is in `launch.py`.
 
 Every matrix product is one kind of loop: tiles of sorted rows, of which each belongs to one expert, against that
 expert's matrix. Programs take the tiles in turn: as many programs as multiprocessors, or as tiles. Rows of all experts

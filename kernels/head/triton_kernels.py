@@ -9,11 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .ahead_of_time_spec import AheadOfTime
-
-_BLOCK = 4096
-_STATISTICS_BLOCK = 2048  # six sums a lane instead of two: at 4096 they need 168 registers on sm_90
-_WARPS = 8
+BLOCK_SIZE = 4096
+BLOCK_SIZE_WITH_STATISTICS = 2048  # six sums a lane instead of two: at 4096 they need 168 registers on sm_90
+WARPS = 8
 # A finite stand-in for minus infinity: the difference of two infinities would be NaN.
 _LOWEST = tl.constexpr(-3.0e38)
 
@@ -231,8 +229,8 @@ def loss_rows(
         HAS_SMOOTHING=smoothing != 0,
         HAS_STATISTICS=statistics,
         HAS_GRADIENT=gradient,
-        BLOCK=min(_STATISTICS_BLOCK if statistics else _BLOCK, triton.next_power_of_2(vocab)),
-        num_warps=_WARPS,
+        BLOCK=min(BLOCK_SIZE_WITH_STATISTICS if statistics else BLOCK_SIZE, triton.next_power_of_2(vocab)),
+        num_warps=WARPS,
     )
 
 
@@ -250,7 +248,7 @@ def log_prob_gradient(
 ) -> None:
     """Turn a chunk of logits (n, V) into upstream · d log-probability / d logits."""
     vocab = logits.shape[1]
-    block = min(_BLOCK, triton.next_power_of_2(vocab))
+    block = min(BLOCK_SIZE, triton.next_power_of_2(vocab))
     log_prob_gradient_kernel[(logits.shape[0], triton.cdiv(vocab, block))](
         logits,
         logits.stride(0),
@@ -266,93 +264,12 @@ def log_prob_gradient(
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
         BLOCK=block,
-        num_warps=_WARPS,
+        num_warps=WARPS,
     )
 
 
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply a contiguous tensor in place by a 0-d fp32 tensor on its device; returns at once where that is 1."""
-    programs = min(1024, triton.cdiv(x.numel(), _BLOCK))
+    programs = min(1024, triton.cdiv(x.numel(), BLOCK_SIZE))
     if programs:
-        scale_kernel[(programs,)](x, factor, x.numel(), programs, BLOCK=_BLOCK, num_warps=_WARPS)
-
-
-def _ahead_of_time() -> list[AheadOfTime]:
-    loss = {
-        "row_stride": "i32",
-        "labels_ptr": "*i64",
-        "index_ptr": "*i64",
-        "scale_ptr": "*fp32",
-        "rows_ptr": "*fp32",
-        "tokens": "i32",
-        "vocab": "i32",
-        "ignore_index": "i32",
-        "smoothing": "fp32",
-        "softcap": "fp32",
-        "inv_temperature": "fp32",
-    }
-    flags = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_SMOOTHING", "HAS_STATISTICS", "HAS_GRADIENT")
-    variants = []
-    for dtype in ("bf16", "fp16", "fp32"):
-        for name, wanted, hot in (
-            ("gradient", {"HAS_GRADIENT"}, True),
-            ("forward", set(), True),
-            ("statistics", {"HAS_STATISTICS"}, True),
-            ("statistics_gradient", {"HAS_STATISTICS", "HAS_GRADIENT"}, True),
-            ("everything", set(flags), False),
-        ):
-            variants.append(
-                AheadOfTime(
-                    name=f"cross_entropy_loss_{name}_{dtype}",
-                    kernel=loss_kernel,
-                    signature={"logits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", **loss},
-                    constexprs={
-                        **{flag: flag in wanted for flag in flags},
-                        "BLOCK": _STATISTICS_BLOCK if "HAS_STATISTICS" in wanted else _BLOCK,
-                    },
-                    num_warps=_WARPS,
-                    num_stages=3,
-                    hot=hot,
-                    multiples_of_16=("row_stride", "vocab"),
-                )
-            )
-        variants.append(
-            AheadOfTime(
-                name=f"cross_entropy_log_prob_gradient_{dtype}",
-                kernel=log_prob_gradient_kernel,
-                signature={
-                    "logits_ptr": f"*{dtype}",
-                    "row_stride": "i32",
-                    "bias_ptr": f"*{dtype}",
-                    "labels_ptr": "*i64",
-                    "index_ptr": "*i64",
-                    "lse_ptr": "*fp32",
-                    "upstream_ptr": "*fp32",
-                    "vocab": "i32",
-                    "ignore_index": "i32",
-                    "softcap": "fp32",
-                    "inv_temperature": "fp32",
-                },
-                constexprs={"HAS_BIAS": False, "HAS_SOFTCAP": False, "BLOCK": _BLOCK},
-                num_warps=_WARPS,
-                num_stages=3,
-                hot=True,
-                multiples_of_16=("row_stride", "vocab"),
-            )
-        )
-        variants.append(
-            AheadOfTime(
-                name=f"cross_entropy_scale_{dtype}",
-                kernel=scale_kernel,
-                signature={"x_ptr": f"*{dtype}", "factor_ptr": "*fp32", "size": "i32", "programs": "i32"},
-                constexprs={"BLOCK": _BLOCK},
-                num_warps=_WARPS,
-                num_stages=3,
-                hot=True,
-                multiples_of_16=("size",),
-            )
-        )
-    return variants
-
-
-AHEAD_OF_TIME: list[AheadOfTime] = _ahead_of_time()
+        scale_kernel[(programs,)](x, factor, x.numel(), programs, BLOCK=BLOCK_SIZE, num_warps=WARPS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts the experts' kernels: checks, buffers, grids, tiles. No autograd, and no question to the device (CUDA graphs).
 
-Shape suffixes as in `routing.py` and `experts_triton.py`; F = 2 * I, P = rows of a padded buffer.
+Shape suffixes as in `routing.py` and `triton_kernels.py`; F = 2 * I, P = rows of a padded buffer.
 """
 
 import functools
@@ -11,9 +11,9 @@ import triton
 from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import experts_triton as kernels
-from .configs import FALLBACK_TILE, NARROW_TILE, Tile, choose
+from . import triton_kernels as kernels
 from .routing import ALIGNMENT, FP8_GROUP, Routing, padded_rows
+from .tiles import FALLBACK_TILE, NARROW_TILE, Tile, choose_tile
 
 BLOCK_ROWS = 8  # of the kernels that only move and weigh rows; divides ALIGNMENT, so a block has one expert
 
@@ -123,8 +123,8 @@ def _grouped_mm_serves(*operands: torch.Tensor) -> bool:
     )
 
 
-def _tile(kernel: str, rows: int, num_experts: int, *operands: torch.Tensor) -> Tile | None:
-    tile = choose(kernel, operands[0].device, rows, num_experts)
+def _tile(product: str, rows: int, num_experts: int, *operands: torch.Tensor) -> Tile | None:
+    tile = choose_tile(product, operands[0].device, rows, num_experts)
     if tile is None:
         return None if _grouped_mm_serves(*operands) else FALLBACK_TILE
     is_wide = operands[0].element_size() > 2 and operands[0].device.type == "cuda"
@@ -187,13 +187,13 @@ def _launch(tile: Tile) -> dict[str, int]:
 
 
 def rows_by_expert(
-    kernel: str, a_RK: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor, rows: int, transposed: bool
+    product: str, a_RK: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor, rows: int, transposed: bool
 ) -> torch.Tensor:
     """`a @ b[expert].T` for `b` `(E, N, K)`, or, not `transposed`, `a @ b[expert]` for `(E, K, N)`.
 
     The result has the rows of `a`, padded or not, whose ends are `offsets_E`; `rows` is how many of them are real.
     """
-    tile = _tile(kernel, rows, b.shape[0], a_RK, b)
+    tile = _tile(product, rows, b.shape[0], a_RK, b)
     if tile is None:
         return functional.grouped_mm(a_RK, b.transpose(1, 2) if transposed else b, offs=offsets_E)
     out_RN = a_RK.new_empty((a_RK.shape[0], b.shape[1] if transposed else b.shape[2]))

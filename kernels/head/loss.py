@@ -616,7 +616,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, overwrit
 
 
 class _Plain:
-    """The kernels of `cross_entropy_triton.py` in plain PyTorch, for one chunk."""
+    """The kernels of `triton_kernels.py` in plain PyTorch, for one chunk."""
 
     @staticmethod
     def loss_rows(
@@ -737,9 +737,9 @@ def _warn_once(reason: str) -> None:
 
 
 def _triton():
-    from . import cross_entropy_triton
+    from . import triton_kernels
 
-    return cross_entropy_triton
+    return triton_kernels
 
 
 # --- references -------------------------------------------------------------------------------------------------------

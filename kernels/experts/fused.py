@@ -293,7 +293,7 @@ def _op_up(
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:  # act, pre, routing
-    from . import experts_launch as launch
+    from . import launch
 
     routing = launch.route(ids_TK, gate_up_EFH.shape[0])
     act_RI, pre_RF = _project_up(x_TH, gate_up_EFH, routing, factors, scales, save_pre)
@@ -309,7 +309,7 @@ def _project_up(
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """act, and the products before it (empty without `save_pre`)."""
-    from . import experts_launch as launch
+    from . import launch
 
     x_RH, ends_E = launch.permute(x_TH, routing), routing.offsets_E
     if not _adapts(factors[:2]):
@@ -355,7 +355,7 @@ def _op_down(
     factors: list[torch.Tensor],
     scales: list[float],
 ) -> torch.Tensor:
-    from . import experts_launch as launch
+    from . import launch
 
     y_RH = launch.rows_by_expert("down", act_RI, down_EHI, offsets_E, act_RI.shape[0], transposed=True)
     if _adapts(factors[2:]):
@@ -391,7 +391,7 @@ def _op_backward(
 
     An empty `pre_RF` is computed anew. All rows here are in padded buffers (`ends_E`), but for those of `pre_RF`.
     """
-    from . import experts_launch as launch
+    from . import launch
 
     routing = Routing(order_R, slots_TK, padded_slots_TK, offsets_E, padded_offsets_E)
     ends_E, rows = padded_offsets_E, order_R.numel()
@@ -448,7 +448,7 @@ def _(dout_TH, x_TH, gate_up_EFH, down_EHI, weights_TK, pre_RF, *rest):
 
 @_operator
 def _op_to_fp8(pre_RF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from . import experts_launch as launch
+    from . import launch
 
     return launch.to_fp8(pre_RF)
 
@@ -463,7 +463,7 @@ def _(pre_RF):
 
 @_operator
 def _op_from_fp8(values_RF: torch.Tensor, exponents_RG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    from . import experts_launch as launch
+    from . import launch
 
     return launch.from_fp8(values_RF, exponents_RG, dtype)
 

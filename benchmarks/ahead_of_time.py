@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel for GPUs that need not be here, and compares what it takes with what it took before.
 
-    python -m jai.kernels.ahead_of_time            compare with ahead_of_time.csv
-    python -m jai.kernels.ahead_of_time --write    store it there
+    python benchmarks/ahead_of_time.py            compare with results/ahead_of_time.csv
+    python benchmarks/ahead_of_time.py --write    store it there
 
-Each variant in the modules' `AHEAD_OF_TIME` is compiled. It is an error if one does not compile, if it needs more
+Each variant in `ahead_of_time_variants.py` is compiled. It is an error if one does not compile, if it needs more
 shared memory than the GPU has (Triton finds out at launch only), if a hot one spills registers, or if the table
 differs. Registers depend on Triton's version: under another than the table's, the table is not compared.
 """
@@ -22,18 +22,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
-from importlib import import_module
 from pathlib import Path
 
 import triton
+from ahead_of_time_variants import VARIANTS, KernelVariant
+from records import RESULTS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from jai.errors import UserError
-from jai.kernels.ahead_of_time_spec import AheadOfTime
 
-MODULES = ("jai.kernels.cross_entropy_triton", "jai.kernels.experts_variants")
-TABLE = Path(__file__).with_name("ahead_of_time.csv")
+TABLE = RESULTS / "ahead_of_time.csv"
 # Bytes that a block can have, by compute capability: A100; H100 and H200; B200.
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 
@@ -70,16 +69,7 @@ class Usage:
 HEADER = f"{'kernel':60} {'GPU':7} warps registers  shared tensor_memory stack"
 
 
-def read_variants(modules: Sequence[str]) -> list[AheadOfTime]:
-    """The variants of all modules, in order; their names are unique."""
-    variants = [variant for module in modules for variant in import_module(module).AHEAD_OF_TIME]
-    names = [variant.name for variant in variants]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"Several variants are called {', '.join(twice)}. Each needs a name of its own.")
-    return variants
-
-
-def compile_variant(variant: AheadOfTime, sm: int) -> Usage:
+def compile_variant(variant: KernelVariant, sm: int) -> Usage:
     """Compile for compute capability `sm / 10`, or take it from Triton's cache; no GPU is needed.
 
     Raises:
@@ -139,7 +129,7 @@ def _with_causes(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__
 
 
-_variants: list[AheadOfTime] = []  # of the running check: forked workers find them here, for kernels cannot be pickled
+_variants: list[KernelVariant] = []  # of the running check: forked workers find them here, since kernels do not pickle
 
 
 def _compile_quietly(position: int, sm: int) -> Usage:
@@ -153,18 +143,21 @@ def _compile_quietly(position: int, sm: int) -> Usage:
             raise RuntimeError("\n".join([*_with_causes(error), *hints[:5]])) from None
 
 
-def check(modules: Sequence[str] = MODULES, table: Path = TABLE, write: bool = False) -> list[str]:
-    """Compile all variants of all modules, print what they take, and compare it with the table or store it there.
+def check(variants: Sequence[KernelVariant] = VARIANTS, table: Path = TABLE, write: bool = False) -> list[str]:
+    """Compile all variants, print what they take, and compare it with the table or store it there.
 
     Returns:
         What is wrong, one message each. Nothing is stored unless this is empty.
 
     Raises:
-        UserError: under Triton's interpreter, which does not compile.
+        UserError: under Triton's interpreter, which does not compile; for two variants of one name.
     """
     if triton.knobs.runtime.interpret:
         raise UserError("TRITON_INTERPRET is set, so that nothing is compiled. Start again without it.")
-    _variants[:] = read_variants(modules)
+    names = [variant.name for variant in variants]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"Several variants are called {', '.join(twice)}. Each needs a name of its own.")
+    _variants[:] = variants
     jobs = [(i, sm) for i, variant in enumerate(_variants) for sm in variant.targets]
     problems, usages = [], []
     print(HEADER)
@@ -231,8 +224,8 @@ def _differences(table: Path, usages: Sequence[Usage]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m jai.kernels.ahead_of_time`: 0, or 1 with the reasons on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m jai.kernels.ahead_of_time", description=__doc__.splitlines()[0])
+    """0, or 1 with the reasons on standard error."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"store the results in {TABLE.name}")
     try:
         problems = check(write=parser.parse_args(argv).write)
