@@ -118,17 +118,17 @@ class TestEveryByte:
                 found.add(name)
                 at = header.data_start + start
                 for part in planned[name].parts:
-                    assert data[at : at + part.length] == self.expected(part)
+                    assert data[at : at + part.length] == self.expected(part, planned[name].dtype)
                     at += part.length
                 assert at == header.data_start + stop
             assert header.data_start + end == len(data)
         assert found == planned.keys()
 
-    def expected(self, part: Copied | Computed) -> bytes:
+    def expected(self, part: Copied | Computed, dtype: torch.dtype) -> bytes:
         if isinstance(part, Copied):
             return part.shards.path(part.shard).read_bytes()[part.start : part.start + part.length]
         assert part.formula
-        return b"".join(bytes(chunk.contiguous().view(torch.uint8).numpy().data) for chunk in part.make())
+        return b"".join(bytes(chunk.to(dtype).contiguous().view(torch.uint8).numpy().data) for chunk in part.make())
 
     def test_is_copied_where_it_is_not_new(self, base, tmp_path):
         computed = {

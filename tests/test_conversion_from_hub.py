@@ -2,6 +2,7 @@
 """`jai convert` of a base that lies on a Hub: it works, or says in one message why not, and writes nothing."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from threading import Event, Thread
 
 import pytest
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 from transformers import Phi3ForCausalLM
 
 from jai.files import work_folder
@@ -73,6 +75,23 @@ def test_streamed_shard_by_shard(hub, tmp_path):
         json.loads((tmp_path / name / "provenance.json").read_text())["inputs"][0]["files"] for name in ("out", "local")
     )
     assert {name: digest for name, digest in copied.items() if "safetensors" in name}.items() <= streamed.items()
+
+
+def test_a_streamed_shard_that_is_not_finite_is_refused(hub, tmp_path):
+    """Its hash is the Hub's, so its values are looked at when it has come."""
+    shard = sorted((tmp_path / "base").glob("*.safetensors"))[2]
+    tensors = load_file(shard)
+    next(iter(tensors.values())).view(-1)[-1] = math.nan
+    save_file(tensors, shard, metadata={"format": "pt"})
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.upload_file(path_or_fileobj=shard, path_in_repo=shard.name, repo_id="lab/base")
+    process = convert(hub, tmp_path / "out", "--stream")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    error = process.stderr.strip().splitlines()[-1]
+    assert error.startswith("Error: ")
+    assert f"{shard.name} holds nan" in error
+    assert not (tmp_path / "out").exists()
 
 
 class DownloadWatcher:

@@ -179,7 +179,7 @@ def _new_rows(
                 elif pieces or id_ in vocabulary.without_pieces:
                     mean, std = moments()
                     row.copy_(mean + std * normal(f"{name}.{id_}", width, seed))
-            yield rows.to(dtype)
+            yield rows
 
     formula = f"{name}[{ids.start}:{ids.stop}]: {init} of {name} (seed {seed})"
     return Computed(len(ids) * width * dtype.itemsize, formula, make, (reader.read_shard(name),))

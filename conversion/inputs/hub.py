@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_downl
 from huggingface_hub.errors import HFValidationError
 
 from jai.conversion.inputs.header import Header, parse_header, read_header
+from jai.conversion.inputs.values import refuse_not_finite
 from jai.conversion.inputs.weight_files import WEIGHTS_FILE, weight_map
 from jai.errors import UserError
 
@@ -73,6 +74,7 @@ class HubFiles:
             raise UserError(f"{repo_id} lacks {', '.join(missing)}, which its index names. It cannot be converted.")
         self._files = {name: files[name] for name in self.names}
         self._locks = {name: Lock() for name in self.names}
+        self._checked: set[str] = set()
 
     def header(self, name: str) -> Header:
         path = self.downloads / name
@@ -90,6 +92,9 @@ class HubFiles:
             if not path.exists():
                 with _asking(self.repo_id):
                     hf_hub_download(self.repo_id, name, revision=self._revision, local_dir=self.downloads)
+            if name not in self._checked:  # nor is a shard that an earlier run fetched, which may have died before
+                refuse_not_finite(path, read_header(path))
+                self._checked.add(name)
         return path
 
     def release(self, name: str) -> None:

@@ -28,10 +28,10 @@ class Computed:
     """Bytes that are made when they are written.
 
     Attributes:
-        length: how many.
+        length: how many, in the dtype of the output.
         formula: what is computed, for people and for tests that account for every byte.
-        make: yields the values in order, in the dtype of the output, in chunks of bounded size. Called twice it gives
-            the same bytes.
+        make: yields the values in order, in chunks of bounded size, each valid until the next is asked for. Whoever
+            writes them rounds them to the dtype of the output. Called twice it gives the same values.
         reads: the source files that it reads.
     """
 

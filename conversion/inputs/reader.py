@@ -73,7 +73,11 @@ class CheckpointReader:
         return {shard: [*rest, self.headers[shard]] for shard, rest in self.shards.identity().items()}
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the files by name, several at a time: hashing takes longer than reading."""
+        """SHA-256 of the files by name, several at a time: hashing takes longer than reading.
+
+        Raises:
+            UserError: if a weight is NaN or infinite (`WeightFiles.sha256`).
+        """
         with ThreadPoolExecutor() as pool:
             return dict(zip(self.shards.names, pool.map(self.shards.sha256, self.shards.names)))
 
@@ -118,7 +122,7 @@ class CheckpointReader:
         return Computed(
             size,
             f"{name}[{start}:{'' if stop is None else stop}] as {dtype}".replace("torch.", ""),
-            lambda: (chunk.to(dtype) for chunk in self.chunks(name, start, stop)),
+            lambda: self.chunks(name, start, stop),
             ((self.shards, copied.shard),),
         )
 

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 from jai.conversion.inputs.header import DTYPE_NAMES, Header, read_header
+from jai.conversion.inputs.values import sha256_of_finite
 from jai.errors import UserError
-from jai.files import sha256
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -31,7 +31,11 @@ class WeightFiles(Protocol):
         """Header of a file, which need not be here for that."""
 
     def path(self, name: str) -> Path:
-        """Where a file lies; it is fetched first if it must be."""
+        """Where a file lies; it is fetched first if it must be.
+
+        Raises:
+            UserError: if a file that was fetched has a weight that is NaN or infinite.
+        """
 
     def release(self, name: str) -> None:
         """Say that a file is not needed any more."""
@@ -40,7 +44,11 @@ class WeightFiles(Protocol):
         """What tells each file from another version of it, without reading it."""
 
     def sha256(self, name: str) -> str:
-        """Hash of a file."""
+        """Hash of a file. Where that takes reading it, its values are looked at too; else `path` does that.
+
+        Raises:
+            UserError: if a weight is NaN or infinite.
+        """
 
     def check_unchanged(self, name: str) -> None:
         """Raise `UserError` if a file is not what it was when this object was made."""
@@ -123,7 +131,7 @@ class LocalFiles:
         return dict(self._identities)
 
     def sha256(self, name: str) -> str:
-        return sha256(self.folder / name)
+        return sha256_of_finite(self.folder / name, self.header(name))
 
     def check_unchanged(self, name: str) -> None:
         if not self.path(name).exists() or self._identity(name) != self._identities[name]:

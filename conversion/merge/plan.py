@@ -82,12 +82,10 @@ class _Formula:
         ranges = [(source.copied(name, 0, rows), source.dtypes[name]) for source in self.sources]
         count = math.prod(shape)
 
-        def make() -> Iterator[torch.Tensor]:
-            for chunk in run(lambda: _chunks(ranges, count)):
-                yield chunk.to(dtype, copy=True)
-
         reads = tuple(dict.fromkeys(source.read_shard(name) for source in self.sources))
-        return Computed(count * dtype.itemsize, f"{self.text} of {name}", make, reads)
+        return Computed(
+            count * dtype.itemsize, f"{self.text} of {name}", lambda: run(lambda: _chunks(ranges, count)), reads
+        )
 
 
 def _formula(options: MergeOptions, readers: list[CheckpointReader], name: str, values: list[float]) -> _Formula:

@@ -58,7 +58,8 @@ class Output:
 
         Args:
             beside: writes what lies beside the weights into the folder that it is given.
-            inputs: what the provenance names as inputs. They are hashed, so it is called when the weights are written.
+            inputs: what the provenance names as inputs. It reads them all for their hashes, and refuses what is not
+                finite.
             result: what the provenance says of the result, beside its parameters and bytes.
             verify_bytes: read every byte again and compare it with its source before the folder is there.
             console: where progress is shown.
@@ -73,6 +74,11 @@ class Output:
             "inputs": self.identity,
         }
         with resumable_folder(self.out, identity) as job:
+            # Bad values are refused before hours of writing. Where shards are finished, an earlier run has looked.
+            read_first = not job.finished
+            if read_first:
+                with console.status("Reading the inputs: hashes, NaN and infinity"):
+                    hashed_inputs = inputs()
             write_checkpoint(job, self.tensors, self.max_shard_bytes, self.workers, console=console)
             if verify_bytes:
                 size = compare_checkpoint(job.folder, self.tensors, self.max_shard_bytes, console=console)
@@ -80,7 +86,7 @@ class Output:
             beside(job.folder)
             step = {
                 "step": self.step,
-                "inputs": inputs(),
+                "inputs": hashed_inputs if read_first else inputs(),
                 "options": self.options,
                 "versions": versions("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
                 "result": {"parameters": self.parameters, "bytes": self.bytes} | result,

