@@ -29,8 +29,8 @@ from transformers.utils import logging as transformers_logging
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
 from jai.demo.base import train_base
-from jai.demo.corpus import build_corpus
 from jai.demo.measure import Subject
+from jai.demo.text.corpus import build_corpus
 from jai.tokenization.extend import extend_tokenizer
 from jai.tokenization.phi3_style import train_phi3_style
 

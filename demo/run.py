@@ -31,15 +31,15 @@ from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.convert.verify import verify
 from jai.conversion.inspect_checkpoint import count_parameters
 from jai.demo.base import train_base
-from jai.demo.corpus import Corpus, build_corpus, write_corpus
+from jai.demo.hub.local_hub import LocalHub
 from jai.demo.measure import Answer, Subject
 from jai.demo.report import write_report
 from jai.demo.results import Command, Curve, Fertility, Results, Stage, Start
+from jai.demo.text.corpus import Corpus, build_corpus, write_corpus
 from jai.errors import UserError
 from jai.files import sha256
 from jai.hub_card.check import check_checkpoint
 from jai.hub_card.evaluation import TOKENS_PER_CHARACTER, Evaluation, Score, write_evaluation
-from jai.hub_card.loopback_hub import LoopbackHub
 from jai.provenance import versions
 from jai.tokenization.phi3_style import train_phi3_style
 from jai.version import __version__
@@ -313,7 +313,7 @@ def _round_trip(out: Path, shell: Shell) -> dict[str, str]:
     Raises:
         UserError: if anything differs.
     """
-    with LoopbackHub(out / "hub", user="demo") as hub:
+    with LocalHub(out / "hub", user="demo") as hub:
         environment = hub.environment()
         shell.jai(f"publish dpo {REPO_ID}", environment)
         pulled = Path(snapshot_download(REPO_ID, endpoint=hub.endpoint, token=hub.token, local_dir=out / "pulled"))

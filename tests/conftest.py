@@ -23,7 +23,7 @@ from huggingface_hub.utils import _http, disable_progress_bars
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from jai import JaiConfig, JaiForCausalLM
-from jai.hub_card.loopback_hub import LoopbackHub
+from loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
 

@@ -19,8 +19,8 @@ from jai.errors import UserError
 from jai.hub_card.card import card_files, model_card
 from jai.hub_card.evaluation import EVALUATION_FILE, Evaluation, Score, read_evaluation, write_evaluation
 from jai.hub_card.figure import PlanRow, plan_svg, router_svg
-from jai.hub_card.loopback_hub import LoopbackHub
 from jai.provenance import PROVENANCE_FILE, input_of, write_step
+from loopback_hub import LoopbackHub
 
 REPO = "loopback/tiny-jai"
 BASE = "microsoft/Phi-3-medium-4k-instruct"

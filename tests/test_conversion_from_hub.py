@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Phi3ForCausalLM
 
 from jai.files import work_folder
-from jai.hub_card.loopback_hub import LoopbackHub
+from loopback_hub import LoopbackHub
 
 PLAN = ["--block-size", "2", "--block-repeats", "1,2,1"]
 

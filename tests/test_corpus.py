@@ -22,11 +22,11 @@ from rich.console import Console
 from jai import cli
 from jai.errors import UserError
 from jai.files import parse_size
-from jai.hub_card.loopback_hub import LoopbackHub
 from jai.tokenization import corpus
 from jai.tokenization.corpus import TextFile, draw_sample, open_sources, sample_table
 from jai.tokenization.phi3_style import train_phi3_style
 from jai.tokenization.train import RECORD_FILE, SAMPLE_BYTES, train_tokenizer
+from loopback_hub import LoopbackHub
 
 # Ends of line of every kind, separators that are none, and what normalisation or stripping would change.
 EXACT = (
@@ -522,9 +522,9 @@ class TestCommand:
 class DatasetHub(LoopbackHub):
     """The loopback Hub has model repositories only: its calls serve datasets under the paths that those have."""
 
-    def _answer(self, request):
+    def answer(self, request):
         request.path = request.path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets")
-        return super()._answer(request)
+        return super().answer(request)
 
 
 READ_FROM_HUB = """

@@ -11,10 +11,10 @@ import unicodedata
 import pytest
 import regex
 
-from jai.demo import lexicon as lex
-from jai.demo.chats import CURT, all_exchanges
-from jai.demo.corpus import Corpus, build_corpus, write_corpus
-from jai.demo.documents import TEMPLATES
+from jai.demo.text import lexicon as lex
+from jai.demo.text.chats import CURT, all_exchanges
+from jai.demo.text.corpus import Corpus, build_corpus, write_corpus
+from jai.demo.text.documents import TEMPLATES
 
 THAI = regex.compile(r"\p{Script=Thai}")
 PARTS = ("pretrain_en", "pretrain_th", "heldout_en", "heldout_th")
@@ -23,7 +23,7 @@ import socket, sys
 def refuse(*args, **kwargs): raise SystemExit("the network was used")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from pathlib import Path
-from jai.demo.corpus import build_corpus, write_corpus
+from jai.demo.text.corpus import build_corpus, write_corpus
 write_corpus(build_corpus(0), Path(sys.argv[1]))
 """
 

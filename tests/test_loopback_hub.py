@@ -20,9 +20,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import _http
 
-from jai.hub_card.loopback_faults import Fault, Faults
-from jai.hub_card.loopback_hub import LoopbackHub
-from jai.hub_card.loopback_xet import chunk_offsets, shard_files
+from loopback_hub import Fault, Faults, LoopbackHub
+from loopback_hub.xet import chunk_offsets, shard_files
 
 REPO = "loopback/files"
 
@@ -386,7 +385,7 @@ def test_uploads_that_break_off(xet, hub, api, use_xet, files, no_waiting):
         with pytest.raises(Exception, match="Error while uploading"):
             push(api, files)
         assert hub.repo(REPO).head() == before
-        assert not list(hub._objects.glob("*.*"))  # no half of a file either
+        assert not list((hub.root / "objects").glob("*.*"))  # no half of a file either
         hub.stop_faults()
     hub.faults.plan(Fault("cut upload"), 1, route)
     push(api, files)
@@ -399,7 +398,7 @@ def test_a_commit_that_breaks_off_changes_nothing(hub):
     before = hub.repo(REPO).head()
     header = '{"key": "header", "value": {"summary": "x", "description": ""}}\n'
     file = '{"key": "file", "value": {"path": "a.txt", "content": "YQ==", "encoding": "base64"}}\n'
-    with socket.create_connection(("127.0.0.1", hub._http.port)) as connection:
+    with socket.create_connection(("127.0.0.1", hub.server.server_port)) as connection:
         connection.sendall(
             f"POST /api/models/{REPO}/commit/main HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {hub.token}\r\n"
             f"Content-Length: {len(header) + 2 * len(file)}\r\n\r\n{header}{file}".encode()
@@ -446,7 +445,7 @@ def test_signed_links_cannot_be_made_up(hub, api, use_xet, files):
 
 
 def test_it_listens_on_the_loopback_only(hub):
-    address, port = hub._http._server.server_address
+    address, port = hub.server.server_address
     assert address == "127.0.0.1"
     for address in {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)}:
         if not address.startswith("127."):

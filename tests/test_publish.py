@@ -20,9 +20,9 @@ from jai.hub_card import publish as publishing
 from jai.hub_card.card import model_card, written_by_hand
 from jai.hub_card.check import check_checkpoint, check_files
 from jai.hub_card.contents import read_contents, size_text
-from jai.hub_card.loopback_hub import LoopbackHub
 from jai.hub_card.publish import publish, upload
 from jai.provenance import PROVENANCE_FILE, input_of, redact, write_step
+from loopback_hub import LoopbackHub
 
 REPO = "loopback/tiny-jai"
 BASE = "microsoft/Phi-3-medium-4k-instruct"

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 
 from jai import JaiForCausalLM
-from jai.hub_card.loopback_hub import LoopbackHub
 from jai.hub_card.publish import publish
+from loopback_hub import LoopbackHub
 
 REPO = "loopback/tiny"
 OLDEST, NEWEST = "5.17.0", metadata.version("transformers")

@@ -19,8 +19,8 @@ from huggingface_hub.utils import disable_progress_bars
 from jai.errors import UserError
 from jai.hub_card import publish as publishing
 from jai.hub_card.contents import Contents, read_contents
-from jai.hub_card.loopback_hub import LoopbackHub
 from jai.hub_card.publish import upload
+from loopback_hub import LoopbackHub
 
 REPO = "loopback/tiny"
 SHARE = 0.15  # of all requests that meet a fault

@@ -23,9 +23,9 @@ from jai.generate import GenerateOptions, generate
 from jai.hub_card.card import model_card
 from jai.hub_card.check import check_files
 from jai.hub_card.contents import Kind, manifest, read_contents
-from jai.hub_card.loopback_hub import LoopbackHub
 from jai.hub_card.publish import publish
 from jai.provenance import PROVENANCE_FILE, write_step
+from loopback_hub import LoopbackHub
 
 ROOT = Path(jai.__file__).parent
 OURS = sorted(

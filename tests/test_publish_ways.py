@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from jai import JaiForCausalLM
 from jai.errors import UserError
 from jai.hub_card.check import check_checkpoint
-from jai.hub_card.loopback_hub import LoopbackHub
 from jai.hub_card.publish import PublishResult, publish
+from loopback_hub import LoopbackHub
 
 REPO, BASE = "loopback/tiny", "loopback/base"
 INPUT_IDS = torch.arange(5, 21).reshape(2, 8)

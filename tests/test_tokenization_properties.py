@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, TokenizersBackend
 
-from jai.demo.corpus import build_corpus
+from jai.demo.text.corpus import build_corpus
 from jai.errors import UserError
 from jai.tokenization.extend import RESERVED_TOKEN, extend_tokenizer, new_token_pieces
 from jai.tokenization.phi3_style import SPECIAL_TOKENS, train_phi3_style

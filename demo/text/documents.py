@@ -4,7 +4,7 @@
 import random
 from collections.abc import Callable
 
-from jai.demo import lexicon as lex
+from jai.demo.text import lexicon as lex
 
 Sentences = list[tuple[str, str]]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jai.demo.chats import SYSTEM, Exchange, Message, all_exchanges, rejected_answer
-from jai.demo.documents import draw_document
+from jai.demo.text.chats import SYSTEM, Exchange, Message, all_exchanges, rejected_answer
+from jai.demo.text.documents import draw_document
 
 PRETRAIN_BYTES = 300_000
 HELD_OUT_DOCUMENTS = 60

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jai.demo import lexicon as lex
+from jai.demo.text import lexicon as lex
 
 Message = dict[str, str]
 # Thai questions, their Thai answer, English questions, their English answer.
