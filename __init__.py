@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """JAI: grow phi-3 into a Thai-centric mixture of experts.
 
-Importing this package registers the classes with transformers' Auto classes; nothing else happens. Imports are
+Importing this package registers the classes with transformers' Auto classes, whenever those are imported; nothing else
+happens. Imports are
 absolute because the repository's root is the package: its folder may have any name.
 """
 
-import os
 from importlib import import_module
 from typing import Any
 
+from jai.auto import register
 from jai.version import __version__
 
 _HOME_OF = {
@@ -29,9 +30,7 @@ __all__ = [
     "__version__",
 ]
 
-# The shell sets this at every TAB: completion needs no model, and answers in half a second instead of four.
-if "_JAI_COMPLETE" not in os.environ:
-    import_module("jai.auto")
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration with transformers' Auto classes, so that a JAI folder loads without remote code."""
+"""Registration with transformers' Auto classes, so that a JAI folder loads without remote code.
 
-import transformers
-from transformers import AutoConfig
+It costs nothing until transformers' Auto classes are imported: whoever imports them gets JAI's with them, whether `jai`
+was imported before or after. Importing transformers takes seconds and 400 MB, which `jai --help` must not.
+"""
 
-from jai import modeling_jai
-from jai.configuration_jai import AUTO_MAP, JaiConfig
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
-AutoConfig.register(JaiConfig.model_type, JaiConfig, exist_ok=True)
-for auto_class, target in AUTO_MAP.items():
-    if auto_class != "AutoConfig":
-        model_class = getattr(modeling_jai, target.partition(".")[2])
-        getattr(transformers, auto_class).register(JaiConfig, model_class, exist_ok=True)
+
+def register_config() -> None:
+    """Make `AutoConfig` know the model type."""
+    from transformers import AutoConfig
+
+    from jai.configuration_jai import JaiConfig
+
+    AutoConfig.register(JaiConfig.model_type, JaiConfig, exist_ok=True)
+
+
+def register_models() -> None:
+    """Make `AutoModelForCausalLM` and its like know the model classes."""
+    import transformers
+
+    from jai import modeling_jai
+    from jai.configuration_jai import AUTO_MAP, JaiConfig
+
+    for auto_class, target in AUTO_MAP.items():
+        if auto_class != "AutoConfig":
+            model_class = getattr(modeling_jai, target.partition(".")[2])
+            getattr(transformers, auto_class).register(JaiConfig, model_class, exist_ok=True)
+
+
+# The modules of transformers that hold the Auto classes, and what is registered when they have been imported.
+REGISTRATIONS: dict[str, Callable[[], None]] = {
+    "transformers.models.auto.configuration_auto": register_config,
+    "transformers.models.auto.modeling_auto": register_models,
+}
+
+
+class _RegisteringLoader(Loader):
+    """A module's own loader, and afterwards the registration."""
+
+    def __init__(self, loader: Loader, register: Callable[[], None]):
+        self._loader = loader
+        self._register = register
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._register()
+
+
+class _RegisteringFinder(MetaPathFinder):
+    """Finds the modules of `REGISTRATIONS` as they are found without it, and has their loaders register."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in REGISTRATIONS:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                assert spec.loader is not None
+                spec.loader = _RegisteringLoader(spec.loader, REGISTRATIONS[fullname])
+                return spec
+        return None
+
+
+def register() -> None:
+    """Register with the Auto classes: at once where they are imported already, else as soon as they are."""
+    for module, register_one in REGISTRATIONS.items():
+        if module in sys.modules:
+            register_one()
+    if not any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisteringFinder())

@@ -82,8 +82,8 @@ def test_convert_with_yaml_and_overrides(jai, tmp_path, tiny_phi3):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["convert", "BASE", "OUT", "--block-repeats", "1,x"], "give whole numbers with commas between"),
-        (["convert", "BASE", "OUT", "--config", "missing.yaml"], "is no file"),
+        (["convert", "BASE", "OUT", "--block-repeats", "1,x"], "expected whole numbers with commas between"),
+        (["convert", "BASE", "OUT", "--config", "missing.yaml"], "missing.yaml does not exist"),
         (["convert", "BASE", "OUT", "--block-size", "4"], "a --block-size that divides 6"),
         (
             ["convert", "BASE", "OUT", "--verify", "--verify-text", "missing.txt"],
@@ -106,12 +106,35 @@ def test_errors_are_one_message_and_exit_code_1(jai, tmp_path, tiny_phi3, argume
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["no_such_key: 1", "[1, 2]", "a: [", "just words"])
-def test_bad_yaml_is_refused(jai, tmp_path, tiny_phi3, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("blok_size: 1", "has the option 'blok_size', which does not exist. Did you mean 'block_size'?"),
+        ("base: other", "has the option 'base', which does not exist"),
+        ("[1, 2]", "is no list of options"),
+        ("just words", "is no list of options"),
+        ("1: 2", "is no list of options"),
+        ("a: [", "is not valid YAML"),
+        ("seed: 1\nseed: 2", "'seed' is given twice"),
+        ("? {a: 1}\n: 2", "is not valid YAML"),
+        ("seed: hello", "seed is 'hello'; expected a whole number"),
+        ("seed: true", "seed is True; expected a whole number"),
+        ("expert_noise: big", "expert_noise is 'big'; expected a number above 0"),
+        ("rope_theta: abc", "rope_theta is 'abc'; expected a number above 0"),
+        ("rope_theta: -5", "rope_theta is -5; expected a number above 0"),
+        ("skip_alpha: .nan", "skip_alpha is nan; expected a number"),
+        ('block_size: "2"', "block_size is '2'; expected a whole number from 1"),
+        ("block_repeats: [1, two]", "expected a list of whole numbers"),
+        ("skip_alpha_normalize: maybe", "expected true or false"),
+        ("tokenizer: 5", "tokenizer is 5; expected text"),
+    ],
+)
+def test_bad_yaml_is_refused(jai, tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
-    code, _, err = jai("convert", tiny_phi3(tmp_path / "base"), tmp_path / "out", "--config", tmp_path / "bad.yaml")
+    code, _, err = jai("convert", tmp_path / "base", tmp_path / "out", "--config", tmp_path / "bad.yaml")
     assert code == 1
-    assert "unknown options" in err or "not valid YAML" in err
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_wrong_usage_is_exit_code_2(jai):

@@ -276,10 +276,15 @@ def test_tokens_without_pieces_are_named(by_init, base_with_tokenizer, extended_
     assert record["result"]["new_rows"] == 110
     assert record["result"]["new_rows_without_pieces"] == {str(i): f"<|reserved_{i}|>" for i in range(400, 448)}
     options = ConvertOptions(
-        base=str(base_with_tokenizer), out=tmp_path / "jai", tokenizer=str(extended_tokenizer), init="random"
+        base=str(base_with_tokenizer),
+        out=tmp_path / "jai",
+        tokenizer=str(extended_tokenizer),
+        init="random",
+        block_size=2,
+        block_repeats=[1, 1, 1],
+        dry_run=True,
     )
-    options.block_size, options.block_repeats = 2, [1, 1, 1]
-    convert(options, dry_run=True)
+    convert(options)
     printed = " ".join(capsys.readouterr().out.split())
     assert "110: random, with the mean and standard deviation" in printed
     assert "48 new tokens have no pieces; their rows are random" in printed
@@ -370,8 +375,8 @@ def test_sharded_base_is_read(tmp_path, base):
 def test_expert_inits(tmp_path, base):
     name = "model.layers.0.mlp.experts.down_proj"
     stacks = {}
-    for init in ("copy", "noise", "random"):
-        run(base, tmp_path / init, expert_init=init, expert_noise=0.01)
+    for init, options in {"copy": {}, "noise": {"expert_noise": 0.01}, "random": {}}.items():
+        run(base, tmp_path / init, expert_init=init, **options)
         stacks[init] = load_file(tmp_path / init / "model.safetensors")[name]
     first = stacks["copy"][0]
     assert all(torch.equal(stack[0], first) for stack in stacks.values())
@@ -427,7 +432,7 @@ def test_folder_is_complete_and_records_its_making(tmp_path, base_with_tokenizer
 
 
 def test_dry_run_writes_nothing(tmp_path, base, capsys):
-    convert(ConvertOptions(base=str(base), out=tmp_path / "jai", block_size=2, block_repeats=[1, 2, 1]), dry_run=True)
+    convert(ConvertOptions(base=str(base), out=tmp_path / "jai", block_size=2, block_repeats=[1, 2, 1], dry_run=True))
     assert list(tmp_path.iterdir()) == []
     assert "Dry run" in capsys.readouterr().out
 
@@ -501,14 +506,14 @@ def test_bad_bases_are_refused(tmp_path, tiny_phi3, damage, message):
     [
         ({"block_repeats": [1, 2]}, "--block-repeats with 3 numbers"),
         ({"block_size": 4, "block_repeats": [1]}, "a --block-size that divides 6"),
-        ({"block_size": 0}, "at least 1 layer"),
-        ({"duplicate_init": "identidy"}, "expected one of copy, identity"),
+        ({"block_size": 0}, "block_size is 0; expected a whole number from 1"),
+        ({"duplicate_init": "identidy"}, "expected one of identity, copy"),
         ({"init": "zero"}, "expected one of mean, random, mean-normed"),
         ({"expert_init": "copies"}, "expected one of copy, noise, random"),
         ({"dtype": "int8"}, "expected one of float32, bfloat16, float16"),
-        ({"block_repeats": "1,2,1"}, "expected a list of whole numbers"),
-        ({"block_repeats": [1, 0, 1]}, "every block must run at least once"),
-        ({"experts": 0}, "give 1 for a dense JAI"),
+        ({"block_repeats": "1,x"}, "expected a list of whole numbers"),
+        ({"block_repeats": [1, 0, 1]}, "expected a list of whole numbers, such as .* from 1"),
+        ({"experts": 0}, "experts is 0; expected a whole number from 1"),
         ({"skip_alpha": -1.0, "skip_alpha_normalize": True}, "divides by zero"),
     ],
 )
@@ -570,8 +575,8 @@ def test_phi3_medium_is_planned_without_its_weights(tmp_path, monkeypatch, capsy
     # A tokenizer of 64,000 entries, of which the last 31,936 are new.
     vocabulary = Vocabulary(64000, {id_: [id_ % 32000] for id_ in range(32064, 64000)}, {})
     monkeypatch.setattr("jai.conversion.convert.plan.plan_vocabulary", lambda *_: vocabulary)
-    config = convert(ConvertOptions(base=str(base), out=tmp_path / "jai"), dry_run=True, console=Console(width=120))
-    plan = plan_conversion(ConvertOptions(base=str(base), out=tmp_path / "jai"), dry_run=True)
+    config = convert(ConvertOptions(base=str(base), out=tmp_path / "jai", dry_run=True), console=Console(width=120))
+    plan = plan_conversion(ConvertOptions(base=str(base), out=tmp_path / "jai", dry_run=True))
     with torch.device("meta"):
         model = JaiForCausalLM(config)
     alphas = 6

@@ -32,7 +32,8 @@ from jai.conversion.merge.command import merge
 from jai.conversion.merge.options import MergeOptions
 from jai.conversion.output import shard_file
 from jai.conversion.output import shards as writing
-from jai.conversion.upcycle.command import UpcycleOptions, upcycle
+from jai.conversion.upcycle.command import upcycle
+from jai.conversion.upcycle.options import UpcycleOptions
 from jai.errors import UserError
 from jai.files import UnfinishedFolder, resumable_folder, work_folder
 
@@ -54,9 +55,9 @@ def changing_base(base, tmp_path):
 
 
 def options(base: Path, out: Path, **changes) -> ConvertOptions:
-    return ConvertOptions(
-        **({"base": str(base), "out": out, "expert_init": "noise", "max_shard_size": SHARD} | PLAN | changes)
-    )
+    plan = {} if {"method", "layers"} & changes.keys() else PLAN
+    experts = {} if changes.get("experts") == 1 else {"expert_init": "noise"}
+    return ConvertOptions(**({"base": str(base), "out": out, "max_shard_size": SHARD} | experts | plan | changes))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -144,7 +145,7 @@ class TestEveryByte:
         }
 
     def test_verify_reads_them_all_and_finds_a_changed_one(self, base, tmp_path, capsys, monkeypatch):
-        convert(options(base, tmp_path / "jai"), verify_bytes=True)
+        convert(options(base, tmp_path / "jai", verify=True))
         plan = plan_conversion(options(base, tmp_path / "jai"))
         assert f"{plan.bytes:,} bytes are what their sources give" in " ".join(capsys.readouterr().out.split())
 
@@ -158,7 +159,7 @@ class TestEveryByte:
 
         monkeypatch.setattr(UnfinishedFolder, "finish", flip)
         with pytest.raises(UserError, match=r"model\.layers.* is not what its source gives"):
-            convert(options(base, tmp_path / "bad"), verify_bytes=True)
+            convert(options(base, tmp_path / "bad", verify=True))
         assert not (tmp_path / "bad").exists()
 
     @pytest.mark.parametrize("workers", [1, 3])
@@ -228,9 +229,9 @@ class TestPlainPlans:
             ({"method": "dus-v1", "k": 7}, "keeps 3 to 6 in each copy"),
             ({"method": "dus-v1", "k": 4, "layers": [0]}, "two plans"),
             ({"layers": [0, 6]}, "layers names 6, but the base has layers 0 to 5"),
-            ({"layers": []}, "layers names no layer"),
+            ({"layers": []}, "layers is empty"),
             ({"layers": [0], "skip_alpha": 0.5}, "no skip alphas"),
-            ({"max_shard_size": "5 apples"}, "is no size"),
+            ({"max_shard_size": "5 apples"}, "expected a size, such as 500MB"),
             ({"workers": 0}, "workers is 0"),
         ],
         ids=str,

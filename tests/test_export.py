@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 from jai import cli
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
-from jai.conversion.export import ExportOptions, export, plan_tensors
+from jai.conversion.export.command import export, plan_tensors
+from jai.conversion.export.options import ExportOptions
 from jai.conversion.inputs.jai import open_jai
 from jai.conversion.inputs.parts import Copied
 from jai.errors import UserError

@@ -425,7 +425,7 @@ def test_phi3_keeps_its_own_files(tmp_path, tiny_phi3, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(sources[0])
     tiny_tokenizer.save_pretrained(sources[1])
     (sources[0] / "modeling_other.py").write_text("# its own code\n")
-    merge(MergeOptions(models=[str(source) for source in sources], out=tmp_path / "out"), verify_bytes=True)
+    merge(MergeOptions(models=[str(source) for source in sources], out=tmp_path / "out", verify=True))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "phi3"
     assert (tmp_path / "out" / "modeling_other.py").read_text() == "# its own code\n"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tiny_tokenizer.get_vocab()
@@ -487,7 +487,7 @@ def test_killed_merge_goes_on(tmp_path):
 def test_command_line_with_a_recipe(tmp_path, models, capsys):
     from typer.testing import CliRunner
 
-    from jai.cli import app
+    from jai.cli.app import app
 
     arguments = ["--config", str(RECIPES / "merge_m3.yaml"), "--models", str(models[0]), str(models[1])]
     planned = CliRunner().invoke(app, ["merge", str(tmp_path / "out"), *arguments, "--dry-run"])
@@ -514,10 +514,10 @@ def test_command_line_with_a_recipe(tmp_path, models, capsys):
     ("options", "message"),
     [
         ({"models": ["a"]}, "at least 2 models"),
-        ({"models": "a"}, "list of folders"),
+        ({"models": "a"}, "expected a list of names"),
         ({"method": "mean"}, "method is 'mean'; expected one of linear, slerp"),
         ({"weights": [1]}, "2 models but 1 weights"),
-        ({"weights": 0.5}, "2 models but 1 weights"),
+        ({"weights": 0.5}, "weights is 0.5; expected a list"),
         ({"t": 0.5}, "t is given, but linear does not use it"),
         ({"base": "c"}, "linear has none"),
         ({"density": 0.5}, "density is given, but linear"),
@@ -532,7 +532,7 @@ def test_command_line_with_a_recipe(tmp_path, models, capsys):
         ({"normalize": "yes"}, "normalize is 'yes'"),
         ({"seed": 0.5}, "seed is 0.5"),
         ({"workers": 0}, "workers is 0"),
-        ({"max_shard_size": "many"}, "'many' is no size"),
+        ({"max_shard_size": "many"}, "expected a size"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

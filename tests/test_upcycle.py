@@ -23,7 +23,8 @@ from jai.conversion.inputs.jai import jai_shapes, open_jai
 from jai.conversion.inputs.parts import Copied
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inspect_checkpoint import inspect
-from jai.conversion.upcycle.command import UpcycleOptions, open_sources, plan_config, plan_tensors, upcycle
+from jai.conversion.upcycle.command import open_sources, plan_config, plan_tensors, upcycle
+from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
 from jai.conversion.upcycle.snapshot import snapshot
 from jai.errors import UserError
 from jai.files import sha256
@@ -84,12 +85,12 @@ def checkpoints(trained) -> list[str]:
 @pytest.fixture(scope="module")
 def upcycled(tmp_path_factory, dense, checkpoints) -> Path:
     out = tmp_path_factory.mktemp("upcycled") / "jai"
-    run(dense, out, snapshots=checkpoints, verify_bytes=True)
+    run(dense, out, snapshots=checkpoints, verify=True)
     return out
 
 
-def run(dense: Path | str, out: Path, *, dry_run: bool = False, verify_bytes: bool = False, **options):
-    return upcycle(UpcycleOptions(dense=str(dense), out=out, **options), dry_run=dry_run, verify_bytes=verify_bytes)
+def run(dense: Path | str, out: Path, **options):
+    return upcycle(UpcycleOptions(dense=str(dense), out=out, **options))
 
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
@@ -253,7 +254,7 @@ def test_dtype_is_that_of_dense_unless_given(phi3, dense, checkpoints, tmp_path)
 
 def test_snapshots_have_the_ffn_weights_alone_and_give_the_same(dense, checkpoints, upcycled, trained, tmp_path):
     """By `jai snapshot` and by the callback, sharded and not, in one upcycling with whole checkpoints."""
-    snapshot(checkpoints[0], tmp_path / "two", max_shard_bytes=20_000, workers=2)
+    snapshot(SnapshotOptions(checkpoint=checkpoints[0], out=tmp_path / "two", max_shard_size=20_000, workers=2))
     assert len(CheckpointReader(tmp_path / "two").shards.names) > 3
     by_callback = trained / "snapshots" / "step-4"
     for folder, whole in ((tmp_path / "two", checkpoints[0]), (by_callback, checkpoints[1])):
@@ -273,7 +274,7 @@ def test_snapshots_are_no_models(trained, dense, checkpoints, tmp_path):
     with pytest.raises(UserError, match="is a snapshot, which has only FFN weights"):
         inspect(folder)
     with pytest.raises(UserError, match="only FFN weights already"):
-        snapshot(folder, tmp_path / "again")
+        snapshot(SnapshotOptions(checkpoint=folder, out=tmp_path / "again"))
     with pytest.raises(UserError, match=r"DENSE, .* has only FFN weights"):
         run(folder, tmp_path / "jai", snapshots=checkpoints)
     with pytest.raises(UserError, match=r"step-2 has only FFN weights\. Give --base-weights first"):

@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from jai.conversion.upcycle.options import SnapshotOptions
 from jai.conversion.upcycle.snapshot import snapshot
 from jai.errors import UserError
 
@@ -72,4 +73,4 @@ class SnapshotCallback(TrainerCallback):
         out = folder / SNAPSHOTS_FOLDER / f"step-{state.global_step}"
         if out.exists():  # of a run that was resumed from before it
             shutil.rmtree(out)
-        snapshot(str(checkpoint), out, console=Console(quiet=True))
+        snapshot(SnapshotOptions(checkpoint=str(checkpoint), out=out), console=Console(quiet=True))

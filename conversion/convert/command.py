@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jai convert`: a phi-3 checkpoint becomes a JAI, complete for the Hub."""
 
-import dataclasses
-from pathlib import Path
 from typing import Any
 
 from rich import filesize
@@ -12,7 +10,7 @@ from rich.table import Column, Table
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion.convert.options import ConvertOptions
-from jai.conversion.convert.plan import ConversionPlan, plan_conversion
+from jai.conversion.convert.plan import ConversionPlan, origins, plan_conversion
 from jai.conversion.convert.vocabulary import INIT_TEXTS
 from jai.conversion.output.beside import hashes_beside, write_beside
 from jai.conversion.output.checkpoint_folder import Output
@@ -23,15 +21,11 @@ from jai.provenance import Input, input_of, read_step
 _NAMED = 10  # of the tokens without pieces
 
 
-def convert(
-    options: ConvertOptions, *, dry_run: bool = False, verify_bytes: bool = False, console: Console | None = None
-) -> JaiConfig:
+def convert(options: ConvertOptions, *, console: Console | None = None) -> JaiConfig:
     """Convert a phi-3 checkpoint into a JAI checkpoint folder, complete for the Hub.
 
     Args:
-        options: what to do.
-        dry_run: check everything and print the plan, but write nothing. The base may be a folder without weights.
-        verify_bytes: read every byte of the output again and compare it with its source before the folder is there.
+        options: what to do. For a dry run the base may be a folder without weights.
         console: where the plan and the progress are printed; None is standard output.
 
     Returns:
@@ -44,11 +38,10 @@ def convert(
     """
     console = console or Console()
     refuse_existing(options.out)
-    plan = plan_conversion(options, dry_run=dry_run)
-    max_shard_bytes = int(options.max_shard_size)
+    plan = plan_conversion(options)
     _print_plan(console, options, plan)
-    if dry_run:
-        _print_shards(console, plan_shards(plan.tensors, max_shard_bytes))
+    if options.dry_run:
+        _print_shards(console, plan_shards(plan.tensors, options.max_shard_size))
         console.print("Dry run: nothing was written.")
         return plan.config
 
@@ -61,7 +54,7 @@ def convert(
             "base": plan.reader.identity(),
             "tokenizer": hashes_beside(plan.tokenizer_folder) if plan.tokenizer_folder else {},
         },
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=options.max_shard_size,
         workers=options.workers,
     )
     result = {
@@ -74,7 +67,7 @@ def convert(
         lambda folder: write_beside(folder, plan.config, tokenizer=plan.tokenizer_folder, generation=plan.base_folder),
         lambda: [_base_input(options, plan)],
         result,
-        verify_bytes=verify_bytes,
+        verify_bytes=options.verify,
         console=console,
     )
     console.print(f"[bold green]JAI written to[/] {options.out}", soft_wrap=True)
@@ -90,14 +83,11 @@ def _base_input(options: ConvertOptions, plan: ConversionPlan) -> Input:
 
 def _recorded_options(options: ConvertOptions, config: JaiConfig) -> dict[str, Any]:
     """What decides the values of the output."""
-    values = dataclasses.asdict(options)
-    for name in ("out", "base", "workers", "stream", "max_shard_size"):
-        del values[name]
-    values["duplicate_init"] = options.start_of_copies
-    values["skip_alpha"] = None if options.is_plain else options.start_alpha
-    values["block_size"], values["block_repeats"] = config.block_size, config.block_repeats
-    values["dtype"] = str(config.dtype).removeprefix("torch.")
-    return values | {"tokenizer": Path(options.tokenizer).name if options.tokenizer else None}
+    return options.recorded() | {
+        "block_size": config.block_size,
+        "block_repeats": config.block_repeats,
+        "dtype": str(config.dtype).removeprefix("torch."),
+    }
 
 
 def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan) -> None:
@@ -105,7 +95,7 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
     dtype = str(config.dtype).removeprefix("torch.")
     runs = ",".join(map(str, config.block_repeats))
     block = "1 layer" if config.block_size == 1 else f"{config.block_size} layers"
-    stack = f"layers {_runs_text(options.origins(base.num_hidden_layers))}" if options.is_plain else ""
+    stack = f"layers {_runs_text(origins(options, base.num_hidden_layers))}" if options.is_plain else ""
     copies = len(config.skip_alphas)
     later_copies = f"{options.start_of_copies}, {copies} skip alphas at {options.start_alpha:g}" if copies else "none"
     window = getattr(base, "sliding_window", None)
@@ -123,7 +113,7 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
     table.add_row("experts", "1", f"{config.num_local_experts}, {config.num_experts_per_tok} for a token")
     table.add_row("vocabulary", f"{base.vocab_size:,}", f"{config.vocab_size:,}")
     if vocabulary.new_rows:
-        table.add_row("new rows", "", f"{vocabulary.new_rows:,}: {INIT_TEXTS[options.init]}")
+        table.add_row("new rows", "", f"{vocabulary.new_rows:,}: {INIT_TEXTS[options.start_of_rows]}")
     table.add_row("RoPE base", f"{theta:,g}", f"{new_theta:,g}")
     table.add_row("sliding window", str(window or "none"), "none")
     table.add_row("weights", "", f"{plan.parameters:,} parameters, {filesize.decimal(plan.bytes)} in {dtype}")

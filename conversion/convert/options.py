@@ -1,138 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `jai convert` can be asked for."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from jai.configuration_jai import plan_layers
+from jai.conversion.output.options import Dtype, WriteOptions
 from jai.errors import UserError
-from jai.files import parse_size
+from jai.options import argument, check_values, option
 
+EmbeddingInit = Literal["mean", "random", "mean-normed"]
+
+PAPER_BLOCK_SIZE = 4
 PAPER_BLOCK_REPEATS = (1, 1, 1, 2, 3, 3, 2, 1, 1, 1)
 PAPER_SKIP_ALPHA = 0.1
-
-
-def check_choices(options: object) -> None:
-    """Refuse a value that is none of its option's, where the option is a `Literal`; None stands for a default.
-
-    Raises:
-        UserError: with the choices.
-    """
-    for name, hint in get_type_hints(type(options)).items():
-        kinds = (hint, *get_args(hint))
-        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-        value = getattr(options, name)
-        if choices and value not in (*choices, *([None] if type(None) in kinds else [])):
-            raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+_EXPERT_NOISE = 0.01
 
 
 @dataclass(kw_only=True)
-class ConvertOptions:
-    """What `jai convert` does; also the keys of its YAML file.
+class ConvertOptions(WriteOptions):
+    """What `jai convert` does (paper, section 3.1)."""
 
-    Attributes:
-        base: folder or Hub id of a `Phi3ForCausalLM` checkpoint.
-        out: folder to write; it must not exist.
-        tokenizer: folder or Hub id of a tokenizer that extends the base's; None keeps the base's.
-        init: rows of new tokens in `embed_tokens` and `lm_head`. `mean` is the mean of the rows of the token's pieces
-            (paper, section 3.1.1); `mean-normed` is the same, scaled to the mean norm of those rows, which averaging
-            makes shorter; `random` draws each column from a normal distribution with the mean and the standard
-            deviation of that column over the base's rows. Tokens without pieces are always drawn so.
-        method: `dus-v2` repeats blocks in place, with skip alphas (paper, section 3.1.2); `dus-v1` is SOLAR's: the
-            first `k` layers, then the last `k`, a plain stack without alphas.
-        k: layers of each of `dus-v1`'s two copies; the paper's comparison has 32 of 40.
-        layers: a plan by hand: the base's layer for each layer of a plain stack, without alphas.
-        block_size: layers of a block (paper, section 3.1.2).
-        block_repeats: how often each block runs in place (paper, Table 2).
-        skip_alpha: start value of the skip alphas; None is 0.1 with copied layers and 0 with identity layers.
-        skip_alpha_normalize: divide by 1 + alpha after adding the anchor (ours, not the paper's).
-        duplicate_init: `identity` zeroes the last matrix of each branch of later copies of a block, so that each starts
-            as the identity and the function is kept exactly; `copy` gives them the block's weights (the paper's way; it
-            changes the function). None is `identity`, which costs the least (docs/price-of-depth.md), and `copy` in a
-            plain stack, which is nothing else.
-        experts: experts of a layer; 1 makes the dense JAI.
-        expert_init: `copy` starts all experts as the base's MLP (the function is kept exactly), `noise` adds seeded
-            noise to experts 1 and up, `random` draws them fresh.
-        expert_noise: for `noise`, its standard deviation relative to that of the matrix.
-        rope_theta: RoPE base; None keeps the source's. The paper raises it to 1,000,000 for its long-context phase;
-            without training that breaks the function.
-        dtype: dtype of the output; None keeps the source's.
-        seed: seed of routers, noise and random rows.
-        max_shard_size: largest output shard, in bytes or as "5GB".
-        workers: shards to write at a time.
-        stream: of a base on the Hub, fetch one shard after the other and delete each when it is no longer needed.
-    """
-
-    base: str
-    out: Path
-    tokenizer: str | None = None
-    init: Literal["mean", "random", "mean-normed"] = "mean"
-    method: Literal["dus-v2", "dus-v1"] = "dus-v2"
-    k: int | None = None
-    layers: list[int] | None = None
-    block_size: int = 4
-    block_repeats: list[int] = field(default_factory=lambda: list(PAPER_BLOCK_REPEATS))
-    skip_alpha: float | None = None
-    skip_alpha_normalize: bool = False
-    duplicate_init: Literal["copy", "identity"] | None = None
-    experts: int = 4
-    expert_init: Literal["copy", "noise", "random"] = "copy"
-    expert_noise: float = 0.01
-    rope_theta: float | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    seed: int = 0
-    max_shard_size: int | str = 5_000_000_000
-    workers: int = 1
-    stream: bool = False
+    base: str = argument("BASE", help="Folder or Hub id of a Phi3ForCausalLM checkpoint.")
+    tokenizer: str | None = option(
+        None, help="Folder or Hub id of a tokenizer that extends the base's.", shown_default="the base's"
+    )
+    init: EmbeddingInit | None = option(
+        None,
+        help="Rows of new tokens in the embeddings and the head. mean: the mean of the rows of the token's pieces (the "
+        "paper's way); mean-normed: the same, scaled to the mean norm of those rows; random: each column as it is "
+        "distributed over the base's rows.",
+        shown_default="mean",
+    )
+    method: Literal["dus-v2", "dus-v1"] = option(
+        "dus-v2",
+        help="dus-v2: repeat blocks in place, with skip alphas (the paper's way); dus-v1: stack the first and the last "
+        "K layers, as SOLAR did.",
+    )
+    k: int | None = option(None, help="dus-v1: layers of each of the two copies, such as 32 of 40.", at_least=1)
+    layers: list[int] | None = option(
+        None,
+        help="A plain stack by hand: the base's layers in order, such as 0-31,8-39 (in YAML also as a list).",
+        metavar="LAYERS",
+        at_least=0,
+    )
+    block_size: int | None = option(None, help="Layers of a block.", shown_default="4", at_least=1)
+    block_repeats: list[int] | None = option(
+        None,
+        help="How often each block runs in place.",
+        metavar="N,N,…",
+        shown_default=",".join(map(str, PAPER_BLOCK_REPEATS)),
+        at_least=1,
+    )
+    skip_alpha: float | None = option(
+        None, help="Start value of the skip alphas.", shown_default="0; with copied layers 0.1"
+    )
+    skip_alpha_normalize: bool = option(
+        False, help="Divide by 1 + alpha after the skip is added (ours, not the paper's)."
+    )
+    duplicate_init: Literal["identity", "copy"] | None = option(
+        None,
+        help="How later copies of a block begin. identity: as layers that change nothing, so the function is kept; "
+        "copy: with the block's weights (the paper's way), which changes the function.",
+        shown_default="identity; in a plain stack copy",
+    )
+    experts: int = option(4, help="Experts of a layer; 1 makes a dense JAI.", at_least=1)
+    expert_init: Literal["copy", "noise", "random"] | None = option(
+        None,
+        help="How experts 1 and up begin. copy: as the base's MLP, which keeps the function; noise: with noise added; "
+        "random: drawn fresh.",
+        shown_default="copy",
+    )
+    expert_noise: float | None = option(
+        None,
+        help="noise: its standard deviation, relative to that of the matrix.",
+        shown_default=f"{_EXPERT_NOISE:g}",
+        above=0,
+    )
+    rope_theta: float | None = option(
+        None,
+        help="RoPE base. Another one than the base's changes the function until the model is trained with it.",
+        shown_default="the base's",
+        above=0,
+    )
+    dtype: Dtype | None = option(None, help="Dtype of the weights.", shown_default="the base's")
+    seed: int = option(0, help="Seed of routers, noise and random rows.")
+    stream: bool = option(
+        False, help="Fetch the weight files of a base on the Hub one by one, and delete each after use."
+    )
+    verify_text: Path | None = option(
+        None,
+        help="--verify also compares the logits of base and result (but for --stream), on this UTF-8 text.",
+        shown_default="a short Thai-English one",
+    )
 
     def __post_init__(self) -> None:
-        """Refuse what a YAML may hold and the function would misread.
+        """Check every value, and refuse options that contradict each other or would do nothing.
 
         Raises:
-            UserError: for a value that is none of its option's.
+            UserError: naming the option.
         """
-        check_choices(self)
-        for name, numbers in (("block_repeats", self.block_repeats), ("layers", self.layers or [])):
-            if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
-                raise UserError(f"{name} is {numbers!r}; expected a list of whole numbers, as [1, 2, 1].")
-        for name, number in (("k", self.k), ("workers", self.workers)):
-            if number is not None and (type(number) is not int or number < 1):
-                raise UserError(f"{name} is {number!r}; expected a whole number from 1.")
+        check_values(self)
         if (self.method == "dus-v1") != (self.k is not None):
             raise UserError("dus-v1 needs k, the layers of each of its two copies, and only dus-v1 has it: --k 32.")
-        if self.is_plain and self.layers and self.k:
+        if self.layers is not None and self.k is not None:
             raise UserError("layers and dus-v1 are two plans. Give one of them.")
-        if self.is_plain and (self.skip_alpha or self.skip_alpha_normalize):
-            raise UserError("A plain stack (dus-v1, layers) has no skip alphas. Leave skip_alpha out, or use dus-v2.")
-        self.max_shard_size = parse_size(str(self.max_shard_size))
+        if self.is_plain:
+            plan = "layers" if self.layers is not None else "dus-v1"
+            self._refuse_given(("block_size", "block_repeats"), f"{plan} makes a plain stack, which has no blocks")
+            self._refuse_given(("skip_alpha",), f"{plan} makes a plain stack, which has no skip alphas")
+            if self.skip_alpha_normalize:
+                raise UserError(f"{plan} makes a plain stack, without skip alphas. Leave skip_alpha_normalize out.")
+        if self.layers == []:
+            raise UserError("layers is empty. Name the base's layers in order, such as 0-31,8-39.")
+        if self.tokenizer is None:
+            self._refuse_given(("init",), "Without a tokenizer there are no new rows")
+        if self.experts == 1:
+            self._refuse_given(("expert_init",), "A dense JAI (experts: 1) has one MLP a layer")
+        if self.expert_init != "noise":
+            self._refuse_given(("expert_noise",), "Only expert_init noise adds noise")
+        if self.verify_text is not None and not self.verify:
+            raise UserError("verify_text is for --verify, which is not given. Give both or neither.")
+        if self.verify_text is not None and not self.verify_text.is_file():
+            raise UserError(f"--verify-text {self.verify_text} is no file. Give a UTF-8 text file.")
+
+    def _refuse_given(self, names: tuple[str, ...], why: str) -> None:
+        for name in names:
+            if getattr(self, name) is not None:
+                raise UserError(f"{why}, but {name} is {getattr(self, name)!r}. Leave it out.")
 
     @property
     def is_plain(self) -> bool:
         """Whether the plan is a plain stack of layers, without blocks that repeat."""
         return self.method == "dus-v1" or self.layers is not None
 
-    def origins(self, base_layers: int) -> list[int]:
-        """The base's layer for each layer of the output.
-
-        Raises:
-            UserError: if the plan does not fit a base of `base_layers` layers.
-        """
-        if self.layers is not None:
-            wrong = [layer for layer in self.layers if not 0 <= layer < base_layers]
-            if wrong or not self.layers:
-                raise UserError(
-                    f"layers names {wrong[0] if wrong else 'no layer'}, but the base has layers 0 to {base_layers - 1}."
-                )
-            return self.layers
-        if self.k is not None:
-            if not base_layers <= 2 * self.k <= 2 * base_layers:
-                raise UserError(
-                    f"k is {self.k}, but of {base_layers} layers dus-v1 keeps {-(-base_layers // 2)} to {base_layers} "
-                    "in each copy, or some would be lost."
-                )
-            return [*range(self.k), *range(base_layers - self.k, base_layers)]
-        return [planned.origin for planned in plan_layers(self.block_size, self.block_repeats)]
+    @property
+    def blocks(self) -> tuple[int, list[int]]:
+        """Layers of a block, and how often each block runs."""
+        return self.block_size or PAPER_BLOCK_SIZE, self.block_repeats or [*PAPER_BLOCK_REPEATS]
 
     @property
     def start_alpha(self) -> float:
@@ -143,3 +148,33 @@ class ConvertOptions:
     @property
     def start_of_copies(self) -> Literal["copy", "identity"]:
         return self.duplicate_init or ("copy" if self.is_plain else "identity")
+
+    @property
+    def start_of_rows(self) -> EmbeddingInit:
+        return self.init or "mean"
+
+    @property
+    def start_of_experts(self) -> Literal["copy", "noise", "random"]:
+        return self.expert_init or "copy"
+
+    @property
+    def noise(self) -> float:
+        return _EXPERT_NOISE if self.expert_noise is None else self.expert_noise
+
+    def recorded(self) -> dict[str, Any]:
+        """What decides the values of the output, beside the inputs, the layer plan and the dtype."""
+        return {
+            "tokenizer": Path(self.tokenizer).name if self.tokenizer else None,
+            "init": self.start_of_rows,
+            "method": self.method,
+            "k": self.k,
+            "layers": self.layers,
+            "skip_alpha": None if self.is_plain else self.start_alpha,
+            "skip_alpha_normalize": self.skip_alpha_normalize,
+            "duplicate_init": self.start_of_copies,
+            "experts": self.experts,
+            "expert_init": self.start_of_experts,
+            "expert_noise": self.noise,
+            "rope_theta": self.rope_theta,
+            "seed": self.seed,
+        }

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Phi3Config
 
-from jai.configuration_jai import JaiConfig
+from jai.configuration_jai import JaiConfig, plan_layers
 from jai.conversion import names
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.convert.vocabulary import Vocabulary, embedding_parts, load_vocabulary, plan_vocabulary
@@ -59,20 +59,19 @@ class ConversionPlan:
         return sum(tensor.bytes for tensor in self.tensors)
 
 
-def plan_conversion(options: ConvertOptions, *, dry_run: bool = False) -> ConversionPlan:
+def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     """Check everything and plan every tensor.
 
     Args:
-        options: what to do.
-        dry_run: the base may lack its weights: their form follows from its configuration.
+        options: what to do. For a dry run the base may lack its weights: their form follows from its configuration.
 
     Raises:
         UserError: for a base that is no phi-3, a plan that does not fit it, a tokenizer that does not extend its
             tokenizer, or damaged weights.
     """
-    base_folder = resolve_checkpoint(options.base, weights=not (options.stream or dry_run))
+    base_folder = resolve_checkpoint(options.base, weights=not (options.stream or options.dry_run))
     base = load_phi3_config(base_folder)
-    reader = _open_base(options, base_folder, dry_run=dry_run)
+    reader = _open_base(options, base_folder)
     base_tokenizer = load_vocabulary(base_folder)
     new_folder = resolve_checkpoint(options.tokenizer, weights=False) if options.tokenizer else None
     tokenizer = load_vocabulary(new_folder) if new_folder else None
@@ -97,12 +96,12 @@ def plan_conversion(options: ConvertOptions, *, dry_run: bool = False) -> Conver
     )
 
 
-def _open_base(options: ConvertOptions, folder: Path, *, dry_run: bool) -> CheckpointReader | None:
+def _open_base(options: ConvertOptions, folder: Path) -> CheckpointReader | None:
     """The base's weights; None for a dry run where they are not here."""
     is_local = Path(options.base).is_dir()
     if options.stream and is_local:
         raise UserError(f"--stream is for a base on the Hub, but {options.base} is a folder. Leave it out.")
-    if dry_run and not (is_local and has_weights(folder)):
+    if options.dry_run and not (is_local and has_weights(folder)):
         return None
     if options.stream:
         shards = HubFiles(options.base, folder, work_folder(options.out) / "downloads")
@@ -148,9 +147,9 @@ def plan_config(
         UserError: if the plan does not cover the base's layers exactly, or the values do not fit each other.
     """
     if options.is_plain:
-        block_size, repeats = 1, [1] * len(options.origins(base.num_hidden_layers))
+        block_size, repeats = 1, [1] * len(origins(options, base.num_hidden_layers))
     else:
-        block_size, repeats = options.block_size, options.block_repeats
+        block_size, repeats = options.blocks
         _check_blocks(base.num_hidden_layers, block_size, repeats)
     assert base.rope_parameters is not None  # transformers replaces None
     rope = dict(base.rope_parameters)
@@ -190,9 +189,28 @@ def plan_config(
         raise UserError(f"The options do not fit the base: {error.__cause__ or error}") from None
 
 
+def origins(options: ConvertOptions, base_layers: int) -> list[int]:
+    """The base's layer for each layer of the output.
+
+    Raises:
+        UserError: if the plan does not fit a base of `base_layers` layers.
+    """
+    if options.layers is not None:
+        wrong = [layer for layer in options.layers if layer >= base_layers]
+        if wrong:
+            raise UserError(f"layers names {wrong[0]}, but the base has layers 0 to {base_layers - 1}.")
+        return options.layers
+    if options.k is not None:
+        if not base_layers <= 2 * options.k <= 2 * base_layers:
+            raise UserError(
+                f"k is {options.k}, but of {base_layers} layers dus-v1 keeps {-(-base_layers // 2)} to {base_layers} "
+                "in each copy, or some would be lost."
+            )
+        return [*range(options.k), *range(base_layers - options.k, base_layers)]
+    return [planned.origin for planned in plan_layers(*options.blocks)]
+
+
 def _check_blocks(layers: int, block_size: int, repeats: list[int]) -> None:
-    if block_size < 1:
-        raise UserError(f"--block-size is {block_size}; a block needs at least 1 layer.")
     blocks, left_over = divmod(layers, block_size)
     if left_over or len(repeats) != blocks:
         fitting = (
@@ -221,11 +239,13 @@ def plan_tensors(
         if name == names.FINAL_NORM:
             outer.append(PlannedTensor(name, source.shape, dtype, (rows(source),)))
         else:
-            parts = embedding_parts(reader, name, base.vocab_size, vocabulary, options.init, options.seed, dtype)
+            parts = embedding_parts(
+                reader, name, base.vocab_size, vocabulary, options.start_of_rows, options.seed, dtype
+            )
             outer.append(PlannedTensor(name, (vocabulary.size, config.hidden_size), dtype, parts))
     layers = []
     seen: set[int] = set()
-    for planned, origin in zip(config.layer_plan, options.origins(base.num_hidden_layers)):
+    for planned, origin in zip(config.layer_plan, origins(options, base.num_hidden_layers)):
         starts_as_identity = origin in seen and options.start_of_copies == "identity"
         seen.add(origin)
         for name, source in names.layer_sources(config, planned.layer, origin).items():
@@ -263,10 +283,10 @@ def _expert_parts(
     parts: list[Part] = [first]
     for expert in range(1, config.num_local_experts):
         expert_name = f"{name}.{expert}"
-        if options.expert_init == "copy":
+        if options.start_of_experts == "copy":
             parts.append(first)
-        elif options.expert_init == "noise":
-            parts.append(with_noise(reader, source.name, expert_name, options.expert_noise, options.seed, dtype))
+        elif options.start_of_experts == "noise":
+            parts.append(with_noise(reader, source.name, expert_name, options.noise, options.seed, dtype))
         else:
             parts.append(drawn(expert_name, source.shape, config.initializer_range, options.seed, dtype))
     return tuple(parts)

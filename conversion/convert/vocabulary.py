@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from jai.conversion.convert.options import EmbeddingInit
 from jai.conversion.inputs.parts import Computed, Part
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.output.drawn import normal
@@ -21,7 +21,6 @@ from jai.tokenization.extend import new_token_pieces
 from jai.tokenization.loading import has_tokenizer, load_backend_tokenizer
 from jai.tokenization.train import RECORD_FILE as TOKENIZER_RECORD_FILE
 
-EmbeddingInit = Literal["mean", "random", "mean-normed"]
 INIT_TEXTS: dict[EmbeddingInit, str] = {
     "mean": "mean of their pieces' rows",
     "random": "random, with the mean and standard deviation of the base's columns",

@@ -53,15 +53,11 @@ class _Merge:
         return next((model.folder for model in self.models if model.tokenizer), self.first.folder)
 
 
-def merge(
-    options: MergeOptions, *, dry_run: bool = False, verify_bytes: bool = False, console: Console | None = None
-) -> None:
+def merge(options: MergeOptions, *, console: Console | None = None) -> None:
     """Merge checkpoints into a checkpoint folder, complete for the Hub.
 
     Args:
         options: what to do.
-        dry_run: check everything and print the plan, but write nothing.
-        verify_bytes: compute everything again and compare it with what was written.
         console: where the plan and the progress are printed; None is standard output.
 
     Raises:
@@ -71,16 +67,17 @@ def merge(
     console = console or Console()
     refuse_existing(options.out)
     downloads = work_folder(options.out) / "downloads"
-    models = [open_input(name, downloads, planned_only=dry_run) for name in options.models]
-    base = open_input(options.base, downloads, planned_only=dry_run) if options.base is not None else None
+    models = [open_input(name, downloads, planned_only=options.dry_run) for name in options.models]
+    base = open_input(options.base, downloads, planned_only=options.dry_run) if options.base is not None else None
     for other in [*models[1:], *([base] if base else [])]:
         check_alike(models[0], other)
     readers = [*([base.reader] if base else []), *(model.reader for model in models)]
     plan = _Merge(models, base, plan_tensors(options, readers), count_layers(readers[0]))
-    max_shard_bytes = int(options.max_shard_size)
     _print_plan(console, options, plan)
-    if dry_run:
-        console.print(f"Dry run: nothing was written of {len(plan_shards(plan.tensors, max_shard_bytes))} shards.")
+    if options.dry_run:
+        console.print(
+            f"Dry run: nothing was written of {len(plan_shards(plan.tensors, options.max_shard_size))} shards."
+        )
         return
 
     output = Output(
@@ -92,14 +89,14 @@ def merge(
             f"{role} {number}": {"weights": source.reader.identity(), "beside": hashes_beside(source.folder)}
             for number, (role, source) in enumerate(plan.inputs)
         },
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=options.max_shard_size,
         workers=options.workers,
     )
     output.write(
         lambda folder: _write_beside(folder, options, plan),
         lambda: [source.as_input(role) for role, source in plan.inputs],
         {"layers": plan.layers},
-        verify_bytes=verify_bytes,
+        verify_bytes=options.verify,
         console=console,
     )
 

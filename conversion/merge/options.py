@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `jai merge` can be asked for."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
-from jai.conversion.convert.options import check_choices
 from jai.conversion.merge.curves import Curve, parse_curve
+from jai.conversion.output.options import Dtype, WriteOptions
 from jai.errors import UserError
-from jai.files import parse_size
+from jai.options import check_values, option, parse_numbers
 
-Method = Literal["linear", "slerp", "task-arithmetic", "ties", "dare-linear", "dare-ties"]
 _WITH_BASE = ("task-arithmetic", "ties", "dare-linear", "dare-ties")
 _WITH_DENSITY = ("ties", "dare-linear", "dare-ties")
 _RANDOM = ("dare-linear", "dare-ties")
@@ -20,64 +17,59 @@ _NORMALIZED = ("linear", "ties")
 
 
 @dataclass(kw_only=True)
-class MergeOptions:
-    """What `jai merge` does; also the keys of its YAML file.
+class MergeOptions(WriteOptions):
+    """What `jai merge` does (paper, section 6.3)."""
 
-    Attributes:
-        models: folders or Hub ids of the checkpoints. The first gives the configuration, the tokenizer and the dtype.
-        out: folder to write; it must not exist.
-        method: `linear`, the weighted mean of any number of models; `slerp`, along the arc between two;
-            `task-arithmetic`, `ties`, `dare-linear`, `dare-ties`, changes since a common base.
-        weights: of each model; None weighs all alike (1 each). A weight is a number or points over the depth, such as
-            `[{at: 0, value: 1}, {at: 53/79, value: 0.5}, {at: 1, value: 0}]`: straight lines between, `at` 0 is the
-            first layer and 1 the last; `layer` in the place of `at` takes the number of a layer. Embeddings have the
-            weight of the first layer, final norm and head that of the last.
-        t: for `slerp`, the way from the first model (0) to the second (1): a number or points; None is 0.5.
-        base: for the methods that merge changes, the checkpoint that the models were trained from.
-        density: for `ties` and `dare-*`, the share of changes that is kept; None is 0.5.
-        normalize: divide by the sum of the weights; `ties` and `dare-ties` by that of the models that agree. None does
-            so for `linear` and `ties`.
-        scale: factor of the merged change, for the methods with a base; None is 1.
-        dtype: dtype of the output; None keeps the first model's.
-        seed: seed of what DARE drops.
-        max_shard_size: largest output shard, in bytes or as "5GB".
-        workers: shards to write at a time.
-    """
-
-    models: list[str]
-    out: Path
-    method: Method = "linear"
-    weights: list[Any] | None = None
-    t: Any = None
-    base: str | None = None
-    density: float | None = None
-    normalize: bool | None = None
-    scale: float | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    seed: int = 0
-    max_shard_size: int | str = 5_000_000_000
-    workers: int = 1
+    models: list[str] = option(
+        help="Folders or Hub ids of the checkpoints. The first gives configuration, tokenizer and dtype.",
+        metavar="CKPT...",
+        spread=True,
+    )
+    method: Literal["linear", "slerp", "task-arithmetic", "ties", "dare-linear", "dare-ties"] = option(
+        "linear",
+        help="linear: weighted mean; slerp: on the arc between two models; the others merge changes since --base: "
+        "summed, trimmed with a sign elected (ties), or dropped at random (dare).",
+    )
+    weights: list[Any] | None = option(
+        None,
+        help="One for each model, such as 0.5,0.5. In YAML a weight may depend on the layer: points over the "
+        "depth, such "
+        "as [{at: 0, value: 1}, {at: 53/79, value: 0.5}, {at: 1, value: 0}], with straight lines between; "
+        "`at` 0 is the "
+        "first layer and 1 the last, and `layer` in its place takes the number of a layer. Embeddings have the weight "
+        "of the first layer, final norm and head that of the last.",
+        metavar="W,W,…",
+        shown_default="all alike",
+        parse=parse_numbers,
+    )
+    t: Any = option(
+        None,
+        help="slerp: the way from the first model (0) to the second (1); in YAML also points over the depth, "
+        "as weights.",
+        metavar="T",
+        shown_default="0.5",
+        parse=float,
+    )
+    base: str | None = option(None, help="Checkpoint that the models were trained from.", metavar="CKPT")
+    density: float | None = option(
+        None, help="ties, dare: share of the changes that is kept.", shown_default="0.5", above=0, at_most=1
+    )
+    normalize: bool | None = option(
+        None,
+        help="Divide by the sum of the weights; ties and dare-ties by that of the models that agree.",
+        shown_default="on for linear and ties",
+    )
+    scale: float | None = option(None, help="Factor of the merged change.", shown_default="1")
+    dtype: Dtype | None = option(None, help="Dtype of the weights.", shown_default="the first model's")
+    seed: int | None = option(None, help="dare: seed of what is dropped.", shown_default="0")
 
     def __post_init__(self) -> None:
-        """Refuse what a YAML may hold and the function would misread.
+        """Check every value, and refuse options that contradict each other or would do nothing.
 
         Raises:
-            UserError: for a value that is none of its option's, and options that do not fit each other.
+            UserError: naming the option.
         """
-        if not isinstance(self.models, list) or not all(isinstance(name, str) for name in self.models):
-            raise UserError(f"models is {self.models!r}; expected a list of folders or Hub ids.")
-        check_choices(self)
-        if self.normalize not in (None, True, False):
-            raise UserError(f"normalize is {self.normalize!r}; expected true or false.")
-        for name, low, high in (("density", 0.0, 1.0), ("scale", -math.inf, math.inf)):
-            value = getattr(self, name)
-            if value is not None and not (type(value) in (int, float) and low < value <= high and math.isfinite(value)):
-                raise UserError(f"{name} is {value!r}; expected a number{' above 0, up to 1' if high == 1 else ''}.")
-        if type(self.seed) is not int:
-            raise UserError(f"seed is {self.seed!r}; expected a whole number.")
-        if type(self.workers) is not int or self.workers < 1:
-            raise UserError(f"workers is {self.workers!r}; expected a whole number from 1.")
-        self.max_shard_size = parse_size(str(self.max_shard_size))
+        check_values(self)
         self._check_fit()
         self._check_weights()
 
@@ -99,6 +91,11 @@ class MergeOptions:
         """The scale in force."""
         return 1.0 if self.scale is None else self.scale
 
+    @property
+    def drawn_with(self) -> int:
+        """The seed in force."""
+        return self.seed or 0
+
     def recorded(self) -> dict[str, Any]:
         """What decides the values of the output, beside the models."""
         values: dict[str, Any] = {"method": self.method, "dtype": self.dtype}
@@ -110,7 +107,7 @@ class MergeOptions:
         if self.method in _WITH_DENSITY:
             values["density"] = self.kept
         if self.method in _RANDOM:
-            values["seed"] = self.seed
+            values["seed"] = self.drawn_with
         return values
 
     def _check_fit(self) -> None:
@@ -132,6 +129,7 @@ class MergeOptions:
             "t": self.method != "slerp",
             "density": self.method not in _WITH_DENSITY,
             "scale": not self.has_base,
+            "seed": self.method not in _RANDOM,
         }
         for name, is_unused in unused.items():
             if is_unused and getattr(self, name) is not None:

@@ -131,12 +131,12 @@ def _formula(options: MergeOptions, readers: list[CheckpointReader], name: str, 
         merge_methods.dare,
         weights=weights,
         density=options.kept,
-        streams=[f"{options.seed}:{number}:{name}" for number in live],
+        streams=[f"{options.drawn_with}:{number}:{name}" for number in live],
         elect_sign=method == "dare-ties",
         normalize=options.normalizes,
         scale=options.factor,
     )
-    return _Formula(f"{text} seed {options.seed},", sources, dare)
+    return _Formula(f"{text} seed {options.drawn_with},", sources, dare)
 
 
 def _normalized(values: list[float], name: str) -> list[float]:

@@ -5,10 +5,8 @@ Expert 0 is the FFN of the dense JAI as it was before training, experts 1 and up
 weights come from one of these checkpoints; the routers are drawn.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from rich import filesize
@@ -18,17 +16,16 @@ from rich.table import Table
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
-from jai.conversion.convert.options import check_choices
 from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_jai, slice_names
 from jai.conversion.inputs.parts import Part
 from jai.conversion.output.beside import write_beside
 from jai.conversion.output.checkpoint_folder import Output
 from jai.conversion.output.drawn import drawn, with_noise
 from jai.conversion.output.tensors import PlannedTensor
+from jai.conversion.upcycle.options import UpcycleOptions
 from jai.errors import UserError
-from jai.files import parse_size, refuse_existing
+from jai.files import refuse_existing
 
-DEFAULT_EXPERTS = 4
 # What makes two checkpoints states of one model.
 _SAME = (
     "vocab_size",
@@ -48,80 +45,6 @@ _SAME = (
 )
 
 
-@dataclass(kw_only=True)
-class UpcycleOptions:
-    """What `jai upcycle` does; also the keys of its YAML file.
-
-    Attributes:
-        dense: folder or Hub id of the dense JAI before training (step 0): `jai convert --experts 1`.
-        out: folder to write; it must not exist.
-        snapshots: checkpoints of its training, in the order of the experts: whole ones as a Trainer saves them, or with
-            the FFN weights alone (`jai snapshot`).
-        base_weights: where all other weights come from: `last` is the last snapshot (without snapshots, `dense`),
-            `first` is `dense`; or the folder or Hub id of a checkpoint.
-        expert_init: how experts 1 and up begin. `snapshots` (the paper's way) takes the FFNs of the snapshots; experts
-            beyond them are copies of those before, in turn, with noise. `copy` copies the FFN of `dense`, which keeps
-            the function of a dense model exactly; `noise` adds seeded noise to the copies; `random` draws them fresh.
-        experts: experts of a layer; None is one more than there are snapshots, or 4 without any.
-        expert_noise: standard deviation of the noise relative to that of the matrix; 0 makes plain copies.
-        dtype: dtype of the output; None is that of `dense`.
-        seed: seed of routers, noise and random experts.
-        max_shard_size: largest output shard, in bytes or as "5GB".
-        workers: shards to write at a time.
-    """
-
-    dense: str
-    out: Path
-    snapshots: list[str] = field(default_factory=list)
-    base_weights: str = "last"
-    expert_init: Literal["snapshots", "copy", "noise", "random"] = "snapshots"
-    experts: int | None = None
-    expert_noise: float = 0.01
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    seed: int = 0
-    max_shard_size: int | str = 5_000_000_000
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse what a YAML may hold and the function would misread.
-
-        Raises:
-            UserError: for a value that is none of its option's, and options that do not fit each other.
-        """
-        check_choices(self)
-        if not isinstance(self.snapshots, list) or not all(isinstance(name, str) for name in self.snapshots):
-            raise UserError(f"snapshots is {self.snapshots!r}; expected a list of folders or Hub ids.")
-        for name, least in (("experts", 2), ("workers", 1)):
-            number = getattr(self, name)
-            if number is not None and (type(number) is not int or number < least):
-                raise UserError(f"{name} is {number!r}; expected a whole number from {least}.")
-        if not isinstance(self.expert_noise, int | float) or self.expert_noise < 0:
-            raise UserError(f"expert_noise is {self.expert_noise!r}; expected a number from 0.")
-        if self.expert_init == "snapshots" and not self.snapshots:
-            raise UserError(
-                "No snapshots are given. Give checkpoints of the dense model's training with --snapshots, or choose "
-                "--expert-init copy, noise or random, which need none."
-            )
-        if self.expert_init != "snapshots" and self.snapshots:
-            raise UserError(
-                f"--expert-init {self.expert_init} uses no snapshots, but {len(self.snapshots)} are given. Leave them "
-                "out (--base-weights names a checkpoint for the weights outside of the experts), or leave out "
-                "--expert-init."
-            )
-        if self.num_experts <= len(self.snapshots):
-            raise UserError(
-                f"{len(self.snapshots)} snapshots and DENSE make {len(self.snapshots) + 1} experts, but experts is "
-                f"{self.experts}. Leave out some of the snapshots, or the option."
-            )
-        self.max_shard_size = parse_size(str(self.max_shard_size))
-
-    @property
-    def num_experts(self) -> int:
-        if self.experts is not None:
-            return self.experts
-        return len(self.snapshots) + 1 if self.snapshots else DEFAULT_EXPERTS
-
-
 @dataclass(frozen=True)
 class Sources:
     """The checkpoints that an upcycled JAI is made of.
@@ -139,15 +62,11 @@ class Sources:
         return self.experts[0]
 
 
-def upcycle(
-    options: UpcycleOptions, *, dry_run: bool = False, verify_bytes: bool = False, console: Console | None = None
-) -> JaiConfig:
+def upcycle(options: UpcycleOptions, *, console: Console | None = None) -> JaiConfig:
     """Make a mixture of experts of a dense JAI: a checkpoint folder, complete for the Hub.
 
     Args:
-        options: what to do.
-        dry_run: check everything and print the plan, but write nothing. The checkpoints may be without weights.
-        verify_bytes: read every byte of the output again and compare it with its source before the folder is there.
+        options: what to do. For a dry run the checkpoints may be without weights.
         console: where the plan and the progress are printed; None is standard output.
 
     Returns:
@@ -159,11 +78,11 @@ def upcycle(
     """
     console = console or Console()
     refuse_existing(options.out)
-    sources = open_sources(options, planned_only=dry_run)
+    sources = open_sources(options, planned_only=options.dry_run)
     config = plan_config(sources.dense, options)
     tensors = plan_tensors(config, sources, options)
     _print_plan(console, options, config, sources, tensors)
-    if dry_run:
+    if options.dry_run:
         console.print("Dry run: nothing was written.")
         return config
 
@@ -171,12 +90,12 @@ def upcycle(
         step="upcycle",
         out=options.out,
         tensors=tensors,
-        options=_recorded_options(options, config),
+        options=options.recorded() | {"dtype": str(config.dtype).removeprefix("torch.")},
         identity={
             "experts": [source.reader.identity() for source in sources.experts],
             "base weights": sources.base.reader.identity(),
         },
-        max_shard_bytes=int(options.max_shard_size),
+        max_shard_bytes=options.max_shard_size,
         workers=options.workers,
     )
     output.write(
@@ -187,7 +106,7 @@ def upcycle(
             sources.base.as_input("base weights"),
         ],
         {"experts": [_expert_text(expert, sources, options) for expert in range(options.num_experts)]},
-        verify_bytes=verify_bytes,
+        verify_bytes=options.verify,
         console=console,
     )
 
@@ -310,7 +229,7 @@ def _expert_source(expert: int, sources: Sources) -> JaiCheckpoint:
 
 def _noise(expert: int, sources: Sources, options: UpcycleOptions) -> float:
     """Only copies get noise: an expert with a checkpoint of its own is kept as it is."""
-    return 0.0 if expert < len(sources.experts) or options.expert_init == "copy" else options.expert_noise
+    return 0.0 if expert < len(sources.experts) or options.expert_init == "copy" else options.noise
 
 
 def _expert_text(expert: int, sources: Sources, options: UpcycleOptions) -> str:
@@ -319,16 +238,6 @@ def _expert_text(expert: int, sources: Sources, options: UpcycleOptions) -> str:
     noise = _noise(expert, sources, options)
     text = f"the FFN of {_expert_source(expert, sources).title}"
     return f"{text} with noise of {noise:g} of its spread" if noise else text
-
-
-def _recorded_options(options: UpcycleOptions, config: JaiConfig) -> dict[str, Any]:
-    """What decides the values of the output, beside the inputs."""
-    values = dataclasses.asdict(options)
-    for name in ("dense", "out", "snapshots", "workers", "max_shard_size"):
-        del values[name]
-    values["experts"] = options.num_experts
-    values["dtype"] = str(config.dtype).removeprefix("torch.")
-    return values
 
 
 def _print_plan(

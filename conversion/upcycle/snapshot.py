@@ -2,7 +2,6 @@
 """`jai snapshot`: of a dense JAI's checkpoint only the FFN weights, which become an expert (paper, section 3.1.3)."""
 
 import json
-from pathlib import Path
 
 from rich import filesize
 from rich.console import Console
@@ -11,27 +10,16 @@ from rich.markup import escape
 from jai.conversion.inputs.jai import feed_forward_shapes, open_jai, snapshot_config
 from jai.conversion.output.checkpoint_folder import Output
 from jai.conversion.output.tensors import PlannedTensor
+from jai.conversion.upcycle.options import SnapshotOptions
 from jai.errors import UserError
 from jai.files import refuse_existing
 
-MAX_SHARD_BYTES = 5_000_000_000
 
-
-def snapshot(
-    checkpoint: str,
-    out: Path,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    workers: int = 1,
-    console: Console | None = None,
-) -> None:
+def snapshot(options: SnapshotOptions, *, console: Console | None = None) -> None:
     """Keep the FFN weights of a dense JAI, byte for byte, in a folder that `jai upcycle` takes and nothing loads.
 
     Args:
-        checkpoint: folder or Hub id of a dense JAI, such as the `checkpoint-2000` of a Trainer.
-        out: folder to write; it must not exist.
-        max_shard_bytes: largest data of an output shard.
-        workers: shards to write at a time.
+        options: what to do.
         console: where to print; None is standard output.
 
     Raises:
@@ -39,13 +27,13 @@ def snapshot(
             that exists, or a full disk.
     """
     console = console or Console()
-    refuse_existing(out)
-    source = open_jai(checkpoint)
+    refuse_existing(options.out)
+    source = open_jai(options.checkpoint)
     if source.is_snapshot:
-        raise UserError(f"{checkpoint} has only FFN weights already. Give it to jai upcycle as it is.")
+        raise UserError(f"{source.name} has only FFN weights already. Give it to jai upcycle as it is.")
     if source.config.num_local_experts > 1:
         raise UserError(
-            f"{checkpoint} has {source.config.num_local_experts} experts in each layer. Snapshots are of a dense JAI: "
+            f"{source.name} has {source.config.num_local_experts} experts in each layer. Snapshots are of a dense JAI: "
             "jai convert --experts 1."
         )
     tensors = [
@@ -54,12 +42,12 @@ def snapshot(
     ]
     output = Output(
         step="snapshot",
-        out=out,
+        out=options.out,
         tensors=tensors,
         options={},
         identity={"model": source.reader.identity()},
-        max_shard_bytes=max_shard_bytes,
-        workers=workers,
+        max_shard_bytes=options.max_shard_size,
+        workers=options.workers,
     )
     content = snapshot_config(source.config, source.global_step)
     output.write(
@@ -69,9 +57,11 @@ def snapshot(
         console=console,
     )
     console.print(
-        f"[bold green]Snapshot written to[/] {escape(str(out))}: the FFN weights of {escape(source.title)}, "
+        f"[bold green]Snapshot written to[/] {escape(str(options.out))}: the FFN weights of {escape(source.title)}, "
         f"{filesize.decimal(output.bytes)}",
         soft_wrap=True,
         highlight=False,
     )
-    console.print(f"Next: jai upcycle DENSE OUT --snapshots {escape(str(out))} …", soft_wrap=True, highlight=False)
+    console.print(
+        f"Next: jai upcycle DENSE OUT --snapshots {escape(str(options.out))} …", soft_wrap=True, highlight=False
+    )

@@ -8,9 +8,9 @@ one `w1` (gate), `w2` (down) and `w3` (up) for each expert, of Phi-3 fused matri
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich import filesize
 from rich.console import Console
@@ -19,15 +19,13 @@ from transformers import GenerationConfig, MixtralConfig, Phi3Config, PreTrained
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
-from jai.conversion.convert.options import check_choices
+from jai.conversion.export.options import Architecture, ExportOptions
 from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_jai, slice_names
 from jai.conversion.output.beside import copy_tokenizer
 from jai.conversion.output.checkpoint_folder import Output
 from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
-from jai.files import parse_size, refuse_existing
-
-Form = Literal["mixtral", "phi3"]
+from jai.files import refuse_existing
 
 # Of the configuration, what both forms take as it is.
 _SHARED = (
@@ -53,40 +51,11 @@ _MIXTRAL_MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _NAMED = 8
 
 
-@dataclass(kw_only=True)
-class ExportOptions:
-    """What `jai export` does.
-
-    Attributes:
-        model: folder or Hub id of a JAI.
-        out: folder to write; it must not exist.
-        to: `mixtral` for a JAI with experts, `phi3` for a dense one.
-        max_shard_size: largest output shard, in bytes or as "5GB".
-        workers: shards to write at a time.
-    """
-
-    model: str
-    out: Path
-    to: Form = "mixtral"
-    max_shard_size: int | str = 5_000_000_000
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        if type(self.workers) is not int or self.workers < 1:
-            raise UserError(f"workers is {self.workers!r}; expected a whole number from 1.")
-        self.max_shard_size = parse_size(str(self.max_shard_size))
-
-
-def export(
-    options: ExportOptions, *, dry_run: bool = False, verify_bytes: bool = False, console: Console | None = None
-) -> PreTrainedConfig:
+def export(options: ExportOptions, *, console: Console | None = None) -> PreTrainedConfig:
     """Write a JAI as a Mixtral or a Phi-3 that computes the same.
 
     Args:
         options: what to do.
-        dry_run: check everything and print the plan, but write nothing.
-        verify_bytes: read every byte of the output again and compare it with its source before the folder is there.
         console: where the plan and the progress are printed; None is standard output.
 
     Returns:
@@ -113,7 +82,7 @@ def export(
         soft_wrap=True,
         highlight=False,
     )
-    if dry_run:
+    if options.dry_run:
         console.print("Dry run: nothing was written.")
         return config
 
@@ -123,14 +92,14 @@ def export(
         tensors=tensors,
         options={"to": options.to},
         identity={"model": source.reader.identity()},
-        max_shard_bytes=int(options.max_shard_size),
+        max_shard_bytes=options.max_shard_size,
         workers=options.workers,
     )
     output.write(
         lambda folder: _write_beside(folder, config, source.folder),
         lambda: [source.as_input("model")],
         {},
-        verify_bytes=verify_bytes,
+        verify_bytes=options.verify,
         console=console,
     )
 
@@ -156,7 +125,7 @@ def _refuse_skips(source: JaiCheckpoint) -> None:
         )
 
 
-def plan_tensors(source: JaiCheckpoint, to: Form) -> list[PlannedTensor]:
+def plan_tensors(source: JaiCheckpoint, to: Architecture) -> list[PlannedTensor]:
     """Every tensor of the output: ranges of the JAI's bytes."""
     return [*{"mixtral": _mixtral_tensors, "phi3": _phi3_tensors}[to](source)]
 

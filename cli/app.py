@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program `jai`: its verbs, its version, and how errors end."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from jai.cli import conversion, hub, tokenizer, training, use
+from jai.errors import UserError
+from jai.version import __version__
+
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
+
+app = typer.Typer(
+    name="jai",
+    help="Grow phi-3 into a Thai-centric mixture of experts, fine-tune it with TRL, and publish it to the Hub.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # its tables cut option names short at 80 columns
+    pretty_exceptions_enable=False,
+    epilog="The usual order: tokenizer train → convert → inspect → sft → (upcycle, merge) → dpo → generate → publish. "
+    "jai demo runs all of it on tiny models.",
+)
+app.add_typer(tokenizer.app, name="tokenizer")
+for group in (conversion, training, use, hub):
+    app.add_typer(group.app)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"jai {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is one message and exit code 1, Ctrl-C is 130."""
+    try:
+        app(prog_name="jai")
+    except UserError as error:
+        typer.echo(f"{typer.style('Error:', fg='red', bold=True)} {error}", err=True)
+        sys.exit(1)
+    except SystemExit as exit_:
+        if exit_.code == INTERRUPTED:
+            typer.echo("Interrupted; nothing half-written was kept.", err=True)
+        raise

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verbs that train; their options are TRL's and JAI's own."""
+
+import typer
+
+from jai.cli.verb import PASS_THROUGH
+
+app = typer.Typer()
+
+
+@app.command(**PASS_THROUGH)
+def sft(context: typer.Context) -> None:
+    """Fine-tune on chats or plain text with TRL's SFTTrainer.
+
+    --config X.yaml, then any of TRL's options."""
+    from jai.trainers.sft import main as run
+
+    run(context.args)
+
+
+@app.command(**PASS_THROUGH)
+def dpo(context: typer.Context) -> None:
+    """Align with preference pairs with TRL's DPOTrainer.
+
+    --config X.yaml, then any of TRL's options."""
+    from jai.trainers.dpo import main as run
+
+    run(context.args)

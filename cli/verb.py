@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A verb of the command line, made of a dataclass of options and a function that takes it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+import typer
+
+from jai.errors import UserError
+from jai.options import Option, Size, default_text, expected_text, option_text_parser, options_of, read_options_file
+
+# Everything after the verb goes to another program's parser: its options are that program's, and so is its help.
+PASS_THROUGH: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    "add_help_option": False,
+}
+
+
+def verb(app: typer.Typer, options: type, *, name: str | None = None, config: str | None = None) -> Callable:
+    """Register a function of one options object as a command: `@verb(app, ConvertOptions)`.
+
+    Args:
+        app: the application or group.
+        options: the dataclass; each of its options is one of the command's.
+        name: of the command; None is the function's.
+        config: example of a file for `--config`, which takes the options from a YAML file; None has no such option.
+    """
+
+    def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
+        def command(**given: Any) -> None:
+            run(_read(options, given))
+
+        parameters = _parameters(options, config)
+        command.__doc__ = run.__doc__
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        app.command(name or run.__name__.replace("_", "-"))(command)
+        return run
+
+    return register
+
+
+def _read(options: type, given: dict[str, Any]) -> Any:
+    """The options object: what the command line gives wins over the file, and that over the defaults."""
+    file = given.pop("config", None)
+    for each in options_of(options).values():
+        if each.info.spread:
+            given[each.name] = [*(given[each.name] or ()), *(given.pop(_rest_name(each)) or ())] or None
+    values = read_options_file(file, options) if file else {}
+    values |= {name: _from_text(options_of(options)[name], value) for name, value in given.items() if value is not None}
+    missing = [each for each in options_of(options).values() if each.default is MISSING and each.name not in values]
+    if missing:
+        raise UserError(f"{missing[0].flag} is not given. {missing[0].info.help}")
+    return options(**values)
+
+
+def _from_text(option: Option, value: Any) -> Any:
+    if not _is_text(option):
+        return value
+    try:
+        return option_text_parser(option)(value)
+    except ValueError:
+        raise UserError(
+            f"{option.flag} is {value!r}; expected {expected_text(option, on_command_line=True)}."
+        ) from None
+
+
+def _is_text(option: Option) -> bool:
+    """Whether the command line writes the option's value in a form of its own, such as 1,2,1 for a list."""
+    return option.info.parse is not None or option.element in (int, float)
+
+
+def _parameters(options: type, config: str | None) -> list[inspect.Parameter]:
+    found = options_of(options)
+    parameters = [_parameter(each) for each in found.values()]
+    # An option takes one value: those after the first of `--models A B` arrive in a hidden argument, which comes last.
+    for each in found.values():
+        if each.info.spread:
+            hidden = typer.Argument(metavar=each.info.metavar, hidden=True)
+            parameters.append(_keyword(_rest_name(each), list[str] | None, hidden, None))
+    if config:
+        help_text = f"YAML file with any of these options, such as {config}; the command line wins."
+        parameters.append(_keyword("config", Path | None, typer.Option(metavar="FILE", help=help_text), None))
+    return parameters
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    info = option.info
+    kind = str if _is_text(option) or option.kind is Size else option.kind
+    is_required = option.default is MISSING
+    if info.positional:
+        declared: Any = typer.Argument(metavar=info.metavar, help=_help(option), show_default=False)
+        return _keyword(option.name, kind if is_required else kind | None, declared, ... if is_required else None)
+    names = [option.flag]
+    if kind is bool:
+        names = [f"{option.flag}/--no-{option.flag.removeprefix('--')}"]
+    declared = typer.Option(*names, metavar=info.metavar, help=_help(option), show_default=False)
+    return _keyword(option.name, kind | None if get_origin(kind) is not list else list[str] | None, declared, None)
+
+
+def _keyword(name: str, kind: Any, declared: Any, default: Any) -> inspect.Parameter:
+    default = inspect.Parameter.empty if default is ... else default
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
+    )
+
+
+def _help(option: Option) -> str:
+    default = default_text(option)
+    return f"{option.info.help} [default: {default}]" if default else option.info.help
+
+
+def _rest_name(option: Option) -> str:
+    return f"more_{option.name}"

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every verb that writes a checkpoint can be asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jai.options import Size, argument, option
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(kw_only=True)
+class WriteOptions:
+    """Where the checkpoint goes, and how it is written."""
+
+    out: Path = argument("OUT", help="Folder to write; it must not exist.")
+    max_shard_size: Size = option(
+        Size(5_000_000_000), help="Largest weight file, such as 5GB.", metavar="SIZE", shown_default="5GB"
+    )
+    workers: int = option(1, help="Weight files to write at a time.", at_least=1)
+    dry_run: bool = option(False, help="Check everything and print the plan, but write nothing.")
+    verify: bool = option(False, help="Then read every byte again and compare it with its source.")
