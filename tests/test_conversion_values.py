@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
-from jai.conversion.export import ExportOptions, export
+from jai.conversion.convert.verify import verify
+from jai.conversion.export.command import export
+from jai.conversion.export.options import ExportOptions
 from jai.conversion.inputs.header import read_header
 from jai.conversion.inputs.values import bytes_of, is_finite, refuse_not_finite, sha256_of_finite
 from jai.conversion.merge.command import merge
 from jai.conversion.merge.options import MergeOptions
-from jai.conversion.upcycle.command import UpcycleOptions, upcycle
+from jai.conversion.upcycle.command import upcycle
+from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
 from jai.conversion.upcycle.snapshot import snapshot
 from jai.errors import UserError
 from jai.files import sha256, work_folder
@@ -122,7 +125,7 @@ def test_inputs_that_are_not_finite_are_refused_before_anything_is_written(tmp_p
         lambda: upcycle(UpcycleOptions(dense=str(good), out=out, snapshots=[str(bad)])),
         lambda: upcycle(UpcycleOptions(dense=str(good), out=out, expert_init="copy", base_weights=str(bad))),
         lambda: export(ExportOptions(model=str(bad), out=out, to="phi3")),
-        lambda: snapshot(str(bad), out),
+        lambda: snapshot(SnapshotOptions(checkpoint=str(bad), out=out)),
     ]
     for command in commands:
         with pytest.raises(UserError, match=f"{DOWN} in .*bad.* holds {value}"):
@@ -163,3 +166,202 @@ def test_what_computes_to_no_number_is_refused(tmp_path, base, dense):
     with pytest.raises(UserError, match=r"skip_alpha has the value 7e\+04, .* Give --dtype bfloat16"):
         run(base, tmp_path / "jai", skip_alpha=70_000.0, dtype="float16")
     assert not (tmp_path / "jai").exists()
+
+
+# --- Dtypes ---
+
+
+def cast(names: dict[str, torch.dtype]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, dtype in names.items():
+            tensors[name] = tensors[name].to(dtype)
+
+    return change
+
+
+def written(out: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint that was written, and with them the promise of its configuration."""
+    tensors = load_file(out / WEIGHTS)
+    dtypes = {str(tensor.dtype) for tensor in tensors.values()}
+    assert dtypes == {f"torch.{json.loads((out / 'config.json').read_text())['dtype']}"}
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("narrow", "expected"),
+    [
+        ({EMBEDDINGS: torch.bfloat16}, torch.float32),
+        ({EMBEDDINGS: torch.float16, "lm_head.weight": torch.bfloat16}, torch.float32),
+        ({"model.norm.weight": torch.bfloat16}, torch.float32),
+        (None, torch.bfloat16),  # all of them
+    ],
+)
+def test_a_base_of_several_dtypes_is_not_rounded(tmp_path, base, capsys, narrow, expected):
+    """The embeddings speak for themselves: the output has the dtype that holds all values, and the plan says so."""
+    names = narrow or dict.fromkeys(load_file(base / WEIGHTS), torch.bfloat16)
+    mixed = edited(base, tmp_path / "mixed", cast(names))
+    run(mixed, tmp_path / "jai", experts=1)
+    source, result = load_file(mixed / WEIGHTS), written(tmp_path / "jai")
+    assert {tensor.dtype for tensor in result.values()} == {expected}
+    assert torch.equal(result[DOWN], source[DOWN].to(expected))
+    assert torch.equal(result[EMBEDDINGS], source[EMBEDDINGS].to(expected))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("; the output has float32 throughout" in printed) == (narrow is not None)
+    run(mixed, tmp_path / "rounded", dtype="bfloat16", experts=1)
+    assert torch.equal(written(tmp_path / "rounded")[DOWN], source[DOWN].bfloat16())
+
+
+def test_upcycling_says_what_it_rounds(tmp_path, dense, capsys):
+    """The output has the dtype of DENSE: of all of its weights, and not of the first."""
+    narrow = edited(dense, tmp_path / "narrow", cast(dict.fromkeys(load_file(dense / WEIGHTS), torch.bfloat16)))
+    mixed = edited(dense, tmp_path / "mixed", cast({EMBEDDINGS: torch.bfloat16}))
+    note = "Note: the checkpoints are bfloat16 and float32, and the output has DENSE's bfloat16."
+    for number, (sources, dtype, expected, is_noted) in enumerate(
+        [
+            ((narrow, dense), None, torch.bfloat16, True),
+            ((narrow, dense), "float32", torch.float32, False),
+            ((dense, narrow), None, torch.float32, False),
+            ((mixed, narrow), None, torch.float32, False),
+        ]
+    ):
+        out = tmp_path / str(number)
+        upcycle(UpcycleOptions(dense=str(sources[0]), snapshots=[str(sources[1])], out=out, dtype=dtype))
+        stack = written(out)["model.layers.1.mlp.experts.down_proj"]
+        for expert, source in zip(stack, sources):
+            assert torch.equal(expert, load_file(source / WEIGHTS)[DOWN].to(expected))
+        assert (note in " ".join(capsys.readouterr().out.split())) == is_noted
+
+
+def test_merging_says_what_it_rounds(tmp_path, dense, capsys):
+    """Each tensor has the dtype of the first model's."""
+    narrow = edited(dense, tmp_path / "narrow", cast(dict.fromkeys(load_file(dense / WEIGHTS), torch.bfloat16)))
+    mixed = edited(dense, tmp_path / "mixed", cast({DOWN: torch.bfloat16}))
+    fp32 = load_file(dense / WEIGHTS)
+    of_mixed = {name: tensor.dtype for name, tensor in load_file(mixed / WEIGHTS).items()}
+    for number, (models, dtype, expected, rounded) in enumerate(
+        [
+            ((narrow, dense), None, dict.fromkeys(fp32, torch.bfloat16), f"{len(fp32)} tensors of {dense} are float32"),
+            ((narrow, dense), "float32", dict.fromkeys(fp32, torch.float32), None),
+            ((dense, narrow), None, dict.fromkeys(fp32, torch.float32), None),
+            ((mixed, mixed), None, of_mixed, None),
+            (
+                (mixed, dense),
+                None,
+                {name: tensor.dtype for name, tensor in load_file(mixed / WEIGHTS).items()},
+                "1 tens",
+            ),
+        ]
+    ):
+        options = MergeOptions(models=[str(model) for model in models], out=tmp_path / str(number), dtype=dtype)
+        merge(options)
+        result = load_file(options.out / WEIGHTS)
+        assert {name: tensor.dtype for name, tensor in result.items()} == expected
+        printed = capsys.readouterr().out
+        assert ("--dtype float32 rounds nothing" in printed) == (rounded is not None)
+        assert rounded is None or f"Note: {rounded}" in printed
+
+
+def test_exported_matrices_of_several_dtypes_are_not_rounded(tmp_path, dense):
+    """Phi-3 fuses three projections in one matrix, which has one dtype."""
+    query = "model.layers.0.self_attn.q_proj.weight"
+    mixed = edited(dense, tmp_path / "mixed", cast({query: torch.bfloat16}))
+    export(ExportOptions(model=str(mixed), out=tmp_path / "phi3", to="phi3"))
+    fused = load_file(tmp_path / "phi3" / WEIGHTS)["model.layers.0.self_attn.qkv_proj.weight"]
+    source = load_file(mixed / WEIGHTS)
+    parts = [source[query.replace("q_proj", part)].float() for part in ("q_proj", "k_proj", "v_proj")]
+    assert torch.equal(fused, torch.cat(parts))
+
+
+# --- Heads ---
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory, tiny_phi3) -> Path:
+    return tiny_phi3(tmp_path_factory.mktemp("tied") / "phi3", num_hidden_layers=2, tie_word_embeddings=True)
+
+
+def add_head(dtype: torch.dtype = torch.float32, shift: float = 0.0) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        head = tensors[EMBEDDINGS].clone()
+        head[-1, -1] += shift
+        tensors["lm_head.weight"] = head.to(dtype)
+
+    return change
+
+
+def test_a_tied_base_with_a_head_of_its_own_keeps_it(tmp_path, tied, capsys):
+    """As transformers does it, which loads both; the loss is not noticed until the model is used."""
+    own = edited(tied, tmp_path / "own", add_head(shift=1.0))
+    run(own, tmp_path / "jai", experts=1)
+    assert "the weights have a head of its own" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "jai" / "config.json").read_text())["tie_word_embeddings"] is False
+    source, result = load_file(own / WEIGHTS), load_file(tmp_path / "jai" / WEIGHTS)
+    for name in (EMBEDDINGS, "lm_head.weight"):
+        assert torch.equal(result[name], source[name])
+    assert verify(str(own), tmp_path / "jai").same_function
+    # So do the verbs that read a JAI.
+    again = edited(tmp_path / "jai", tmp_path / "again", lambda _: None, tie_word_embeddings=True)
+    upcycle(UpcycleOptions(dense=str(again), out=tmp_path / "upcycled", expert_init="copy"))
+    export(ExportOptions(model=str(again), out=tmp_path / "exported", to="phi3"))
+    for name in ("upcycled", "exported"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is False
+        assert torch.equal(load_file(tmp_path / name / WEIGHTS)["lm_head.weight"], source["lm_head.weight"])
+    assert " ".join(capsys.readouterr().out.split()).count("the weights have a head of its own") == 2
+
+
+def test_a_tied_base_with_a_copy_of_its_embeddings_stays_tied(tmp_path, tied, capsys):
+    run(tied, tmp_path / "plain", experts=1)
+    run(edited(tied, tmp_path / "base", add_head()), tmp_path / "jai", experts=1)
+    assert sha256(tmp_path / "plain" / WEIGHTS) == sha256(tmp_path / "jai" / WEIGHTS)
+    assert "head of its own" not in capsys.readouterr().out
+
+
+def test_a_tied_base_with_a_head_of_another_shape_is_refused(tmp_path, tied):
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = torch.zeros(7, 32)
+
+    with pytest.raises(UserError, match=r"lm_head.weight is \(7, 32\), not \(99, 32\)"):
+        run(edited(tied, tmp_path / "base", change), tmp_path / "jai")
+
+
+# --- Slerp ---
+
+
+def test_slerp_of_a_tensor_and_its_negative_is_refused_with_a_remedy_that_works(tmp_path, dense):
+    """Its line would go through zero, and at the middle everything there would be zero."""
+    other = edited(dense, tmp_path / "other", lambda tensors: tensors[DOWN].neg_())
+    options = {"models": [str(dense), str(other)], "out": tmp_path / "out"}
+    with pytest.raises(UserError, match=f"{DOWN} points in opposite directions .*--method linear"):
+        merge(MergeOptions(**options, method="slerp", t=0.5))
+    assert not (tmp_path / "out").exists()
+    merge(MergeOptions(**options, method="linear"))
+
+
+def test_slerp_of_single_values_is_linear(tmp_path, dense):
+    """A skip alpha has no direction beside its sign."""
+    name = "model.layers.2.skip_alpha"
+
+    def set_alpha(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+        return lambda tensors: tensors[name].fill_(value)
+
+    models = [str(edited(dense, tmp_path / str(value), set_alpha(value))) for value in (0.5, -0.25)]
+    merge(MergeOptions(models=models, out=tmp_path / "out", method="slerp", t=0.5))
+    assert load_file(tmp_path / "out" / WEIGHTS)[name].item() == 0.125
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_slerp_of_extreme_values_has_the_right_angle(tmp_path, dense, size):
+    """Whose squares fp32 does not hold: at a right angle both weights are the root of a half."""
+
+    def set_direction(column: int) -> Callable[[dict[str, torch.Tensor]], None]:
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            tensors[DOWN].zero_()[:, [column, 2]] = size
+
+        return change
+
+    models = [str(edited(dense, tmp_path / str(column), set_direction(column))) for column in (0, 1)]
+    merge(MergeOptions(models=models, out=tmp_path / "out", method="slerp", t=0.5))
+    result = load_file(tmp_path / "out" / WEIGHTS)[DOWN]
+    weight = math.sin(math.pi / 6) / math.sin(math.pi / 3)  # the two have an angle of 60 degrees
+    torch.testing.assert_close(result[:, 0] / size, torch.full((32,), weight))
+    torch.testing.assert_close(result[:, 2] / size, torch.full((32,), 2 * weight))

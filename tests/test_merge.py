@@ -118,30 +118,44 @@ def test_task_arithmetic(seed, shape, weights, dtype, chunk):
     close(merged(run_, base), expected)
 
 
-@given(st.integers(0, 99), shapes, st.floats(0, 1), st.sampled_from(DTYPES), st.integers(1, 50), st.booleans())
-def test_slerp(seed, shape, t, dtype, chunk, parallel):
-    """The point at t of the way on the arc: its angles to both ends are shares of theirs, or the line if parallel."""
+@given(
+    st.integers(0, 99),
+    shapes,
+    st.floats(0, 1),
+    st.sampled_from(DTYPES),
+    st.integers(1, 50),
+    st.sampled_from([0, 2, -2]),
+)
+def test_slerp(seed, shape, t, dtype, chunk, along):
+    """The point at t of the way on the arc: its angles to both ends are shares of theirs, or the line if parallel.
+
+    Opposite tensors are refused, but for single values.
+    """
     first, second = drawn(seed, shape, 2, dtype)
-    if parallel:
-        second = first * 2
+    if along:
+        second = first * along
     a, b = first.double(), second.double()
     lengths = (a.norm() * b.norm()).item()
     cosine = (a * b).sum().item() / lengths if lengths else 1.0
     if abs(abs(cosine) - merge_methods.PARALLEL) < 1e-5:
         return  # either way is right
+    if cosine < -merge_methods.PARALLEL and first.numel() > 1:
+        with pytest.raises(UserError, match=r"weight\.x points in opposite directions"):
+            list(merge_methods.slerp(passes(first, second, chunk=chunk), t, "weight.x"))
+        return
     if abs(cosine) > merge_methods.PARALLEL:
         expected = a * (1 - t) + b * t
     else:
         angle = math.acos(cosine)
         expected = (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
-    close(merged(merge_methods.slerp(passes(first, second, chunk=chunk), t), first), expected)
+    close(merged(merge_methods.slerp(passes(first, second, chunk=chunk), t, "weight.x"), first), expected)
 
 
 def test_slerp_keeps_the_length():
     """Of two vectors of length 1, everything between has length 1; a plain mean is shorter."""
     first, second = (tensor / tensor.norm() for tensor in drawn(0, (1000,), 2, torch.float32))
     for t in (0.0, 0.3, 0.5, 1.0):
-        between = merged(merge_methods.slerp(passes(first, second, chunk=128), t), first)
+        between = merged(merge_methods.slerp(passes(first, second, chunk=128), t, "weight.x"), first)
         assert between.norm().item() == pytest.approx(1, abs=1e-5)
         assert math.acos(min(1.0, (between @ first).item())) == pytest.approx(
             t * math.acos((first @ second).item()), abs=1e-3

@@ -12,6 +12,8 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.convert.plan import ConversionPlan, origins, plan_conversion
 from jai.conversion.convert.vocabulary import INIT_TEXTS
+from jai.conversion.inputs.reader import UNTIED_NOTE
+from jai.conversion.inputs.values import dtype_names
 from jai.conversion.output.beside import hashes_beside, write_beside
 from jai.conversion.output.checkpoint_folder import Output
 from jai.conversion.output.shards import OutputShard, plan_shards
@@ -119,6 +121,11 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
     table.add_row("weights", "", f"{plan.parameters:,} parameters, {filesize.decimal(plan.bytes)} in {dtype}")
     console.print(table)
 
+    found = dtype_names(plan.reader.dtypes.values())
+    if len(found) > 1:
+        _note(console, f"the base's weights are {' and '.join(found)}; the output has {dtype} throughout.")
+    if plan.is_untied:
+        _note(console, UNTIED_NOTE)
     if window is not None and window < base.max_position_embeddings:
         _note(console, f"the window of {window} is dropped, as in the paper: longer contexts attend further back.")
     if new_theta != theta:

@@ -83,7 +83,9 @@ class ConvertOptions(WriteOptions):
         shown_default="the base's",
         above=0,
     )
-    dtype: Dtype | None = option(None, help="Dtype of the weights.", shown_default="the base's")
+    dtype: Dtype | None = option(
+        None, help="Dtype of the weights.", shown_default="the base's; of several, the one that holds all values"
+    )
     seed: int = option(0, help="Seed of routers, noise and random rows.")
     stream: bool = option(
         False, help="Fetch the weight files of a base on the Hub one by one, and delete each after use."

@@ -21,6 +21,7 @@ from jai.conversion.convert.vocabulary import Vocabulary, embedding_parts, load_
 from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
 from jai.conversion.inputs.parts import Part
 from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.values import common_dtype
 from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, weight_map
 from jai.conversion.output.drawn import constant, drawn, with_noise
 from jai.conversion.output.tensors import PlannedTensor
@@ -39,6 +40,7 @@ class ConversionPlan:
         tokenizer_folder: where the output's tokenizer comes from, if it has one.
         vocabulary: the output's rows.
         config: the output's configuration.
+        is_untied: whether the base has a head of its own, though its configuration ties it to the embeddings.
         tensors: the output's tensors, in the order in which they are written.
     """
 
@@ -48,6 +50,7 @@ class ConversionPlan:
     tokenizer_folder: Path | None
     vocabulary: Vocabulary
     config: JaiConfig
+    is_untied: bool
     tensors: list[PlannedTensor]
 
     @property
@@ -78,7 +81,10 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     if new_folder and tokenizer is None:
         raise UserError(f"{options.tokenizer} has no tokenizer files. Give a folder that save_pretrained wrote.")
     vocabulary = plan_vocabulary(base.vocab_size, base_tokenizer, tokenizer, new_folder)
-    dtype = reader.dtypes.get(names.EMBEDDINGS) if reader else base.dtype
+    is_untied = base.tie_word_embeddings and reader is not None and reader.has_untied_head
+    if is_untied:
+        base.tie_word_embeddings = False
+    dtype = common_dtype(reader.dtypes.values()) if reader else base.dtype
     config = plan_config(base, options, vocabulary, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
     expected = names.source_shapes(config, base.vocab_size, base.num_hidden_layers)
     if reader is None:
@@ -92,6 +98,7 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
         tokenizer_folder=new_folder or (base_folder if base_tokenizer else None),
         vocabulary=vocabulary,
         config=config,
+        is_untied=is_untied,
         tensors=plan_tensors(config, base, reader, options, vocabulary),
     )
 

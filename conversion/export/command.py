@@ -21,6 +21,8 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion import names
 from jai.conversion.export.options import Architecture, ExportOptions
 from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_jai, slice_names
+from jai.conversion.inputs.reader import UNTIED_NOTE
+from jai.conversion.inputs.values import common_dtype
 from jai.conversion.output.beside import copy_tokenizer
 from jai.conversion.output.checkpoint_folder import Output
 from jai.conversion.output.tensors import PlannedTensor
@@ -86,6 +88,8 @@ def export(options: ExportOptions, *, console: Console | None = None) -> PreTrai
         console.print("Dry run: nothing was written.")
         return config
 
+    if source.is_untied:
+        console.print(f"[yellow]Note:[/] {UNTIED_NOTE}", soft_wrap=True)
     output = Output(
         step="export",
         out=options.out,
@@ -223,7 +227,8 @@ def _phi3_tensors(source: JaiCheckpoint) -> Iterator[PlannedTensor]:
     for target, parts in pieces.items():
         ordered = sorted(parts, key=lambda name: rows_of[name].start)
         shape = rows_of[ordered[0]].source_shape
-        yield PlannedTensor(target, shape, reader.dtypes[ordered[0]], tuple(reader.copied(name) for name in ordered))
+        dtype = common_dtype(reader.dtypes[name] for name in ordered)
+        yield PlannedTensor(target, shape, dtype, tuple(reader.cast(name, dtype) for name in ordered))
 
 
 def _write_beside(folder: Path, config: PreTrainedConfig, source: Path) -> None:

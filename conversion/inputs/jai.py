@@ -15,6 +15,7 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion import names
 from jai.conversion.inputs.hub import resolve_checkpoint
 from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.values import common_dtype
 from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, refuse_adapter
 from jai.conversion.inspect_checkpoint import SNAPSHOT_TYPE, load_jai_config
 from jai.conversion.output.beside import hashes_beside
@@ -34,6 +35,7 @@ class JaiCheckpoint:
         config: its configuration; of a snapshot, that of the model it was taken from.
         reader: its weights.
         is_snapshot: whether it has only the FFN weights.
+        is_untied: whether it has a head of its own, though its config.json (not `config`) ties it to the embeddings.
         global_step: the training step that it was saved at, None where it does not say.
     """
 
@@ -42,6 +44,7 @@ class JaiCheckpoint:
     config: JaiConfig
     reader: CheckpointReader
     is_snapshot: bool
+    is_untied: bool
     global_step: int | None
 
     @property
@@ -52,8 +55,8 @@ class JaiCheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of its first weight: a checkpoint has one."""
-        return next(iter(self.reader.dtypes.values()))
+        """The narrowest that holds all of its values: a checkpoint has one, but for what others wrote."""
+        return common_dtype(self.reader.dtypes.values())
 
     def as_input(self, role: str) -> Input:
         """What provenance records of it."""
@@ -87,15 +90,21 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
             raise UserError(f"The config.json in {folder} is not valid: {error.__cause__ or error}") from None
     else:
         config, step = load_jai_config(folder), _trainer_step(folder)
-    shapes = feed_forward_shapes(config) if is_snapshot else jai_shapes(config)
     if planned_only and not has_weights(folder):
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-        reader = CheckpointReader(PlannedFiles(shapes, dtype))
-    else:
-        reader = CheckpointReader(folder)
-        # Tied models are saved without the head, or with a copy of the embeddings.
-        reader.check(shapes, spare=frozenset({names.LM_HEAD}))
-    return JaiCheckpoint(name, folder, config, reader, is_snapshot, step)
+        reader = CheckpointReader(PlannedFiles(_shapes(config, is_snapshot=is_snapshot), dtype))
+        return JaiCheckpoint(name, folder, config, reader, is_snapshot, False, step)
+    reader = CheckpointReader(folder)
+    is_untied = config.tie_word_embeddings and reader.has_untied_head
+    if is_untied:
+        config.tie_word_embeddings = False
+    # Tied models are saved without the head, or with a copy of the embeddings.
+    reader.check(_shapes(config, is_snapshot=is_snapshot), spare=frozenset({names.LM_HEAD}))
+    return JaiCheckpoint(name, folder, config, reader, is_snapshot, is_untied, step)
+
+
+def _shapes(config: JaiConfig, *, is_snapshot: bool) -> dict[str, tuple[int, ...]]:
+    return feed_forward_shapes(config) if is_snapshot else jai_shapes(config)
 
 
 def jai_shapes(config: JaiConfig) -> dict[str, tuple[int, ...]]:

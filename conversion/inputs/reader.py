@@ -16,7 +16,13 @@ import torch
 from jai.conversion.inputs.header import DTYPES
 from jai.conversion.inputs.parts import Computed, Copied, Part
 from jai.conversion.inputs.weight_files import LocalFiles, WeightFiles, weight_map
+from jai.conversion.names import EMBEDDINGS, LM_HEAD
 from jai.errors import UserError
+
+UNTIED_NOTE = (
+    "config.json ties the head to the embeddings, but the weights have a head of its own. The output keeps it, with "
+    "tie_word_embeddings false."
+)
 
 _CHUNK_BYTES = 8_000_000
 _NAMED = 3
@@ -152,6 +158,25 @@ class CheckpointReader:
         step = max(1, chunk_bytes // max(1, math.prod(shape[1:]) * self.dtypes[name].itemsize))
         for at in range(start, stop, step):
             yield self.rows(name, at, min(at + step, stop))
+
+    def same_values(self, first: str, second: str) -> bool:
+        """Whether two matrices have the same shape and values, whatever their dtypes."""
+        if self.shapes[first] != self.shapes[second]:
+            return False
+        rows, width = self.shapes[first]
+        step = max(1, _CHUNK_BYTES // (width * torch.float32.itemsize))
+        return all(
+            torch.equal(*(self.rows(name, at, min(at + step, rows)).float() for name in (first, second)))
+            for at in range(0, rows, step)
+        )
+
+    @property
+    def has_untied_head(self) -> bool:
+        """Whether there is an `lm_head` with other values than the embeddings.
+
+        Where the configuration says that the two are one, transformers keeps both then, and so do we.
+        """
+        return {EMBEDDINGS, LM_HEAD} <= self.shapes.keys() and not self.same_values(EMBEDDINGS, LM_HEAD)
 
     def read_shard(self, name: str) -> tuple[WeightFiles, str]:
         """The shard that a computation on this tensor reads."""

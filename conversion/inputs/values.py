@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN and infinity among weights, found in their bytes.
+"""What the values of weights are: NaN and infinity, found in their bytes, and the dtype that holds several.
 
 Whoever trains or merges such a checkpoint gets only NaN, often hours later. Inputs are read once for their hashes
 anyway, and looking at the values on the way adds a fifteenth: the largest bit pattern, read with and without a sign,
@@ -7,7 +7,8 @@ says it at 26 GB/s on one core, where SHA-256 does 1.5 and `torch.isfinite` 0.6 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,21 @@ def is_finite(data: memoryview, dtype: torch.dtype) -> bool:
         np.frombuffer(data, signed).max() < infinity
         and np.frombuffer(data, unsigned).max() < (infinity | 1 << 8 * dtype.itemsize - 1)
     )
+
+
+def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds the values of all these exactly: of bfloat16 and float16 it is float32."""
+    return reduce(torch.promote_types, dtypes)
+
+
+def is_rounded(dtype: torch.dtype, to: torch.dtype) -> bool:
+    """Whether `to` lacks some values of `dtype`."""
+    return common_dtype((dtype, to)) != to
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> list[str]:
+    """For people and configurations, each once."""
+    return sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
 
 
 def bytes_of(values: torch.Tensor) -> memoryview:

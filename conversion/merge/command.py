@@ -18,6 +18,7 @@ from rich.table import Table
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion.inputs.parts import Copied
+from jai.conversion.inputs.values import dtype_names, is_rounded
 from jai.conversion.inspect_checkpoint import load_jai_config
 from jai.conversion.merge.checkpoints import MergeInput, check_alike, open_input
 from jai.conversion.merge.curves import Curve
@@ -128,7 +129,7 @@ def _write_beside(folder: Path, options: MergeOptions, plan: _Merge) -> None:
 def _print_plan(console: Console, options: MergeOptions, plan: _Merge) -> None:
     copied = sum(isinstance(part, Copied) for tensor in plan.tensors for part in tensor.parts)
     size = filesize.decimal(sum(tensor.bytes for tensor in plan.tensors))
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors})
+    dtypes = dtype_names(tensor.dtype for tensor in plan.tensors)
     table = Table(title=f"{options.method} → {escape(str(options.out))}", title_justify="left")
     for column in ("", "from", "t" if options.method == "slerp" else "weight"):
         table.add_column(column)
@@ -142,10 +143,28 @@ def _print_plan(console: Console, options: MergeOptions, plan: _Merge) -> None:
     table.add_row("weights", f"{parameters:,} parameters, {size} in {' and '.join(dtypes)}", "")
     table.add_row("tensors", f"{len(plan.tensors) - copied:,} computed, {copied:,} copied", "")
     console.print(table)
+    if options.dtype is None:
+        _note_rounding(console, plan)
     without = [source.name for _, source in plan.inputs if source.tokenizer is None]
     if without:
-        names = escape(", ".join(without))
-        console.print(f"[yellow]Note:[/] no tokenizer.json to compare in {names}.", highlight=False, soft_wrap=True)
+        _note(console, f"no tokenizer.json to compare in {', '.join(without)}.")
+
+
+def _note_rounding(console: Console, plan: _Merge) -> None:
+    for _, source in plan.inputs:
+        found = source.reader.dtypes
+        rounded = [tensor for tensor in plan.tensors if is_rounded(found[tensor.name], tensor.dtype)]
+        if rounded:
+            wide, narrow = (found[tensor.name] for tensor in rounded), (tensor.dtype for tensor in rounded)
+            _note(
+                console,
+                f"{len(rounded):,} tensors of {source.name} are {' and '.join(dtype_names(wide))}, and the output has "
+                f"the first model's {' and '.join(dtype_names(narrow))}. --dtype float32 rounds nothing.",
+            )
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(f"[yellow]Note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _curve_text(curve: Curve, layers: int) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from jai.errors import UserError
+
 Passes = Callable[[], Iterable[list[torch.Tensor]]]
 
 PARALLEL = 0.9995  # cosine beyond which slerp is lerp: sin(angle) is too small to divide by
@@ -30,18 +32,41 @@ def task_arithmetic(passes: Passes, weights: Sequence[float]) -> Iterator[torch.
     return linear(passes, [1.0 - math.fsum(weights), *weights])
 
 
-def slerp(passes: Passes, t: float) -> Iterator[torch.Tensor]:
+def slerp(passes: Passes, t: float, name: str) -> Iterator[torch.Tensor]:
     """Spherical interpolation from the first tensor (`t` 0) to the second (`t` 1) (Shoemake, SIGGRAPH 1985).
 
     The angle is that between the two whole tensors as vectors; their lengths are kept, not normalised. Where they are
-    nearly parallel or one is zero, this is linear interpolation.
+    nearly parallel, one is zero, or there is only one value, this is linear interpolation.
+
+    Raises:
+        UserError: if they point in nearly opposite directions: no way round is the shortest, and the line between them
+            goes through zero. `name` says which tensor it is.
     """
+    dot, first_norm, second_norm, count = _products(passes, torch.float32)
+    if not (math.isfinite(dot) and 0 < first_norm < math.inf and 0 < second_norm < math.inf):
+        # Squares leave the range of fp32 where values are beyond 1e19 or below 1e-19.
+        dot, first_norm, second_norm, count = _products(passes, torch.float64)
+    lengths = first_norm * second_norm
+    if lengths and dot / lengths < -PARALLEL and count > 1:
+        raise UserError(
+            f"{name} points in opposite directions in the two models (cosine {dot / lengths:.6f}), so slerp knows no "
+            "way from one to the other. Are both trained from one checkpoint? --method linear merges them, though "
+            "there the two cancel out."
+        )
+    return linear(passes, slerp_weights(dot, first_norm, second_norm, t))
+
+
+def _products(passes: Passes, dtype: torch.dtype) -> tuple[float, float, float, int]:
+    """Of two tensors: their product, their norms, and how many values each has."""
     dot = first_square = second_square = 0.0
+    count = 0
     for first, second in passes():
+        first, second = first.to(dtype), second.to(dtype)
         dot += torch.dot(first, second).item()
         first_square += torch.dot(first, first).item()
         second_square += torch.dot(second, second).item()
-    return linear(passes, slerp_weights(dot, math.sqrt(first_square), math.sqrt(second_square), t))
+        count += first.numel()
+    return dot, math.sqrt(first_square), math.sqrt(second_square), count
 
 
 def slerp_weights(dot: float, first_norm: float, second_norm: float, t: float) -> tuple[float, float]:

@@ -95,7 +95,7 @@ def _formula(options: MergeOptions, readers: list[CheckpointReader], name: str, 
         (t,) = values
         if t in (0.0, 1.0):
             return _Formula("copy", [readers[int(t)]])
-        return _Formula(f"slerp, t {t:.6g},", readers, partial(merge_methods.slerp, t=t))
+        return _Formula(f"slerp, t {t:.6g},", readers, partial(merge_methods.slerp, t=t, name=name))
 
     if options.normalizes and method not in ("ties", "dare-ties"):
         values = _normalized(values, name)

@@ -18,6 +18,8 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion import names
 from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_jai, slice_names
 from jai.conversion.inputs.parts import Part
+from jai.conversion.inputs.reader import UNTIED_NOTE
+from jai.conversion.inputs.values import dtype_names, is_rounded
 from jai.conversion.output.beside import write_beside
 from jai.conversion.output.checkpoint_folder import Output
 from jai.conversion.output.drawn import drawn, with_noise
@@ -60,6 +62,10 @@ class Sources:
     @property
     def dense(self) -> JaiCheckpoint:
         return self.experts[0]
+
+    @property
+    def all(self) -> list[JaiCheckpoint]:
+        return [*self.experts, self.base]
 
 
 def upcycle(options: UpcycleOptions, *, console: Console | None = None) -> JaiConfig:
@@ -146,9 +152,10 @@ def open_sources(options: UpcycleOptions, *, planned_only: bool = False) -> Sour
             f"--base-weights is {options.base_weights}, but {base.name} has only FFN weights. Give --base-weights "
             "first (DENSE), or a whole checkpoint, such as the one that this snapshot was taken from."
         )
-    for source in (*experts, base):
+    sources = Sources(experts, base)
+    for source in sources.all:
         _check_same_model(source, dense)
-    return Sources(experts, base)
+    return sources
 
 
 def _check_same_model(source: JaiCheckpoint, dense: JaiCheckpoint) -> None:
@@ -255,3 +262,17 @@ def _print_plan(
     table.add_row("layers", str(config.num_hidden_layers))
     table.add_row("weights", f"{parameters:,} parameters, {filesize.decimal(size)} in {dtype}")
     console.print(table)
+    found = {dtype for source in sources.all for dtype in source.reader.dtypes.values()}
+    assert isinstance(config.dtype, torch.dtype)
+    if options.dtype is None and any(is_rounded(wide, config.dtype) for wide in found):
+        _note(
+            console,
+            f"the checkpoints are {' and '.join(dtype_names(found))}, and the output has DENSE's {dtype}. --dtype "
+            "float32 rounds nothing.",
+        )
+    if any(source.is_untied for source in sources.all):
+        _note(console, UNTIED_NOTE)
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(f"[yellow]Note:[/] {text}", highlight=False, soft_wrap=True)
