@@ -18,11 +18,11 @@ app = typer.Typer()
 def convert(options: ConvertOptions) -> None:
     """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts. Run again after a break, it goes on."""
     from jai.conversion.convert.command import convert
-    from jai.conversion.convert.verify import DEFAULT_TEXT, verify
+    from jai.conversion.convert.verify import verify_conversion
 
     convert(options)
     if options.verify and not options.dry_run and not options.stream:
-        verify(options.base, options.out, options.verify_text or DEFAULT_TEXT)
+        verify_conversion(options)
 
 
 @verb(app, UpcycleOptions, config="plan.yaml")

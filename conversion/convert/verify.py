@@ -2,6 +2,7 @@
 """Prove a conversion by its logits: the same text through phi-3 and through the JAI that was made from it."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from rich.console import Console
 from transformers import Phi3ForCausalLM
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.convert.plan import load_phi3_config
+from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.convert.plan import load_phi3_config, origins
 from jai.conversion.inputs.hub import resolve_checkpoint
 from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.values import dtype_names, is_rounded
 from jai.errors import UserError
 from jai.modeling_jai import JaiForCausalLM
 from jai.tokenization.loading import has_tokenizer, load_tokenizer
@@ -50,6 +53,59 @@ class Verification:
         return self.kl < SAME_FUNCTION_KL
 
 
+def verify_conversion(options: ConvertOptions, *, console: Console | None = None) -> Verification | None:
+    """Compare the output of a conversion with its base, and refuse another function where the same was asked for.
+
+    Args:
+        options: of the conversion, which is done.
+        console: where to print; None is standard output.
+
+    Returns:
+        As `verify`.
+
+    Raises:
+        UserError: as `verify`, and if the function changed though none of the options changes it. The output stays
+            where it is.
+    """
+    console = console or Console()
+    result = verify(options.base, options.out, options.verify_text or DEFAULT_TEXT, console=console)
+    if result is None or result.same_function:
+        return result
+    changes = [*_changes_of_function(options)]
+    if changes:
+        console.print(f"As was to be expected: {'; '.join(changes)}.", highlight=False, markup=False, soft_wrap=True)
+        return result
+    if options.start_alpha:
+        raise UserError(
+            f"The JAI in {options.out} is another function than {options.base} (KL {result.kl:.3g}): its later copies "
+            f"begin as the identity, but skip_alpha {options.start_alpha:g} adds the anchor to what they leave alone. "
+            "Give --skip-alpha 0 to keep the function, or --duplicate-init copy to change it."
+        )
+    raise UserError(
+        f"The JAI in {options.out} is another function than {options.base} (KL {result.kl:.3g}), though no option "
+        "changes it. Do not use it: remove it, and report this with the command and the versions."
+    )
+
+
+def _changes_of_function(options: ConvertOptions) -> Iterator[str]:
+    """What in the options lets the output compute something else than the base."""
+    folder = resolve_checkpoint(options.base)
+    base, config = load_phi3_config(folder), JaiConfig.from_pretrained(options.out)
+    layers = origins(options, base.num_hidden_layers)
+    first_copies = list(dict.fromkeys(layers))
+    if first_copies != list(range(base.num_hidden_layers)):
+        yield "the plan leaves out layers of the base, or changes their order"
+    if len(layers) > len(first_copies) and options.start_of_copies == "copy":
+        yield "later copies begin with the weights of the first"
+    if options.experts > 1 and options.start_of_experts != "copy":
+        yield f"experts 1 and up begin with expert_init {options.start_of_experts}"
+    if options.rope_theta not in (None, (base.rope_parameters or {}).get("rope_theta")):
+        yield "the RoPE base is another"
+    assert isinstance(config.dtype, torch.dtype)
+    if any(is_rounded(dtype, config.dtype) for dtype in CheckpointReader(folder).dtypes.values()):
+        yield f"the weights are rounded to {dtype_names([config.dtype])[0]}"
+
+
 @torch.inference_mode()
 def verify(
     base: str, converted: Path, text: Path = DEFAULT_TEXT, *, console: Console | None = None
@@ -69,7 +125,7 @@ def verify(
         How far they are, or None where there is too little memory for either of them.
 
     Raises:
-        UserError: if a folder holds no such model, or the text is too short.
+        UserError: if a folder holds no such model, the text is too short, or the logits of either are not finite.
     """
     console = console or Console()
     base_folder = resolve_checkpoint(base)
@@ -83,7 +139,7 @@ def verify(
     if not _fits(base_folder, converted, console):
         return None
     phi3 = Phi3ForCausalLM.from_pretrained(base_folder, dtype=torch.float32, local_files_only=True).eval()
-    base_logits = [phi3(chunk).logits[0, :-1] for chunk in contexts]
+    base_logits = [_finite(phi3(chunk).logits[0, :-1], base) for chunk in contexts]
     del phi3  # before the JAI is loaded: the two together may not fit
 
     jai = JaiForCausalLM.from_pretrained(
@@ -92,7 +148,7 @@ def verify(
     kl = base_loss = loss = max_difference = 0.0
     tokens = 0
     for chunk, expected_logits in zip(contexts, base_logits):
-        logits = jai(chunk).logits[0, :-1, : base_config.vocab_size]
+        logits = _finite(jai(chunk).logits[0, :-1, : base_config.vocab_size], str(converted))
         # In fp64, or the rounding of the softmax itself (1e-9) would pass for a difference.
         expected = F.log_softmax(expected_logits.double(), dim=-1)
         log_probs = F.log_softmax(logits.double(), dim=-1)
@@ -105,6 +161,15 @@ def verify(
     result = Verification(tokens, max(kl / tokens, 0.0), max_difference, base_loss / tokens, loss / tokens, random_ids)
     _print(console, result)
     return result
+
+
+def _finite(logits: torch.Tensor, model: str) -> torch.Tensor:
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{model} computes logits that are no numbers (NaN or infinite) from finite weights, in fp32: some of the "
+            "weights are too large. Look at how it was trained, and take another checkpoint."
+        )
+    return logits
 
 
 def _fits(base: Path, converted: Path, console: Console) -> bool:
@@ -126,7 +191,8 @@ def _token_ids(base_folder: Path, vocab_size: int, text: Path) -> tuple[torch.Te
     if not has_tokenizer(base_folder):
         return torch.randint(vocab_size, (_MAX_TOKENS,), generator=torch.Generator().manual_seed(0)), True
     content = text.read_text(encoding="utf-8")
-    return torch.tensor(load_tokenizer(base_folder)(content, add_special_tokens=False)["input_ids"]), False
+    ids = torch.tensor(load_tokenizer(base_folder)(content, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    return ids[ids < vocab_size], False  # the base has no rows for tokens that were added without resizing it
 
 
 def _print(console: Console, result: Verification) -> None:
