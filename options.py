@@ -323,7 +323,8 @@ def refuse_unknown(names: Collection[str], known: Collection[str], where: str) -
     unknown = sorted(set(names) - set(known))
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=1)
-        advice = f"Did you mean {close[0]!r}?" if close else f"Known are: {', '.join(sorted(known))}."
+        all_known = f"Known are: {', '.join(sorted(known))}." if len(known) <= 100 else "`--help` lists them all."
+        advice = f"Did you mean {close[0]!r}?" if close else all_known
         raise UserError(f"{where} has the option {unknown[0]!r}, which does not exist. {advice}")
 
 

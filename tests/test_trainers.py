@@ -32,13 +32,13 @@ from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
 from jai.trainers.dpo import JaiDPOTrainer
 from jai.trainers.lora import lora_config, merge_adapter
 from jai.trainers.monitor import RouterMonitor
-from jai.trainers.sft import JaiSFTTrainer
+from jai.trainers.sft import JaiSFTConfig, JaiSFTTrainer
 from jai.trainers.stage import run_as_script
 
 TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes"
 LAYERS, EXPERTS = 7, 4
-SFT_OPTIONS = (ScriptArguments, SFTConfig, ModelConfig, JaiTrainingArguments)
+SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments)
 DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments)
 
 
@@ -615,7 +615,7 @@ def test_recipes_parse(recipe, options, tmp_path):
     assert parsed[1].eval_steps == 200
 
     spelled_out.write_text(path.read_text() + "\nlerning_rate: 1\n")
-    with pytest.raises(UserError, match=r"`lerning_rate`, which is no option of jai .*Did you mean `learning_rate`"):
+    with pytest.raises(UserError, match=r"the option 'lerning_rate', .*Did you mean 'learning_rate'"):
         parse_arguments(options, ["--config", str(spelled_out)], prog)
 
 
@@ -624,9 +624,9 @@ def test_recipes_parse(recipe, options, tmp_path):
     [
         (["--config"], r"without a file"),
         (["--config", "missing.yaml"], r"missing.yaml does not exist"),
-        (["--config=list.yaml"], r"must be a YAML mapping"),
-        (["--config=broken.yaml"], r"no valid YAML"),
-        (["--lerning_rate", "1"], r"Did you mean `learning_rate`"),
+        (["--config=list.yaml"], r"no list of options"),
+        (["--config=broken.yaml"], r"not valid YAML"),
+        (["--lerning_rate", "1"], r"Did you mean 'learning_rate'"),
         (["--max_steps", "many"], r"--max_steps.*invalid int value: 'many'"),
         (["--lora_targets", "all"], r"invalid choice: 'all'"),
         (["--bf16", "true"], r"without a GPU give `bf16: false`"),

@@ -113,6 +113,8 @@ def _sequences(training_args: TrlConfig) -> str:
         return length
     if getattr(training_args, "packing_strategy", None) == "wrapped":
         return f"packed (wrapped: documents see the end of the one before them, and are split), {length}"
+    if getattr(training_args, "packing_strategy", None) == "bfd_split":
+        return f"packed (longer documents go on in another sequence), {length}"
     return f"packed, {length}"
 
 

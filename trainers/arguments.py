@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training stage is told: TRL's dataclasses, ours beside them, and one parser for a YAML file with overrides."""
+"""What a training stage is told: TRL's dataclasses, ours beside them, and their reading from YAML and command line."""
 
-import difflib
+import os
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, get_type_hints
 
-import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from jai.errors import UserError
+from jai.options import refuse_unknown
+from jai.trainers.config_file import read_config_file
+from jai.trainers.field_values import read_field
 
 TrlConfig: TypeAlias = SFTConfig | DPOConfig
 
@@ -105,12 +109,12 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
     """Parse `--config FILE.yaml` and command-line overrides into one instance of each dataclass.
 
     Two defaults are not TRL's: LoRA's dropout is 0, because PEFT has none for experts, and bf16 is off on hardware
-    that cannot do it.
+    that cannot do it. Under the key `env`, the file may set environment variables.
 
     Raises:
         UserError: for a configuration file that cannot be read, unknown options, and values that do not fit.
     """
-    argv = [part for argument in argv for part in _split_config(argument)]
+    config, overrides = read_config_file(argv)
     parser = _Parser(
         dataclass_types,
         prog=prog,
@@ -119,51 +123,37 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
         "the command line overrides it. Start from a copy of the file in recipes/, which explains what most runs need.",
         allow_abbrev=False,
     )
-    parser.set_defaults(lora_dropout=0.0)
+    known = {option.name: option for dataclass_type in dataclass_types for option in fields(dataclass_type)}
+    hints = {name: hint for dataclass_type in dataclass_types for name, hint in get_type_hints(dataclass_type).items()}
+    environment = config.pop("env", None) or {}
+    refuse_unknown(config, known, "The configuration file")
+    if not {"-h", "--help"} & set(overrides):
+        parser.set_defaults_with_config(**dict.fromkeys(known, SUPPRESS))  # only what is given
+    given, unknown = parser.parse_known_args(overrides)
+    refuse_unknown(
+        [name.lstrip("-").split("=")[0].replace("-", "_") for name in unknown[:1]], known, "The command line"
+    )
+    values = {
+        name: read_field(name, value, hints[name], known[name].metadata.get("choices"))
+        for name, value in {**config, **vars(given)}.items()
+    }
+    if not isinstance(environment, dict):
+        raise UserError(
+            f"`env` is {environment!r}; expected environment variables, such as `env: {{WANDB_MODE: offline}}`."
+        )
+    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    defaults: dict[str, Any] = {"lora_dropout": 0.0}
     if not is_torch_bf16_gpu_available():
-        parser.set_defaults(bf16=False)
-    known = {option.name for dataclass_type in dataclass_types for option in fields(dataclass_type)} | {"env"}
-    config, overrides = _read_config(argv)
-    _refuse_unknown(sorted(set(config) - known), known, "The configuration file", prog)
-    _refuse_unknown(parser.parse_known_args(overrides)[1], known, "The command line", prog)
+        defaults["bf16"] = False
+    if values.get("deepspeed") and find_spec("deepspeed") is None:
+        raise UserError("`deepspeed` is on, and is not installed. `pip install deepspeed`, or leave the option out.")
     try:
-        return parser.parse_args_and_config(argv)
+        return parser.parse_dict({**defaults, **values})
     except UserError:
         raise
-    except ValueError as error:  # the dataclasses' own checks
+    except (ValueError, ImportError) as error:  # the dataclasses' own checks
         hint = " On a machine without a GPU give `bf16: false`." if "bf16" in str(error) else ""
         raise UserError(f"{error}{hint}") from error
-
-
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def _read_config(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The mapping in the configuration file (empty without one), and the arguments beside `--config FILE`."""
-    if "--config" not in argv:
-        return {}, list(argv)
-    position = argv.index("--config")
-    if position + 1 == len(argv):
-        raise UserError("`--config` is given without a file. Give a YAML file, for example recipes/sft.yaml.")
-    path = Path(argv[position + 1])
-    if not path.is_file():
-        raise UserError(f"The configuration file {path} does not exist. Give the path of a YAML file.")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must be a YAML mapping of options to values; see recipes/sft.yaml.")
-    return config, [*argv[:position], *argv[position + 2 :]]
-
-
-def _refuse_unknown(unknown: Sequence[str], known: set[str], where: str, prog: str) -> None:
-    if unknown:
-        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-        close = difflib.get_close_matches(name, known, n=1)
-        advice = f"Did you mean `{close[0]}`?" if close else "See --help for the options."
-        raise UserError(f"{where} has `{name}`, which is no option of {prog}. {advice}")
 
 
 def resume_point(training_args: TrlConfig) -> str | None:

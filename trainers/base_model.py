@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig, SFTConfig
 from trl.chat_template_utils import get_training_chat_template
@@ -16,6 +16,7 @@ from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
 from jai.provenance import PROVENANCE_FILE, Step, read_step
 from jai.tokenization.chat import with_chat_template
+from jai.tokenization.loading import load_tokenizer
 from jai.trainers.arguments import TrlConfig
 from jai.trainers.data import TrainingData
 
@@ -91,13 +92,14 @@ def open_base_model(model_args: ModelConfig, training_args: TrlConfig) -> BaseMo
         raise UserError(
             f"The model {name} cannot be loaded: {_first_line(error)} Give an existing checkpoint folder, or a Hub id."
         ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **loading)
-    except (OSError, ValueError, KeyError) as error:
+    tokenizer = load_tokenizer(
+        name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+    )
+    if tokenizer.eos_token is None:
         raise UserError(
-            f"The model {name} has no tokenizer that can be loaded ({_first_line(error)}). Convert it with "
-            "`jai convert --tokenizer`, or put the tokenizer's files into its folder."
-        ) from error
+            f"The tokenizer of {name} has no end-of-text token, which ends every example. Set `eos_token` in its "
+            "tokenizer_config.json."
+        )
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= config.vocab_size:
         raise UserError(

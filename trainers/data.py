@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training data: found, loaded, and every row checked, before anything long begins."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -19,6 +20,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _READABLE = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet or .csv"
+_CONVERSATION_COLUMNS = ("messages", "conversations")
 _CHAT_EXTRAS = ("tools", "chat_template_kwargs")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _A_MESSAGE = '{"role": "user", "content": "…"}'
@@ -96,7 +98,7 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
         type_, columns = _preference_columns(train, list(first), name)
     else:
         type_, columns = _sft_columns(list(first), name, text_column)
-    conversational = isinstance(_example(train, columns[0]), list)
+    conversational = columns[0] in _CONVERSATION_COLUMNS or isinstance(_example(train, columns[0]), list)
     data = TrainingData(name, type_, columns, conversational, train, evaluation)
     train, columns = _tidy(train, data, script.dataset_train_split)
     if evaluation is not None:
@@ -150,7 +152,7 @@ def _example(rows: AnyDataset, column: str, sample: int = 100) -> Any:
 
 
 def _sft_columns(columns: list[str], name: str, text_column: str) -> tuple[DatasetType, tuple[str, ...]]:
-    for column in ("messages", "conversations"):
+    for column in _CONVERSATION_COLUMNS:
         if column in columns:
             return DatasetType.LANGUAGE_MODELING, (column,)
     if "prompt" in columns and "completion" in columns:
@@ -200,7 +202,7 @@ def _tidy(rows: AnyDataset, data: TrainingData, split: str) -> tuple[AnyDataset,
         )
     rows = rows.select_columns([*columns, *(column for column in _CHAT_EXTRAS if column in present)])
     if data.conversational:
-        example = next(iter(_example(rows, columns[0])), None)
+        example = next(iter(_example(rows, columns[0]) or [None]), None)
         if isinstance(example, dict) and {"from", "value"} <= example.keys():
             rows = rows.map(_from_sharegpt, fn_kwargs={"columns": columns})
         if "conversations" in columns:
@@ -259,6 +261,8 @@ def _wrong_row(row: dict[str, Any], data: TrainingData) -> str | None:
             return f"`{column}` {wrong}" + (
                 f", like `{data.columns[0]}`" if mixed and column != data.columns[0] else ""
             )
+    if wrong := _wrong_extras(row):
+        return wrong
     if data.type is not DatasetType.PREFERENCE:
         return None
     if row["chosen"] == row["rejected"]:
@@ -307,8 +311,18 @@ def _wrong_conversation(value: Any) -> str | None:
     return None
 
 
+def _wrong_extras(row: dict[str, Any]) -> str | None:
+    if isinstance(row.get("tools"), str):
+        try:
+            json.loads(row["tools"])
+        except ValueError as error:
+            return f"`tools` is no valid JSON ({error})"
+    kwargs = row.get("chat_template_kwargs", {})
+    return None if isinstance(kwargs, dict) else f"`chat_template_kwargs` is {_shortened(kwargs)}; expected a mapping"
+
+
 def _shortened(value: Any) -> str:
-    text = str(value)
+    text = "null" if value is None else str(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 

@@ -6,6 +6,7 @@ accelerate launch -m jai.trainers.sft --config recipes/sft.yaml
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -23,11 +24,26 @@ class JaiSFTTrainer(JaiTrainerMixin, SFTTrainer):
     weighs_tokens_alike = True
 
 
+@dataclass
+class JaiSFTConfig(SFTConfig):
+    """TRL's SFTConfig, in which the data decides how it is packed where `packing_strategy` is not given."""
+
+    packing_strategy: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "How `packing` fills sequences: `bfd` keeps rows whole, and cuts off what is longer than a "
+            "sequence; `bfd_split` goes on in another sequence; `wrapped` joins all rows and splits them anywhere, so "
+            "that they see the end of the one before them. Default: bfd_split for plain text, else bfd.",
+            "choices": ["bfd", "bfd_split", "wrapped"],
+        },
+    )
+
+
 SFT = Stage(
     verb="sft",
     title="Supervised fine-tuning",
     trainer_class=JaiSFTTrainer,
-    config_class=SFTConfig,
+    config_class=JaiSFTConfig,
     dataset_types=(DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION),
 )
 

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
-from trl import ModelConfig, ScriptArguments, get_quantization_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_quantization_config
 
 from jai.errors import UserError
 from jai.trainers.announce import print_plan
@@ -29,6 +29,7 @@ from jai.trainers.arguments import (
     resume_point,
 )
 from jai.trainers.base_model import BaseModel, open_base_model, prepare_chat
+from jai.trainers.checks import check_options, check_options_with_model
 from jai.trainers.data import (
     DatasetType,
     TrainingData,
@@ -83,15 +84,18 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
         UserError: for a model, data or options that cannot be trained with; the message says what to change.
     """
     console = console or Console(quiet=not PartialState().is_main_process)
+    check_options(arguments)
     if arguments.training.use_liger_kernel:
         prepare_liger()
     checkpoint = resume_point(arguments.training)
     base = open_base_model(arguments.model, arguments.training)
+    check_options_with_model(arguments, base.config)
     data = load_training_data(arguments, stage.dataset_types)
     prepare_chat(base, data, arguments.training)
     lora = lora_config(arguments.model, arguments.jai, base.config)
     loading = loading_arguments(arguments)
 
+    _choose_packing(arguments.training, data)
     parameters = count_parameters(base, lora, arguments.model)
     if getattr(arguments.training, "assistant_only_loss", False):
         data = _without_unanswered(data, console)
@@ -152,7 +156,7 @@ def _build(
     training = arguments.training
     training.model_init_kwargs = loading
     snapshot_steps = arguments.jai.snapshot_steps
-    with _naming_conversations(data):
+    with _explaining_errors(data):
         trainer = stage.trainer_class(
             model=base.name,
             args=training,
@@ -170,6 +174,12 @@ def _build(
     return trainer
 
 
+def _choose_packing(training: TrlConfig, data: TrainingData) -> None:
+    """Conversations stay whole, and plain text loses nothing: "bfd" drops what is longer than a sequence."""
+    if isinstance(training, SFTConfig) and training.packing_strategy is None:
+        training.packing_strategy = "bfd_split" if data.is_plain_text else "bfd"
+
+
 def _without_unanswered(data: TrainingData, console: Console) -> TrainingData:
     kept, dropped = drop_unanswered(data.train)
     left = 1 if data.rows is None else len(cast(Dataset, kept))
@@ -179,9 +189,17 @@ def _without_unanswered(data: TrainingData, console: Console) -> TrainingData:
 
 
 @contextmanager
-def _naming_conversations(data: TrainingData) -> Iterator[None]:
+def _explaining_errors(data: TrainingData) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:  # TRL's and transformers' own checks of options
+        raise UserError(str(error)) from error
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise UserError(f"`model_init_kwargs` does not fit the model: {error}.") from error
+        raise
     except TemplateError as error:
         raise UserError(
             f"A conversation in {data.name} does not fit the chat template: {error} Mend the data, or give the "

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that cannot work, refused before the model is loaded: ranges, packages that are missing, contradictions."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from jai.errors import UserError
+from jai.trainers.arguments import StageArguments
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "1 or more",
+        lambda value: value >= 1,
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_accumulation_steps",
+            "max_length",
+            "save_total_limit",
+            "dataset_num_proc",
+            "lora_r",
+            "snapshot_steps",
+            "precompute_ref_batch_size",
+            "ref_model_sync_steps",
+        ),
+    ),
+    (
+        "0 or more",
+        lambda value: value >= 0,
+        (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "router_aux_loss_coef",
+            "dataloader_num_workers",
+            "seed",
+            "data_seed",
+            "eval_delay",
+            "neftune_noise_alpha",
+        ),
+    ),
+    (
+        "more than 0",
+        lambda value: value > 0,
+        ("num_train_epochs", "adam_epsilon", "lora_alpha", "logging_steps", "save_steps", "eval_steps", "beta"),
+    ),
+    (
+        "from 0 to below 1",
+        lambda value: 0 <= value < 1,
+        ("lora_dropout", "label_smoothing_factor", "label_smoothing", "adam_beta1", "adam_beta2"),
+    ),
+    ("-1 (no limit), or 1 or more", lambda value: value == -1 or value >= 1, ("max_steps",)),
+)
+
+_DPO_LOSSES = (
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+)
+
+_DPO_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+# By a part of the optimiser's name; the first that fits.
+_OPTIMIZER_PACKAGES = (
+    ("adamw_torch_4bit", "torchao", "torchao"),
+    ("adamw_torch_8bit", "torchao", "torchao"),
+    ("adamw_anyprecision", "torchdistx", "torchdistx"),
+    ("galore", "galore_torch", "galore-torch"),
+    ("apollo", "apollo_torch", "apollo-torch"),
+    ("lomo", "lomo_optim", "lomo-optim"),
+    ("grokadamw", "grokadamw", "grokadamw"),
+    ("schedule_free", "schedulefree", "schedulefree"),
+    ("stable_adamw", "optimi", "torch-optimi"),
+    ("bnb", "bitsandbytes", "bitsandbytes"),
+    ("bit", "bitsandbytes", "bitsandbytes"),
+    ("ademamix", "bitsandbytes", "bitsandbytes"),
+)
+
+
+def check_options(arguments: StageArguments) -> None:
+    """Refuse options whose values cannot be, or need a package that is not installed.
+
+    Raises:
+        UserError: naming the option, its value and what was expected.
+    """
+    for options in (arguments.training, arguments.model, arguments.jai):
+        for expected, fits, names in _RANGES:
+            for name in names:
+                value = getattr(options, name, None)
+                if not all(fits(each) for each in (value if isinstance(value, list) else [value]) if each is not None):
+                    raise UserError(f"`{name}` is {value}; expected {expected}.")
+    losses = getattr(arguments.training, "loss_type", [])
+    for loss in losses if isinstance(losses, list) else []:
+        if loss not in _DPO_LOSSES:
+            raise UserError(f"`loss_type` is {loss!r}; expected some of {', '.join(_DPO_LOSSES)}.")
+    divergence = getattr(arguments.training, "f_divergence_type", _DPO_DIVERGENCES[0])
+    if divergence not in _DPO_DIVERGENCES:
+        raise UserError(f"`f_divergence_type` is {divergence!r}; expected one of {', '.join(_DPO_DIVERGENCES)}.")
+    if getattr(arguments.training, "packing", False) and arguments.training.max_length is None:
+        raise UserError("`packing` fills sequences of `max_length` tokens, and `max_length` is null. Give a number.")
+    _check_trackers(arguments)
+    _check_optimizer(arguments)
+    _check_attention(arguments)
+    _check_quantization(arguments)
+
+
+def _check_trackers(arguments: StageArguments) -> None:
+    available = get_available_reporting_integrations()
+    for tracker in arguments.training.report_to or []:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"`report_to` is {tracker!r}; expected none, or some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+            )
+        if tracker not in available:
+            raise UserError(
+                f"`report_to` is {tracker}, which is not installed. `pip install {tracker.replace('_', '-')}`, or set "
+                "`report_to: none`."
+            )
+
+
+def _check_optimizer(arguments: StageArguments) -> None:
+    name = str(getattr(arguments.training.optim, "value", arguments.training.optim))
+    for part, module, package in _OPTIMIZER_PACKAGES:
+        if part in name:
+            _require(module, package, f"`optim` is {name}", "take `optim: adamw_torch`")
+            return
+
+
+def _check_attention(arguments: StageArguments) -> None:
+    name = arguments.model.attn_implementation
+    if name is None or "/" in name:  # of the Hub's kernels
+        return
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name not in known:
+        raise UserError(f"`attn_implementation` is {name!r}; expected one of {', '.join(sorted(known))}.")
+    for version, is_available in (("2", is_flash_attn_2_available), ("3", is_flash_attn_3_available)):
+        if name.endswith(f"flash_attention_{version}") and not is_available():
+            raise UserError(
+                f"`attn_implementation` is {name}, which is not installed, or has no GPU to run on. Take `sdpa`, or "
+                "`pip install flash-attn --no-build-isolation` on a machine with one."
+            )
+
+
+def _check_quantization(arguments: StageArguments) -> None:
+    model = arguments.model
+    if not (model.load_in_4bit or model.load_in_8bit):
+        return
+    option = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if not model.use_peft:
+        raise UserError(f"`{option}` is on, and quantised weights cannot be trained. Set `use_peft: true` as well.")
+    _require("bitsandbytes", "bitsandbytes", f"`{option}` is on", "leave the option out")
+
+
+def _require(module: str, package: str, setting: str, alternative: str) -> None:
+    if find_spec(module) is None:
+        raise UserError(f"{setting}, which needs {package}. `pip install {package}`, or {alternative}.")
+
+
+def check_options_with_model(arguments: StageArguments, config: PreTrainedConfig) -> None:
+    """Refuse options that TRL would drop for this model in silence.
+
+    Raises:
+        UserError: naming the options.
+    """
+    training = arguments.training
+    if training.label_smoothing_factor == 0:
+        return
+    if hasattr(training, "label_smoothing"):
+        raise UserError("`label_smoothing_factor` has no effect on preferences. `label_smoothing` is DPO's own.")
+    weight = training.router_aux_loss_coef
+    weight = getattr(config, "router_aux_loss_coef", 0) if weight is None else weight
+    if weight and getattr(config, "num_local_experts", 1) > 1:
+        raise UserError(
+            "With `label_smoothing_factor` TRL leaves the router's auxiliary loss out, and the experts would lose "
+            "their balance. Leave it out, or set `router_aux_loss_coef: 0` to do without the auxiliary loss."
+        )
