@@ -15,11 +15,12 @@ import re
 import shlex
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -106,11 +107,13 @@ def read_json(path: str | os.PathLike, remedy: str = "Fetch or save it again.") 
     raise UserError(f"{path} {problem}. {remedy}") from None
 
 
-def print_next(console: Console, *commands: Sequence[str | os.PathLike]) -> None:
+def print_next(console: Console, *commands: Sequence[str | Path]) -> None:
     """Print commands that may come next, each given as its words, in a form that a shell takes."""
     for number, words in enumerate(commands):
         lead = "      " if number else "Next: "
-        console.print(lead + shlex.join(map(os.fspath, words)), markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            lead + shlex.join(os.fspath(word) for word in words), markup=False, highlight=False, soft_wrap=True
+        )
 
 
 @contextmanager
@@ -135,11 +138,20 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
         partial.rename(out)
     except BaseException as error:  # Ctrl-C too: nothing half-written stays behind
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt):
+            Console(stderr=True).print("Nothing was kept.", highlight=False)
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise UserError(
                 f"Could not write {out}: {error.strerror}. Free some space or choose another disk; nothing was kept."
             ) from error
         raise
+
+
+class _FileState(NamedTuple):
+    """What tells a file that nothing wrote to: whoever shortens it or writes into it changes one of them."""
+
+    size: int
+    mtime_ns: int
 
 
 class UnfinishedFolder:
@@ -149,38 +161,45 @@ class UnfinishedFolder:
         out: the folder that will be there at the end.
         work: the folder beside it that is there meanwhile.
         folder: where the output's files are written.
-        finished: name and size of the files that are whole and on the disk.
+        finished: the files that are whole and on the disk, by name.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any]):
         self.out = out
         self.work = work_folder(out)
         self.folder = self.work / "files"
-        self.finished: dict[str, int] = {}
+        self.finished: dict[str, _FileState] = {}
         self._identity = identity
         self._journal = self.work / "journal.json"
         self._mutex = Lock()
+
+    def has(self, name: str, size: int) -> bool:
+        """Whether a file of this size is finished."""
+        return name in self.finished and self.finished[name].size == size
 
     def finish(self, name: str) -> None:
         """Record that a file is written. It is flushed to the disk first, so the journal never says too much."""
         with (self.folder / name).open("rb") as file:
             os.fsync(file.fileno())
         with self._mutex:
-            self.finished[name] = (self.folder / name).stat().st_size
+            self.finished[name] = _file_state(self.folder / name)
             self._write_journal()
 
     def begin(self) -> None:
-        """Read the journal of an earlier run, or start one.
+        """Read the journal of an earlier run, or start one. Files that changed since then are made again.
 
         Raises:
-            UserError: if the earlier run had other inputs or options.
+            UserError: if the earlier run had other inputs or options, or its journal cannot be read.
         """
         refuse_existing(self.out)  # another process may have finished it just before this one had the lock
         self.folder.mkdir(exist_ok=True)
         if not self._journal.exists():
             self._write_journal()
             return
-        journal = json.loads(self._journal.read_text(encoding="utf-8"))
+        remedy = f"Remove {self.work} to start anew."
+        journal = read_json(self._journal, remedy)
+        if not isinstance(finished := journal.get("finished"), dict) or "identity" not in journal:
+            raise UserError(f"{self._journal} is no journal of an unfinished folder. {remedy}")
         changes = list(_differences(journal["identity"], json.loads(json.dumps(self._identity))))
         if changes:
             more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
@@ -188,13 +207,12 @@ class UnfinishedFolder:
                 f"{self.out} was begun with other inputs or options: {'; '.join(changes[:3])}{more}. Give the same "
                 f"again to go on, or remove {self.work} to start anew."
             )
-        for name, size in journal["finished"].items():
-            path = self.folder / name
-            if path.exists() and path.stat().st_size == size:
-                self.finished[name] = size
         for path in self.folder.iterdir():
-            if path.name not in self.finished:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            state = _file_state(path)
+            if finished.get(path.name) == [*state]:
+                self.finished[path.name] = state
+            else:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def complete(self) -> None:
         """Flush everything and rename the files to the output folder."""
@@ -254,6 +272,8 @@ def resumable_folder(out: Path, identity: dict[str, Any]) -> Iterator[Unfinished
                 Console(stderr=True).print(kept, highlight=False, markup=False, soft_wrap=True)
             else:
                 shutil.rmtree(job.work, ignore_errors=True)
+                if isinstance(error, KeyboardInterrupt):
+                    Console(stderr=True).print("Nothing was kept.", highlight=False)
             if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
                 raise UserError(
                     f"Could not write {out}: {error.strerror}. Free some space or choose another disk."
@@ -272,6 +292,25 @@ def refuse_existing(out: Path) -> None:
     """Raise `UserError` if an output folder exists; an empty one is taken."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already. Give another output folder, or remove this one first.")
+
+
+def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that would lie inside of an input, or be made where an input lies.
+
+    Args:
+        out: folder to make.
+        inputs: folders that are read.
+
+    Raises:
+        UserError: naming both. An output in its input would be published with it; and what lies where an output is
+            made, unknown to its journal, is removed.
+    """
+    made, work = out.resolve(), work_folder(out).resolve()
+    for folder in map(Path.resolve, inputs):
+        if made.is_relative_to(folder):
+            raise UserError(f"The output {out} lies inside of the input {folder}. Give a folder outside of it.")
+        if folder.is_relative_to(work) or folder.is_relative_to(made):
+            raise UserError(f"The input {folder} lies where {out} is made. Give another output, or move the input.")
 
 
 def _lock(work: Path, out: Path) -> int:
@@ -303,6 +342,11 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path} was {json.dumps(old, ensure_ascii=False)} and is {json.dumps(new, ensure_ascii=False)}"
 
 
+def _file_state(path: Path) -> _FileState:
+    status = path.lstat()
+    return _FileState(status.st_size, status.st_mtime_ns)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -315,6 +359,18 @@ def sha256(path: str | os.PathLike) -> str:
     """Hash of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_each(names: Iterable[str], hash_of: Callable[[str], str]) -> dict[str, str]:
+    """Hashes of files by name, in the names' order; several at a time, for hashing takes longer than reading.
+
+    Args:
+        names: of the files.
+        hash_of: gives the hash of a name.
+    """
+    names = sorted(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(hash_of, names)))
 
 
 def parse_size(text: str) -> int:

@@ -11,7 +11,6 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -20,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from jai.errors import UserError
-from jai.files import sha256
+from jai.files import hash_each, sha256
 from jai.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
@@ -93,10 +92,9 @@ def input_of(role: str, name: str | os.PathLike, *, files: Mapping[str, str], ma
 
 
 def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of files by name, several at a time: hashing takes longer than reading."""
-    paths = sorted(paths)
-    with ThreadPoolExecutor() as pool:
-        return {path.name: digest for path, digest in zip(paths, pool.map(sha256, paths))}
+    """SHA-256 of files by name."""
+    path_of = {path.name: path for path in paths}
+    return hash_each(path_of, lambda name: sha256(path_of[name]))
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ from jai.configuration_jai import JaiConfig, plan_layers
 from jai.conversion import names
 from jai.conversion.convert.options import PAPER_BLOCK_REPEATS
 from jai.conversion.inputs.parts import Computed
-from jai.conversion.output.shards import write_checkpoint
+from jai.conversion.output.shards import write_shards
 from jai.conversion.output.tensors import PlannedTensor
 from jai.files import resumable_folder
 
@@ -58,7 +58,7 @@ def write_base(folder: Path, *, width: int, layers: int) -> None:
         part = Computed(2 * count, "the same random numbers", lambda count=count: repeated(count))
         tensors.append(PlannedTensor(name, form, torch.bfloat16, (part,)))
     with resumable_folder(folder, {}) as job:
-        write_checkpoint(job, tensors, 5_000_000_000)
+        write_shards(job, tensors, 5_000_000_000)
         Phi3Config(
             **shape, num_hidden_layers=layers, sliding_window=2047, dtype="bfloat16", architectures=["Phi3ForCausalLM"]
         ).save_pretrained(job.folder)

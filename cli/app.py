@@ -50,5 +50,5 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as exit_:
         if exit_.code == INTERRUPTED:
-            typer.echo("Interrupted; nothing half-written was kept.", err=True)
+            typer.echo("Interrupted.", err=True)
         raise

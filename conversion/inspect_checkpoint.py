@@ -2,9 +2,7 @@
 """`jai inspect`: what a JAI is made of, from its configuration and its weights' headers. No weights are loaded."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 from transformers import Phi3Config
@@ -12,11 +10,10 @@ from transformers import Phi3Config
 from jai.configuration_jai import JaiConfig, PlannedLayer
 from jai.conversion import names
 from jai.conversion.inputs.hub import resolve_checkpoint
+from jai.conversion.inputs.jai import jai_shapes, load_jai_config
 from jai.conversion.inputs.reader import CheckpointReader
-from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE
-from jai.errors import UserError
+from jai.conversion.inputs.weight_files import has_weights
 
-SNAPSHOT_TYPE = "jai_ffn_snapshot"  # the `model_type` of a snapshot: nothing loads one as a model
 DEFAULT_NAME = "jai-1"
 GB = 1e9
 # NF4 with bitsandbytes' double quantisation: 4 bits, and 0.127 bits of scales a weight (QLoRA paper, section 3).
@@ -123,8 +120,9 @@ def inspect(path: str, *, console: Console | None = None) -> Inspection:
     else:
         folder = resolve_checkpoint(path)
         config = load_jai_config(folder)
-        has_weights = (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
-        reader = CheckpointReader(folder) if has_weights else None
+        reader = CheckpointReader(folder) if has_weights(folder) else None
+        if reader is not None:
+            reader.check(jai_shapes(config), spare=frozenset({names.LM_HEAD}))
     alphas = {layer: alpha for layer, alpha in config.skip_alphas.items() if layer < len(config.running_plan)}
     if reader is not None:
         alphas = {layer: reader.rows(names.skip_alpha_name(layer)).item() for layer in alphas}
@@ -139,27 +137,6 @@ def inspect(path: str, *, console: Console | None = None) -> Inspection:
     console.print(parameter_table(inspection))
     console.print(memory_table(inspection))
     return inspection
-
-
-def load_jai_config(folder: Path) -> JaiConfig:
-    """Read the configuration of a JAI checkpoint.
-
-    Raises:
-        UserError: if the folder holds no JAI.
-    """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json. Give a JAI checkpoint, or {DEFAULT_NAME} for the default.")
-    try:
-        raw, _ = JaiConfig.get_config_dict(folder, local_files_only=True)
-        if raw.get("model_type") == SNAPSHOT_TYPE:
-            raise UserError(f"{folder} is a snapshot, which has only FFN weights. Give it to jai upcycle.")
-        if raw.get("model_type") != JaiConfig.model_type:
-            raise UserError(
-                f"{folder} is a model of type {raw.get('model_type')!r}, not 'jai'. Convert it first: jai convert."
-            )
-        return JaiConfig.from_dict(raw)
-    except StrictDataclassError as error:
-        raise UserError(f"The config.json in {folder} is not valid: {error.__cause__ or error}") from None
 
 
 def layer_table(inspection: Inspection) -> Table:

@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.inspect_checkpoint import count_parameters, load_jai_config
+from jai.conversion.inputs.jai import load_jai_config
+from jai.conversion.inspect_checkpoint import count_parameters
 from jai.conversion.names import skip_alpha_name
 from jai.errors import UserError
 from jai.hub_card.contents import size_text

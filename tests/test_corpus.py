@@ -24,8 +24,9 @@ from jai.errors import UserError
 from jai.files import parse_size
 from jai.tokenization import corpus
 from jai.tokenization.corpus import TextFile, draw_sample, open_sources, sample_table
+from jai.tokenization.loading import RECORD_FILE
 from jai.tokenization.phi3_style import train_phi3_style
-from jai.tokenization.train import RECORD_FILE, SAMPLE_BYTES, train_tokenizer
+from jai.tokenization.train import SAMPLE_BYTES, train_tokenizer
 from loopback_hub import LoopbackHub
 
 # Ends of line of every kind, separators that are none, and what normalisation or stripping would change.

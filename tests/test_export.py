@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 from jai import cli
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
-from jai.conversion.export.command import export, plan_tensors
+from jai.conversion.export.command import export, plan_exported_tensors
 from jai.conversion.export.options import ExportOptions
 from jai.conversion.inputs.jai import open_jai
 from jai.conversion.inputs.parts import Copied
@@ -125,7 +125,7 @@ def test_names_and_values_are_those_of_the_hub(checkpoint, tmp_path):
 
 def test_every_byte_is_copied_exactly_once(checkpoint, tmp_path):
     source = open_jai(str(checkpoint()))
-    parts = [part for tensor in plan_tensors(source, "mixtral") for part in tensor.parts]
+    parts = [part for tensor in plan_exported_tensors(source, "mixtral") for part in tensor.parts]
     assert all(isinstance(part, Copied) for part in parts)
     ranges = sorted((part.start, part.start + part.length) for part in parts)
     assert all(before[1] <= after[0] for before, after in pairwise(ranges))

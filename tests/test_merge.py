@@ -27,7 +27,7 @@ from jai.conversion.merge import methods as merge_methods
 from jai.conversion.merge.command import merge
 from jai.conversion.merge.curves import parse_curve, value_for
 from jai.conversion.merge.options import MergeOptions
-from jai.conversion.merge.plan import CHUNK, plan_tensors
+from jai.conversion.merge.plan import CHUNK, plan_merged_tensors
 from jai.errors import UserError
 from jai.files import sha256
 from jai.provenance import chain, read_step
@@ -367,7 +367,7 @@ def test_what_one_model_gives_is_copied(models):
     readers = [CheckpointReader(model) for model in models[:2]]
     points = [{"at": 0, "value": 0}, {"at": 1, "value": 1}]
     options = MergeOptions(models=["a", "b"], out=Path("out"), method="slerp", t=points)
-    kinds = {tensor.name: tensor.parts[0] for tensor in plan_tensors(options, readers)}
+    kinds = {tensor.name: tensor.parts[0] for tensor in plan_merged_tensors(options, readers)}
     assert isinstance(kinds["model.embed_tokens.weight"], Copied)
     assert isinstance(kinds["lm_head.weight"], Copied)
     middle = kinds["model.layers.3.self_attn.q_proj.weight"]

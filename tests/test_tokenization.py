@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, TokenizersBackend
 from jai.errors import UserError
 from jai.tokenization.chat import with_chat_template
 from jai.tokenization.extend import RESERVED_TOKEN, extend_tokenizer, new_token_pieces
+from jai.tokenization.loading import RECORD_FILE
 from jai.tokenization.phi3_style import SPECIAL_TOKENS, train_phi3_style
-from jai.tokenization.train import RECORD_FILE, SAMPLE_BYTES, train_tokenizer
+from jai.tokenization.train import SAMPLE_BYTES, train_tokenizer
 
 THAI = regex.compile(r"\p{Script=Thai}")
 THAI_TEXT = (

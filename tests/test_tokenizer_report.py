@@ -20,10 +20,11 @@ from transformers import TokenizersBackend
 from jai.errors import UserError
 from jai.tokenization import measure as measuring
 from jai.tokenization.extend import RESERVED_TOKEN
+from jai.tokenization.loading import RECORD_FILE
 from jai.tokenization.measure import TokenizerFigures, count_words, measure, script_of
 from jai.tokenization.phi3_style import train_phi3_style
 from jai.tokenization.report import JSON_FILE, MARKDOWN_FILE, PICTURE_FILE, load_subjects, report_tokenizers
-from jai.tokenization.train import RECORD_FILE, train_tokenizer
+from jai.tokenization.train import train_tokenizer
 
 THAI_TEXT = (
     "สวัสดีครับ ผมชื่อสมชาย อยู่ที่กรุงเทพมหานคร",

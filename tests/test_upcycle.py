@@ -23,8 +23,9 @@ from jai.conversion.inputs.jai import jai_shapes, open_jai
 from jai.conversion.inputs.parts import Copied
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inspect_checkpoint import inspect
-from jai.conversion.upcycle.command import open_sources, plan_config, plan_tensors, upcycle
+from jai.conversion.upcycle.command import upcycle
 from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
+from jai.conversion.upcycle.plan import open_upcycle_inputs, plan_upcycled_tensors, upcycled_config
 from jai.conversion.upcycle.snapshot import snapshot
 from jai.errors import UserError
 from jai.files import sha256
@@ -149,9 +150,9 @@ def test_result_is_a_whole_checkpoint(upcycled, checkpoints, capsys):
 def test_every_byte_is_accounted_for(dense, checkpoints, tmp_path):
     """All is copied but the routers: each is one formula."""
     options = UpcycleOptions(dense=str(dense), out=tmp_path / "jai", snapshots=checkpoints)
-    sources = open_sources(options)
-    config = plan_config(sources.dense, options)
-    tensors = plan_tensors(config, sources, options)
+    inputs = open_upcycle_inputs(options)
+    config = upcycled_config(inputs.dense, options)
+    tensors = plan_upcycled_tensors(config, inputs, options)
     assert {tensor.name: tensor.shape for tensor in tensors} == jai_shapes(config)
     for tensor in tensors:
         is_router = tensor.name.endswith(".mlp.gate.weight")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
+RECORD_FILE = "tokenizer_training.json"  # what `jai tokenizer train` made of what
 # One of these holds the vocabulary (GPT-2's is in vocab.json, BERT's in vocab.txt); all else beside it are settings.
 _VOCABULARY_FILES = (TOKENIZER_JSON, SENTENCEPIECE_MODEL, "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _HUB_PATTERNS = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.tiktoken")

@@ -26,9 +26,8 @@ from jai.errors import UserError
 from jai.files import new_folder
 from jai.tokenization.corpus import Source, open_sources
 from jai.tokenization.extend import RESERVED_TOKEN
-from jai.tokenization.loading import backend_of, load_tokenizer
+from jai.tokenization.loading import RECORD_FILE, backend_of, load_tokenizer
 from jai.tokenization.measure import TextFigures, TokenizerFigures, machine, measure
-from jai.tokenization.train import RECORD_FILE
 from jai.version import __version__
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"

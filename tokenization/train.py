@@ -15,11 +15,10 @@ from rich.table import Table
 from jai.files import new_folder
 from jai.tokenization.corpus import draw_sample, open_sources, sample_table
 from jai.tokenization.extend import extend_tokenizer, new_token_pieces
-from jai.tokenization.loading import load_tokenizer
+from jai.tokenization.loading import RECORD_FILE, load_tokenizer
 from jai.tokenization.units import Unit
 from jai.version import __version__
 
-RECORD_FILE = "tokenizer_training.json"
 # The learner's memory grows with the text: 64,000 entries took 1.8 GB from 44 MB of Thai and 3.1 GB from 88 MB, so this
 # much takes some 6 GB.
 SAMPLE_BYTES = 200_000_000

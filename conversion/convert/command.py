@@ -14,13 +14,18 @@ from jai.conversion.convert.plan import ConversionPlan, origins, plan_conversion
 from jai.conversion.convert.vocabulary import INIT_TEXTS
 from jai.conversion.inputs.reader import UNTIED_NOTE
 from jai.conversion.inputs.values import dtype_names
-from jai.conversion.output.beside import hashes_beside, write_beside
-from jai.conversion.output.checkpoint_folder import Output
+from jai.conversion.output.checkpoint_folder import (
+    PlannedCheckpoint,
+    checkpoint_folder,
+    copy_code,
+    print_note,
+    print_written,
+    write_beside,
+)
 from jai.conversion.output.shards import OutputShard, plan_shards
 from jai.files import refuse_existing
-from jai.provenance import Input, input_of, read_step
 
-_NAMED = 10  # of the tokens without pieces
+_LISTED_TOKENS = 10
 
 
 def convert(options: ConvertOptions, *, console: Console | None = None) -> JaiConfig:
@@ -41,46 +46,39 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> JaiCo
     console = console or Console()
     refuse_existing(options.out)
     plan = plan_conversion(options)
+    checkpoint = PlannedCheckpoint(
+        step="convert",
+        out=options.out,
+        tensors=plan.tensors,
+        options=_recorded_options(options, plan.config),
+        inputs=[("base", plan.base)],
+        tokenizer=plan.tokenizer_folder,
+        result={
+            "layers": len(plan.config.layer_plan),
+            "vocab_size": plan.vocabulary.size,
+            "new_rows": plan.vocabulary.new_rows,
+            "new_rows_without_pieces": plan.vocabulary.without_pieces,
+        },
+        max_shard_bytes=options.max_shard_size,
+        workers=options.workers,
+    )
     _print_plan(console, options, plan)
     if options.dry_run:
         _print_shards(console, plan_shards(plan.tensors, options.max_shard_size))
         console.print("Dry run: nothing was written.")
         return plan.config
 
-    output = Output(
-        step="convert",
-        out=options.out,
-        tensors=plan.tensors,
-        options=_recorded_options(options, plan.config),
-        identity={
-            "base": plan.reader.identity(),
-            "tokenizer": hashes_beside(plan.tokenizer_folder) if plan.tokenizer_folder else {},
-        },
-        max_shard_bytes=options.max_shard_size,
-        workers=options.workers,
+    with checkpoint_folder(checkpoint, verify_bytes=options.verify, console=console) as folder:
+        write_beside(folder, plan.config, tokenizer=plan.tokenizer_folder, generation=plan.generation)
+        copy_code(folder)
+    print_written(
+        console,
+        "JAI",
+        options.out,
+        ["jai", "inspect", options.out],
+        ["jai", "sft", "--config", "X.yaml", "--model_name_or_path", options.out],
     )
-    result = {
-        "layers": len(plan.config.layer_plan),
-        "vocab_size": plan.vocabulary.size,
-        "new_rows": plan.vocabulary.new_rows,
-        "new_rows_without_pieces": plan.vocabulary.without_pieces,
-    }
-    output.write(
-        lambda folder: write_beside(folder, plan.config, tokenizer=plan.tokenizer_folder, generation=plan.base_folder),
-        lambda: [_base_input(options, plan)],
-        result,
-        verify_bytes=options.verify,
-        console=console,
-    )
-    console.print(f"[bold green]JAI written to[/] {options.out}", soft_wrap=True)
-    console.print(f"Next: jai inspect {options.out}", soft_wrap=True, highlight=False)
-    console.print(f"      jai sft --config X.yaml --model_name_or_path {options.out}", soft_wrap=True, highlight=False)
     return plan.config
-
-
-def _base_input(options: ConvertOptions, plan: ConversionPlan) -> Input:
-    files = hashes_beside(plan.base_folder) | plan.reader.hashes()
-    return input_of("base", options.base, files=files, made_by=read_step(plan.base_folder))
 
 
 def _recorded_options(options: ConvertOptions, config: JaiConfig) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def _recorded_options(options: ConvertOptions, config: JaiConfig) -> dict[str, A
 
 
 def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan) -> None:
-    base, config, vocabulary = plan.base, plan.config, plan.vocabulary
+    base, config, vocabulary = plan.base_config, plan.config, plan.vocabulary
     dtype = str(config.dtype).removeprefix("torch.")
     runs = ",".join(map(str, config.block_repeats))
     block = "1 layer" if config.block_size == 1 else f"{config.block_size} layers"
@@ -106,7 +104,7 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
     assert new_rope is not None
     theta, new_theta = rope["rope_theta"], new_rope["rope_theta"]
 
-    table = Table(title=f"{options.base} → {options.out}", title_justify="left")
+    table = Table(title=escape(f"{options.base} → {options.out}"), title_justify="left")
     for column in ("", "phi-3", "JAI"):
         table.add_column(column)
     table.add_row("layers", str(base.num_hidden_layers), str(len(config.layer_plan)))
@@ -121,25 +119,27 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
     table.add_row("weights", "", f"{plan.parameters:,} parameters, {filesize.decimal(plan.bytes)} in {dtype}")
     console.print(table)
 
-    found = dtype_names(plan.reader.dtypes.values())
+    found = dtype_names(plan.base.reader.dtypes.values())
     if len(found) > 1:
-        _note(console, f"the base's weights are {' and '.join(found)}; the output has {dtype} throughout.")
+        print_note(console, f"the base's weights are {' and '.join(found)}; the output has {dtype} throughout.")
     if plan.is_untied:
-        _note(console, UNTIED_NOTE)
+        print_note(console, UNTIED_NOTE)
     if window is not None and window < base.max_position_embeddings:
-        _note(console, f"the window of {window} is dropped, as in the paper: longer contexts attend further back.")
+        print_note(console, f"the window of {window} is dropped, as in the paper: longer contexts attend further back.")
     if new_theta != theta:
-        _note(console, "another RoPE base changes the function until the model is trained with it.")
+        print_note(console, "another RoPE base changes the function until the model is trained with it.")
     if copies and (options.start_of_copies == "copy" or options.start_alpha != 0):
-        _note(
+        print_note(
             console, "later copies change the function; --verify says by how much. --duplicate-init identity keeps it."
         )
     if plan.tokenizer_folder is None:
-        _note(console, "the base has no tokenizer files, so neither will the output.")
+        print_note(console, "the base has no tokenizer files, so neither will the output.")
     if vocabulary.without_pieces:
         named = [f"{token} ({id_})" for id_, token in vocabulary.without_pieces.items()]
-        listed = ", ".join(named[:_NAMED]) + (", …" if len(named) > _NAMED else "")
-        _note(console, f"{len(named):,} new tokens have no pieces; their rows are {INIT_TEXTS['random']}: {listed}.")
+        listed = ", ".join(named[:_LISTED_TOKENS]) + (", …" if len(named) > _LISTED_TOKENS else "")
+        print_note(
+            console, f"{len(named):,} new tokens have no pieces; their rows are {INIT_TEXTS['random']}: {listed}."
+        )
 
 
 def _runs_text(layers: list[int]) -> str:
@@ -161,7 +161,3 @@ def _print_shards(console: Console, shards: list[OutputShard]) -> None:
         )
     table.add_row("in all", f"{sum(len(s.tensors) for s in shards):,}", f"{sum(s.size for s in shards):,}", "")
     console.print(table)
-
-
-def _note(console: Console, text: str) -> None:
-    console.print(f"[yellow]Note:[/] {escape(text)}", highlight=False, soft_wrap=True)

@@ -5,21 +5,23 @@ Three steps, each by rows of tensors: new rows of the vocabulary are made from o
 in place, and the MLP of each layer becomes a stack of experts.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import Phi3Config
+from transformers import GenerationConfig, Phi3Config
 
 from jai.configuration_jai import JaiConfig, plan_layers
 from jai.conversion import names
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.convert.vocabulary import Vocabulary, embedding_parts, load_vocabulary, plan_vocabulary
+from jai.conversion.inputs.checkpoint import Checkpoint
+from jai.conversion.inputs.config import load_generation_config
 from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
 from jai.conversion.inputs.parts import Part
+from jai.conversion.inputs.phi3 import load_phi3_config
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inputs.values import common_dtype
 from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, weight_map
@@ -34,20 +36,20 @@ class ConversionPlan:
     """All that a conversion will do.
 
     Attributes:
-        base_folder: the base's files; its weights may be elsewhere.
-        base: its configuration.
-        reader: its weights.
+        base: the checkpoint that is converted.
+        base_config: its configuration.
         tokenizer_folder: where the output's tokenizer comes from, if it has one.
+        generation: the base's settings of generation, if it has some.
         vocabulary: the output's rows.
         config: the output's configuration.
         is_untied: whether the base has a head of its own, though its configuration ties it to the embeddings.
         tensors: the output's tensors, in the order in which they are written.
     """
 
-    base_folder: Path
-    base: Phi3Config
-    reader: CheckpointReader
+    base: Checkpoint
+    base_config: Phi3Config
     tokenizer_folder: Path | None
+    generation: GenerationConfig | None
     vocabulary: Vocabulary
     config: JaiConfig
     is_untied: bool
@@ -72,34 +74,34 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
         UserError: for a base that is no phi-3, a plan that does not fit it, a tokenizer that does not extend its
             tokenizer, or damaged weights.
     """
-    base_folder = resolve_checkpoint(options.base, weights=not (options.stream or options.dry_run))
-    base = load_phi3_config(base_folder)
-    reader = _open_base(options, base_folder)
-    base_tokenizer = load_vocabulary(base_folder)
+    folder = resolve_checkpoint(options.base, weights=not (options.stream or options.dry_run))
+    base_config = load_phi3_config(folder)
+    reader = _open_base(options, folder)
+    base_tokenizer = load_vocabulary(folder)
     new_folder = resolve_checkpoint(options.tokenizer, weights=False) if options.tokenizer else None
     tokenizer = load_vocabulary(new_folder) if new_folder else None
     if new_folder and tokenizer is None:
         raise UserError(f"{options.tokenizer} has no tokenizer files. Give a folder that save_pretrained wrote.")
-    vocabulary = plan_vocabulary(base.vocab_size, base_tokenizer, tokenizer, new_folder)
-    is_untied = base.tie_word_embeddings and reader is not None and reader.has_untied_head
+    vocabulary = plan_vocabulary(base_config.vocab_size, base_tokenizer, tokenizer, new_folder)
+    is_untied = base_config.tie_word_embeddings and reader is not None and reader.has_untied_head
     if is_untied:
-        base.tie_word_embeddings = False
-    dtype = common_dtype(reader.dtypes.values()) if reader else base.dtype
-    config = plan_config(base, options, vocabulary, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
-    expected = names.source_shapes(config, base.vocab_size, base.num_hidden_layers)
+        base_config.tie_word_embeddings = False
+    dtype = common_dtype(reader.dtypes.values()) if reader else base_config.dtype
+    config = _jai_config(base_config, options, vocabulary, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
+    expected = names.source_shapes(config, base_config.vocab_size, base_config.num_hidden_layers)
     if reader is None:
         assert isinstance(config.dtype, torch.dtype)
         reader = CheckpointReader(PlannedFiles(expected, config.dtype))
     reader.check(expected, spare=frozenset({names.LM_HEAD}))  # of a tied model, a copy of the embeddings
     return ConversionPlan(
-        base_folder=base_folder,
-        base=base,
-        reader=reader,
-        tokenizer_folder=new_folder or (base_folder if base_tokenizer else None),
+        base=Checkpoint(options.base, folder, reader),
+        base_config=base_config,
+        tokenizer_folder=new_folder or (folder if base_tokenizer else None),
+        generation=load_generation_config(folder),
         vocabulary=vocabulary,
         config=config,
         is_untied=is_untied,
-        tensors=plan_tensors(config, base, reader, options, vocabulary),
+        tensors=plan_converted_tensors(config, base_config, reader, options, vocabulary),
     )
 
 
@@ -116,36 +118,7 @@ def _open_base(options: ConvertOptions, folder: Path) -> CheckpointReader | None
     return CheckpointReader(folder)
 
 
-def load_phi3_config(folder: Path) -> Phi3Config:
-    """Read and check the configuration of a phi-3 checkpoint.
-
-    Raises:
-        UserError: if the folder holds no phi-3 language model.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} has no config.json, so it is no checkpoint. Give a Phi3ForCausalLM checkpoint.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no valid JSON ({error}). Fetch the base's own.") from None
-    architectures = raw.get("architectures") or []
-    if raw.get("model_type") != "phi3" or any(name != "Phi3ForCausalLM" for name in architectures):
-        raise UserError(
-            f"{folder} is {', '.join(architectures) or 'a model'} of type {raw.get('model_type')!r}. `jai convert` "
-            "takes a Phi3ForCausalLM (model_type 'phi3'): phi-3-mini, phi-3-medium, phi-3.5-mini, phi-4."
-        )
-    if raw.get("quantization_config"):
-        raise UserError(f"{folder} is quantised. Convert the unquantised checkpoint, and quantise the result.")
-    try:
-        return Phi3Config.from_dict(raw)
-    except (StrictDataclassError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} is not valid: {type(error).__name__}: {error.__cause__ or error}. Fetch the base's own."
-        ) from None
-
-
-def plan_config(
+def _jai_config(
     base: Phi3Config, options: ConvertOptions, vocabulary: Vocabulary, base_dtype: torch.dtype
 ) -> JaiConfig:
     """The configuration of the output.
@@ -231,12 +204,12 @@ def _check_blocks(layers: int, block_size: int, repeats: list[int]) -> None:
         )
 
 
-def plan_tensors(
+def plan_converted_tensors(
     config: JaiConfig, base: Phi3Config, reader: CheckpointReader, options: ConvertOptions, vocabulary: Vocabulary
 ) -> list[PlannedTensor]:
     """Every tensor of the output, in the order in which it is written: as the model runs, the head last."""
     dtype = config.dtype
-    assert isinstance(dtype, torch.dtype)  # transformers turns the name that `plan_config` gives into the dtype
+    assert isinstance(dtype, torch.dtype)  # transformers turns the name that `_jai_config` gives into the dtype
 
     def rows(source: names.RowsOf) -> Part:
         return reader.cast(source.name, dtype, source.start, source.stop)

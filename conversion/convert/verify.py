@@ -15,8 +15,9 @@ from transformers import Phi3ForCausalLM
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion.convert.options import ConvertOptions
-from jai.conversion.convert.plan import load_phi3_config, origins
+from jai.conversion.convert.plan import origins
 from jai.conversion.inputs.hub import resolve_checkpoint
+from jai.conversion.inputs.phi3 import load_phi3_config
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inputs.values import dtype_names, is_rounded
 from jai.errors import UserError

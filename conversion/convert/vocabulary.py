@@ -18,8 +18,8 @@ from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.output.drawn import normal
 from jai.errors import UserError
 from jai.tokenization.extend import new_token_pieces
+from jai.tokenization.loading import RECORD_FILE as TOKENIZER_RECORD_FILE
 from jai.tokenization.loading import has_tokenizer, load_backend_tokenizer
-from jai.tokenization.train import RECORD_FILE as TOKENIZER_RECORD_FILE
 
 INIT_TEXTS: dict[EmbeddingInit, str] = {
     "mean": "mean of their pieces' rows",

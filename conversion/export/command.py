@@ -15,19 +15,25 @@ from typing import Any
 from rich import filesize
 from rich.console import Console
 from rich.markup import escape
-from transformers import GenerationConfig, MixtralConfig, Phi3Config, PreTrainedConfig
+from transformers import MixtralConfig, Phi3Config, PreTrainedConfig
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
 from jai.conversion.export.options import Architecture, ExportOptions
+from jai.conversion.inputs.config import CONFIG_FILE, load_generation_config
 from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_jai, slice_names
 from jai.conversion.inputs.reader import UNTIED_NOTE
 from jai.conversion.inputs.values import common_dtype
-from jai.conversion.output.beside import copy_tokenizer
-from jai.conversion.output.checkpoint_folder import Output
+from jai.conversion.output.checkpoint_folder import (
+    PlannedCheckpoint,
+    checkpoint_folder,
+    print_note,
+    print_written,
+    write_beside,
+)
 from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
-from jai.files import refuse_existing
+from jai.files import read_json, refuse_existing
 
 # Of the configuration, what both forms take as it is.
 _SHARED = (
@@ -50,7 +56,7 @@ _SHARED = (
 )
 _OF_EXPERTS = ("num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
 _MIXTRAL_MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-_NAMED = 8
+_LISTED_ALPHAS = 8
 
 
 def export(options: ExportOptions, *, console: Console | None = None) -> PreTrainedConfig:
@@ -75,42 +81,34 @@ def export(options: ExportOptions, *, console: Console | None = None) -> PreTrai
     _refuse_skips(source)
     plan = {"mixtral": _mixtral_config, "phi3": _phi3_config}[options.to]
     config = plan(source)
-    tensors = plan_tensors(source, options.to)
     kind = type(config).__name__.removesuffix("Config")
-    size = filesize.decimal(sum(tensor.bytes for tensor in tensors))
+    generation = load_generation_config(source.folder)
+    checkpoint = PlannedCheckpoint(
+        step="export",
+        out=options.out,
+        tensors=plan_exported_tensors(source, options.to),
+        options={"to": options.to},
+        inputs=[("model", source)],
+        tokenizer=source.folder,
+        max_shard_bytes=options.max_shard_size,
+        workers=options.workers,
+    )
     console.print(
-        f"{escape(options.model)} → {escape(str(options.out))}: {len(tensors):,} tensors of a {kind}, {size}, all "
-        "copied as they are.",
+        f"{escape(options.model)} → {escape(str(options.out))}: {len(checkpoint.tensors):,} tensors of a {kind}, "
+        f"{filesize.decimal(checkpoint.bytes)}, all copied as they are.",
         soft_wrap=True,
         highlight=False,
     )
+    if source.is_untied:
+        print_note(console, UNTIED_NOTE)
     if options.dry_run:
         console.print("Dry run: nothing was written.")
         return config
 
-    if source.is_untied:
-        console.print(f"[yellow]Note:[/] {UNTIED_NOTE}", soft_wrap=True)
-    output = Output(
-        step="export",
-        out=options.out,
-        tensors=tensors,
-        options={"to": options.to},
-        identity={"model": source.reader.identity()},
-        max_shard_bytes=options.max_shard_size,
-        workers=options.workers,
-    )
-    output.write(
-        lambda folder: _write_beside(folder, config, source.folder),
-        lambda: [source.as_input("model")],
-        {},
-        verify_bytes=options.verify,
-        console=console,
-    )
-
-    out = escape(str(options.out))
-    console.print(f"[bold green]{kind} written to[/] {out}", soft_wrap=True)
-    console.print(f'Next: jai generate {out} "…"', soft_wrap=True, highlight=False)
-    console.print(f"      vllm serve {out}", soft_wrap=True, highlight=False)
+    with checkpoint_folder(checkpoint, verify_bytes=options.verify, console=console) as folder:
+        write_beside(folder, config, tokenizer=source.folder, generation=generation)
+        _add_older_rope_keys(folder / CONFIG_FILE)
+    print_written(console, kind, options.out, ["jai", "generate", options.out, "…"], ["vllm", "serve", options.out])
     return config
 
 
@@ -120,8 +118,8 @@ def _refuse_skips(source: JaiCheckpoint) -> None:
     alphas = {layer: source.reader.rows(names.skip_alpha_name(layer)).item() for layer in owners}
     live = {layer: alpha for layer, alpha in alphas.items() if alpha != 0}
     if live:
-        listed = ", ".join(f"layer {layer} {alpha:.4g}" for layer, alpha in [*live.items()][:_NAMED])
-        more = f" and {len(live) - _NAMED} more" if len(live) > _NAMED else ""
+        listed = ", ".join(f"layer {layer} {alpha:.4g}" for layer, alpha in [*live.items()][:_LISTED_ALPHAS])
+        more = f" and {len(live) - _LISTED_ALPHAS} more" if len(live) > _LISTED_ALPHAS else ""
         raise UserError(
             f"{source.name} has {len(live)} skip alphas that are not 0 ({listed}{more}), and other architectures have "
             "no skips. Serve it as a JAI, with its own code; or convert with `--skip-alpha 0` (and "
@@ -129,7 +127,7 @@ def _refuse_skips(source: JaiCheckpoint) -> None:
         )
 
 
-def plan_tensors(source: JaiCheckpoint, to: Architecture) -> list[PlannedTensor]:
+def plan_exported_tensors(source: JaiCheckpoint, to: Architecture) -> list[PlannedTensor]:
     """Every tensor of the output: ranges of the JAI's bytes."""
     return [*{"mixtral": _mixtral_tensors, "phi3": _phi3_tensors}[to](source)]
 
@@ -231,19 +229,9 @@ def _phi3_tensors(source: JaiCheckpoint) -> Iterator[PlannedTensor]:
         yield PlannedTensor(target, shape, dtype, tuple(reader.cast(name, dtype) for name in ordered))
 
 
-def _write_beside(folder: Path, config: PreTrainedConfig, source: Path) -> None:
-    config.save_pretrained(folder)
-    _add_older_rope_keys(folder / "config.json")
-    if (source / "generation_config.json").exists():
-        GenerationConfig.from_pretrained(source).save_pretrained(folder)
-    else:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-    copy_tokenizer(folder, source)
-
-
 def _add_older_rope_keys(path: Path) -> None:
     """For transformers 4, and engines that pin it: they would ignore `rope_parameters`, and take another base."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     rope = dict(content["rope_parameters"])
     rope_type = rope.pop("rope_type")
     content["rope_theta"] = rope.pop("rope_theta")

@@ -1,48 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """A JAI checkpoint as an input: its configuration and the headers of its weights, checked against each other."""
 
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
+from jai.conversion.inputs.checkpoint import Checkpoint
+from jai.conversion.inputs.config import make_config, read_config
 from jai.conversion.inputs.hub import resolve_checkpoint
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inputs.values import common_dtype
 from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, refuse_adapter
-from jai.conversion.inspect_checkpoint import SNAPSHOT_TYPE, load_jai_config
-from jai.conversion.output.beside import hashes_beside
 from jai.errors import UserError
-from jai.provenance import Input, input_of, read_step
+from jai.files import read_json
 
+SNAPSHOT_TYPE = "jai_ffn_snapshot"  # the `model_type` of a snapshot: nothing loads one as a model
 _TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
-class JaiCheckpoint:
+class JaiCheckpoint(Checkpoint):
     """A JAI checkpoint, or a snapshot that has only its FFN weights, as `jai snapshot` writes it.
 
     Attributes:
-        name: folder or Hub id, as given.
-        folder: where its files lie.
         config: its configuration; of a snapshot, that of the model it was taken from.
-        reader: its weights.
         is_snapshot: whether it has only the FFN weights.
         is_untied: whether it has a head of its own, though its config.json (not `config`) ties it to the embeddings.
         global_step: the training step that it was saved at, None where it does not say.
     """
 
-    name: str
-    folder: Path
     config: JaiConfig
-    reader: CheckpointReader
     is_snapshot: bool
     is_untied: bool
     global_step: int | None
@@ -58,14 +51,6 @@ class JaiCheckpoint:
         """The narrowest that holds all of its values: a checkpoint has one, but for what others wrote."""
         return common_dtype(self.reader.dtypes.values())
 
-    def as_input(self, role: str) -> Input:
-        """What provenance records of it."""
-        return input_of(role, self.name, files=self._hashes, made_by=read_step(self.folder))
-
-    @cached_property
-    def _hashes(self) -> dict[str, str]:
-        return hashes_beside(self.folder) | self.reader.hashes()
-
 
 def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
     """Open a folder or a Hub id.
@@ -80,31 +65,44 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
     """
     folder = resolve_checkpoint(name, weights=not planned_only)
     refuse_adapter(name, folder)
-    content = _snapshot_config(folder)
-    is_snapshot = content is not None
-    if content is not None:
+    content = read_config(folder, "Give a JAI checkpoint.")
+    is_snapshot = content.get("model_type") == SNAPSHOT_TYPE
+    if is_snapshot:
         step = content.pop("global_step", None)
-        try:
-            config = JaiConfig.from_dict(content | {"model_type": JaiConfig.model_type})
-        except StrictDataclassError as error:
-            raise UserError(f"The config.json in {folder} is not valid: {error.__cause__ or error}") from None
+        config = make_config(JaiConfig, content | {"model_type": JaiConfig.model_type}, folder)
     else:
         config, step = load_jai_config(folder), _trainer_step(folder)
     if planned_only and not has_weights(folder):
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         reader = CheckpointReader(PlannedFiles(_shapes(config, is_snapshot=is_snapshot), dtype))
-        return JaiCheckpoint(name, folder, config, reader, is_snapshot, False, step)
+        return JaiCheckpoint(name, folder, reader, config, is_snapshot, False, step)
     reader = CheckpointReader(folder)
     is_untied = config.tie_word_embeddings and reader.has_untied_head
     if is_untied:
         config.tie_word_embeddings = False
     # Tied models are saved without the head, or with a copy of the embeddings.
     reader.check(_shapes(config, is_snapshot=is_snapshot), spare=frozenset({names.LM_HEAD}))
-    return JaiCheckpoint(name, folder, config, reader, is_snapshot, is_untied, step)
+    return JaiCheckpoint(name, folder, reader, config, is_snapshot, is_untied, step)
 
 
 def _shapes(config: JaiConfig, *, is_snapshot: bool) -> dict[str, tuple[int, ...]]:
     return feed_forward_shapes(config) if is_snapshot else jai_shapes(config)
+
+
+def load_jai_config(folder: Path) -> JaiConfig:
+    """Read the configuration of a JAI checkpoint.
+
+    Raises:
+        UserError: if the folder holds no JAI.
+    """
+    content = read_config(folder, "Give a JAI checkpoint.")
+    if content.get("model_type") == SNAPSHOT_TYPE:
+        raise UserError(f"{folder} is a snapshot, which has only FFN weights. Give it to jai upcycle.")
+    if content.get("model_type") != JaiConfig.model_type:
+        raise UserError(
+            f"{folder} is a model of type {content.get('model_type')!r}, not 'jai'. Convert it first: jai convert."
+        )
+    return make_config(JaiConfig, content, folder)
 
 
 def jai_shapes(config: JaiConfig) -> dict[str, tuple[int, ...]]:
@@ -147,21 +145,12 @@ def snapshot_config(config: JaiConfig, global_step: int | None) -> dict[str, Any
     return values
 
 
-def _snapshot_config(folder: Path) -> dict[str, Any] | None:
-    """The config.json of a snapshot, None where a folder is none."""
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # `load_jai_config` says what is wrong
-    return content if isinstance(content, dict) and content.get("model_type") == SNAPSHOT_TYPE else None
-
-
 def _trainer_step(folder: Path) -> int | None:
     path = folder / _TRAINER_STATE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no state of a Trainer. Fetch the checkpoint again, or remove this file.") from None
+    remedy = "Fetch the checkpoint again, or remove this file."
+    step = read_json(path, remedy).get("global_step")
+    if type(step) is not int:
+        raise UserError(f"{path} is no state of a Trainer. {remedy}")
+    return step

@@ -8,7 +8,6 @@ that another process cuts short would kill the reader, where a read that comes u
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from jai.conversion.inputs.parts import Computed, Copied, Part
 from jai.conversion.inputs.weight_files import LocalFiles, WeightFiles, weight_map
 from jai.conversion.names import EMBEDDINGS, LM_HEAD
 from jai.errors import UserError
+from jai.files import hash_each
 
 UNTIED_NOTE = (
     "config.json ties the head to the embeddings, but the weights have a head of its own. The output keeps it, with "
@@ -79,13 +79,12 @@ class CheckpointReader:
         return {shard: [*rest, self.headers[shard]] for shard, rest in self.shards.identity().items()}
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the files by name, several at a time: hashing takes longer than reading.
+        """SHA-256 of the files by name.
 
         Raises:
             UserError: if a weight is NaN or infinite (`WeightFiles.sha256`).
         """
-        with ThreadPoolExecutor() as pool:
-            return dict(zip(self.shards.names, pool.map(self.shards.sha256, self.shards.names)))
+        return hash_each(self.shards.names, self.shards.sha256)
 
     def check(self, expected: dict[str, tuple[int, ...]], *, spare: frozenset[str]) -> None:
         """Refuse weights that are not exactly the expected ones.

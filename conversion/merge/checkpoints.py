@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of a merge: opened, and refused where they are not states of one model."""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
+from jai.conversion.inputs.checkpoint import Checkpoint
+from jai.conversion.inputs.config import CONFIG_FILE, make_config, read_config
 from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inputs.weight_files import has_weights, refuse_adapter
-from jai.conversion.output.beside import hashes_beside
 from jai.errors import UserError
-from jai.provenance import Input, input_of, read_step
+from jai.files import read_json
+from jai.tokenization.loading import TOKENIZER_JSON
 
 # What two states of one model may have of their own: where they lie, how they are stored, how they were trained, how
 # they generate. None of it decides what a weight means.
@@ -37,35 +38,24 @@ _HARMLESS = {
     "transformers_version",
     "use_cache",
 }
-_NAMED = 3
+_LISTED_DIFFERENCES = 3
 
 
 @dataclass(frozen=True)
-class MergeInput:
+class MergeInput(Checkpoint):
     """A checkpoint that is merged.
 
     Attributes:
-        name: folder or Hub id, as given.
-        folder: where its files lie.
         config: its configuration as transformers reads it, defaults filled in.
         tokenizer: content of its `tokenizer.json`, None where it has none.
-        reader: its weights.
     """
 
-    name: str
-    folder: Path
     config: dict[str, Any]
     tokenizer: dict[str, Any] | None
-    reader: CheckpointReader
 
     @property
     def model_type(self) -> str:
         return self.config["model_type"]
-
-    def as_input(self, role: str) -> Input:
-        """What provenance records of it."""
-        files = hashes_beside(self.folder) | self.reader.hashes()
-        return input_of(role, self.name, files=files, made_by=read_step(self.folder))
 
 
 def open_input(name: str, downloads: Path, *, planned_only: bool) -> MergeInput:
@@ -81,12 +71,12 @@ def open_input(name: str, downloads: Path, *, planned_only: bool) -> MergeInput:
     """
     folder = resolve_checkpoint(name, weights=not planned_only)
     refuse_adapter(name, folder)
-    config = _load_config(name, folder)
+    config = _load_config(folder)
     if planned_only and not Path(name).is_dir() and not has_weights(folder):
         reader = CheckpointReader(HubFiles(name, folder, downloads))
     else:
         reader = CheckpointReader(folder)
-    return MergeInput(name, folder, config, _load_tokenizer(folder), reader)
+    return MergeInput(name, folder, reader, config, _load_tokenizer(folder))
 
 
 def check_alike(first: MergeInput, other: MergeInput) -> None:
@@ -110,10 +100,11 @@ def check_alike(first: MergeInput, other: MergeInput) -> None:
 
 def _refuse(first: MergeInput, other: MergeInput, what: str, differing: list[str]) -> None:
     if differing:
-        more = f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+        listed = "; ".join(differing[:_LISTED_DIFFERENCES])
+        more = f"; and {len(differing) - _LISTED_DIFFERENCES} more" if len(differing) > _LISTED_DIFFERENCES else ""
         raise UserError(
-            f"{first.name} and {other.name} differ in their {what}: {'; '.join(differing[:_NAMED])}{more}. Only models "
-            "of one architecture, plan and tokenizer can be merged, such as two trained from the same checkpoint."
+            f"{first.name} and {other.name} differ in their {what}: {listed}{more}. Only models of one architecture, "
+            "plan and tokenizer can be merged, such as two trained from the same checkpoint."
         )
 
 
@@ -146,27 +137,17 @@ def _part_difference(key: str, first: Any, other: Any) -> str:
     return "other merges" if vocabularies[0] == vocabularies[1] else "vocabularies of one size with other entries"
 
 
-def _load_config(name: str, folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{name} has no config.json, so it is no checkpoint. Give a folder that save_pretrained wrote.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        model_type = raw["model_type"]
-        # Files of several years leave out what was a default then: transformers fills it in, where it knows the type.
-        return CONFIG_MAPPING[model_type].from_dict(raw).to_dict() if model_type in CONFIG_MAPPING else raw
-    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no valid configuration: {type(error).__name__}: {error.__cause__ or error}. Fetch or save it "
-            "again."
-        ) from None
+def _load_config(folder: Path) -> dict[str, Any]:
+    content = read_config(folder, "Give a folder that save_pretrained wrote.")
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(f"{folder / CONFIG_FILE} is not valid: it names no model_type. Fetch or save it again.")
+    if model_type not in CONFIG_MAPPING:
+        return content
+    # Files of several years leave out what was a default then: transformers fills it in, where it knows the type.
+    return make_config(CONFIG_MAPPING[model_type], content, folder).to_dict()
 
 
 def _load_tokenizer(folder: Path) -> dict[str, Any] | None:
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is no valid JSON ({error}). Fetch it again.") from None
+    path = folder / TOKENIZER_JSON
+    return read_json(path) if os.path.lexists(path) else None

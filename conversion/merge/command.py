@@ -17,27 +17,33 @@ from rich.markup import escape
 from rich.table import Table
 
 from jai.configuration_jai import JaiConfig
+from jai.conversion.inputs.config import CONFIG_FILE, GENERATION_CONFIG_FILE, load_generation_config, read_config
+from jai.conversion.inputs.jai import load_jai_config
 from jai.conversion.inputs.parts import Copied
 from jai.conversion.inputs.values import dtype_names, is_rounded
-from jai.conversion.inspect_checkpoint import load_jai_config
 from jai.conversion.merge.checkpoints import MergeInput, check_alike, open_input
 from jai.conversion.merge.curves import Curve
 from jai.conversion.merge.options import MergeOptions
-from jai.conversion.merge.plan import count_layers, plan_tensors
-from jai.conversion.output.beside import copy_tokenizer, hashes_beside, write_beside
-from jai.conversion.output.checkpoint_folder import Output
+from jai.conversion.merge.plan import count_layers, plan_merged_tensors
+from jai.conversion.output.checkpoint_folder import (
+    PlannedCheckpoint,
+    checkpoint_folder,
+    copy_code,
+    copy_tokenizer,
+    print_note,
+    print_written,
+    write_beside,
+)
 from jai.conversion.output.shards import plan_shards
-from jai.conversion.output.tensors import PlannedTensor
-from jai.files import refuse_existing, work_folder
+from jai.files import check_is_file, refuse_existing, work_folder
 
 
 @dataclass(frozen=True)
-class _Merge:
-    """A planned merge: its inputs, the base (where there is one) apart, and every tensor of the output."""
+class _MergeInputs:
+    """The inputs of a merge, the base (where there is one) apart, and how many layers they have."""
 
     models: list[MergeInput]
     base: MergeInput | None
-    tensors: list[PlannedTensor]
     layers: int
 
     @property
@@ -45,7 +51,7 @@ class _Merge:
         return self.models[0]
 
     @property
-    def inputs(self) -> list[tuple[str, MergeInput]]:
+    def by_role(self) -> list[tuple[str, MergeInput]]:
         return [*([("base", self.base)] if self.base else []), *(("model", model) for model in self.models)]
 
     @property
@@ -73,98 +79,90 @@ def merge(options: MergeOptions, *, console: Console | None = None) -> None:
     for other in [*models[1:], *([base] if base else [])]:
         check_alike(models[0], other)
     readers = [*([base.reader] if base else []), *(model.reader for model in models)]
-    plan = _Merge(models, base, plan_tensors(options, readers), count_layers(readers[0]))
-    _print_plan(console, options, plan)
-    if options.dry_run:
-        console.print(
-            f"Dry run: nothing was written of {len(plan_shards(plan.tensors, options.max_shard_size))} shards."
-        )
-        return
-
-    output = Output(
+    inputs = _MergeInputs(models, base, count_layers(readers[0]))
+    generation = load_generation_config(inputs.first.folder)
+    checkpoint = PlannedCheckpoint(
         step="merge",
         out=options.out,
-        tensors=plan.tensors,
+        tensors=plan_merged_tensors(options, readers),
         options=options.recorded(),
-        identity={
-            f"{role} {number}": {"weights": source.reader.identity(), "beside": hashes_beside(source.folder)}
-            for number, (role, source) in enumerate(plan.inputs)
-        },
+        inputs=[*inputs.by_role],
+        tokenizer=inputs.tokenizer_folder,
+        result={"layers": inputs.layers},
         max_shard_bytes=options.max_shard_size,
         workers=options.workers,
     )
-    output.write(
-        lambda folder: _write_beside(folder, options, plan),
-        lambda: [source.as_input(role) for role, source in plan.inputs],
-        {"layers": plan.layers},
-        verify_bytes=options.verify,
-        console=console,
-    )
-
-    console.print(f"[bold green]Merged model written to[/] {escape(str(options.out))}", soft_wrap=True)
-    next_command = {JaiConfig.model_type: f"jai inspect {options.out}", "phi3": f"jai convert {options.out} JAI"}
-    if plan.first.model_type in next_command:
-        console.print(f"Next: {next_command[plan.first.model_type]}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _write_beside(folder: Path, options: MergeOptions, plan: _Merge) -> None:
-    """Configuration, code and tokenizer: a JAI's are written anew, another model's are copied."""
-    first = plan.first.folder
-    if plan.first.model_type == JaiConfig.model_type:
-        config = load_jai_config(first)
-        if options.dtype:
-            config.dtype = getattr(torch, options.dtype)
-        write_beside(folder, config, tokenizer=plan.tokenizer_folder, generation=first)
+    _print_plan(console, options, inputs, checkpoint)
+    if options.dry_run:
+        shards = plan_shards(checkpoint.tensors, options.max_shard_size)
+        console.print(f"Dry run: nothing was written of {len(shards)} shards.")
         return
-    for path in (*sorted(first.glob("*.py")), first / "generation_config.json"):
+
+    with checkpoint_folder(checkpoint, verify_bytes=options.verify, console=console) as folder:
+        if inputs.first.model_type == JaiConfig.model_type:
+            config = load_jai_config(inputs.first.folder)
+            if options.dtype:
+                config.dtype = getattr(torch, options.dtype)
+            write_beside(folder, config, tokenizer=inputs.tokenizer_folder, generation=generation)
+            copy_code(folder)
+        else:
+            _copy_beside(folder, options, inputs)
+    next_commands: dict[str, list[str | Path]] = {
+        JaiConfig.model_type: ["jai", "inspect", options.out],
+        "phi3": ["jai", "convert", options.out, "JAI"],
+    }
+    following = next_commands.get(inputs.first.model_type)
+    print_written(console, "Merged model", options.out, *([following] if following else []))
+
+
+def _copy_beside(folder: Path, options: MergeOptions, inputs: _MergeInputs) -> None:
+    """What lies beside the weights of a model that is no JAI, as the first has it."""
+    first = inputs.first.folder
+    for path in (*sorted(first.glob("*.py")), first / GENERATION_CONFIG_FILE):
         if path.exists():
+            check_is_file(path)
             shutil.copyfile(path, folder / path.name)
-    config = json.loads((first / "config.json").read_text(encoding="utf-8"))
+    config = read_config(first, "Give a folder that save_pretrained wrote.")
     if options.dtype:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = options.dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    copy_tokenizer(folder, plan.tokenizer_folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    copy_tokenizer(folder, inputs.tokenizer_folder)
 
 
-def _print_plan(console: Console, options: MergeOptions, plan: _Merge) -> None:
-    copied = sum(isinstance(part, Copied) for tensor in plan.tensors for part in tensor.parts)
-    size = filesize.decimal(sum(tensor.bytes for tensor in plan.tensors))
-    dtypes = dtype_names(tensor.dtype for tensor in plan.tensors)
+def _print_plan(console: Console, options: MergeOptions, inputs: _MergeInputs, checkpoint: PlannedCheckpoint) -> None:
+    copied = sum(isinstance(part, Copied) for tensor in checkpoint.tensors for part in tensor.parts)
+    size = filesize.decimal(checkpoint.bytes)
+    dtypes = dtype_names(tensor.dtype for tensor in checkpoint.tensors)
     table = Table(title=f"{options.method} → {escape(str(options.out))}", title_justify="left")
     for column in ("", "from", "t" if options.method == "slerp" else "weight"):
         table.add_column(column)
-    if plan.base:
-        table.add_row("base", escape(plan.base.name), "")
-    for number, model in enumerate(plan.models):
+    if inputs.base:
+        table.add_row("base", escape(inputs.base.name), "")
+    for number, model in enumerate(inputs.models):
         curve = options.curves[0 if options.method == "slerp" else number]
-        weight = "" if options.method == "slerp" and number == 0 else _curve_text(curve, plan.layers)
+        weight = "" if options.method == "slerp" and number == 0 else _curve_text(curve, inputs.layers)
         table.add_row(f"model {number + 1}", escape(model.name), weight)
-    parameters = sum(tensor.numel for tensor in plan.tensors)
-    table.add_row("weights", f"{parameters:,} parameters, {size} in {' and '.join(dtypes)}", "")
-    table.add_row("tensors", f"{len(plan.tensors) - copied:,} computed, {copied:,} copied", "")
+    table.add_row("weights", f"{checkpoint.parameters:,} parameters, {size} in {' and '.join(dtypes)}", "")
+    table.add_row("tensors", f"{len(checkpoint.tensors) - copied:,} computed, {copied:,} copied", "")
     console.print(table)
     if options.dtype is None:
-        _note_rounding(console, plan)
-    without = [source.name for _, source in plan.inputs if source.tokenizer is None]
+        _note_rounding(console, inputs, checkpoint)
+    without = [source.name for _, source in inputs.by_role if source.tokenizer is None]
     if without:
-        _note(console, f"no tokenizer.json to compare in {', '.join(without)}.")
+        print_note(console, f"no tokenizer.json to compare in {', '.join(without)}.")
 
 
-def _note_rounding(console: Console, plan: _Merge) -> None:
-    for _, source in plan.inputs:
+def _note_rounding(console: Console, inputs: _MergeInputs, checkpoint: PlannedCheckpoint) -> None:
+    for _, source in inputs.by_role:
         found = source.reader.dtypes
-        rounded = [tensor for tensor in plan.tensors if is_rounded(found[tensor.name], tensor.dtype)]
+        rounded = [tensor for tensor in checkpoint.tensors if is_rounded(found[tensor.name], tensor.dtype)]
         if rounded:
             wide, narrow = (found[tensor.name] for tensor in rounded), (tensor.dtype for tensor in rounded)
-            _note(
+            print_note(
                 console,
                 f"{len(rounded):,} tensors of {source.name} are {' and '.join(dtype_names(wide))}, and the output has "
                 f"the first model's {' and '.join(dtype_names(narrow))}. --dtype float32 rounds nothing.",
             )
-
-
-def _note(console: Console, text: str) -> None:
-    console.print(f"[yellow]Note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _curve_text(curve: Curve, layers: int) -> str:

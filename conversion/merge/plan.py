@@ -26,7 +26,7 @@ CHUNK = 1 << 19
 _SMALLEST_SUM = 1e-6
 
 
-def plan_tensors(options: MergeOptions, readers: list[CheckpointReader]) -> list[PlannedTensor]:
+def plan_merged_tensors(options: MergeOptions, readers: list[CheckpointReader]) -> list[PlannedTensor]:
     """Every tensor of the output, in the order of the first model.
 
     Args:

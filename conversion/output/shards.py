@@ -81,7 +81,7 @@ def plan_shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[Outp
     return [OutputShard(name, tuple(group)) for name, group in zip(names, groups)]
 
 
-def write_checkpoint(
+def write_shards(
     job: UnfinishedFolder,
     tensors: list[PlannedTensor],
     max_shard_bytes: int,
@@ -91,7 +91,7 @@ def write_checkpoint(
 ) -> None:
     """Write `tensors` into the folder of `job` as safetensors shards with an index, in the form of transformers.
 
-    WeightFiles that the job has finished already are left as they are.
+    Shards that the job has finished already are left as they are.
 
     Args:
         job: where to write, from `resumable_folder`.
@@ -106,7 +106,7 @@ def write_checkpoint(
     """
     console = console or Console()
     shards = plan_shards(tensors, max_shard_bytes)
-    todo = [shard for shard in shards if job.finished.get(shard.name) != shard.size]
+    todo = [shard for shard in shards if not job.has(shard.name, shard.size)]
     total, left = sum(shard.size for shard in shards), sum(shard.size for shard in todo)
     if (free := shutil.disk_usage(job.folder).free) < left:
         raise UserError(
@@ -115,7 +115,7 @@ def write_checkpoint(
         )
     if left < total:
         console.print(f"Going on: {len(shards) - len(todo)} of {len(shards)} shards are finished.", highlight=False)
-    sources = _Sources(todo)
+    sources = _InputFiles(todo)
     errors: list[BaseException] = []
     with _progress(console) as progress, _one_thread(), ThreadPoolExecutor(max(workers, 1)) as pool:
         task = progress.add_task("writing", total=total, completed=total - left)
@@ -154,7 +154,7 @@ def write_checkpoint(
         (job.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def compare_checkpoint(folder: Path, tensors: list[PlannedTensor], max_shard_bytes: int, *, console: Console) -> int:
+def compare_shards(folder: Path, tensors: list[PlannedTensor], max_shard_bytes: int, *, console: Console) -> int:
     """Read every byte of a written checkpoint again and compare it with its source, or with what is computed for it.
 
     Returns:
@@ -164,7 +164,7 @@ def compare_checkpoint(folder: Path, tensors: list[PlannedTensor], max_shard_byt
         UserError: naming the first tensor that differs.
     """
     shards = plan_shards(tensors, max_shard_bytes)
-    total, sources = sum(tensor.bytes for tensor in tensors), _Sources(shards)
+    total, sources = sum(tensor.bytes for tensor in tensors), _InputFiles(shards)
     with _progress(console) as progress, _one_thread():
         task = progress.add_task("verifying", total=total)
         for shard in shards:
@@ -186,8 +186,8 @@ def compare_checkpoint(folder: Path, tensors: list[PlannedTensor], max_shard_byt
     return total
 
 
-class _Sources:
-    """The source files of some shards, each released when the last shard that reads it is done."""
+class _InputFiles:
+    """The files that some shards are made from, each released when the last shard that reads it is done."""
 
     def __init__(self, shards: list[OutputShard]):
         self._readers = Counter(source for shard in shards for source in shard.reads)

@@ -7,12 +7,13 @@ from rich import filesize
 from rich.console import Console
 from rich.markup import escape
 
+from jai.conversion.inputs.config import CONFIG_FILE
 from jai.conversion.inputs.jai import feed_forward_shapes, open_jai, snapshot_config
-from jai.conversion.output.checkpoint_folder import Output
+from jai.conversion.output.checkpoint_folder import PlannedCheckpoint, checkpoint_folder
 from jai.conversion.output.tensors import PlannedTensor
 from jai.conversion.upcycle.options import SnapshotOptions
 from jai.errors import UserError
-from jai.files import refuse_existing
+from jai.files import print_next, refuse_existing
 
 
 def snapshot(options: SnapshotOptions, *, console: Console | None = None) -> None:
@@ -40,28 +41,23 @@ def snapshot(options: SnapshotOptions, *, console: Console | None = None) -> Non
         PlannedTensor(name, shape, source.reader.dtypes[name], (source.reader.copied(name),))
         for name, shape in feed_forward_shapes(source.config).items()
     ]
-    output = Output(
+    planned = PlannedCheckpoint(
         step="snapshot",
         out=options.out,
         tensors=tensors,
         options={},
-        identity={"model": source.reader.identity()},
+        inputs=[("model", source)],
+        result={"global_step": source.global_step},
         max_shard_bytes=options.max_shard_size,
         workers=options.workers,
     )
     content = snapshot_config(source.config, source.global_step)
-    output.write(
-        lambda folder: (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"),
-        lambda: [source.as_input("model")],
-        {"global_step": source.global_step},
-        console=console,
-    )
+    with checkpoint_folder(planned, console=console) as folder:
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     console.print(
         f"[bold green]Snapshot written to[/] {escape(str(options.out))}: the FFN weights of {escape(source.title)}, "
-        f"{filesize.decimal(output.bytes)}",
+        f"{filesize.decimal(planned.bytes)}",
         soft_wrap=True,
         highlight=False,
     )
-    console.print(
-        f"Next: jai upcycle DENSE OUT --snapshots {escape(str(options.out))} …", soft_wrap=True, highlight=False
-    )
+    print_next(console, ["jai", "upcycle", "DENSE", "OUT", "--snapshots", options.out])
