@@ -191,24 +191,25 @@ def _in_range(option: Option, number: float) -> bool:
     )
 
 
+# What a value is, and an example of it.
 _KIND_TEXTS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-    Size: "a size, such as 500MB, 2GiB or a number of bytes",
+    bool: ("true or false", ""),
+    int: ("a whole number", ""),
+    float: ("a number", ""),
+    str: ("text", ""),
+    Path: ("a path", ""),
+    Size: ("a size", "such as 500MB, 2GiB or a number of bytes"),
 }
-
 _LIST_TEXTS = {
-    Any: "numbers with commas between, such as 0.7,0.3",
-    int: "whole numbers with commas between, such as 1,2,1 or 0-3,2-5",
-    float: "numbers with commas between, such as 0.7,0.3",
+    int: ("a list of whole numbers", "such as [1, 2, 1]"),
+    float: ("a list of numbers", "such as [0.7, 0.3]"),
+    str: ("a list of names", ""),
+    Any: ("a list", ""),
 }
-_YAML_LIST_TEXTS = {
-    int: "a list of whole numbers, such as [1, 2, 1]",
-    float: "a list of numbers, such as [0.7, 0.3]",
-    str: "a list of names",
+_COMMAND_LINE_LIST_TEXTS = {
+    int: ("whole numbers with commas between", "such as 1,2,1 or 0-3,2-5"),
+    float: ("numbers with commas between", "such as 0.7,0.3"),
+    Any: ("numbers with commas between", "such as 0.7,0.3"),
 }
 
 
@@ -216,18 +217,18 @@ def expected_text(option: Option, *, on_command_line: bool = False) -> str:
     """What values an option takes, for people."""
     if option.choices:
         return f"one of {', '.join(option.choices)}"
-    kind = option.kind if option.element is None else option.element
-    text = _KIND_TEXTS.get(kind, "a value")
-    if option.element is not None:
-        texts = _LIST_TEXTS if on_command_line else _YAML_LIST_TEXTS
-        text = texts.get(kind, "a list of values")
+    if option.element is None:
+        text, example = _KIND_TEXTS.get(option.kind, ("a number", ""))
+    else:
+        texts = _COMMAND_LINE_LIST_TEXTS if on_command_line else _LIST_TEXTS
+        text, example = texts[option.element]
     info = option.info
     bounds = [
-        f"{words} {bound:g}"
+        f" {words} {bound:g}"
         for words, bound in (("from", info.at_least), ("above", info.above), ("up to", info.at_most))
         if bound is not None
     ]
-    return " ".join([text, *bounds])
+    return "".join([text, *bounds, f", {example}" if example else ""])
 
 
 def default_text(option: Option) -> str:

@@ -2,7 +2,7 @@
 """The program `jai`: its verbs, its version, and how errors end."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -11,6 +11,16 @@ from jai.errors import UserError
 from jai.version import __version__
 
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
+# Packages that `pip install jai-llm` does not bring, and the extra that does.
+EXTRA_OF = {
+    "datasets": "train",
+    "fontTools": "tokenizer",
+    "matplotlib": "tokenizer",
+    "peft": "train",
+    "pythainlp": "tokenizer",
+    "trl": "train",
+}
+_EXTRA_OF_VERB = {"demo": "demo", "tokenizer": "tokenizer"}
 
 app = typer.Typer(
     name="jai",
@@ -24,6 +34,11 @@ app = typer.Typer(
 app.add_typer(tokenizer.app, name="tokenizer")
 for group in (conversion, training, use, hub):
     app.add_typer(group.app)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"{typer.style('Error:', fg='red', bold=True)} {message}", err=True)
+    sys.exit(1)
 
 
 def _version(show: bool) -> None:
@@ -46,8 +61,13 @@ def main() -> None:
     try:
         app(prog_name="jai")
     except UserError as error:
-        typer.echo(f"{typer.style('Error:', fg='red', bold=True)} {error}", err=True)
-        sys.exit(1)
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in EXTRA_OF:
+            raise
+        extra = _EXTRA_OF_VERB.get(sys.argv[1], EXTRA_OF[package])
+        _fail(f"This needs the package {package}, which is not installed. Install it: pip install 'jai-llm[{extra}]'")
     except SystemExit as exit_:
         if exit_.code == INTERRUPTED:
             typer.echo("Interrupted.", err=True)

@@ -3,7 +3,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
@@ -19,25 +19,54 @@ PASS_THROUGH: dict[str, Any] = {
 }
 
 
-def verb(app: typer.Typer, options: type, *, name: str | None = None, config: str | None = None) -> Callable:
+@dataclass
+class Verb:
+    """A command, for the reference page and for tests of every option.
+
+    Attributes:
+        name: as it is typed after `jai`.
+        options: the dataclass of its options.
+        help: what it does.
+        config: example of a file for `--config`; None where it takes none.
+        run: the function that takes the options.
+    """
+
+    name: str
+    options: type
+    help: str
+    config: str | None
+    run: Callable[[Any], None]
+
+
+VERBS: list[Verb] = []
+
+
+def verb(
+    app: typer.Typer, options: type, *, name: str | None = None, group: tuple[str, ...] = (), config: str | None = None
+) -> Callable:
     """Register a function of one options object as a command: `@verb(app, ConvertOptions)`.
 
     Args:
         app: the application or group.
         options: the dataclass; each of its options is one of the command's.
         name: of the command; None is the function's.
+        group: the words between `jai` and the command.
         config: example of a file for `--config`, which takes the options from a YAML file; None has no such option.
     """
 
     def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
+        command_name = name or run.__name__.replace("_", "-")
+        registered = Verb(" ".join([*group, command_name]), options, run.__doc__ or "", config, run)
+        VERBS.append(registered)
+
         def command(**given: Any) -> None:
-            run(_read(options, given))
+            registered.run(_read(options, given))
 
         parameters = _parameters(options, config)
         command.__doc__ = run.__doc__
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {each.name: each.annotation for each in parameters}
-        app.command(name or run.__name__.replace("_", "-"))(command)
+        app.command(command_name)(command)
         return run
 
     return register

@@ -80,7 +80,7 @@ def test_imports_make_no_circle():
 
 
 def test_a_public_name_means_one_thing():
-    """But for the command line, whose functions are named after the verbs they call, and what a process begins with."""
+    """But for the command line, whose functions are named after the verbs that they call, and `main`."""
     owners = defaultdict(list)
     for name, path in MODULES.items():
         if not name.startswith("cli"):

@@ -512,7 +512,7 @@ def test_bad_bases_are_refused(tmp_path, tiny_phi3, damage, message):
         ({"expert_init": "copies"}, "expected one of copy, noise, random"),
         ({"dtype": "int8"}, "expected one of float32, bfloat16, float16"),
         ({"block_repeats": "1,x"}, "expected a list of whole numbers"),
-        ({"block_repeats": [1, 0, 1]}, "expected a list of whole numbers, such as .* from 1"),
+        ({"block_repeats": [1, 0, 1]}, "expected a list of whole numbers from 1"),
         ({"experts": 0}, "experts is 0; expected a whole number from 1"),
         ({"skip_alpha": -1.0, "skip_alpha_normalize": True}, "divides by zero"),
     ],

@@ -7,16 +7,19 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import jai
+from jai.cli.app import EXTRA_OF
 
 ROOT = Path(jai.__file__).parent
 SHIPPED = ("configuration_jai.py", "modeling_jai.py")
 OPTIONAL = ("triton", "liger_kernel", "bitsandbytes")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = (*OPTIONAL, "trl", "peft", "datasets", "matplotlib", "typer", "pythainlp", "torch._inductor")
 
 
@@ -118,6 +121,123 @@ def test_python_m_jai_works_at_the_root(site):
 
 
 # --- `import jai` ---
+
+
+LIGHT = """
+import sys
+from jai.cli import main
+try:
+    main()
+except SystemExit as exit_:
+    code = exit_.code or 0
+print([code, sorted({"torch", "transformers", "numpy", "yaml", "huggingface_hub", "trl"} & sys.modules.keys())])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        *[
+            ([*verb.split(), "--help"], 0)
+            for verb in ("convert", "merge", "tokenizer train", "generate", "publish", "demo")
+        ],
+        (["convert", "base"], 2),  # no OUT
+        (["convert", "base", "out", "--expert-noise", "1"], 1),
+        (["upcycle", "dense", "out"], 1),
+        (["merge", "out", "--models", "a"], 1),
+        (["snapshot", "dense", "out", "--max-shard-size", "big"], 1),
+    ],
+    ids=str,
+)
+def test_help_and_errors_that_need_no_model_import_nothing_heavy(tmp_path, arguments, code):
+    words = ["-c", f"import sys; sys.argv = ['jai', *{arguments!r}]\n{LIGHT}"]
+    assert run(*words, cwd=tmp_path).splitlines()[-1] == f"[{code}, []]"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import jai, transformers",
+        "import transformers, jai",
+        "from transformers import AutoModelForCausalLM; import jai",
+        "from transformers import AutoConfig; import jai",
+        "import jai; from transformers import AutoConfig",
+    ],
+)
+def test_jai_is_registered_whichever_is_imported_first(tmp_path, imports):
+    code = f"""
+{imports}
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+config = AutoConfig.for_model("jai", vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=2,
+    num_key_value_heads=1, block_size=1, block_repeats=[1, 2], pad_token_id=0, eos_token_id=1)
+models = [auto.from_config(config) for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification)]
+print(*(type(model).__module__ + "." + type(model).__name__ for model in models))
+"""
+    expected = ["jai.modeling_jai.JaiForCausalLM", "jai.modeling_jai.JaiForSequenceClassification"]
+    assert run("-c", code, cwd=tmp_path).split() == expected
+
+
+def test_import_jai_costs_nothing_and_does_not_import_transformers(tmp_path):
+    code = "import sys, jai; print(sorted({'torch', 'transformers', 'typer', 'rich'} & sys.modules.keys()))"
+    assert run("-c", code, cwd=tmp_path).strip() == "[]"
+
+
+# --- Extras ---
+
+
+def test_every_package_is_required_or_comes_with_an_extra():
+    """A package that an extra brings is one that `jai` names the extra of."""
+    required = {name.partition(">")[0] for name in PROJECT["dependencies"]}
+    extras = {
+        extra: {name.partition(">")[0] for name in names} for extra, names in PROJECT["optional-dependencies"].items()
+    }
+    for module, extra in EXTRA_OF.items():
+        assert module.lower() in extras[extra]
+        assert module.lower() not in required
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["sft", "--help"], "pip install 'jai-llm[train]'"),
+        (["dpo", "--help"], "pip install 'jai-llm[train]'"),
+        (["tokenizer", "report", "nothing", "--text", "nothing"], "pip install 'jai-llm[tokenizer]'"),
+        (["demo", "out", "--quick"], "pip install 'jai-llm[demo]'"),
+    ],
+    ids=str,
+)
+def test_a_verb_that_needs_an_extra_says_which(tmp_path, arguments, advice):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({sorted(EXTRA_OF)!r}))  # each import of them raises ModuleNotFoundError
+sys.argv = ["jai", *{arguments!r}]
+sys.stderr = sys.stdout
+from jai.cli import main
+try:
+    main()
+except SystemExit as exit_:
+    print(exit_.code)
+"""
+    *_, message, exit_code = run("-c", code, cwd=tmp_path).splitlines()
+    assert exit_code == "1"
+    assert message.startswith("Error: ")
+    assert advice in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_converting_needs_no_extra(tmp_path, tiny_phi3):
+    tiny_phi3(tmp_path / "base")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({sorted(EXTRA_OF)!r}))
+sys.argv = ["jai", "convert", "base", "jai", "--block-size", "2", "--block-repeats", "1,2,1", "--verify"]
+from jai.cli import main
+main()
+"""
+    run("-c", code, cwd=tmp_path)
+    assert (tmp_path / "jai" / "model.safetensors").exists()
 
 
 def test_import_jai_imports_nothing_heavy(tmp_path):
