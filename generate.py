@@ -1,114 +1,223 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jai generate`: text from a checkpoint, streamed as it is made."""
+"""`jai generate`: text from a checkpoint, streamed as it is made. What needs no model is checked before PyTorch."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jinja2 import TemplateError
+import regex
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from jai.errors import UserError
+from jai.files import read_json
+from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
+from jai.options import argument, check_values, option
+from jai.tokenization.loading import load_tokenizer, tokenizer_folder
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+END_OF_TURN = "<|end|>"  # of phi-3's chat form
+_LAST_CLUSTER = regex.compile(r"\X\Z")
+_UNFINISHED = "\ufffd"  # what decoders make of bytes that are no character yet
 
 
 @dataclass(kw_only=True)
 class GenerateOptions:
-    """How to generate.
+    """What `jai generate` takes."""
 
-    Attributes:
-        max_new_tokens: most tokens to make.
-        temperature: 0 takes the likeliest token each time.
-        top_p: sample from the likeliest tokens that together have this probability.
-        seed: seed of the sampling.
-        raw: continue the prompt as it stands, instead of as a user's turn of a chat.
-        trust_remote_code: run the code in the checkpoint instead of the installed package's.
-    """
+    model: str = argument("MODEL", help="Folder or Hub id of a checkpoint with a tokenizer.")
+    prompt: str = argument("PROMPT", help="The user's turn, or (--raw) the beginning of the text.")
+    max_new_tokens: int = option(200, help="Most tokens to make.", at_least=1)
+    temperature: float = option(0.7, help="0 takes the likeliest token each time.", at_least=0)
+    top_p: float = option(
+        0.95, help="Sample from the likeliest tokens that together have this probability.", above=0, at_most=1
+    )
+    seed: int = option(0, help="Seed of the sampling.", at_least=0, at_most=2**32 - 1)
+    raw: bool = option(False, help="Continue the text instead of answering as in a chat.")
+    trust_remote_code: bool = option(False, help="Run the code in the checkpoint, not the installed one.")
 
-    max_new_tokens: int = 200
-    temperature: float = 0.7
-    top_p: float = 0.95
-    seed: int = 0
-    raw: bool = False
-    trust_remote_code: bool = False
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not self.prompt:
+            raise UserError("The prompt is empty. Give some text.")
 
 
-def generate(model: str, prompt: str, options: GenerateOptions | None = None, *, console: Console | None = None) -> str:
+def generate(options: GenerateOptions, *, console: Console | None = None) -> str:
     """Generate text and print it as it is made.
 
+    It ends at `max_new_tokens`, or where the checkpoint's `generation_config.json` or its tokenizer end a turn.
+
     Args:
-        model: folder or Hub id of a checkpoint with a tokenizer.
-        prompt: the user's turn, or (raw) the beginning of the text.
-        options: how to generate.
+        options: what to generate from, and how.
         console: where to print; None is standard output.
 
     Returns:
         The new text, without the prompt and without special tokens.
 
     Raises:
-        UserError: if the checkpoint cannot be loaded, or has no tokenizer or no chat template where one is needed.
+        UserError: if the checkpoint cannot be loaded, has no tokenizer or one that is larger than its vocabulary, or no
+            chat template where one is needed.
     """
-    options = options or GenerateOptions()
     console = console or Console()
-    if not prompt:
-        raise UserError("The prompt is empty. Give some text.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=options.trust_remote_code)
-        network = AutoModelForCausalLM.from_pretrained(
-            model, trust_remote_code=options.trust_remote_code, dtype="auto", device_map=_device(), use_safetensors=True
+    folder = _checkpoint_folder(options.model)
+    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+    inputs = _encode(tokenizer, options)
+    network = _load_model(folder, options)
+    rows, largest = network.get_input_embeddings().weight.shape[0], int(inputs["input_ids"].max())
+    if largest >= rows:
+        raise UserError(
+            f"The tokenizer of {options.model} gives the id {largest} for this prompt, but the model has only {rows:,} "
+            "rows in its embeddings. Use the tokenizer that the model was made with."
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model} cannot be loaded: {error}") from None
-
-    if options.raw:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    elif tokenizer.chat_template is None:
-        raise UserError(f"{model} has no chat template. Use --raw to continue the text as it stands.")
-    else:
-        try:
-            inputs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except TemplateError as error:
-            raise UserError(f"The chat template of {model} cannot be used: {error} Use --raw to do without.") from error
     inputs = inputs.to(network.device)
 
+    import torch
+    from transformers import set_seed
+
     set_seed(options.seed)
-    sampling = (
-        {"do_sample": False}
-        if options.temperature == 0
-        else {
-            "do_sample": True,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-        }
-    )
+    if options.temperature == 0:
+        sampling: dict[str, Any] = {"do_sample": False}
+    else:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    give = partial(console.print, end="", markup=False, highlight=False, soft_wrap=True)
     with torch.inference_mode():
         output = network.generate(
             **inputs,
             max_new_tokens=options.max_new_tokens,
-            eos_token_id=stop_ids(tokenizer),
+            eos_token_id=stop_ids(network.generation_config, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
-            streamer=_ConsoleStreamer(tokenizer, console),
+            streamer=ClusterStreamer(partial(tokenizer.decode, skip_special_tokens=True), give),
             **sampling,
         )
+    console.print()
     (text,) = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 
 
-class _ConsoleStreamer(TextStreamer):
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.console = console
+def stop_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids at which a generation ends: those of the checkpoint's generation config, and the tokenizer's.
 
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a turn: the end of the text and, in phi-3's chat form, `<|end|>`."""
-    ids = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|end|>")]
-    return [id_ for id_ in ids if id_ is not None]
+    The tokenizer's are its end of text and, in phi-3's chat form, `<|end|>`. Either source may lack one: a base's
+    configuration names the end of text alone, a tokenizer knows nothing of a third token that a trainer added.
+    """
+    configured = generation_config.eos_token_id if generation_config else None
+    configured = [configured] if isinstance(configured, int) else configured or []
+    ids = [*configured, tokenizer.eos_token_id, tokenizer.get_vocab().get(END_OF_TURN)]
+    return sorted({id_ for id_ in ids if id_ is not None})
 
 
-def _device() -> str:
-    return "auto" if torch.cuda.is_available() else "cpu"
+class ClusterStreamer:
+    """A streamer for `generate` that gives out text by grapheme clusters: a letter with all its marks, never a part.
+
+    transformers' `TextStreamer` waits for a space, which Thai has at the end of a phrase. Here a cluster is given
+    out as soon as the next one begins, and nothing waits longer. Only one sequence at a time can be streamed.
+
+    Args:
+        decode: text of ids, such as `partial(tokenizer.decode, skip_special_tokens=True)`.
+        give: called with each piece of text. Together they are the text of all new tokens, unless the model writes
+            bytes that are no UTF-8: they are decoded anew with what was before them, which has been given out already.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], give: Callable[[str], Any]):
+        self._decode = decode
+        self._give = give
+        self._is_prompt = True
+        self._ids: list[int] = []
+        # Text is decoded from `_window` on: the tokens before `_done` are given out but for `_held`, and are there
+        # because what a token stands for depends on the one before it.
+        self._window = self._done = 0
+        self._held = ""
+
+    def put(self, value: Any) -> None:
+        """Take the ids of the prompt, then of each new token: a tensor of shape (1, tokens) or (tokens,)."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._ids += value.flatten().tolist()
+        new = self._new_text()
+        if new and not new.endswith(_UNFINISHED):
+            self._advance(new)
+
+    def end(self) -> None:
+        """Give out what is left."""
+        self._advance(self._new_text())
+        if self._held:
+            self._give(self._held)
+        self._held = ""
+        self._is_prompt = True
+        self._ids, self._window, self._done = [], 0, 0
+
+    def _new_text(self) -> str:
+        before = self._decode(self._ids[self._window : self._done])
+        return self._decode(self._ids[self._window :])[len(before) :]
+
+    def _advance(self, new: str) -> None:
+        text = self._held + new
+        last = _LAST_CLUSTER.search(text)
+        start = last.start() if last else 0
+        if start:
+            self._give(text[:start])
+        self._held = text[start:]
+        self._window, self._done = self._done, len(self._ids)
+
+
+def _checkpoint_folder(model: str) -> Path:
+    """Where the checkpoint's files are; refused if they cannot make a model and a tokenizer."""
+    folder = local_folder(model, [*METADATA_PATTERNS, WEIGHTS_PATTERN])
+    configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
+    if not configs:
+        raise UserError(
+            f"{model} has no config.json, so it is no checkpoint. Give a folder or Hub id that holds a model."
+        )
+    generation_config = folder / "generation_config.json"  # transformers ignores a damaged one
+    for path in [*configs, *([generation_config] if generation_config.exists() else [])]:
+        read_json(path)
+    tokenizer_folder(folder)
+    if not any(folder.glob(WEIGHTS_PATTERN)):
+        raise UserError(f"{model} has no weights in safetensors files. Give a whole checkpoint.")
+    return folder
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions) -> BatchEncoding:
+    from jinja2 import TemplateError
+
+    if options.raw:
+        inputs = tokenizer(options.prompt, return_tensors="pt")
+        if not inputs["input_ids"].numel():
+            raise UserError("The prompt has no tokens. Give some text.")
+        return inputs
+    if tokenizer.chat_template is None:
+        raise UserError(f"{options.model} has no chat template. Use --raw to continue the text as it stands.")
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": options.prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"The chat template of {options.model} cannot be used: {error} Use --raw to do without."
+        ) from error
+
+
+def _load_model(folder: Path, options: GenerateOptions) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            trust_remote_code=options.trust_remote_code,
+            dtype="auto",
+            device_map="auto" if torch.cuda.is_available() else "cpu",
+            use_safetensors=True,
+        )
+    except Exception as error:  # of many kinds: OSError, ValueError, JSON's, safetensors', KeyError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{options.model} cannot be loaded: {reason}") from error

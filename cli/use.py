@@ -6,38 +6,19 @@ from typing import Annotated
 
 import typer
 
-from jai.cli.verb import PASS_THROUGH
+from jai.cli.verb import PASS_THROUGH, verb
 from jai.errors import UserError
+from jai.generate import GenerateOptions
 
 app = typer.Typer()
 
 
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a checkpoint.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to say to it.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text instead of answering as in a chat.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code in the checkpoint, not the installed one.")
-    ] = False,
-) -> None:
-    """Generate text, streamed."""
-    from jai.generate import GenerateOptions
-    from jai.generate import generate as run
+@verb(app, GenerateOptions)
+def generate(options: GenerateOptions) -> None:
+    """Generate text, streamed as it is made."""
+    from jai.generate import generate
 
-    options = GenerateOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        raw=raw,
-        trust_remote_code=trust_remote_code,
-    )
-    run(model, prompt, options)
+    generate(options)
 
 
 @app.command(**PASS_THROUGH)

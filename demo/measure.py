@@ -89,7 +89,7 @@ class Subject:
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=stop_ids(self.tokenizer),
+            eos_token_id=stop_ids(self.model.generation_config, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
         given = self.tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -24,8 +24,8 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.markup import escape
 
-from jai.conversion.inputs.hub import METADATA_PATTERNS
 from jai.errors import UserError
+from jai.hub import METADATA_PATTERNS
 from jai.hub_card.adapter import Adapter, adapter_card, on_hub, read_adapter
 from jai.hub_card.card import card_files, written_by_hand
 from jai.hub_card.check import CheckReport, check_checkpoint, check_files

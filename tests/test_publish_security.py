@@ -214,7 +214,7 @@ def test_chat_templates_run_in_a_sandbox(attack, folder, tmp_path):
     with pytest.raises(SecurityError):
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     with pytest.raises((SecurityError, UserError)):
-        generate(str(folder), "hi", GenerateOptions(max_new_tokens=1))
+        generate(GenerateOptions(model=str(folder), prompt="hi", max_new_tokens=1))
     text = model_card(folder, REPO)  # names the template, and renders none of it
     assert "subclasses" not in text
     assert not (tmp_path / "it-ran").exists()

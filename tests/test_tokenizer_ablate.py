@@ -305,7 +305,7 @@ def test_existing_tokenizers_are_arms(config, tokenizers, tmp_path):
     assert results(tmp_path / "out")["mine-0"]["entries"] == 430
     assert not (tmp_path / "out" / "tokenizers").exists()
     arms = [Arm("base"), Arm("mine", tokenizer=str(tmp_path / "nowhere"))]
-    with pytest.raises(UserError, match=r"nowhere has no tokenizer"):
+    with pytest.raises(UserError, match="nowhere is neither a folder nor a Hub id"):
         ablate(replace(config, arms=arms), tmp_path / "other", console=quiet())
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jai.errors import UserError
+from jai.files import check_is_file
+from jai.hub import local_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -16,7 +18,6 @@ TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
 RECORD_FILE = "tokenizer_training.json"  # what `jai tokenizer train` made of what
 # One of these holds the vocabulary (GPT-2's is in vocab.json, BERT's in vocab.txt); all else beside it are settings.
 _VOCABULARY_FILES = (TOKENIZER_JSON, SENTENCEPIECE_MODEL, "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_HUB_PATTERNS = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.tiktoken")
 _LONGEST_REASON = 300
 _ADVICE = "Give a folder that `save_pretrained` wrote, or a Hub id (owner/name)."
 
@@ -93,37 +94,16 @@ def tokenizer_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         UserError: if it is neither, holds no tokenizer, or the Hub does not give it (without a network at once).
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _fetch(str(name), revision)
+    folder = local_folder(name, revision=revision)
     if not has_tokenizer(folder):
         raise UserError(
             f"{name} has no tokenizer that can be loaded: there is none of {', '.join(_VOCABULARY_FILES)}. Put the "
             f"tokenizer's files beside the model's, or name another tokenizer. {_ADVICE}"
         )
     for path in folder.iterdir():
-        if path.suffix in (".json", ".model", ".txt", ".jinja") and not path.is_file():
-            raise UserError(f"{path} is not a regular file, so no tokenizer can be read from it. Fetch {name} again.")
+        if path.suffix in (".json", ".model", ".txt", ".jinja"):
+            check_is_file(path)
     return folder
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        # It asks for the commit once, where a file by itself is asked for six times in 23 seconds.
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
-    except HFValidationError:
-        raise UserError(
-            f"{name} has no tokenizer that can be loaded: it is no folder, and no Hub id either. {_ADVICE}"
-        ) from None
-    except Exception as error:  # of many kinds: the client is httpx or httpx2, depending on huggingface_hub's version
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{name} has no tokenizer that can be loaded: it is no folder, and the Hub did not give it ({reason}). "
-            "Check the name, the network, and `hf auth login` if the repository is private."
-        ) from error
 
 
 def _refusal(name: str | Path, error: Exception) -> UserError:

@@ -6,15 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
-from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 
 from jai.conversion.inputs.header import Header, parse_header, read_header
 from jai.conversion.inputs.values import refuse_not_finite
 from jai.conversion.inputs.weight_files import WEIGHTS_FILE, weight_map
 from jai.errors import UserError
-
-METADATA_PATTERNS = ("*.json", "*.jinja", "*.py", "tokenizer.model")
+from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, hub_refusal, local_folder
 
 
 def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
@@ -27,25 +25,7 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     Raises:
         UserError: if it is neither, or the Hub refuses.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    patterns = [*METADATA_PATTERNS, *(["*.safetensors"] if weights else [])]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except HFValidationError:
-        raise UserError(f"{name} is neither a folder nor a Hub id. Give a folder that exists, or owner/name.") from None
-    except Exception as error:  # of many kinds: the client is httpx or httpx2, depending on huggingface_hub's version
-        raise hub_refusal(name, error) from None
-
-
-def hub_refusal(name: str, error: Exception) -> UserError:
-    """What to tell the user when the Hub does not give a repository."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"{name} is no local folder, and the Hub did not give it: {reason}. Check the name, the network, and "
-        "`hf auth login` if the repository is private."
-    )
+    return local_folder(name, [*METADATA_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])])
 
 
 class HubFiles:

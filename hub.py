@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies on the Hub, or in a folder of that name. Without a network everything here fails at once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jai.errors import UserError
+
+METADATA_PATTERNS = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.tiktoken")
+WEIGHTS_PATTERN = "*.safetensors"
+
+
+def local_folder(name: str | Path, patterns: Sequence[str] = METADATA_PATTERNS, *, revision: str | None = None) -> Path:
+    """A folder as it is; of a repository on the Hub, the cache's folder after download, or as it is where offline.
+
+    Args:
+        name: folder or Hub id.
+        patterns: files to download.
+        revision: commit, branch or tag on the Hub; None is the default branch.
+
+    Raises:
+        UserError: if it is neither, or the Hub refuses.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # It asks for the commit, once. Where there is no network, a file by itself is asked for six times in 23 s.
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns)))
+    except HFValidationError:
+        raise UserError(f"{name} is neither a folder nor a Hub id. Give a folder that exists, or owner/name.") from None
+    except Exception as error:  # of many kinds: the client is httpx or httpx2, depending on huggingface_hub's version
+        raise hub_refusal(name, error) from error
+
+
+def hub_refusal(name: str | Path, error: Exception) -> UserError:
+    """What to tell the user when the Hub does not give a repository."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"{name} is no local folder, and the Hub did not give it: {reason}. Check the name, the network, and "
+        "`hf auth login` if the repository is private."
+    )
