@@ -6,7 +6,6 @@ keeps its ids, and text with it is first cut as the base would cut it, then join
 """
 
 import json
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -18,11 +17,11 @@ from transformers import PreTrainedTokenizerBase, TokenizersBackend
 from jai.errors import UserError
 from jai.tokenization.chat import with_chat_template
 from jai.tokenization.learn import Merge, choose_pieces, learn_cluster_merges, learn_merges
+from jai.tokenization.normalization import replace_all, replacements, with_replacements
 from jai.tokenization.phi3_style import SPECIAL_TOKENS
 from jai.tokenization.units import SPACE, UNITS, Unit, count_runs, count_words, script_runs
 
 RESERVED_TOKEN = "<|reserved_{}|>"
-_MOST_SWAPS = 64
 
 
 def extend_tokenizer(
@@ -33,12 +32,14 @@ def extend_tokenizer(
     max_token_chars: int = 16,
     unit: Unit = "run",
     first_new_id: int | None = None,
+    normalize_thai: bool = True,
 ) -> TokenizersBackend:
     """Learn pieces of a script from text and append them to a byte-fallback BPE (paper, section 3.1.1).
 
     The characters that the base lacks come first, then the merges, until the vocabulary has exactly `vocab_size`
-    entries. The script's combining marks are put in the order of NFC inside the tokenizer, so training and inference
-    see the same; text without the script is not normalised, because that would change its ids.
+    entries. The tokenizer itself puts the script's combining marks in the order of NFC, and reads Thai that looks the
+    same as the same, so training and inference see the same; text without the script is not normalised, because that
+    would change its ids.
 
     Args:
         base: tokenizer to extend; it is not changed.
@@ -51,6 +52,8 @@ def extend_tokenizer(
             cluster, such as a letter and its vowel marks.
         first_new_id: id of the first new piece, at least the base's size; ids between are reserved. By default the
             base's size rounded up to a multiple of 64, as phi-3's embeddings are (32,011 entries, 32,064 rows).
+        normalize_thai: read look-alikes of Thai as one: two sara e as sara ae, nikhahit and sara aa as sara am, marks
+            in any order. Decoding gives `replace_all(text, replacements("Thai", True))`. No effect on other scripts.
 
     Raises:
         UserError: if the base is no byte-fallback BPE or has merges of the script, the script is unknown, or the text
@@ -75,7 +78,8 @@ def extend_tokenizer(
             f"ids up to {base_end - 1}. Give a vocab_size above {max(first_new_id, base_end)}."
         )
 
-    run_counts = count_runs(texts, script)
+    pairs = replacements(script, normalize_thai)
+    run_counts = count_runs((replace_all(unicodedata.normalize("NFC", text), pairs) for text in texts), script)
     characters = set().union(*run_counts) - {SPACE}
     if not characters:
         raise UserError(f"The text has no character of the script {script}. Give text in {script}, or another script.")
@@ -97,7 +101,7 @@ def extend_tokenizer(
     # Special tokens included: `tokenizers` would renumber those that are not in the model's vocabulary when it loads.
     state["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda entry: entry[1]))
     state["model"]["merges"] = [*state["model"]["merges"], *map(list, merges)]
-    state["normalizer"] = _with_mark_order(state["normalizer"], script)
+    state["normalizer"] = with_replacements(state["normalizer"], pairs)
     extended = TokenizersBackend(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         **base.special_tokens_map,
@@ -181,24 +185,3 @@ def _learn(run_counts: Counter[str], size: int, max_token_chars: int, unit: Unit
         counts = count_words(run_counts) if unit == "word" else run_counts
         merges = learn_merges(counts, to_learn, max_token_chars)
     return choose_pieces(run_counts, merges, max(size, 0))
-
-
-def _with_mark_order(normalizer: dict | None, script: str) -> dict | None:
-    """Append the swaps that put neighbouring marks of the script in the order of NFC (14 for Thai).
-
-    The whole of NFC would also change text without the script. One pass of swaps is exact for two marks after a
-    letter, which is as many as text that can be read has. Each swap is a pass over the text, so scripts with hundreds
-    of them, such as Hebrew, keep their marks as they come.
-    """
-    every_character = "".join(map(chr, range(sys.maxunicode + 1)))
-    letters = "".join(script_runs(script).findall(every_character)).replace(SPACE, "")
-    marks = [letter for letter in letters if unicodedata.category(letter).startswith("M")]
-    swaps = [
-        {"type": "Replace", "pattern": {"String": first + second}, "content": composed}
-        for first in letters
-        for second in marks
-        if (composed := unicodedata.normalize("NFC", first + second)) != first + second
-    ]
-    if not 0 < len(swaps) <= _MOST_SWAPS:
-        return normalizer
-    return {"type": "Sequence", "normalizers": [*([normalizer] if normalizer else []), *swaps]}

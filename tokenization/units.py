@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What merges are learned inside of: runs of a script, words, or character clusters."""
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -37,11 +36,11 @@ def script_runs(script: str) -> regex.Pattern:
 
 
 def count_runs(texts: Iterable[str], script: str) -> Counter[str]:
-    """How often each run of the script occurs in the texts, which are normalised to NFC first."""
+    """How often each run of the script occurs in the texts, with the space before it."""
     runs = script_runs(script)
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(runs.findall(SPACE + unicodedata.normalize("NFC", text).replace(" ", SPACE)))
+        counts.update(runs.findall(SPACE + text.replace(" ", SPACE)))
     return counts
 
 
