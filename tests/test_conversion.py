@@ -573,7 +573,7 @@ def test_phi3_medium_is_planned_without_its_weights(tmp_path, monkeypatch, capsy
     base.mkdir()
     (base / "config.json").write_text(json.dumps(MEDIUM))
     # A tokenizer of 64,000 entries, of which the last 31,936 are new.
-    vocabulary = Vocabulary(64000, {id_: [id_ % 32000] for id_ in range(32064, 64000)}, {})
+    vocabulary = Vocabulary(64000, 32064, {id_: [id_ % 32000] for id_ in range(32064, 64000)})
     monkeypatch.setattr("jai.conversion.convert.plan.plan_vocabulary", lambda *_: vocabulary)
     config = convert(ConvertOptions(base=str(base), out=tmp_path / "jai", dry_run=True), console=Console(width=120))
     plan = plan_conversion(ConvertOptions(base=str(base), out=tmp_path / "jai", dry_run=True))

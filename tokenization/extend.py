@@ -116,7 +116,7 @@ def extend_tokenizer(
 
 
 def new_token_pieces(base: Tokenizer, extended: Tokenizer) -> dict[int, list[int]]:
-    """For every id of `extended` after the base's last, the base's ids of the same string.
+    """For every token of `extended` that `base` lacks, the base's ids of the same string.
 
     Their mean is where the new rows of the embeddings start (paper, section 3.1.1). Reserved and special ids have no
     pieces: their list is empty. Words that `add_tokens` added have those of their text.
@@ -138,10 +138,9 @@ def new_token_pieces(base: Tokenizer, extended: Tokenizer) -> dict[int, list[int
     # The bare BPE: the tokenizer around it would put a space before a piece that has none.
     added = extended.get_added_tokens_decoder()
     unknown = base.token_to_id(getattr(base.model, "unk_token", None) or "")
-    end = max(base_vocab.values()) + 1
     pieces: dict[int, list[int]] = {}
     for surface, i in sorted(vocab.items(), key=lambda entry: entry[1]):
-        if i < end:
+        if surface in base_vocab:
             continue
         if surface == RESERVED_TOKEN.format(i) or (i in added and added[i].special):
             pieces[i] = []

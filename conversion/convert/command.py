@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jai convert`: a phi-3 checkpoint becomes a JAI, complete for the Hub."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich import filesize
@@ -11,7 +12,7 @@ from rich.table import Column, Table
 from jai.configuration_jai import JaiConfig
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.convert.plan import ConversionPlan, origins, plan_conversion
-from jai.conversion.convert.vocabulary import INIT_TEXTS
+from jai.conversion.convert.vocabulary import INIT_TEXTS, Vocabulary
 from jai.conversion.inputs.reader import UNTIED_NOTE
 from jai.conversion.inputs.values import dtype_names
 from jai.conversion.output.checkpoint_folder import (
@@ -112,8 +113,8 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
     table.add_row("later copies", "", later_copies)
     table.add_row("experts", "1", f"{config.num_local_experts}, {config.num_experts_per_tok} for a token")
     table.add_row("vocabulary", f"{base.vocab_size:,}", f"{config.vocab_size:,}")
-    if vocabulary.new_rows:
-        table.add_row("new rows", "", f"{vocabulary.new_rows:,}: {INIT_TEXTS[options.start_of_rows]}")
+    for label, count, source in _row_sources(options, vocabulary):
+        table.add_row(label, "", f"{count:,}: {source}")
     table.add_row("RoPE base", f"{theta:,g}", f"{new_theta:,g}")
     table.add_row("sliding window", str(window or "none"), "none")
     table.add_row("weights", "", f"{plan.parameters:,} parameters, {filesize.decimal(plan.bytes)} in {dtype}")
@@ -140,6 +141,21 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
         print_note(
             console, f"{len(named):,} new tokens have no pieces; their rows are {INIT_TEXTS['random']}: {listed}."
         )
+
+
+def _row_sources(options: ConvertOptions, vocabulary: Vocabulary) -> Iterator[tuple[str, int, str]]:
+    """Where the rows come from, with how many there are of each kind; in all there are as many as tokens."""
+    with_pieces, without = len(vocabulary.pieces), len(vocabulary.without_pieces)
+    if vocabulary.new_rows or vocabulary.spare:
+        yield "rows kept", vocabulary.size - vocabulary.new_rows, "the base's, as they are"
+    if vocabulary.spare:
+        yield "", len(vocabulary.spare), "of these, spare ones for new tokens without pieces"
+    if options.start_of_rows == "random":
+        with_pieces, without = 0, with_pieces + without
+    if with_pieces:
+        yield "new rows", with_pieces, INIT_TEXTS[options.start_of_rows]
+    if without:
+        yield "new rows", without, INIT_TEXTS["random"]
 
 
 def _runs_text(layers: list[int]) -> str:

@@ -219,9 +219,7 @@ def plan_converted_tensors(
         if name == names.FINAL_NORM:
             outer.append(PlannedTensor(name, source.shape, dtype, (rows(source),)))
         else:
-            parts = embedding_parts(
-                reader, name, base.vocab_size, vocabulary, options.start_of_rows, options.seed, dtype
-            )
+            parts = embedding_parts(reader, name, vocabulary, options.start_of_rows, options.seed, dtype)
             outer.append(PlannedTensor(name, (vocabulary.size, config.hidden_size), dtype, parts))
     layers = []
     seen: set[int] = set()

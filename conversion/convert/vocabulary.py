@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -26,23 +26,36 @@ INIT_TEXTS: dict[EmbeddingInit, str] = {
     "random": "random, with the mean and standard deviation of the base's columns",
     "mean-normed": "mean of their pieces' rows, as long as those are",
 }
+_NAMED = 5
 _ROWS_CHUNK = 256  # rows made at a time: 256 x 5120 in fp32 is 5 MB
 _ROWS_KEPT = 2048  # of the pieces, which are few: 2048 x 5120 in bf16 is 21 MB
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How the output's vocabulary follows from the base's.
+    """Where each row of the output's embeddings comes from: the row of the base with its id, or one of the new.
 
     Attributes:
         size: rows of the output's embeddings.
-        pieces: ids of the base's pieces for each new row.
+        base_rows: rows of the base's.
+        pieces: ids of the base's pieces for each new row of a token that has some.
         without_pieces: id and string of the new rows that no piece explains; these are drawn at random.
+        spare: id and string of new tokens without pieces for which the base has a row that no token used.
     """
 
     size: int
-    pieces: dict[int, list[int]]
-    without_pieces: dict[int, str]
+    base_rows: int
+    pieces: dict[int, list[int]] = field(default_factory=dict)
+    without_pieces: dict[int, str] = field(default_factory=dict)
+    spare: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        missing = [id_ for id_ in range(self.base_rows, self.size) if not self.is_new(id_)]
+        if missing:
+            raise AssertionError(f"row {missing[0]} comes from nowhere")
+
+    def is_new(self, id_: int) -> bool:
+        return id_ in self.pieces or id_ in self.without_pieces
 
     @property
     def new_rows(self) -> int:
@@ -55,26 +68,29 @@ def load_vocabulary(folder: Path) -> Tokenizer | None:
 
 
 def plan_vocabulary(
-    base_size: int,
+    base_rows: int,
     base: Tokenizer | None,
     extended: Tokenizer | None,
     extended_folder: Path | None = None,
 ) -> Vocabulary:
-    """Find the rows to add for an extended tokenizer (paper, section 3.1.1).
+    """Find where the rows of the output's tokenizer come from (paper, section 3.1.1).
 
     Args:
-        base_size: rows of the base model's embeddings.
-        base: the base's tokenizer.
-        extended: the tokenizer of the output; None keeps the base's vocabulary.
+        base_rows: rows of the base model's embeddings.
+        base: the base's tokenizer. It may have more tokens than the model has rows (`add_tokens` without resizing the
+            model): those are new tokens, and pieces are found without them.
+        extended: the tokenizer of the output, which may be the base's; None keeps the base's rows.
         extended_folder: where `extended` was read from. If its training is recorded there, the pieces must be those
             of the record.
 
     Raises:
         UserError: if `extended` is smaller than `base`, gives one of its tokens another id, or was trained from
-            another base than this.
+            another base than this; and if it is None and `base` has tokens without rows.
     """
     if extended is None:
-        return Vocabulary(base_size, {}, {})
+        if base is not None:
+            refuse_tokens_without_rows(base, base_rows)
+        return Vocabulary(base_rows, base_rows)
     if base is None:
         raise UserError(
             "--tokenizer was given, but BASE has no tokenizer files, so the pieces of new tokens cannot be found. Put "
@@ -87,15 +103,51 @@ def plan_vocabulary(
             "base's (jai tokenizer train)."
         )
     pieces = new_token_pieces(base, extended)
-    surfaces = {id_: extended.id_to_token(id_) or "" for id_ in pieces}
+    surfaces = {id_: token for token, id_ in extended.get_vocab().items()}
     if extended_folder and (extended_folder / TOKENIZER_RECORD_FILE).exists():
         _check_tokenizer_record(extended_folder / TOKENIZER_RECORD_FILE, pieces, surfaces)
-    # Entries without pieces are reserved strings; the base has rows for some of them (phi-3: 32011 to 32063).
+    without_rows = {id_ for id_ in base.get_vocab().values() if id_ >= base_rows}
+    if without_rows:
+        known = set(base.get_vocab().values()) - without_rows
+        found = new_token_pieces(_tokenizer_of_rows(base, base_rows), extended)
+        pieces = {id_: ids for id_, ids in found.items() if id_ not in known}
+    rows = max(max(surfaces) + 1, base_rows)
     return Vocabulary(
-        size=max(size, base_size),
+        size=rows,
+        base_rows=base_rows,
         pieces={id_: ids for id_, ids in pieces.items() if ids},
-        without_pieces={id_: surfaces[id_] for id_, ids in pieces.items() if not ids and id_ >= base_size},
+        # Special tokens, reserved strings, and ids between tokens that have none.
+        without_pieces={id_: surfaces.get(id_, "no token") for id_ in range(base_rows, rows) if not pieces.get(id_)},
+        # The base has rows for some of them (phi-3: 32011 to 32063).
+        spare={id_: surfaces[id_] for id_, ids in pieces.items() if not ids and id_ < base_rows},
     )
+
+
+def refuse_tokens_without_rows(tokenizer: Tokenizer, rows: int) -> None:
+    """Raise `UserError` if a base's tokenizer has ids that its embeddings do not have."""
+    beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows)
+    if beyond:
+        listed = ", ".join(f"{token!r} ({id_})" for id_, token in beyond[:_NAMED]) + (", …" if beyond[_NAMED:] else "")
+        raise UserError(
+            f"The tokenizer of BASE has {len(beyond):,} tokens without a row in its embeddings, which are {rows:,} "
+            f"rows: {listed}. The model fails at each of them. Give --tokenizer with the same folder or Hub id as "
+            "BASE, which makes rows for them, or with a tokenizer that extends it; or put the tokenizer into BASE that "
+            "the model was trained with."
+        )
+
+
+def _tokenizer_of_rows(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """A tokenizer's model without the tokens that have no row, for finding the pieces of these."""
+    state = json.loads(tokenizer.to_str())
+    model = state["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {token: id_ for token, id_ in model["vocab"].items() if id_ < rows}
+    else:
+        model["vocab"] = model["vocab"][:rows]  # of a Unigram model, a list by id
+    if "merges" in model:
+        kept = model["vocab"].keys()
+        model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= kept]
+    return Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None, "decoder": None}))
 
 
 def _check_tokenizer_record(path: Path, pieces: dict[int, list[int]], surfaces: dict[int, str]) -> None:
@@ -128,32 +180,26 @@ def _token_text(token: tuple[str, list[int]] | None) -> str:
 def embedding_parts(
     reader: CheckpointReader,
     name: str,
-    base_rows: int,
     vocabulary: Vocabulary,
     init: EmbeddingInit,
     seed: int,
     dtype: torch.dtype,
 ) -> tuple[Part, ...]:
     """What `embed_tokens` or `lm_head` is made of: rows of the base as they are, and new rows between or after them."""
-
-    def is_new(id_: int) -> bool:
-        return id_ >= base_rows or id_ in vocabulary.pieces or id_ in vocabulary.without_pieces
-
     parts = []
-    for new, group in groupby(range(vocabulary.size), key=is_new):
+    for new, group in groupby(range(vocabulary.size), key=vocabulary.is_new):
         ids = list(group)
         start, stop = ids[0], ids[-1] + 1
         if not new:
             parts.append(reader.cast(name, dtype, start, stop))
             continue
-        parts.append(_new_rows(reader, name, base_rows, range(start, stop), vocabulary, init, seed, dtype))
+        parts.append(_new_rows(reader, name, range(start, stop), vocabulary, init, seed, dtype))
     return tuple(parts)
 
 
 def _new_rows(
     reader: CheckpointReader,
     name: str,
-    base_rows: int,
     ids: range,
     vocabulary: Vocabulary,
     init: EmbeddingInit,
@@ -164,21 +210,20 @@ def _new_rows(
 
     @cache
     def moments() -> tuple[torch.Tensor, torch.Tensor]:
-        return _column_moments(reader, name, base_rows)
+        return _column_moments(reader, name, vocabulary.base_rows)
 
     def make() -> Iterator[torch.Tensor]:
         base_row = lru_cache(_ROWS_KEPT)(lambda id_: reader.rows(name, id_, id_ + 1))
+
+        def new_row(id_: int) -> torch.Tensor:
+            pieces = vocabulary.pieces.get(id_)
+            if pieces and init != "random":
+                return _merged_row(torch.cat([base_row(piece) for piece in pieces]).float(), init)
+            mean, std = moments()
+            return mean + std * normal(f"{name}.{id_}", width, seed)
+
         for at in range(ids.start, ids.stop, _ROWS_CHUNK):
-            rows = torch.zeros(min(_ROWS_CHUNK, ids.stop - at), width)
-            for i, row in enumerate(rows):
-                id_ = at + i
-                pieces = vocabulary.pieces.get(id_, ())
-                if pieces and init != "random":
-                    row.copy_(_merged_row(torch.cat([base_row(piece) for piece in pieces]).float(), init))
-                elif pieces or id_ in vocabulary.without_pieces:
-                    mean, std = moments()
-                    row.copy_(mean + std * normal(f"{name}.{id_}", width, seed))
-            yield rows
+            yield torch.stack([new_row(id_) for id_ in range(at, min(at + _ROWS_CHUNK, ids.stop))])
 
     formula = f"{name}[{ids.start}:{ids.stop}]: {init} of {name} (seed {seed})"
     return Computed(len(ids) * width * dtype.itemsize, formula, make, (reader.read_shard(name),))
