@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow import ArrowInvalid
 from trl import ScriptArguments
 
 from jai.errors import UserError
@@ -90,6 +91,8 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
         first: dict[str, Any] = next(iter(train))
     except StopIteration:  # `load_dataset` raises it too, for an empty file
         raise UserError(f"The data {name} has no rows. Give a dataset with at least one example.") from None
+    except ArrowInvalid as error:  # of a stream, which is read here first
+        raise _unreadable(name, error) from error
     evaluation = None
     if arguments.training.eval_strategy != "no":
         evaluation = _split(splits, script.dataset_test_split, name, "dataset_test_split")
@@ -124,16 +127,20 @@ def _load(name: str, script: ScriptArguments) -> Any:
             return load_dataset(_BUILDERS[suffix], data_files=name, streaming=script.dataset_streaming)
         return load_dataset(name, script.dataset_config, streaming=script.dataset_streaming)
     except DatasetGenerationError as error:
-        raise UserError(
-            f"The data {name} cannot be read: {error.__cause__ or error}. Every line must be one JSON object, and a "
-            "column must have the same type in all of them."
-        ) from error
+        raise _unreadable(name, error.__cause__ or error) from error
     except (DatasetNotFoundError, FileNotFoundError) as error:
         raise UserError(
             f"The data {name} was not found: {error} Give an existing file or folder, or a Hub id."
         ) from error
     except (ConnectionError, ValueError) as error:
         raise UserError(f"The data {name} cannot be loaded: {error}") from error
+
+
+def _unreadable(name: str, error: BaseException) -> UserError:
+    return UserError(
+        f"The data {name} cannot be read: {error}. Every line must be one JSON object, and a column must have the same "
+        "type in all of them."
+    )
 
 
 def _split(splits: Any, split: str, name: str, option: str) -> AnyDataset:
