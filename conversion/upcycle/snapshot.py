@@ -9,11 +9,11 @@ from rich.markup import escape
 
 from jai.conversion.inputs.config import CONFIG_FILE
 from jai.conversion.inputs.jai import feed_forward_shapes, open_jai, snapshot_config
-from jai.conversion.output.checkpoint_folder import PlannedCheckpoint, checkpoint_folder
+from jai.conversion.output.checkpoint_folder import PlannedCheckpoint, checkpoint_folder, print_written
 from jai.conversion.output.tensors import PlannedTensor
 from jai.conversion.upcycle.options import SnapshotOptions
 from jai.errors import UserError
-from jai.files import print_next, refuse_existing
+from jai.files import refuse_existing
 
 
 def snapshot(options: SnapshotOptions, *, console: Console | None = None) -> None:
@@ -51,13 +51,16 @@ def snapshot(options: SnapshotOptions, *, console: Console | None = None) -> Non
         max_shard_bytes=options.max_shard_size,
         workers=options.workers,
     )
-    content = snapshot_config(source.config, source.global_step)
-    with checkpoint_folder(planned, console=console) as folder:
-        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     console.print(
-        f"[bold green]Snapshot written to[/] {escape(str(options.out))}: the FFN weights of {escape(source.title)}, "
+        f"{escape(source.name)} → {escape(str(options.out))}: the FFN weights of {escape(source.title)}, "
         f"{filesize.decimal(planned.bytes)}",
         soft_wrap=True,
         highlight=False,
     )
-    print_next(console, ["jai", "upcycle", "DENSE", "OUT", "--snapshots", options.out])
+    if options.dry_run:
+        console.print("Dry run: nothing was written.")
+        return
+    with checkpoint_folder(planned, verify_bytes=options.verify, console=console) as folder:
+        content = snapshot_config(source.config, source.global_step)
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print_written(console, "Snapshot", options.out, ["jai", "upcycle", "DENSE", "OUT", "--snapshots", options.out])
