@@ -6,13 +6,13 @@ This file ships to the Hub beside every checkpoint, so it imports nothing but tr
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import transformers
 from huggingface_hub.dataclasses import strict
 from packaging import version
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 AUTO_MAP = {
     "AutoConfig": "configuration_jai.JaiConfig",
@@ -42,6 +42,48 @@ _EXPERT_PARALLEL = (
     if version.parse(transformers.__version__) >= version.parse("5.19.0")
     else {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}
 )
+
+# What a configuration may ask for: well beyond every model known, and little enough that a plan of it fits in memory. A
+# file may hold anything, and what reads it (`jai inspect`, a Space) should say so before it allocates.
+MAX_LAYERS = 10_000
+_MAX_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_attention_heads": 2**16,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31 - 1,
+    "num_local_experts": 2**14,
+}
+_MAX_LABELS = 100_000  # transformers makes a dictionary of them
+_NUMBER_RANGES = {
+    "initializer_range": (0, 1_000),
+    "rms_norm_eps": (0, 1),
+    "attention_dropout": (0, 1),
+    "router_aux_loss_coef": (0, 1_000_000),
+}
+_SKIP_ALPHA_RANGE = (-10_000, 10_000)
+_ROPE_FACTOR_RANGE = (1e-3, 1e6)
+_ROPE_RANGES = {
+    "rope_theta": (2, 1e12),
+    "original_max_position_embeddings": (2, 1e9),
+    "partial_rotary_factor": (1e-3, 1),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _ROPE_FACTOR_RANGE),
+    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), _ROPE_FACTOR_RANGE),
+}
+_OPTIONAL_IN_ROPE = ("attention_factor", "beta_fast", "beta_slow")
+_ROPE_LISTS = ("short_factor", "long_factor")
+
+
+def _is_between(value: Any, least: float, most: float) -> bool:
+    """Whether it is a number in that range: no NaN, and no boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _shown(value: Any) -> str:
+    """The value for an error's text, cut where a file made it long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 @dataclass(frozen=True)
@@ -78,7 +120,16 @@ def plan_layers(block_size: int, block_repeats: list[int] | tuple[int, ...]) -> 
 
     >>> [p.origin for p in plan_layers(2, [1, 2])]
     [0, 1, 2, 3, 2, 3]
+
+    Raises:
+        ValueError: for a plan of more than `MAX_LAYERS` layers.
     """
+    planned = block_size * sum(block_repeats)
+    if planned > MAX_LAYERS:
+        raise ValueError(
+            f"`block_size`={block_size} with `block_repeats`={_shown(block_repeats)} plans {planned:,} layers. Plan at "
+            f"most {MAX_LAYERS:,}."
+        )
     layers: list[PlannedLayer] = []
     for block, repeats in enumerate(block_repeats):
         for copy in range(repeats):
@@ -180,7 +231,7 @@ class JaiConfig(PreTrainedConfig):
         self.num_local_experts = kwargs.pop("num_experts", self.num_local_experts)
         self.block_repeats = list(self.block_repeats)
         if self.num_hidden_layers is None:
-            self.num_hidden_layers = len(self.layer_plan)
+            self.num_hidden_layers = self.block_size * sum(self.block_repeats)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -193,14 +244,21 @@ class JaiConfig(PreTrainedConfig):
             self.base_model_tp_plan = {**_ATTENTION_PLAN, **_DENSE_PLAN}  # type: ignore[misc]
         # Whole from the start, and flat: saving adds only the entry of the saved class, and a load from the Hub may
         # have put the name of the first repository before the others.
-        kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
+        auto_map = kwargs.get("auto_map")
+        kwargs["auto_map"] = {**(auto_map if isinstance(auto_map, dict) else {}), **AUTO_MAP}
         # No field of its own: transformers puts this attribute over the entry of `rope_parameters`, even a None.
         original_context = kwargs.pop("original_max_position_embeddings", None)
         if original_context is not None:
             self.original_max_position_embeddings = original_context
         if kwargs.get("sliding_window") is None:
             kwargs.pop("sliding_window", None)
-        super().__post_init__(**kwargs)
+        if not _is_between(kwargs.get("num_labels", 2), 0, _MAX_LABELS):
+            raise ValueError(f"`num_labels` is {_shown(kwargs['num_labels'])}; expected 0 to {_MAX_LABELS:,}.")
+        try:
+            super().__post_init__(**kwargs)
+        except (AttributeError, TypeError) as error:
+            # A dtype that torch does not have, a name that is a property here: transformers fails at them.
+            raise ValueError(f"The configuration has a value that does not fit: {error}") from error
 
     @property
     def layer_plan(self) -> tuple[PlannedLayer, ...]:
@@ -213,11 +271,11 @@ class JaiConfig(PreTrainedConfig):
         return self.layer_plan[: self.num_hidden_layers]
 
     @property
-    def skip_alphas(self) -> dict[int, float]:
-        """Start value of each skip alpha, by the index of the layer that owns it."""
+    def initial_skip_alphas(self) -> dict[int, float]:
+        """What the skip alphas start from where weights are drawn, by the index of the running layer that owns one."""
         owners = [planned.layer for planned in self.layer_plan if planned.adds_anchor]
         values = self.skip_alpha if isinstance(self.skip_alpha, list) else [self.skip_alpha] * len(owners)
-        return dict(zip(owners, map(float, values)))
+        return {layer: float(value) for layer, value in zip(owners, values) if layer < self.num_hidden_layers}
 
     @property
     def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:
@@ -232,28 +290,48 @@ class JaiConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: refuse values that do not fit each other, and say what to change."""
+        self._check_plan()
+        self._check_skip_alphas()
+        self._check_heads()
+        self._check_experts()
+        self._check_ranges()
+        window = getattr(self, "sliding_window", None)
+        if window is not None:
+            raise ValueError(f"`sliding_window` is {window}, but JAI has no window (paper, section 3.2). Leave it out.")
+        super().validate_architecture()
+
+    def _check_plan(self):
         if self.block_size < 1:
             raise ValueError(f"`block_size` is {self.block_size}; a block needs at least 1 layer.")
         if not self.block_repeats or min(self.block_repeats) < 1:
             raise ValueError(
-                f"`block_repeats` is {self.block_repeats}; every block must run at least once. To drop a block, leave "
-                "its layers out of the base model."
+                f"`block_repeats` is {_shown(self.block_repeats)}; every block must run at least once. To drop a "
+                "block, leave its layers out of the base model."
             )
-        planned = self.block_size * sum(self.block_repeats)
+        planned = len(self.layer_plan)
         if not 0 <= self.num_hidden_layers <= planned:
             raise ValueError(
                 f"`num_hidden_layers` is {self.num_hidden_layers}, but `block_size`={self.block_size} with "
-                f"`block_repeats`={self.block_repeats} plans {planned} layers. Give {planned} or fewer (fewer runs the "
-                "first layers), or change the plan."
+                f"`block_repeats`={_shown(self.block_repeats)} plans {planned} layers. Give {planned} or fewer (fewer "
+                "runs the first layers), or change the plan."
             )
+
+    def _check_skip_alphas(self):
+        values = self.skip_alpha if isinstance(self.skip_alpha, list) else [self.skip_alpha]
         copies = sum(repeats - 1 for repeats in self.block_repeats)
-        if isinstance(self.skip_alpha, list) and len(self.skip_alpha) != copies:
+        if isinstance(self.skip_alpha, list) and len(values) != copies:
             raise ValueError(
-                f"`skip_alpha` has {len(self.skip_alpha)} values, but `block_repeats`={self.block_repeats} makes "
+                f"`skip_alpha` has {len(values)} values, but `block_repeats`={_shown(self.block_repeats)} makes "
                 f"{copies} copies after the first. Give {copies} values, or one number for all."
             )
-        if self.skip_alpha_normalize and any(alpha == -1 for alpha in self.skip_alphas.values()):
+        for value in values:
+            if not _is_between(value, *_SKIP_ALPHA_RANGE):
+                least, most = _SKIP_ALPHA_RANGE
+                raise ValueError(f"`skip_alpha` has {_shown(value)}; expected numbers from {least:,} to {most:,}.")
+        if self.skip_alpha_normalize and -1 in self.initial_skip_alphas.values():
             raise ValueError("`skip_alpha` of -1 divides by zero when `skip_alpha_normalize` is true; choose another.")
+
+    def _check_heads(self):
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if min(heads, kv_heads) < 1 or heads % kv_heads:
             raise ValueError(
@@ -264,6 +342,8 @@ class JaiConfig(PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) is no multiple of `num_attention_heads` ({heads}). Change one of "
                 "them, or give `head_dim`."
             )
+
+    def _check_experts(self):
         if self.num_local_experts < 1:
             raise ValueError(f"`num_experts` is {self.num_local_experts}; give 1 for a dense JAI, or more.")
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
@@ -271,10 +351,46 @@ class JaiConfig(PreTrainedConfig):
                 f"`num_experts_per_tok` is {self.num_experts_per_tok}, but there are {self.num_local_experts} experts. "
                 f"Give a number from 1 to {self.num_local_experts}."
             )
-        window = getattr(self, "sliding_window", None)
-        if window is not None:
-            raise ValueError(f"`sliding_window` is {window}, but JAI has no window (paper, section 3.2). Leave it out.")
-        super().validate_architecture()
+
+    def _check_ranges(self):
+        ranges = {name: (1, most) for name, most in _MAX_SIZES.items()} | _NUMBER_RANGES
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if not _is_between(value, least, most):
+                raise ValueError(f"`{name}` is {_shown(value)}; expected a number from {least:,} to {most:,}.")
+
+    def validate_rope(self):
+        """Part of `@strict`'s validation: refuse what transformers only warns of, and what the model would fail at."""
+        rope: dict[str, Any] = dict(self.rope_parameters or {})
+        rope_type, known = rope.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]
+        if rope_type not in known:
+            raise ValueError(f"`rope_type` is {_shown(rope_type)}; expected one of {', '.join(known)}.")
+        for name, (least, most) in _ROPE_RANGES.items():
+            may_be_none = name in _OPTIONAL_IN_ROPE or (name == "factor" and rope_type == "longrope")
+            is_left_out = name not in rope or (may_be_none and rope[name] is None)
+            if not is_left_out and not _is_between(rope[name], least, most):
+                raise ValueError(
+                    f"`{name}` of RoPE is {_shown(rope[name])}; expected a number from {least:g} to {most:g}."
+                )
+        rotary_dim = int(self.head_dim * rope.get("partial_rotary_factor", 1))
+        if rotary_dim < 1:
+            raise ValueError(
+                f"`partial_rotary_factor` of RoPE is {rope['partial_rotary_factor']}, too little to turn any of the "
+                f"{self.head_dim} numbers of a head."
+            )
+        for name in _ROPE_LISTS:
+            factors, pairs = rope.get(name), rotary_dim // 2
+            numbers = factors if isinstance(factors, list) else []
+            fits = len(numbers) == pairs and all(_is_between(number, *_ROPE_FACTOR_RANGE) for number in numbers)
+            if name in rope and not fits:
+                raise ValueError(
+                    f"`{name}` of RoPE is {_shown(factors)}; expected a list of {pairs} positive numbers, one for two "
+                    "numbers of a head."
+                )
+        try:
+            super().validate_rope()
+        except KeyError as error:  # an entry that this type needs is missing
+            raise ValueError(error.args[0]) from error
 
 
 JaiConfig.register_for_auto_class()

@@ -261,13 +261,12 @@ class JaiDecoderLayer(GradientCheckpointingLayer):
         self.skip_alpha_normalize = config.skip_alpha_normalize
         # (1,) and not a scalar: FSDP2 refuses 0-d parameters. A frozen alpha is a buffer, because loading a
         # checkpoint makes every parameter trainable again.
-        self.skip_alpha: torch.Tensor | None = None
-        if planned.adds_anchor:
-            del self.skip_alpha
-            if config.skip_alpha_trainable:
-                self.skip_alpha = nn.Parameter(torch.empty(1))
-            else:
-                self.register_buffer("skip_alpha", torch.empty(1))
+        if not planned.adds_anchor:
+            self.register_parameter("skip_alpha", None)
+        elif config.skip_alpha_trainable:
+            self.skip_alpha = nn.Parameter(torch.empty(1))
+        else:
+            self.register_buffer("skip_alpha", torch.empty(1))
         self.layer_idx = layer_idx
         self.self_attn = JaiAttention(config, layer_idx)
         self.mlp = JaiMLP(config) if config.num_local_experts == 1 else JaiSparseMoeBlock(config)
@@ -328,7 +327,7 @@ class JaiPreTrainedModel(PreTrainedModel):
         elif isinstance(module, JaiTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, JaiDecoderLayer) and module.skip_alpha is not None:
-            init.constant_(module.skip_alpha, self.config.skip_alphas[module.layer_idx])
+            init.constant_(module.skip_alpha, self.config.initial_skip_alphas[module.layer_idx])
 
     def save_pretrained(self, *args, **kwargs):
         # FSDP2 gives the model a class of its own, whose name and file would be saved as the remote code.
@@ -421,44 +420,45 @@ class JaiModel(JaiPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _causal_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values):
-        """transformers' causal mask, which also keeps packed documents apart beside a 2-D attention mask.
+        """transformers' causal mask, which also keeps packed documents apart beside a 2-D attention mask."""
+        same_document = None
+        if attention_mask is not None and len(attention_mask.shape) != 2:
+            pass  # made by the caller: taken as it is
+        elif past_key_values is not None:
+            self._refuse_packed_beside_cache(attention_mask, position_ids)
+        else:
+            position_ids_BS = position_ids.expand(inputs_embeds.shape[0], -1)
+            attention_mask, same_document = self._keep_documents_apart(attention_mask, position_ids_BS)
+        return create_causal_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, and_mask_function=same_document
+        )
 
-        transformers looks at restarting `position_ids` only where there is no attention mask at all.
+    def _refuse_packed_beside_cache(self, attention_mask, position_ids):
+        is_checked = position_ids.shape[1] > 1 and not is_tracing(position_ids)
+        if is_checked and self._positions_restart(position_ids, attention_mask):
+            raise ValueError(
+                "`position_ids` restart (packed documents) beside `past_key_values`: the documents would see each "
+                "other through the cache. Leave `past_key_values` out, or give one document a row."
+            )
+
+    def _keep_documents_apart(self, attention_mask, position_ids_BS):
+        """The mask for transformers, and a mask function for tokens of one document, or None where it needs none.
+
+        It looks at restarting `position_ids` only where there is no attention mask at all.
         """
-        mask_arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-        }
-        if attention_mask is not None and len(attention_mask.shape) != 2:  # made by the caller: taken as it is
-            return create_causal_mask(**mask_arguments)
-        if past_key_values is not None:
-            several = position_ids.shape[1] > 1 and not is_tracing(position_ids)
-            if several and self._positions_restart(position_ids, attention_mask):
-                raise ValueError(
-                    "`position_ids` restart (packed documents) beside `past_key_values`: the documents would see each "
-                    "other through the cache. Leave `past_key_values` out, or give one document a row."
-                )
-            return create_causal_mask(**mask_arguments)
-        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-        if attention_mask is None or attention_mask.shape != position_ids.shape:  # it may cover a tuned prefix too
-            return create_causal_mask(**mask_arguments)
+        if attention_mask is None or attention_mask.shape != position_ids_BS.shape:  # it may cover a tuned prefix too
+            return attention_mask, None
         if not is_tracing(attention_mask):
-            if not self._positions_restart(position_ids, attention_mask):  # one document a row, padded or not
-                return create_causal_mask(**mask_arguments)
+            if not self._positions_restart(position_ids_BS, attention_mask):  # one document a row, padded or not
+                return attention_mask, None
             if attention_mask.all():
-                return create_causal_mask(**{**mask_arguments, "attention_mask": None})
+                return None, None
             if "flash" in self.config._attn_implementation:
                 raise ValueError(
                     "`position_ids` restart (packed documents) and `attention_mask` masks padding in the same batch; "
                     "flash attention takes one or the other. Pack without padding and leave `attention_mask` out."
                 )
-        document = find_packed_sequence_indices(position_ids)
-        if document is None:
-            return create_causal_mask(**mask_arguments)
-        return create_causal_mask(**mask_arguments, and_mask_function=packed_sequence_mask_function(document))
+        return attention_mask, packed_sequence_mask_function(find_packed_sequence_indices(position_ids_BS))
 
     @staticmethod
     def _positions_restart(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:

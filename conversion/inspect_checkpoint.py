@@ -123,7 +123,7 @@ def inspect(path: str, *, console: Console | None = None) -> Inspection:
         reader = CheckpointReader(folder) if has_weights(folder) else None
         if reader is not None:
             reader.check(jai_shapes(config), spare=frozenset({names.LM_HEAD}))
-    alphas = {layer: alpha for layer, alpha in config.skip_alphas.items() if layer < len(config.running_plan)}
+    alphas = config.initial_skip_alphas
     if reader is not None:
         alphas = {layer: reader.rows(names.skip_alpha_name(layer)).item() for layer in alphas}
     inspection = Inspection(

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """JaiConfig: JAI-1's figures, the layer plan, and what is refused."""
 
+import contextlib
+import copy
+import dataclasses
 import json
 import re
+import tracemalloc
 from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from jai import JaiConfig, JaiForCausalLM, JaiForSequenceClassification, JaiModel
 from jai.configuration_jai import AUTO_MAP, plan_layers
+from jai.modeling_jai import JaiRotaryEmbedding
+
+REFUSALS = (StrictDataclassError, ValueError)  # the kinds with which transformers refuses values
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def test_defaults_are_jai_1():
         "tie_word_embeddings": False,
     }
     assert {key: getattr(config, key) for key in expected} == expected
-    assert set(config.skip_alphas.values()) == {0.1}
+    assert set(config.initial_skip_alphas.values()) == {0.1}
 
 
 def test_the_plan_of_jai_1_is_table_2():
@@ -119,13 +127,124 @@ REFUSED = [
     ({"num_experts_per_tok": 5}, "but there are 4 experts. Give a number from 1 to 4"),
     ({"num_experts_per_tok": 0}, "Give a number from 1 to 4"),
     ({"sliding_window": 2047}, "JAI has no window (paper, section 3.2). Leave it out"),
+    ({"skip_alpha": float("nan")}, "`skip_alpha` has nan; expected numbers from -10,000 to 10,000"),
+    ({"skip_alpha": [0.1, 0.2, float("inf"), 0.4]}, "`skip_alpha` has inf; expected numbers"),
+    ({"rms_norm_eps": float("nan")}, "`rms_norm_eps` is nan; expected a number from 0 to 1"),
+    ({"router_aux_loss_coef": -0.1}, "`router_aux_loss_coef` is -0.1; expected a number from 0"),
+    ({"vocab_size": 0}, "`vocab_size` is 0; expected a number from 1 to 16,777,216"),
+    ({"hidden_size": -32}, "`hidden_size` is -32; expected a number from 1"),
+    ({"vocab_size": True}, "expected int, got bool"),
+    ({"vocab_size": 1e9}, "expected int, got float"),
+    ({"block_size": "2"}, "expected int, got str"),
+    ({"block_repeats": [1, True]}, "block_repeats"),
+    ({"dtype": "float17"}, "has no attribute 'float17'"),
+    ({"layer_plan": 3}, "layer_plan"),
+    ({"num_labels": "3"}, "`num_labels` is '3'; expected 0 to 100,000"),
+    (
+        {"rope_theta": "abc", "rope_parameters": None},
+        "`rope_theta` of RoPE is 'abc'; expected a number from 2 to 1e+12",
+    ),
+    ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "`rope_type` is 'su'; expected one of default, "),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": -5}}, "`rope_theta` of RoPE is -5"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "Missing required keys"),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [1.0]}},
+        "`short_factor` of RoPE is [1.0]; expected a list of 4 positive numbers",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2}},
+        "`partial_rotary_factor` of RoPE is 2; expected a number from 0.001 to 1",
+    ),
+]
+
+# As a damaged or malicious config.json may have them; planned one by one, each would take gigabytes.
+ABSURD = [
+    ({"num_hidden_layers": 10**9}, "plans 7 layers. Give 7 or fewer"),
+    ({"block_repeats": [10**9]}, "plans 1,000,000,000 layers. Plan at most 10,000"),
+    ({"block_repeats": [1] * 10**6}, "plans 1,000,000 layers"),
+    ({"block_size": 10**12, "num_hidden_layers": 4}, "plans 7,000,000,000,000 layers"),
+    ({"vocab_size": 10**12}, "`vocab_size` is 1000000000000; expected a number from 1 to 16,777,216"),
+    ({"num_experts": 10**9}, "`num_local_experts` is 1000000000"),
+    ({"num_attention_heads": 2 * 10**9, "hidden_size": 4 * 10**9}, "`hidden_size` is 4000000000"),
+    ({"max_position_embeddings": 10**18}, "`max_position_embeddings` is 1000000000000000000"),
+    ({"num_labels": 10**9}, "`num_labels` is 1000000000; expected 0 to 100,000"),
 ]
 
 
 @pytest.mark.parametrize(("values", "message"), REFUSED, ids=[json.dumps(values) for values, _ in REFUSED])
 def test_values_that_do_not_fit_are_refused_with_what_to_change(tiny_config, values, message):
-    with pytest.raises(Exception, match=re.escape(message)):
+    with pytest.raises(REFUSALS, match=re.escape(message)):
         tiny_config(**values)
+
+
+@contextlib.contextmanager
+def little_memory():
+    """Fails where Python allocates more than 16 MiB, whatever else is raised."""
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 16 * 2**20
+
+
+@pytest.mark.parametrize(("values", "message"), ABSURD, ids=[json.dumps(values)[:60] for values, _ in ABSURD])
+def test_absurd_plans_are_refused_before_they_are_made(tiny_config, values, message):
+    with pytest.raises(REFUSALS, match=re.escape(message)) as refused, little_memory():
+        tiny_config(**values)
+    assert len(str(refused.value)) < 500
+
+
+ANY_NUMBER = st.integers(-3, 9) | st.integers(-(10**13), 10**13) | st.floats() | st.sampled_from([10**400, 1e308])
+ANY_SCALAR = st.none() | st.booleans() | ANY_NUMBER | st.text(max_size=5)
+ANY_VALUE = ANY_SCALAR | st.lists(ANY_SCALAR, max_size=5) | st.dictionaries(st.text(max_size=3), ANY_SCALAR, max_size=2)
+ROPES = (
+    {"rope_type": "default", "partial_rotary_factor": 0.5},
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "truncate": False},
+    {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "proportional"},
+)
+ROPE_KEYS = sorted({"rope_theta", "original_max_position_embeddings", "type"}.union(*ROPES))
+ROPE_VALUES = st.sampled_from([1, 4.0, 32, 0.5, 0.1]) | st.lists(st.floats(0.5, 8), min_size=4, max_size=4) | ANY_VALUE
+ROPE = st.builds(
+    lambda rope, changed: {"rope_theta": 10_000.0} | rope | changed,
+    st.sampled_from(ROPES),
+    st.dictionaries(st.sampled_from(ROPE_KEYS), ROPE_VALUES, max_size=2),
+)
+OTHER_KEYS = (
+    "num_experts", "num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor", "sliding_window", "auto_map",
+    "original_max_position_embeddings", "torch_dtype", "layer_types", "running_plan", "name_or_path",
+)  # fmt: skip
+KEYS = (*(field.name for field in dataclasses.fields(JaiConfig)), *OTHER_KEYS)
+NUMBERS = [name for name, kind in JaiConfig.__annotations__.items() if kind in (int, float, float | int)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(values=st.dictionaries(st.sampled_from(KEYS), ANY_VALUE | ROPE, min_size=1, max_size=3))
+def test_any_values_are_a_configuration_or_one_kind_of_error(tiny_config, values):
+    try:
+        with little_memory():
+            config = tiny_config(**copy.deepcopy(values))
+    except REFUSALS:
+        return
+    assert len(config.running_plan) == config.num_hidden_layers
+    assert config.initial_skip_alphas.keys() == {p.layer for p in config.running_plan if p.adds_anchor}
+    stored = json.dumps({name: getattr(config, name) for name in NUMBERS}, allow_nan=False)
+    assert "true" not in stored
+
+
+@settings(max_examples=100, deadline=None)
+@given(rope=ROPE)
+def test_any_rope_that_is_taken_can_be_computed(tiny_config, rope):
+    try:
+        config = tiny_config(rope_parameters=copy.deepcopy(rope))
+    except REFUSALS:
+        return
+    assert JaiRotaryEmbedding(config).inv_freq.isfinite().all()
 
 
 @pytest.mark.parametrize("model_class", [JaiModel, JaiForCausalLM, JaiForSequenceClassification])

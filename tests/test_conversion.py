@@ -108,7 +108,7 @@ def test_longrope_keeps_both_factors(tmp_path, tiny_phi3):
 
 def test_nothing_is_lost_unless_asked_for(tmp_path, base):
     config = run(base, tmp_path / "jai")
-    assert set(config.skip_alphas.values()) == {0.0}
+    assert set(config.initial_skip_alphas.values()) == {0.0}
     assert verify(str(base), tmp_path / "jai").same_function
 
 

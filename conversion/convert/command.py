@@ -97,7 +97,7 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
     runs = ",".join(map(str, config.block_repeats))
     block = "1 layer" if config.block_size == 1 else f"{config.block_size} layers"
     stack = f"layers {_runs_text(origins(options, base.num_hidden_layers))}" if options.is_plain else ""
-    copies = len(config.skip_alphas)
+    copies = len(config.initial_skip_alphas)
     later_copies = f"{options.start_of_copies}, {copies} skip alphas at {options.start_alpha:g}" if copies else "none"
     window = getattr(base, "sliding_window", None)
     rope, new_rope = base.rope_parameters, config.rope_parameters

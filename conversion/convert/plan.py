@@ -242,7 +242,7 @@ def plan_converted_tensors(
             router = drawn(name, shape, config.initializer_range, options.seed, dtype)
             layers.append(PlannedTensor(name, shape, dtype, (router,)))
         if planned.adds_anchor:
-            alpha = constant(config.skip_alphas[planned.layer], (1,), dtype)
+            alpha = constant(config.initial_skip_alphas[planned.layer], (1,), dtype)
             layers.append(PlannedTensor(names.skip_alpha_name(planned.layer), (1,), dtype, (alpha,)))
     embeddings, *rest = outer
     return [embeddings, *layers, *rest]
