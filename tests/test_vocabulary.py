@@ -16,6 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
+from jai.conversion.export.command import export
+from jai.conversion.export.options import ExportOptions
+from jai.conversion.merge.command import merge
+from jai.conversion.merge.options import MergeOptions
+from jai.conversion.upcycle.command import upcycle
+from jai.conversion.upcycle.options import UpcycleOptions
 from jai.errors import UserError
 from jai.tokenization.extend import RESERVED_TOKEN, extend_tokenizer
 
@@ -224,3 +230,27 @@ def test_a_base_with_tokens_without_rows_is_refused_with_remedies_that_work(tmp_
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_tensors="pt", return_dict=True)
     assert ids["input_ids"].max() >= rows
     assert model.generate(**ids, max_new_tokens=2).shape[1] == ids["input_ids"].shape[1] + 2
+
+
+def test_other_verbs_refuse_a_tokenizer_beyond_the_rows_with_a_remedy_that_works(tmp_path, tiny_tokenizer, base_of):
+    run(base_of(400, tiny_tokenizer), tmp_path / "jai")
+    longer = copy.deepcopy(tiny_tokenizer)
+    longer.add_tokens(["word"])
+    longer.save_pretrained(tmp_path / "jai")
+    source, out = str(tmp_path / "jai"), tmp_path / "out"
+    verbs = {
+        "upcycle": lambda: upcycle(UpcycleOptions(dense=source, out=out, expert_init="copy")),
+        "merge": lambda: merge(MergeOptions(models=[source, source], out=out)),
+        "export": lambda: export(ExportOptions(model=source, out=out, to="phi3")),
+    }
+    for verb in verbs.values():
+        with pytest.raises(UserError, match=r"has ids up to 400 \('word'\), but the embeddings have 400 rows"):
+            verb()
+        assert not out.exists()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.resize_token_embeddings(401)
+    model.save_pretrained(source)
+    for name, verb in verbs.items():
+        verb()
+        assert len(load_file(out / WEIGHTS)[MATRICES[0]]) == 401
+        out.rename(tmp_path / name)

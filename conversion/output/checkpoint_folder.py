@@ -21,6 +21,7 @@ from jai.conversion.inputs.checkpoint import (
     hashes_beside,
     tokenizer_files,
 )
+from jai.conversion.names import EMBEDDINGS
 from jai.conversion.output.shards import compare_shards, write_shards
 from jai.conversion.output.tensors import PlannedTensor
 from jai.files import print_next, read_json, refuse_overlap, resumable_folder
@@ -46,7 +47,8 @@ class PlannedCheckpoint:
         workers: shards to write at a time.
 
     Raises:
-        UserError: if `out` lies inside of an input, or an input where `out` is made, or the tokenizer is damaged.
+        UserError: if `out` lies inside of an input, or an input where `out` is made, or the tokenizer is damaged or has
+            tokens without a row in the embeddings.
     """
 
     step: str
@@ -63,7 +65,8 @@ class PlannedCheckpoint:
         refuse_overlap(self.out, [checkpoint.folder for _, checkpoint in self.inputs])
         if self.tokenizer:
             refuse_overlap(self.out, [self.tokenizer])
-            check_tokenizer_files(self.tokenizer)
+            rows = {tensor.name: tensor.shape[0] for tensor in self.tensors if tensor.name == EMBEDDINGS}
+            check_tokenizer_files(self.tokenizer, rows.get(EMBEDDINGS))
 
     @property
     def parameters(self) -> int:
