@@ -283,6 +283,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if there is no such file, or it is something else.
     """
+    if not path.is_file():
+        raise UserError(f"The configuration file {path} does not exist. Give the path of a YAML file.")
     import yaml  # here, for `jai --help` needs none
 
     class Loader(yaml.SafeLoader):
@@ -299,8 +301,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return mapping
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct_mapping)
-    if not path.is_file():
-        raise UserError(f"The configuration file {path} does not exist. Give the path of a YAML file.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:

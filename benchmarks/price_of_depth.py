@@ -29,7 +29,6 @@ import torch
 from price_of_depth_models import (
     EXPERT_NOISE,
     EXPERTS_PER_TOKEN,
-    NUM_EXPERTS,
     Start,
     dus_v1,
     dus_v2,
@@ -44,12 +43,12 @@ from transformers.utils import logging as transformers_logging
 from jai import JaiForCausalLM
 from jai.errors import UserError
 from jai.files import new_folder, sha256
+from jai.router_load import router_load
 from jai.tokenization.ablation_run import ModelShape, Training, bits_per_character, build_model, flops_per_token, train
 from jai.tokenization.ablation_text import Stream, encode, encode_stream, reading_order, split_corpus
 from jai.tokenization.corpus import open_sources
 from jai.tokenization.extend import extend_tokenizer
 from jai.tokenization.phi3_style import train_phi3_style
-from jai.trainers.monitor import RouterMonitor
 
 SNAPSHOTS = (1 / 3, 2 / 3, 1)  # parts of the dense model's steps, beside step 0
 _UNCOUNTED = np.empty(0)  # the characters of a stream are of no interest here
@@ -238,7 +237,6 @@ class Scale:
         self._training = settings.training
         self._tokenizer, self._heldout, self._tokens = _heldout(out)
         self._model = model
-        self._monitor = RouterMonitor(model)
 
     def point(self, step: int) -> Point:
         """All that is measured after a step."""
@@ -263,16 +261,10 @@ class Scale:
     def _load_entropy(self) -> list[float]:
         if getattr(self._model.config, "num_local_experts", 1) == 1:
             return []
-        self._monitor.pop(lambda sums: sums)  # what training counted since the last point
         rows = _heldout_rows(self._heldout, self._tokenizer, self._training.context)
-        self._model.train()  # the monitor counts training only; nothing is learnt here
-        for batch in rows.split(32):
-            self._model.model(input_ids=batch, use_cache=False)
-        logs = self._monitor.pop(lambda sums: sums)
         return [
             -sum(share * log2(share) for share in shares if share) / log2(len(shares))
-            for layer in range(self._model.config.num_hidden_layers)
-            if (shares := [logs[f"router/load/layer_{layer:02}/expert_{i}"] for i in range(NUM_EXPERTS)])
+            for shares in router_load(self._model, ({"input_ids": batch} for batch in rows.split(32)))
         ]
 
 

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verbs that train; their options are TRL's and JAI's own."""
+"""Verbs that train; their options are TRL's and JAI's own.
+
+The configuration file is looked at before TRL and PyTorch are imported, which takes seconds.
+"""
 
 import typer
 
 from jai.cli.verb import PASS_THROUGH
+from jai.trainers.config_file import read_config_file
 
 app = typer.Typer()
 
@@ -13,6 +17,7 @@ def sft(context: typer.Context) -> None:
     """Fine-tune on chats or plain text with TRL's SFTTrainer.
 
     --config X.yaml, then any of TRL's options."""
+    read_config_file(context.args)
     from jai.trainers.sft import main as run
 
     run(context.args)
@@ -23,6 +28,7 @@ def dpo(context: typer.Context) -> None:
     """Align with preference pairs with TRL's DPOTrainer.
 
     --config X.yaml, then any of TRL's options."""
+    read_config_file(context.args)
     from jai.trainers.dpo import main as run
 
     run(context.args)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from jai.generate import stop_ids
+from jai.router_load import router_load
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,9 @@ class Subject:
             nats += loss.item() * (batch["labels"][:, 1:] != -100).sum().item()
         return nats / math.log(2) / sum(map(len, texts))
 
-    @torch.inference_mode()
     def router_load(self, texts: list[str]) -> list[list[float]]:
         """Share of each layer's choices that each expert gets, layer by expert; each layer sums to 1."""
-        config = self.model.config
-        counts = torch.zeros(config.num_hidden_layers, config.num_local_experts)
-        for batch in self._batches(texts):
-            outputs = self.model(**batch, use_cache=False, output_router_logits=True)
-            real = batch["attention_mask"].flatten().bool()
-            for layer, logits in enumerate(outputs.router_logits):
-                chosen = logits[real].topk(config.num_experts_per_tok, dim=-1).indices
-                counts[layer] += torch.bincount(chosen.flatten(), minlength=config.num_local_experts)
-        return (counts / counts.sum(dim=-1, keepdim=True)).tolist()
+        return router_load(self.model, self._batches(texts))
 
     def skip_alphas(self) -> dict[int, float]:
         """Value of each skip alpha, by layer."""

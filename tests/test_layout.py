@@ -148,6 +148,9 @@ print([code, sorted({"torch", "transformers", "numpy", "yaml", "huggingface_hub"
         (["upcycle", "dense", "out"], 1),
         (["merge", "out", "--models", "a"], 1),
         (["snapshot", "dense", "out", "--max-shard-size", "big"], 1),
+        (["sft", "--config", "missing.yaml"], 1),
+        (["dpo", "--config=missing.yaml"], 1),
+        (["sft", "--config"], 1),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from transformers import SchedulerType
 from jai.trainers.arguments import StageArguments, TrlConfig
 from jai.trainers.base_model import BaseModel
 from jai.trainers.data import DatasetType, TrainingData
-from jai.trainers.parameters import ParameterCount
+from jai.trainers.parameters import TrainedParameters
 from jai.trainers.tokens import TokenCount
 
 
@@ -38,7 +38,7 @@ def print_plan(
     base: BaseModel,
     data: TrainingData,
     lora: LoraConfig | None,
-    parameters: ParameterCount,
+    parameters: TrainedParameters,
     train_tokens: TokenCount,
     evaluation_tokens: TokenCount | None,
 ) -> None:
@@ -131,7 +131,7 @@ def _cut(tokens: TokenCount, training_args: TrlConfig, data: TrainingData) -> st
     )
 
 
-def _weights(arguments: StageArguments, parameters: ParameterCount) -> str:
+def _weights(arguments: StageArguments, parameters: TrainedParameters) -> str:
     training, model = arguments.training, arguments.model
     autocast = ", autocast to bf16" if training.bf16 else ", autocast to fp16" if training.fp16 else ""
     if not parameters.quantized:

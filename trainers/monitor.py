@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback
 
+from jai.router_load import count_choices
+
 # By name and not by class: remote code has classes of its own.
 _ROUTER = re.compile(r"(?P<backbone>.*)\.layers\.(?P<layer>\d+)\.mlp\.gate")
 _LAYER = re.compile(r".*\.layers\.(?P<layer>\d+)")
@@ -60,12 +62,8 @@ class RouterMonitor:
             logits_TE, top_k = output[0].detach().float(), output[2].shape[-1]
             mask_T = logits_TE.new_ones(len(logits_TE)) if self._mask_T is None else self._mask_T.to(logits_TE)
             log_p_TE = logits_TE.log_softmax(dim=-1)
-            # From the logits and not from the returned ids, which expert parallelism renumbers by rank.
-            ids_TK = logits_TE.topk(top_k, dim=-1).indices
-            sums = logits_TE.new_zeros(logits_TE.shape[-1] + 2)
-            sums.index_add_(0, ids_TK.flatten(), mask_T.repeat_interleave(top_k))
-            sums[-2] = -(log_p_TE.exp() * log_p_TE).sum(dim=-1) @ mask_T
-            sums[-1] = mask_T.sum()
+            entropy = -(log_p_TE.exp() * log_p_TE).sum(dim=-1) @ mask_T
+            sums = torch.cat([count_choices(logits_TE, top_k, mask_T), torch.stack([entropy, mask_T.sum()])])
             self._sums[layer] = self._sums[layer] + sums if layer in self._sums else sums
 
         return hook

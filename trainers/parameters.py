@@ -16,7 +16,7 @@ from jai.trainers.base_model import BaseModel
 
 
 @dataclass(frozen=True)
-class ParameterCount:
+class TrainedParameters:
     """Numbers of parameters.
 
     Attributes:
@@ -30,7 +30,7 @@ class ParameterCount:
     quantized: int
 
 
-def count_parameters(base: BaseModel, lora: LoraConfig | None, model_args: ModelConfig) -> ParameterCount:
+def count_parameters(base: BaseModel, lora: LoraConfig | None, model_args: ModelConfig) -> TrainedParameters:
     """Count a model's parameters without reading its weights.
 
     Raises:
@@ -43,7 +43,7 @@ def count_parameters(base: BaseModel, lora: LoraConfig | None, model_args: Model
             _require_targets(lora, model, base)
             model = get_peft_model(model, copy.deepcopy(lora))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return ParameterCount(sum(parameter.numel() for parameter in model.parameters()), trained, quantized)
+    return TrainedParameters(sum(parameter.numel() for parameter in model.parameters()), trained, quantized)
 
 
 def _count_quantized(model: PreTrainedModel, base: BaseModel, model_args: ModelConfig) -> int:
