@@ -295,11 +295,19 @@ def test_tokens_without_pieces_are_named(by_init, base_with_tokenizer, extended_
 @pytest.fixture
 def trained_tokenizer(tmp_path, tiny_tokenizer, sentences) -> Path:
     """As `jai tokenizer train` writes it, with its record."""
+    from jai.tokenization.options import TrainTokenizerOptions
     from jai.tokenization.train import train_tokenizer
 
     tiny_tokenizer.save_pretrained(tmp_path / "tiny")
     (tmp_path / "text.txt").write_text("\n".join(sentences * 4), encoding="utf-8")
-    return train_tokenizer([tmp_path / "text.txt"], str(tmp_path / "tiny"), tmp_path / "trained", 510)
+    return train_tokenizer(
+        TrainTokenizerOptions(
+            text=[str(tmp_path / "text.txt")],
+            base=str(tmp_path / "tiny"),
+            out=tmp_path / "trained",
+            vocab_size=510,
+        )
+    )
 
 
 def test_record_of_the_tokenizer_is_checked(tmp_path, base_with_tokenizer, trained_tokenizer):

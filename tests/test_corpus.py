@@ -2,7 +2,6 @@
 """Text to learn from: every kind of file, folders, a Hub dataset, the sample, and what cannot be read."""
 
 import gzip
-import inspect
 import io
 import json
 import os
@@ -25,8 +24,9 @@ from jai.files import parse_size
 from jai.tokenization import corpus
 from jai.tokenization.corpus import TextFile, draw_sample, open_sources, sample_table
 from jai.tokenization.loading import RECORD_FILE
+from jai.tokenization.options import TrainTokenizerOptions
 from jai.tokenization.phi3_style import train_phi3_style
-from jai.tokenization.train import SAMPLE_BYTES, train_tokenizer
+from jai.tokenization.train import train_tokenizer
 from loopback_hub import LoopbackHub
 
 # Ends of line of every kind, separators that are none, and what normalisation or stripping would change.
@@ -53,6 +53,12 @@ def write(path: Path, texts) -> Path:
     else:
         path.write_bytes(gzip.compress(rows) if path.suffix == ".gz" else rows)
     return path
+
+
+def train(texts, base: str | Path, out: Path, vocab_size: int, **options) -> Path:
+    return train_tokenizer(
+        TrainTokenizerOptions(text=[*map(str, texts)], base=str(base), out=out, vocab_size=vocab_size, **options)
+    )
 
 
 def read(*texts) -> list[str]:
@@ -372,7 +378,7 @@ class TestTrain:
         else:
             path.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            train_tokenizer([path], str(base_folder), tmp_path / "out", 550)
+            train([path], str(base_folder), tmp_path / "out", 550)
         assert [path.name for path in tmp_path.iterdir()] == [name]
 
     @pytest.mark.parametrize(
@@ -391,7 +397,7 @@ class TestTrain:
         assert old in content
         path.write_bytes(content.replace(old, new, 1))
         with pytest.raises(UserError, match=rf"a\.parquet(, | ){message}"):
-            train_tokenizer([path], str(base_folder), tmp_path / "out", 550)
+            train([path], str(base_folder), tmp_path / "out", 550)
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
@@ -411,15 +417,15 @@ class TestTrain:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(corpus, "_open_dataset", lambda *_: pytest.fail("asked the Hub"))
         with pytest.raises(UserError, match=message):
-            train_tokenizer([name], "base", tmp_path / "out", 550)
+            train([name], "base", tmp_path / "out", 550)
 
     def test_nothing_to_read(self, tmp_path):
         with pytest.raises(UserError, match=r"No text was given\. Give files of text"):
-            train_tokenizer([], "base", tmp_path / "out", 550)
+            train([], "base", tmp_path / "out", 550)
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "a.pdf").touch()
         with pytest.raises(UserError, match="has no file of text"):
-            train_tokenizer([tmp_path / "empty"], "base", tmp_path / "out", 550)
+            train([tmp_path / "empty"], "base", tmp_path / "out", 550)
 
     def test_record_and_output_say_what_was_sampled(self, base_folder, tmp_path, capsys):
         folder = tmp_path / "corpus"
@@ -428,7 +434,7 @@ class TestTrain:
         write(folder / "b.parquet", [f"{text} {n}" for n in range(100) for text in THAI])
         write(tmp_path / "c.txt", ["\n".join(THAI)])
         (folder / "readme.md").touch()
-        out = train_tokenizer(
+        out = train(
             [str(folder), tmp_path / "c.txt"],
             str(base_folder),
             tmp_path / "out",
@@ -443,6 +449,7 @@ class TestTrain:
             "max_token_chars": 16,
             "script": "Thai",
             "unit": "run",
+            "normalize_thai": True,
             "sample_bytes": 20_000,
             "seed": 7,
         }
@@ -464,7 +471,7 @@ class TestTrain:
     def test_the_order_of_the_inputs_does_not_matter(self, base_folder, tmp_path):
         files = [write(tmp_path / f"{i}.jsonl", [f"{text} {i} {n}" for n in range(20) for text in THAI]) for i in "ab"]
         made = [
-            train_tokenizer(order, str(base_folder), tmp_path / f"out{i}", 500, sample_bytes=8_000) / "tokenizer.json"
+            train(order, str(base_folder), tmp_path / f"out{i}", 500, sample_bytes=8_000) / "tokenizer.json"
             for i, order in enumerate((files, files[::-1]))
         ]
         assert made[0].read_bytes() == made[1].read_bytes()
@@ -501,21 +508,18 @@ class TestCommand:
             "max_token_chars": 6,
             "script": "Thai",
             "unit": "run",
+            "normalize_thai": True,
             "sample_bytes": 12_000,
             "seed": 3,
         }
         assert err == ""  # no progress where there is no terminal
-
-    def test_the_default_sample_is_the_functions(self):
-        default = inspect.signature(cli.tokenizer_train).parameters["sample_bytes"].default
-        assert parse_size(default) == SAMPLE_BYTES
 
     def test_nonsense_is_one_message(self, base_folder, tmp_path, monkeypatch, capsys):
         write(tmp_path / "a.jsonl", THAI)
         common = [tmp_path / "a.jsonl", "--base", base_folder, "--out", tmp_path / "out"]
         code, _, err = self.run(monkeypatch, capsys, *common, "--sample-bytes", "lots")
         assert (code, err.count("\n")) == (1, 1)
-        assert err.startswith("Error: 'lots' is no size.")
+        assert err.startswith("Error: sample_bytes is 'lots'; expected a size")
         assert self.run(monkeypatch, capsys, *common, "--unit", "letter")[0] == 2
         assert not (tmp_path / "out").exists()
 
@@ -663,3 +667,37 @@ def test_files_are_hashed(tmp_path):
     assert file.sha256 is None
     list(file.read())
     assert file.sha256 == corpus.sha256(tmp_path / "a.jsonl")
+
+
+class TestChecksComeBeforeTheReading:
+    """What is wrong with the options or the base is said before a byte of the text is read."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"script": "Klingon"}, "'Klingon' is no script that Unicode knows"),
+            ({"unit": "word", "script": "Lao"}, "unit word cuts Thai words only"),
+            ({"unit": "letter"}, "unit is 'letter'; expected one of run, word, cluster"),
+            ({"max_token_chars": 1}, "max_token_chars is 1; expected a whole number from 2"),
+            ({"max_token_chars": 0}, "max_token_chars is 0"),
+            ({"max_token_chars": -3}, "max_token_chars is -3"),
+            ({"sample_bytes": -1}, "sample_bytes is -1; expected a size"),
+            ({"sample_bytes": 0}, "sample_bytes is 0; expected a size"),
+            ({"vocab_size": -5}, "vocab_size is -5"),
+            ({"vocab_size": 100}, "A vocabulary of 100 .* does not fit: the base uses the ids up to"),
+            ({"script": "Latin"}, "has .* merges of the script Latin already"),
+            ({"out": "full"}, "full exists already"),
+        ],
+        ids=str,
+    )
+    def test_by_train(self, base_folder, tmp_path, monkeypatch, options, message):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "precious").touch()
+        write(tmp_path / "a.jsonl", THAI)
+        monkeypatch.setattr(TextFile, "read", lambda file: pytest.fail(f"{file.path} was read"))
+        values = {"out": "out", "vocab_size": 500, **options}
+        with pytest.raises(UserError, match=message):
+            train(["a.jsonl"], base_folder, Path(values.pop("out")), **values)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "full"]
+        assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["precious"]

@@ -36,7 +36,12 @@ COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("merge", "scale"): {"method": "ties", "base": "base"},
     ("merge", "seed"): {"method": "dare-ties", "base": "base"},
 }
-REQUIRED: dict[str, dict[str, Any]] = {"upcycle": {"snapshots": ["a", "b"]}, "merge": {"models": ["a", "b"]}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "upcycle": {"snapshots": ["a", "b"]},
+    "merge": {"models": ["a", "b"]},
+    "tokenizer train": {"base": "base", "out": Path("out")},
+    "tokenizer report": {"text": ["text"]},
+}
 # Values that a rule of thumb would miss.
 VALUES: dict[tuple[str, str], Any] = {
     ("convert", "method"): "dus-v1",
@@ -48,6 +53,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("merge", "models"): ["c", "d"],
     ("merge", "weights"): [0.25, 0.75],
     ("merge", "t"): 0.25,
+    ("tokenizer train", "script"): "Lao",
 }
 OPTIONS = [
     pytest.param(verb, each, id=f"{verb.name} {each.flag}")

@@ -22,8 +22,9 @@ from jai.tokenization.chat import with_chat_template
 from jai.tokenization.extend import RESERVED_TOKEN, extend_tokenizer, new_token_pieces
 from jai.tokenization.loading import RECORD_FILE
 from jai.tokenization.normalization import replace_all, replacements
+from jai.tokenization.options import TrainTokenizerOptions
 from jai.tokenization.phi3_style import SPECIAL_TOKENS, train_phi3_style
-from jai.tokenization.train import SAMPLE_BYTES, train_tokenizer
+from jai.tokenization.train import train_tokenizer
 
 THAI = regex.compile(r"\p{Script=Thai}")
 THAI_TEXT = (
@@ -86,6 +87,12 @@ def ids(tokenizer, text: str) -> list[int]:
 
 def decode(tokenizer, text: str) -> str:
     return tokenizer.decode(ids(tokenizer, text), clean_up_tokenization_spaces=False)
+
+
+def train(texts, base: str | Path, out: Path, vocab_size: int, **options) -> Path:
+    return train_tokenizer(
+        TrainTokenizerOptions(text=[*map(str, texts)], base=str(base), out=out, vocab_size=vocab_size, **options)
+    )
 
 
 def as_read(text: str) -> str:
@@ -429,7 +436,7 @@ class TestTrain:
         return [plain, lines, packed]
 
     def test_writes_a_folder_and_its_record(self, base_folder, texts, tmp_path, tiny_base, capsys):
-        out = train_tokenizer(texts, str(base_folder), tmp_path / "out", 550)
+        out = train(texts, str(base_folder), tmp_path / "out", 550)
         tokenizer = AutoTokenizer.from_pretrained(out)
         assert len(tokenizer) == 550
         expected = extend_tokenizer(tiny_base, ["\n".join(THAI_TEXT), *THAI_TEXT], 550)
@@ -445,7 +452,8 @@ class TestTrain:
             "max_token_chars": 16,
             "script": "Thai",
             "unit": "run",
-            "sample_bytes": SAMPLE_BYTES,
+            "normalize_thai": True,
+            "sample_bytes": 200_000_000,
             "seed": 0,
         }
         pieces = new_token_pieces(tiny_base.backend_tokenizer, tokenizer.backend_tokenizer)
@@ -457,7 +465,7 @@ class TestTrain:
         assert f"--tokenizer {out}" in printed
 
     def test_loads_in_a_clean_process_that_has_no_jai(self, base_folder, texts, tmp_path):
-        out = train_tokenizer(texts, str(base_folder), tmp_path / "out", 550)
+        out = train(texts, str(base_folder), tmp_path / "out", 550)
         code = (
             "import sys; sys.modules['jai'] = None\n"
             "from transformers import AutoTokenizer\n"
@@ -475,15 +483,15 @@ class TestTrain:
 
     def test_missing_things_are_named(self, base_folder, texts, tmp_path):
         with pytest.raises(UserError, match="no tokenizer that can be loaded"):
-            train_tokenizer(texts, str(tmp_path), tmp_path / "out", 550)
+            train(texts, str(tmp_path), tmp_path / "out", 550)
         damaged = shutil.copytree(base_folder, tmp_path / "damaged")
         (damaged / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}')
         with pytest.raises(UserError, match="no tokenizer that can be loaded"):
-            train_tokenizer(texts, str(damaged), tmp_path / "out", 550)
+            train(texts, str(damaged), tmp_path / "out", 550)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").touch()
         with pytest.raises(UserError, match="exists already"):
-            train_tokenizer(texts, str(base_folder), tmp_path / "out", 550)
+            train(texts, str(base_folder), tmp_path / "out", 550)
 
 
 @pytest.mark.slow

@@ -22,8 +22,9 @@ from jai.tokenization import measure as measuring
 from jai.tokenization.extend import RESERVED_TOKEN
 from jai.tokenization.loading import RECORD_FILE
 from jai.tokenization.measure import TokenizerFigures, count_words, measure, script_of
+from jai.tokenization.options import ReportTokenizersOptions, TrainTokenizerOptions
 from jai.tokenization.phi3_style import train_phi3_style
-from jai.tokenization.report import JSON_FILE, MARKDOWN_FILE, PICTURE_FILE, load_subjects, report_tokenizers
+from jai.tokenization.report import JSON_FILE, MARKDOWN_FILE, PICTURE_FILE, Report, load_subjects, report_tokenizers
 from jai.tokenization.train import train_tokenizer
 
 THAI_TEXT = (
@@ -44,6 +45,11 @@ TEXTS = st.text(
 )
 SEVERAL = st.lists(TEXTS, min_size=1, max_size=4)
 FEW = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+
+
+def make_report(tokenizers, texts, *, console: Console, **options) -> Report:
+    given = ReportTokenizersOptions(tokenizer=list(tokenizers), text=[*map(str, texts)], **options)
+    return report_tokenizers(given, console=console)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -411,7 +417,10 @@ class TestSubjects:
     def trained(self, folders, tmp_path) -> Path:
         """As `jai tokenizer train` leaves it."""
         text = write_lines(tmp_path / "t.jsonl", THAI_TEXT * 4)
-        return train_tokenizer([text], folders[0], tmp_path / "out", FIRST_NEW + 22, console=quiet())
+        options = TrainTokenizerOptions(
+            text=[str(text)], base=folders[0], out=tmp_path / "out", vocab_size=FIRST_NEW + 22
+        )
+        return train_tokenizer(options, console=quiet())
 
     def test_new_tokens_by_the_record(self, trained):
         (subject,) = load_subjects([str(trained)]).values()
@@ -476,12 +485,12 @@ class TestReport:
         rows = [{"text": "น้ำ", "source": "law"}, {"text": "น้ำใจ"}, {"text": "ใจดี", "source": "law"}]
         path = tmp_path / "mixed.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        text = report_tokenizers(folders[:1], [path], console=quiet()).text
+        text = make_report(folders[:1], [path], console=quiet()).text
         assert {name: amount.characters for name, amount in text.by_source.items()} == {"law": 7, "mixed.jsonl": 5}
 
     def test_what_is_written(self, folders, texts, tmp_path, base, extended):
         out = tmp_path / "out"
-        report = report_tokenizers(folders, texts, out=out, console=quiet())
+        report = make_report(folders, texts, out=out, console=quiet())
         assert sorted(path.name for path in out.iterdir()) == [JSON_FILE, MARKDOWN_FILE, PICTURE_FILE]
         record = json.loads((out / JSON_FILE).read_text(encoding="utf-8"))
         assert record == json.loads(json.dumps(report.record()))
@@ -511,20 +520,20 @@ class TestReport:
         assert regex.search(rf"\| script Thai \| [\d.]+% \| [\d.]+ \| {rate:.4f} \|", page)
 
     def test_named_base(self, folders, texts):
-        report = report_tokenizers([folders[1]], texts, base=folders[0], console=quiet())
+        report = make_report([folders[1]], texts, base=folders[0], console=quiet())
         assert report.base == "base"
         assert list(report.figures) == ["base", "extended"]
         assert report.figures["extended"].new.tokens == NEW
-        assert report_tokenizers(folders, texts, base=folders[1], console=quiet()).base == "extended"
+        assert make_report(folders, texts, base=folders[1], console=quiet()).base == "extended"
 
     def test_one_alone(self, folders, texts):
-        report = report_tokenizers([folders[1]], texts, console=quiet())
+        report = make_report([folders[1]], texts, console=quiet())
         assert report.base is None
         assert report.figures["extended"].new is None
         assert report.figures["extended"].speed.batched_ratio is None
 
     def test_tables_fit_into_100_columns(self, folders, texts, capsys):
-        report_tokenizers(folders, texts, console=Console(width=100))
+        make_report(folders, texts, console=Console(width=100))
         printed = capsys.readouterr().out
         for part in (
             "script Thai",
@@ -542,14 +551,14 @@ class TestReport:
         (tmp_path / "empty.jsonl").touch()
         for name, message in (("bad.jsonl", "not UTF-8"), ("empty.jsonl", "no text to measure"), ("no.txt", "no.txt")):
             with pytest.raises(UserError, match=message):
-                report_tokenizers(folders, [tmp_path / name], out=tmp_path / "out", console=quiet())
+                make_report(folders, [tmp_path / name], out=tmp_path / "out", console=quiet())
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "empty.jsonl"]
 
     def test_nothing_is_overwritten(self, folders, texts, tmp_path):
         with pytest.raises(UserError, match="exists already"):
-            report_tokenizers(folders, texts, out=tmp_path, console=quiet())
+            make_report(folders, texts, out=tmp_path, console=quiet())
         with pytest.raises(UserError, match="No tokenizer was given"):
-            report_tokenizers([], texts, console=quiet())
+            make_report([], texts, console=quiet())
 
     def test_command_line(self, folders, texts, tmp_path):
         run = [sys.executable, "-m", "jai", "tokenizer", "report", *folders, "--text", str(texts[0])]

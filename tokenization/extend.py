@@ -19,7 +19,7 @@ from jai.tokenization.chat import with_chat_template
 from jai.tokenization.learn import Merge, choose_pieces, learn_cluster_merges, learn_merges
 from jai.tokenization.normalization import replace_all, replacements, with_replacements
 from jai.tokenization.phi3_style import SPECIAL_TOKENS
-from jai.tokenization.units import SPACE, UNITS, Unit, count_runs, count_words, script_runs
+from jai.tokenization.units import SPACE, Unit, check_script, count_runs, count_words, script_runs
 
 RESERVED_TOKEN = "<|reserved_{}|>"
 
@@ -59,25 +59,12 @@ def extend_tokenizer(
         UserError: if the base is no byte-fallback BPE or has merges of the script, the script is unknown, or the text
             cannot fill the vocabulary.
     """
-    runs = script_runs(script)
-    if unit not in UNITS:
-        raise UserError(f"unit is {unit!r}. Give one of {', '.join(UNITS)}.")
-    if unit == "word" and script.casefold() != "thai":
-        raise UserError(f"unit word cuts Thai words only, but the script is {script}. Give run or cluster.")
+    check_script(script, unit)
     if max_token_chars < 2:
         raise UserError(f"max_token_chars is {max_token_chars}, which leaves nothing to merge. Give 2 or more.")
-    _check_base(base, runs, script)
+    first_new_id = check_extension(base, vocab_size, script, first_new_id)
     state = json.loads(base.backend_tokenizer.to_str())
     vocab: dict[str, int] = base.get_vocab()
-    base_end = max(vocab.values()) + 1
-    if first_new_id is None:
-        first_new_id = -(-base_end // 64) * 64
-    if first_new_id < base_end or vocab_size <= first_new_id:
-        raise UserError(
-            f"A vocabulary of {vocab_size} with new pieces from id {first_new_id} on does not fit: the base uses the "
-            f"ids up to {base_end - 1}. Give a vocab_size above {max(first_new_id, base_end)}."
-        )
-
     pairs = replacements(script, normalize_thai)
     run_counts = count_runs((replace_all(unicodedata.normalize("NFC", text), pairs) for text in texts), script)
     characters = set().union(*run_counts) - {SPACE}
@@ -113,6 +100,26 @@ def extend_tokenizer(
     if set(SPECIAL_TOKENS) <= base.get_vocab().keys():
         with_chat_template(extended)
     return extended
+
+
+def check_extension(
+    base: PreTrainedTokenizerBase, vocab_size: int, script: str, first_new_id: int | None = None
+) -> int:
+    """The id of the first new piece, if the base can be extended by the script to this size; needs no text.
+
+    Raises:
+        UserError: as `extend_tokenizer`.
+    """
+    _check_base(base, script_runs(script), script)
+    base_end = max(base.get_vocab().values()) + 1
+    if first_new_id is None:
+        first_new_id = -(-base_end // 64) * 64
+    if first_new_id < base_end or vocab_size <= first_new_id:
+        raise UserError(
+            f"A vocabulary of {vocab_size} with new pieces from id {first_new_id} on does not fit: the base uses the "
+            f"ids up to {base_end - 1}. Give a vocab_size above {max(first_new_id, base_end)}."
+        )
+    return first_new_id
 
 
 def new_token_pieces(base: Tokenizer, extended: Tokenizer) -> dict[int, list[int]]:

@@ -23,11 +23,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from jai.errors import UserError
-from jai.files import new_folder
+from jai.files import new_folder, refuse_existing
 from jai.tokenization.corpus import Source, open_sources
 from jai.tokenization.extend import RESERVED_TOKEN
 from jai.tokenization.loading import RECORD_FILE, backend_of, load_tokenizer
 from jai.tokenization.measure import TextFigures, TokenizerFigures, machine, measure
+from jai.tokenization.options import ReportTokenizersOptions
 from jai.version import __version__
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"
@@ -104,23 +105,14 @@ class Report:
         }
 
 
-def report_tokenizers(
-    tokenizers: Sequence[str],
-    texts: Sequence[str | Path],
-    base: str | None = None,
-    out: Path | None = None,
-    console: Console | None = None,
-) -> Report:
+def report_tokenizers(options: ReportTokenizersOptions, console: Console | None = None) -> Report:
     """Measure tokenizers on text and print what was found; with `out`, write it as JSON, Markdown and a picture.
 
     What is measured, and how, says `jai.tokenization.measure`. The new tokens of a tokenizer are those of its
     `tokenizer_training.json`; without one, those that the base lacks.
 
     Args:
-        tokenizers: folders or Hub ids.
-        texts: files, folders of files, or Hub datasets (see `jai.tokenization.corpus.open_sources`).
-        base: folder or Hub id of the tokenizer that the others are compared with; None is the first of several.
-        out: folder to write; it must not exist.
+        options: what to measure, and on what.
         console: where the tables are printed; None is standard output.
 
     Raises:
@@ -128,15 +120,16 @@ def report_tokenizers(
             nothing in it, or an output folder that exists.
     """
     console = console or Console()
-    origins = list(dict.fromkeys([*([base] if base else []), *tokenizers]))
-    if not origins:
-        raise UserError("No tokenizer was given. Give folders or Hub ids of tokenizers.")
-    sources = open_sources(texts)
+    base, out = options.base, options.out
+    if out:
+        refuse_existing(out)
+    sources = open_sources(options.text)
+    origins = list(dict.fromkeys([*([base] if base else []), *options.tokenizer]))
     subjects = load_subjects(origins)
     base_name = next(iter(subjects)) if len(subjects) > 1 or base else None
     command = shlex.join(
-        ["jai", "tokenizer", "report", *tokenizers]
-        + [word for text in texts for word in ("--text", str(text))]
+        ["jai", "tokenizer", "report", *options.tokenizer]
+        + [word for text in options.text for word in ("--text", text)]
         + (["--base", base] if base else [])
         + (["--out", str(out)] if out else [])
     )

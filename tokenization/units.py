@@ -28,11 +28,26 @@ def script_runs(script: str) -> regex.Pattern:
         UserError: if Unicode has no such script.
     """
     try:
+        if not regex.fullmatch(r"[A-Za-z][A-Za-z_ -]*", script):  # a brace would be read as more of the pattern
+            raise regex.error("no name")
         return regex.compile(rf"{SPACE}?\p{{Script={script}}}+")
     except regex.error as error:
         raise UserError(
             f"{script!r} is no script that Unicode knows. Give a name such as Thai, Lao, Khmer or Myanmar."
         ) from error
+
+
+def check_script(script: str, unit: str) -> None:
+    """Refuse a script that Unicode does not know, and a unit that there is not, or not of this script.
+
+    Raises:
+        UserError: saying what there is.
+    """
+    script_runs(script)
+    if unit not in UNITS:
+        raise UserError(f"unit is {unit!r}. Give one of {', '.join(UNITS)}.")
+    if unit == "word" and script.casefold() != "thai":
+        raise UserError(f"unit word cuts Thai words only, but the script is {script}. Give run or cluster.")
 
 
 def count_runs(texts: Iterable[str], script: str) -> Counter[str]:
