@@ -10,9 +10,9 @@ from transformers import Phi3Config
 from jai.configuration_jai import JaiConfig, PlannedLayer
 from jai.conversion import names
 from jai.conversion.inputs.hub import resolve_checkpoint
-from jai.conversion.inputs.jai import jai_shapes, load_jai_config
-from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.jai import load_jai_config, open_jai_weights
 from jai.conversion.inputs.weight_files import has_weights
+from jai.conversion.output.checkpoint_folder import print_note
 
 DEFAULT_NAME = "jai-1"
 GB = 1e9
@@ -120,9 +120,9 @@ def inspect(path: str, *, console: Console | None = None) -> Inspection:
     else:
         folder = resolve_checkpoint(path)
         config = load_jai_config(folder)
-        reader = CheckpointReader(folder) if has_weights(folder) else None
-        if reader is not None:
-            reader.check(jai_shapes(config), spare=frozenset({names.LM_HEAD}))
+        reader, notes = open_jai_weights(path, folder, config) if has_weights(folder) else (None, [])
+        for note in notes:
+            print_note(console, note)
     alphas = config.initial_skip_alphas
     if reader is not None:
         alphas = {layer: reader.rows(names.skip_alpha_name(layer)).item() for layer in alphas}

@@ -127,7 +127,7 @@ class TestEveryByte:
 
     def expected(self, part: Copied | Computed, dtype: torch.dtype) -> bytes:
         if isinstance(part, Copied):
-            return part.shards.path(part.shard).read_bytes()[part.start : part.start + part.length]
+            return part.files.path(part.file).read_bytes()[part.start : part.start + part.length]
         assert part.formula
         return b"".join(bytes(chunk.to(dtype).contiguous().view(torch.uint8).numpy().data) for chunk in part.make())
 

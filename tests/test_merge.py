@@ -373,7 +373,7 @@ def test_what_one_model_gives_is_copied(models):
     middle = kinds["model.layers.3.self_attn.q_proj.weight"]
     assert isinstance(middle, Computed)
     assert middle.formula == "slerp, t 0.5, of model.layers.3.self_attn.q_proj.weight"
-    assert {shards.place for shards, _ in middle.reads} == {str(model) for model in models[:2]}
+    assert {files.place for files, _ in middle.reads} == {str(model) for model in models[:2]}
 
 
 # --- Whole checkpoints ---

@@ -160,7 +160,7 @@ def test_every_byte_is_accounted_for(dense, checkpoints, tmp_path):
         count = {"experts.gate_up_proj": 8, "experts.down_proj": 4}.get(tensor.name.split(".mlp.")[-1], 1)
         assert len(tensor.parts) == count
     copied = [part for tensor in tensors for part in tensor.parts if isinstance(part, Copied)]
-    assert len({(part.shards.place, part.shard, part.start) for part in copied}) == len(copied)  # nothing twice
+    assert len({(part.files.place, part.file, part.start) for part in copied}) == len(copied)  # nothing twice
 
 
 def test_other_weights_come_from_base_weights(dense, checkpoints, upcycled, tmp_path):
@@ -256,7 +256,7 @@ def test_dtype_is_that_of_dense_unless_given(phi3, dense, checkpoints, tmp_path)
 def test_snapshots_have_the_ffn_weights_alone_and_give_the_same(dense, checkpoints, upcycled, trained, tmp_path):
     """By `jai snapshot` and by the callback, sharded and not, in one upcycling with whole checkpoints."""
     snapshot(SnapshotOptions(checkpoint=checkpoints[0], out=tmp_path / "two", max_shard_size=20_000, workers=2))
-    assert len(CheckpointReader(tmp_path / "two").shards.names) > 3
+    assert len(CheckpointReader(tmp_path / "two").files.names) > 3
     by_callback = trained / "snapshots" / "step-4"
     for folder, whole in ((tmp_path / "two", checkpoints[0]), (by_callback, checkpoints[1])):
         kept, source = weights(folder), weights(whole)

@@ -22,7 +22,7 @@ from jai.conversion.inputs.config import load_generation_config
 from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
 from jai.conversion.inputs.parts import Part
 from jai.conversion.inputs.phi3 import load_phi3_config
-from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.reader import UNTIED_NOTE, CheckpointReader
 from jai.conversion.inputs.values import common_dtype
 from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, weight_map
 from jai.conversion.output.drawn import constant, drawn, with_noise
@@ -42,7 +42,7 @@ class ConversionPlan:
         generation: the base's settings of generation, if it has some.
         vocabulary: the output's rows.
         config: the output's configuration.
-        is_untied: whether the base has a head of its own, though its configuration ties it to the embeddings.
+        notes: what is unusual about the base, for people.
         tensors: the output's tensors, in the order in which they are written.
     """
 
@@ -52,7 +52,7 @@ class ConversionPlan:
     generation: GenerationConfig | None
     vocabulary: Vocabulary
     config: JaiConfig
-    is_untied: bool
+    notes: list[str]
     tensors: list[PlannedTensor]
 
     @property
@@ -77,6 +77,7 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     folder = resolve_checkpoint(options.base, weights=not (options.stream or options.dry_run))
     base_config = load_phi3_config(folder)
     reader = _open_base(options, folder)
+    notes = reader.leave_out_leftovers() if reader else []
     base_tokenizer = load_vocabulary(folder)
     new_folder = resolve_checkpoint(options.tokenizer, weights=False) if options.tokenizer else None
     tokenizer = load_vocabulary(new_folder) if new_folder else None
@@ -86,6 +87,7 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     is_untied = base_config.tie_word_embeddings and reader is not None and reader.has_untied_head
     if is_untied:
         base_config.tie_word_embeddings = False
+        notes.append(UNTIED_NOTE)
     dtype = common_dtype(reader.dtypes.values()) if reader else base_config.dtype
     config = _jai_config(base_config, options, vocabulary, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
     expected = names.source_shapes(config, base_config.vocab_size, base_config.num_hidden_layers)
@@ -100,7 +102,7 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
         generation=load_generation_config(folder),
         vocabulary=vocabulary,
         config=config,
-        is_untied=is_untied,
+        notes=notes,
         tensors=plan_converted_tensors(config, base_config, reader, options, vocabulary),
     )
 
@@ -113,8 +115,8 @@ def _open_base(options: ConvertOptions, folder: Path) -> CheckpointReader | None
     if options.dry_run and not (is_local and has_weights(folder)):
         return None
     if options.stream:
-        shards = HubFiles(options.base, folder, work_folder(options.out) / "downloads")
-        return CheckpointReader(shards, weight_map(folder))
+        files = HubFiles(options.base, folder, work_folder(options.out) / "downloads")
+        return CheckpointReader(files, weight_map(folder))
     return CheckpointReader(folder)
 
 

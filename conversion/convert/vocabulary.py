@@ -226,7 +226,7 @@ def _new_rows(
             yield torch.stack([new_row(id_) for id_ in range(at, min(at + _ROWS_CHUNK, ids.stop))])
 
     formula = f"{name}[{ids.start}:{ids.stop}]: {init} of {name} (seed {seed})"
-    return Computed(len(ids) * width * dtype.itemsize, formula, make, (reader.read_shard(name),))
+    return Computed(len(ids) * width * dtype.itemsize, formula, make, (reader.file_of(name),))
 
 
 def _column_moments(reader: CheckpointReader, name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

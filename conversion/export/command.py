@@ -22,7 +22,6 @@ from jai.conversion import names
 from jai.conversion.export.options import Architecture, ExportOptions
 from jai.conversion.inputs.config import CONFIG_FILE, load_generation_config
 from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_jai, slice_names
-from jai.conversion.inputs.reader import UNTIED_NOTE
 from jai.conversion.inputs.values import common_dtype
 from jai.conversion.output.checkpoint_folder import (
     PlannedCheckpoint,
@@ -99,8 +98,8 @@ def export(options: ExportOptions, *, console: Console | None = None) -> PreTrai
         soft_wrap=True,
         highlight=False,
     )
-    if source.is_untied:
-        print_note(console, UNTIED_NOTE)
+    for note in source.notes:
+        print_note(console, note)
     if options.dry_run:
         console.print("Dry run: nothing was written.")
         return config

@@ -6,11 +6,12 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
 from jai.errors import UserError
+from jai.files import check_is_file
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -39,8 +40,9 @@ def read_header(path: Path) -> Header:
     """Header of a safetensors file, checked against the file's size.
 
     Raises:
-        UserError: if the file is not safetensors, or shorter or longer than its header says.
+        UserError: if it is no file, not safetensors, or shorter or longer than its header says.
     """
+    check_is_file(path)
     with path.open("rb") as file:
         return parse_header(file, path.stat().st_size, str(path))
 
@@ -53,22 +55,63 @@ def parse_header(file: BinaryIO, size: int, name: str) -> Header:
     """
     try:
         (length,) = struct.unpack("<Q", file.read(8))
-        raw = file.read(length) if length <= min(size - 8, _LONGEST_HEADER) else b""
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        end = 0
-        for entry in header.values():
-            start, stop = entry["data_offsets"]
-            if not (0 <= start <= stop and all(type(n) is int and n >= 0 for n in entry["shape"])):
-                raise ValueError
-            end = max(end, stop)
-    except (struct.error, ValueError, AttributeError, KeyError, TypeError):
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"its length is {length:,}")
+        raw = file.read(length)
+        tensors = json.loads(raw, object_pairs_hook=_without_duplicates)
+        if not isinstance(tensors, dict):
+            raise ValueError("it is no JSON object")
+        tensors.pop("__metadata__", None)
+        for tensor, entry in tensors.items():
+            _check_entry(tensor, entry)
+        end = _check_ranges(tensors)
+    except (struct.error, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(
-            f"{name} is no whole safetensors file: its header cannot be read. Fetch or save it again."
+            f"{name} is no whole safetensors file: its header cannot be read ({reason}). Fetch or save it again."
         ) from None
     if size != 8 + length + end:
         raise UserError(
             f"{name} has {size:,} bytes, but its header describes {8 + length + end:,}: the file is truncated or "
             "damaged. Fetch or save it again."
         )
-    return Header(header, 8 + length, size, hashlib.sha256(raw).hexdigest())
+    return Header(tensors, 8 + length, size, hashlib.sha256(raw).hexdigest())
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; readers differ in which of two values they take for one name."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in content if names.count(name) > 1)!r} twice")
+    return content
+
+
+def _check_entry(tensor: str, entry: Any) -> None:
+    is_whole = (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and _are_sizes(entry.get("shape"))
+        and _are_sizes(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
+    if not is_whole:
+        raise ValueError(f"the entry of {tensor} has no dtype, shape and data_offsets as whole numbers from 0")
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_ranges(tensors: dict[str, dict]) -> int:
+    """Where the tensors' bytes end, if they lie one behind the other, as the format demands.
+
+    Two tensors that share bytes are trained and merged as if they were apart; what lies in a hole, nobody sees.
+    """
+    end = 0
+    for tensor, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        if start != end or stop < start:
+            raise ValueError(f"the bytes of {tensor} are {start:,} to {stop:,}, where {end:,} was expected")
+        end = stop
+    return end

@@ -14,9 +14,9 @@ from jai.conversion import names
 from jai.conversion.inputs.checkpoint import Checkpoint
 from jai.conversion.inputs.config import make_config, read_config
 from jai.conversion.inputs.hub import resolve_checkpoint
-from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.reader import UNTIED_NOTE, CheckpointReader
 from jai.conversion.inputs.values import common_dtype
-from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, refuse_adapter
+from jai.conversion.inputs.weight_files import PlannedFiles, has_all_weights, has_weights, refuse_adapter
 from jai.errors import UserError
 from jai.files import read_json
 
@@ -31,13 +31,13 @@ class JaiCheckpoint(Checkpoint):
     Attributes:
         config: its configuration; of a snapshot, that of the model it was taken from.
         is_snapshot: whether it has only the FFN weights.
-        is_untied: whether it has a head of its own, though its config.json (not `config`) ties it to the embeddings.
+        notes: what is unusual about its weights, for people.
         global_step: the training step that it was saved at, None where it does not say.
     """
 
     config: JaiConfig
     is_snapshot: bool
-    is_untied: bool
+    notes: list[str]
     global_step: int | None
 
     @property
@@ -72,17 +72,38 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
         config = make_config(JaiConfig, content | {"model_type": JaiConfig.model_type}, folder)
     else:
         config, step = load_jai_config(folder), _trainer_step(folder)
-    if planned_only and not has_weights(folder):
+    is_here = has_weights(folder) if Path(name).is_dir() else has_all_weights(folder)
+    if planned_only and not is_here:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         reader = CheckpointReader(PlannedFiles(_shapes(config, is_snapshot=is_snapshot), dtype))
-        return JaiCheckpoint(name, folder, reader, config, is_snapshot, False, step)
+        return JaiCheckpoint(name, folder, reader, config, is_snapshot, [], step)
+    reader, notes = open_jai_weights(name, folder, config, is_snapshot=is_snapshot)
+    return JaiCheckpoint(name, folder, reader, config, is_snapshot, notes, step)
+
+
+def open_jai_weights(
+    name: str, folder: Path, config: JaiConfig, *, is_snapshot: bool = False
+) -> tuple[CheckpointReader, list[str]]:
+    """The weights of a JAI, and what is unusual about them, for people.
+
+    Args:
+        name: of the checkpoint, for the notes.
+        folder: where its files lie.
+        config: its configuration. Where it ties the head to the embeddings, and the weights have a head of its own,
+            it is changed to say so.
+        is_snapshot: whether it has only FFN weights.
+
+    Raises:
+        UserError: for weights that are damaged, or not those of the configuration.
+    """
     reader = CheckpointReader(folder)
-    is_untied = config.tie_word_embeddings and reader.has_untied_head
-    if is_untied:
+    notes = reader.leave_out_leftovers()
+    if config.tie_word_embeddings and reader.has_untied_head:
         config.tie_word_embeddings = False
+        notes.append(UNTIED_NOTE)
     # Tied models are saved without the head, or with a copy of the embeddings.
     reader.check(_shapes(config, is_snapshot=is_snapshot), spare=frozenset({names.LM_HEAD}))
-    return JaiCheckpoint(name, folder, reader, config, is_snapshot, is_untied, step)
+    return reader, [f"{name}: {note}" for note in notes]
 
 
 def _shapes(config: JaiConfig, *, is_snapshot: bool) -> dict[str, tuple[int, ...]]:

@@ -11,16 +11,23 @@ from jai.conversion.inputs.weight_files import WeightFiles
 
 @dataclass(frozen=True)
 class Copied:
-    """Bytes `start` to `start + length` of a source file, as they are."""
+    """Bytes `start` to `start + length` of a weight file, as they are.
 
-    shards: WeightFiles
-    shard: str
+    Attributes:
+        files: the files of its checkpoint.
+        file: its name among them.
+        start: first byte in the file.
+        length: how many bytes.
+    """
+
+    files: WeightFiles
+    file: str
     start: int
     length: int
 
     @property
     def reads(self) -> tuple[tuple[WeightFiles, str], ...]:
-        return ((self.shards, self.shard),)
+        return ((self.files, self.file),)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Computed:
         formula: what is computed, for people and for tests that account for every byte.
         make: yields the values in order, in chunks of bounded size, each valid until the next is asked for. Whoever
             writes them rounds them to the dtype of the output. Called twice it gives the same values.
-        reads: the source files that it reads.
+        reads: the weight files that it reads.
     """
 
     length: int

@@ -9,6 +9,7 @@ that another process cuts short would kill the reader, where a read that comes u
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -25,17 +26,24 @@ UNTIED_NOTE = (
 )
 
 _CHUNK_BYTES = 8_000_000
-_NAMED = 3
+_LISTED_PROBLEMS = 3
+
+# What wraps a model puts its own name before those of the weights, and saving the wrapper saves it with them.
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DDP or FSDP", "base_model.model.": "PEFT"}
+_ROPE_BUFFER = "rotary_emb.inv_freq"
+
+Value = TypeVar("Value")
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint by name, over all its shards.
+    """The tensors of a checkpoint by name, over all its files.
 
     Args:
-        shards: a local folder, or where else the weight files come from.
+        files: a local folder, or where else the weight files come from.
+        indexed: the file of each tensor, as the index says; of a folder it is read.
 
     Attributes:
-        shards: the weight files.
+        files: the weight files.
         shapes: shape of each tensor.
         dtypes: dtype of each tensor.
         size: bytes of all files.
@@ -46,23 +54,23 @@ class CheckpointReader:
             for an index that names tensors which its files lack.
     """
 
-    def __init__(self, shards: Path | WeightFiles, indexed: dict[str, str] | None = None):
-        if isinstance(shards, Path):
-            indexed = weight_map(shards)
-            shards = LocalFiles(shards)
-        self.shards: WeightFiles = shards
+    def __init__(self, files: Path | WeightFiles, indexed: dict[str, str] | None = None):
+        if isinstance(files, Path):
+            indexed = weight_map(files)
+            files = LocalFiles(files)
+        self.files: WeightFiles = files
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.size = 0
         self.headers: dict[str, str] = {}
         self._places: dict[str, tuple[str, int]] = {}
-        for shard in self.shards.names:
-            header = self.shards.header(shard)
-            self.headers[shard] = header.sha256
+        for file in self.files.names:
+            header = self.files.header(file)
+            self.headers[file] = header.sha256
             self.size += header.size
             for name, entry in header.tensors.items():
-                self._add(shard, name, entry, header.data_start)
-        lost = sorted(name for name, shard in (indexed or {}).items() if self._places.get(name, ("",))[0] != shard)
+                self._add(file, name, entry, header.data_start)
+        lost = sorted(name for name, file in (indexed or {}).items() if self._places.get(name, ("",))[0] != file)
         if lost:
             raise UserError(
                 f"The index of {self.name} names {lost[0]} in {(indexed or {})[lost[0]]}, which does not hold it "
@@ -72,11 +80,11 @@ class CheckpointReader:
     @property
     def name(self) -> str:
         """For messages."""
-        return self.shards.place
+        return self.files.place
 
     def identity(self) -> dict[str, list]:
         """What tells these files from others: for each its size, its time of change and the hash of its header."""
-        return {shard: [*rest, self.headers[shard]] for shard, rest in self.shards.identity().items()}
+        return {file: [*rest, self.headers[file]] for file, rest in self.files.identity().items()}
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the files by name.
@@ -84,7 +92,38 @@ class CheckpointReader:
         Raises:
             UserError: if a weight is NaN or infinite (`WeightFiles.sha256`).
         """
-        return hash_each(self.shards.names, self.shards.sha256)
+        return hash_each(self.files.names, self.files.sha256)
+
+    def leave_out_leftovers(self) -> list[str]:
+        """Leave out what is no part of a model: the prefix of a wrapper before all names, and RoPE's frequencies.
+
+        torch.compile, DDP and PEFT put their prefix before every name; older versions of transformers saved the
+        frequencies, which follow from the configuration.
+
+        Returns:
+            What was left out, for people.
+        """
+        notes = []
+        if prefix := self.wrapper_prefix:
+            self.shapes, self.dtypes, self._places = (
+                _renamed(self.shapes, prefix),
+                _renamed(self.dtypes, prefix),
+                _renamed(self._places, prefix),
+            )
+            notes.append(
+                f"all names of weights begin with {prefix!r}, left there by {_cause(prefix)}; it is taken off."
+            )
+        if buffers := [name for name in self.shapes if name.endswith(_ROPE_BUFFER)]:
+            for name in buffers:
+                del self.shapes[name], self.dtypes[name], self._places[name]
+            notes.append(f"{len(buffers)} buffers of RoPE ({buffers[0]}, …) are left out: the model makes its own.")
+        return notes
+
+    @property
+    def wrapper_prefix(self) -> str:
+        """What wrappers put before the names of all tensors; empty where some have another prefix, or none."""
+        prefixes = {_wrapper_prefix(name) for name in self.shapes}
+        return prefixes.pop() if len(prefixes) == 1 else ""
 
     def check(self, expected: dict[str, tuple[int, ...]], *, spare: frozenset[str]) -> None:
         """Refuse weights that are not exactly the expected ones.
@@ -94,20 +133,20 @@ class CheckpointReader:
             spare: names that may be there too.
 
         Raises:
-            UserError: naming what is missing, unknown or of another shape.
+            UserError: naming what is missing, unknown or of another shape, and its cause where it is known.
         """
         missing = sorted(expected.keys() - self.shapes.keys())
         unknown = sorted(self.shapes.keys() - expected.keys() - spare)
         wrong = sorted(name for name in expected.keys() & self.shapes.keys() if expected[name] != self.shapes[name])
         if missing or unknown or wrong:
             problems = [
-                *(f"{name} is missing" for name in missing[:_NAMED]),
-                *(f"{name} is unknown" for name in unknown[:_NAMED]),
-                *(f"{name} is {self.shapes[name]}, not {expected[name]}" for name in wrong[:_NAMED]),
+                *(f"{name} is missing" for name in missing[:_LISTED_PROBLEMS]),
+                *(f"{name} is unknown" for name in unknown[:_LISTED_PROBLEMS]),
+                *(f"{name} is {self.shapes[name]}, not {expected[name]}" for name in wrong[:_LISTED_PROBLEMS]),
             ]
             raise UserError(
                 f"The weights in {self.name} do not match its config.json: {'; '.join(problems)} ({len(missing)} "
-                f"missing, {len(unknown)} unknown, {len(wrong)} of another shape). Save it again with transformers."
+                f"missing, {len(unknown)} unknown, {len(wrong)} of another shape). {_remedy(unknown)}"
             )
 
     def copied(self, name: str, start: int = 0, stop: int | None = None) -> Copied:
@@ -115,8 +154,8 @@ class CheckpointReader:
         shape, dtype = self.shapes[name], self.dtypes[name]
         stop = shape[0] if stop is None else stop
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        shard, offset = self._places[name]
-        return Copied(self.shards, shard, offset + start * row_bytes, (stop - start) * row_bytes)
+        file, offset = self._places[name]
+        return Copied(self.files, file, offset + start * row_bytes, (stop - start) * row_bytes)
 
     def cast(self, name: str, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Part:
         """Rows `start:stop` of a tensor in `dtype`: copied where that is its own."""
@@ -128,7 +167,7 @@ class CheckpointReader:
             size,
             f"{name}[{start}:{'' if stop is None else stop}] as {dtype}".replace("torch.", ""),
             lambda: self.chunks(name, start, stop),
-            ((self.shards, copied.shard),),
+            ((self.files, copied.file),),
         )
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -136,10 +175,10 @@ class CheckpointReader:
         shape, dtype = self.shapes[name], self.dtypes[name]
         copied = self.copied(name, start, stop)
         data = bytearray(copied.length)
-        with self.shards.path(copied.shard).open("rb") as file:
+        with self.files.path(copied.file).open("rb") as file:
             file.seek(copied.start)
             if file.readinto(data) != copied.length:
-                raise UserError(f"{self.shards.path(copied.shard)} is shorter than it was. Fetch it and start again.")
+                raise UserError(f"{self.files.path(copied.file)} is shorter than it was. Fetch it and start again.")
         if not data:
             return torch.empty(0, *shape[1:], dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).view(-1, *shape[1:])
@@ -159,11 +198,11 @@ class CheckpointReader:
             yield self.rows(name, at, min(at + step, stop))
 
     def same_values(self, first: str, second: str) -> bool:
-        """Whether two matrices have the same shape and values, whatever their dtypes."""
+        """Whether two tensors have the same shape and values, whatever their dtypes."""
         if self.shapes[first] != self.shapes[second]:
             return False
-        rows, width = self.shapes[first]
-        step = max(1, _CHUNK_BYTES // (width * torch.float32.itemsize))
+        rows, *width = self.shapes[first] or (0,)
+        step = max(1, _CHUNK_BYTES // (max(1, math.prod(width)) * torch.float32.itemsize))
         return all(
             torch.equal(*(self.rows(name, at, min(at + step, rows)).float() for name in (first, second)))
             for at in range(0, rows, step)
@@ -177,22 +216,54 @@ class CheckpointReader:
         """
         return {EMBEDDINGS, LM_HEAD} <= self.shapes.keys() and not self.same_values(EMBEDDINGS, LM_HEAD)
 
-    def read_shard(self, name: str) -> tuple[WeightFiles, str]:
-        """The shard that a computation on this tensor reads."""
-        return self.shards, self._places[name][0]
+    def file_of(self, name: str) -> tuple[WeightFiles, str]:
+        """The file that a computation on this tensor reads."""
+        return self.files, self._places[name][0]
 
-    def _add(self, shard: str, name: str, entry: dict, data_start: int) -> None:
+    def _add(self, file: str, name: str, entry: dict, data_start: int) -> None:
         if entry["dtype"] not in DTYPES:
             raise UserError(
-                f"{name} in {shard} is {entry['dtype']}; expected one of {', '.join(DTYPES)}. Quantised weights "
+                f"{name} in {file} is {entry['dtype']}; expected one of {', '.join(DTYPES)}. Quantised weights "
                 "cannot be converted: start from the unquantised checkpoint."
             )
         shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
         start, stop = entry["data_offsets"]
         if stop - start != math.prod(shape) * dtype.itemsize or name in self._places:
-            problem = (
-                "is in two shards" if name in self._places else f"has {stop - start} bytes, not those of its shape"
-            )
-            raise UserError(f"{name} in {shard} {problem}. Fetch or save the checkpoint again.")
+            problem = "is in two files" if name in self._places else f"has {stop - start} bytes, not those of its shape"
+            raise UserError(f"{name} in {file} {problem}. Fetch or save the checkpoint again.")
         self.shapes[name], self.dtypes[name] = shape, dtype
-        self._places[name] = (shard, data_start + start)
+        self._places[name] = (file, data_start + start)
+
+
+def _renamed(by_name: dict[str, Value], prefix: str) -> dict[str, Value]:
+    return {name.removeprefix(prefix): value for name, value in by_name.items()}
+
+
+def _wrapper_prefix(name: str) -> str:
+    for prefix in _WRAPPERS:
+        if name.startswith(prefix):
+            return prefix + _wrapper_prefix(name.removeprefix(prefix))
+    return ""
+
+
+def _cause(prefix: str) -> str:
+    return " and ".join(wrapper for own, wrapper in _WRAPPERS.items() if own in prefix)
+
+
+def _remedy(unknown: list[str]) -> str:
+    """What to do about weights that no JAI and no phi-3 has."""
+    if any(".lora_" in name or ".base_layer." in name for name in unknown):
+        return (
+            "They hold a LoRA adapter beside the weights that it changes: call `merge_and_unload()` on the PEFT model, "
+            "and save the model that it returns."
+        )
+    if any(name.endswith(".bias") for name in unknown):
+        return "This checkpoint has biases, and neither phi-3 nor JAI has any: it cannot be converted without loss."
+    wrappers = {prefix: name for name in unknown for prefix in _WRAPPERS if prefix in name}
+    if wrappers:
+        prefix, name = next(iter(wrappers.items()))
+        return (
+            f"{_WRAPPERS[prefix]} left {prefix!r} in some names ({name}): save the model that it wraps, as "
+            "`save_pretrained` of transformers does."
+        )
+    return "Save it again with transformers."

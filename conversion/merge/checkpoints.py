@@ -12,7 +12,7 @@ from jai.conversion.inputs.checkpoint import Checkpoint
 from jai.conversion.inputs.config import CONFIG_FILE, make_config, read_config
 from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
 from jai.conversion.inputs.reader import CheckpointReader
-from jai.conversion.inputs.weight_files import has_weights, refuse_adapter
+from jai.conversion.inputs.weight_files import has_all_weights, refuse_adapter
 from jai.errors import UserError
 from jai.files import read_json
 from jai.tokenization.loading import TOKENIZER_JSON
@@ -48,10 +48,12 @@ class MergeInput(Checkpoint):
     Attributes:
         config: its configuration as transformers reads it, defaults filled in.
         tokenizer: content of its `tokenizer.json`, None where it has none.
+        notes: what is unusual about its weights, for people.
     """
 
     config: dict[str, Any]
     tokenizer: dict[str, Any] | None
+    notes: list[str]
 
     @property
     def model_type(self) -> str:
@@ -72,11 +74,13 @@ def open_input(name: str, downloads: Path, *, planned_only: bool) -> MergeInput:
     folder = resolve_checkpoint(name, weights=not planned_only)
     refuse_adapter(name, folder)
     config = _load_config(folder)
-    if planned_only and not Path(name).is_dir() and not has_weights(folder):
+    if planned_only and not Path(name).is_dir() and not has_all_weights(folder):
         reader = CheckpointReader(HubFiles(name, folder, downloads))
     else:
         reader = CheckpointReader(folder)
-    return MergeInput(name, folder, reader, config, _load_tokenizer(folder))
+    # No model that transformers knows has such names; one that it does not know may.
+    notes = reader.leave_out_leftovers() if config["model_type"] in CONFIG_MAPPING else []
+    return MergeInput(name, folder, reader, config, _load_tokenizer(folder), [f"{name}: {note}" for note in notes])
 
 
 def check_alike(first: MergeInput, other: MergeInput) -> None:

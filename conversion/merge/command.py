@@ -147,6 +147,8 @@ def _print_plan(console: Console, options: MergeOptions, inputs: _MergeInputs, c
     console.print(table)
     if options.dtype is None:
         _note_rounding(console, inputs, checkpoint)
+    for note in dict.fromkeys(note for _, source in inputs.by_role for note in source.notes):
+        print_note(console, note)
     without = [source.name for _, source in inputs.by_role if source.tokenizer is None]
     if without:
         print_note(console, f"no tokenizer.json to compare in {', '.join(without)}.")

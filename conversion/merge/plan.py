@@ -82,7 +82,7 @@ class _Formula:
         ranges = [(source.copied(name, 0, rows), source.dtypes[name]) for source in self.sources]
         count = math.prod(shape)
 
-        reads = tuple(dict.fromkeys(source.read_shard(name) for source in self.sources))
+        reads = tuple(dict.fromkeys(source.file_of(name) for source in self.sources))
         return Computed(
             count * dtype.itemsize, f"{self.text} of {name}", lambda: run(lambda: _chunks(ranges, count)), reads
         )
@@ -156,7 +156,7 @@ def _chunks(ranges: Sequence[tuple[Copied, torch.dtype]], count: int) -> Iterato
         value if dtype == torch.float32 else torch.empty(size, dtype=dtype) for value, (_, dtype) in zip(values, ranges)
     ]
     with ExitStack() as stack:
-        files = [stack.enter_context(source.shards.path(source.shard).open("rb", buffering=0)) for source, _ in ranges]
+        files = [stack.enter_context(source.files.path(source.file).open("rb", buffering=0)) for source, _ in ranges]
         for at in range(0, count, CHUNK):
             length = min(CHUNK, count - at)
             for file, (source, dtype), buffer, value in zip(files, ranges, raw, values):

@@ -63,4 +63,4 @@ def with_noise(
             yield chunk.float() + std * noise
 
     formula = f"{source} + noise({name}, relative std {relative_std:g}, seed {seed})"
-    return Computed(count * dtype.itemsize, formula, make, (reader.read_shard(source),))
+    return Computed(count * dtype.itemsize, formula, make, (reader.file_of(source),))

@@ -63,7 +63,7 @@ class OutputShard:
 
     @property
     def reads(self) -> set[tuple[WeightFiles, str]]:
-        return {source for tensor in self.tensors for part in tensor.parts for source in part.reads}
+        return {read for tensor in self.tensors for part in tensor.parts for read in part.reads}
 
 
 def plan_shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[OutputShard]:
@@ -115,7 +115,7 @@ def write_shards(
         )
     if left < total:
         console.print(f"Going on: {len(shards) - len(todo)} of {len(shards)} shards are finished.", highlight=False)
-    sources = _InputFiles(todo)
+    inputs = _InputFiles(todo)
     errors: list[BaseException] = []
     with _progress(console) as progress, _one_thread(), ThreadPoolExecutor(max(workers, 1)) as pool:
         task = progress.add_task("writing", total=total, completed=total - left)
@@ -128,10 +128,10 @@ def write_shards(
         def write(shard: OutputShard) -> None:
             try:
                 _write_shard(job.folder / shard.name, shard, advance)
-                for source, name in shard.reads:
-                    source.check_unchanged(name)
+                for files, name in shard.reads:
+                    files.check_unchanged(name)
                 job.finish(shard.name)
-                sources.release(shard)
+                inputs.release(shard)
             except BaseException as error:  # the first one is raised below, and ends the others
                 errors.append(error)
 
@@ -164,7 +164,7 @@ def compare_shards(folder: Path, tensors: list[PlannedTensor], max_shard_bytes: 
         UserError: naming the first tensor that differs.
     """
     shards = plan_shards(tensors, max_shard_bytes)
-    total, sources = sum(tensor.bytes for tensor in tensors), _InputFiles(shards)
+    total, inputs = sum(tensor.bytes for tensor in tensors), _InputFiles(shards)
     with _progress(console) as progress, _one_thread():
         task = progress.add_task("verifying", total=total)
         for shard in shards:
@@ -182,7 +182,7 @@ def compare_shards(folder: Path, tensors: list[PlannedTensor], max_shard_bytes: 
                                     "changed: remove the folder and convert again."
                                 )
                             progress.advance(task, len(expected))
-            sources.release(shard)
+            inputs.release(shard)
     return total
 
 
@@ -190,22 +190,22 @@ class _InputFiles:
     """The files that some shards are made from, each released when the last shard that reads it is done."""
 
     def __init__(self, shards: list[OutputShard]):
-        self._readers = Counter(source for shard in shards for source in shard.reads)
+        self._readers = Counter(read for shard in shards for read in shard.reads)
         self._mutex = Lock()
 
     def release(self, shard: OutputShard) -> None:
         with self._mutex:
             self._readers.subtract(shard.reads)
-            unneeded = [source for source in shard.reads if not self._readers[source]]
-        for source, name in unneeded:
-            source.release(name)
+            unneeded = [read for read in shard.reads if not self._readers[read]]
+        for files, name in unneeded:
+            files.release(name)
 
 
 def _chunks(tensor: PlannedTensor, part: Part) -> Iterator[bytes]:
     if not isinstance(part, Copied):
         yield from (bytes(bytes_of(tensor.rounded(part, chunk))) for chunk in part.make())
         return
-    with part.shards.path(part.shard).open("rb") as source:
+    with part.files.path(part.file).open("rb") as source:
         source.seek(part.start)
         left = part.length
         while left:
@@ -231,7 +231,7 @@ def _write_shard(path: Path, shard: OutputShard, advance: Callable[[int], object
 
 def _write_part(file: ShardFile, tensor: PlannedTensor, part: Part) -> Iterator[int]:
     if isinstance(part, Copied):
-        with part.shards.path(part.shard).open("rb", buffering=0) as source:
+        with part.files.path(part.file).open("rb", buffering=0) as source:
             yield from file.copy(source, part.start, part.length)
     else:
         for chunk in part.make():

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion.inputs.config import load_generation_config
-from jai.conversion.inputs.reader import UNTIED_NOTE
 from jai.conversion.inputs.values import dtype_names, is_rounded
 from jai.conversion.output.checkpoint_folder import (
     PlannedCheckpoint,
@@ -108,5 +107,5 @@ def _print_plan(
             f"the checkpoints are {' and '.join(dtype_names(found))}, and the output has DENSE's {dtype}. --dtype "
             "float32 rounds nothing.",
         )
-    if any(one.is_untied for one in inputs.all):
-        print_note(console, UNTIED_NOTE)
+    for note in dict.fromkeys(note for one in inputs.all for note in one.notes):
+        print_note(console, note)

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from jai.conversion.inputs.config import CONFIG_FILE
 from jai.conversion.inputs.jai import feed_forward_shapes, open_jai, snapshot_config
-from jai.conversion.output.checkpoint_folder import PlannedCheckpoint, checkpoint_folder, print_written
+from jai.conversion.output.checkpoint_folder import PlannedCheckpoint, checkpoint_folder, print_note, print_written
 from jai.conversion.output.tensors import PlannedTensor
 from jai.conversion.upcycle.options import SnapshotOptions
 from jai.errors import UserError
@@ -57,6 +57,8 @@ def snapshot(options: SnapshotOptions, *, console: Console | None = None) -> Non
         soft_wrap=True,
         highlight=False,
     )
+    for note in source.notes:
+        print_note(console, note)
     if options.dry_run:
         console.print("Dry run: nothing was written.")
         return
