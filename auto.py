@@ -39,44 +39,62 @@ REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_config,
     "transformers.models.auto.modeling_auto": register_models,
 }
+_registered: set[str] = set()
 
 
-class _RegisteringLoader(Loader):
-    """A module's own loader, and afterwards the registration."""
+def _register_what_is_imported() -> None:
+    for module, register_one in REGISTRATIONS.items():
+        if module in sys.modules and module not in _registered:
+            _registered.add(module)
+            register_one()
 
-    def __init__(self, loader: Loader, register: Callable[[], None]):
+
+class _WatchingLoader(Loader):
+    """A module's own loader, with the registration when no import of a watched module is under way any more.
+
+    Not sooner: `from transformers import MixtralForCausalLM` imports the Auto classes from the middle of modules which
+    `modeling_jai` needs whole, and so does the import of `modeling_jai` itself.
+    """
+
+    under_way = 0
+
+    def __init__(self, loader: Loader):
         self._loader = loader
-        self._register = register
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        self._register()
+        assert module.__spec__ is not None
+        module.__loader__ = module.__spec__.loader = self._loader  # for whoever looks at it
+        _WatchingLoader.under_way += 1
+        try:
+            self._loader.exec_module(module)
+        finally:
+            _WatchingLoader.under_way -= 1
+        if not _WatchingLoader.under_way:
+            _register_what_is_imported()
 
 
-class _RegisteringFinder(MetaPathFinder):
-    """Finds the modules of `REGISTRATIONS` as they are found without it, and has their loaders register."""
+class _WatchingFinder(MetaPathFinder):
+    """Finds the modules of transformers, and ours on top of them, as they are found without it, and watches them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in REGISTRATIONS:
+        if not fullname.startswith(("transformers.", "jai.modeling_jai", "jai.configuration_jai")):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
-                assert spec.loader is not None
-                spec.loader = _RegisteringLoader(spec.loader, REGISTRATIONS[fullname])
+                if spec.loader is not None:
+                    spec.loader = _WatchingLoader(spec.loader)
                 return spec
         return None
 
 
 def register() -> None:
     """Register with the Auto classes: at once where they are imported already, else as soon as they are."""
-    for module, register_one in REGISTRATIONS.items():
-        if module in sys.modules:
-            register_one()
-    if not any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisteringFinder())
+    if not any(isinstance(finder, _WatchingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WatchingFinder())
+    _register_what_is_imported()

@@ -167,6 +167,9 @@ def test_help_and_errors_that_need_no_model_import_nothing_heavy(tmp_path, argum
         "from transformers import AutoModelForCausalLM; import jai",
         "from transformers import AutoConfig; import jai",
         "import jai; from transformers import AutoConfig",
+        "import jai; from transformers import MixtralForCausalLM",  # imports the Auto classes from its middle
+        "from jai.modeling_jai import JaiModel",  # so does this
+        "import jai.kernels.head.causal_lm",
     ],
 )
 def test_jai_is_registered_whichever_is_imported_first(tmp_path, imports):
