@@ -163,8 +163,6 @@ def test_what_computes_to_no_number_is_refused(tmp_path, base, dense):
         merge(MergeOptions(**options, weights=[-3.0, 1.0]))
     with pytest.raises(UserError, match=rf"{DOWN} has the value 3e\+38, .* Give --dtype bfloat16"):
         merge(MergeOptions(**options, weights=[1.0, 0.0], dtype="float16"))
-    with pytest.raises(UserError, match=r"skip_alpha has the value 7e\+04, .* Give --dtype bfloat16"):
-        run(base, tmp_path / "jai", skip_alpha=70_000.0, dtype="float16")
     assert not (tmp_path / "jai").exists()
 
 
@@ -206,9 +204,18 @@ def test_a_base_of_several_dtypes_is_not_rounded(tmp_path, base, capsys, narrow,
     assert torch.equal(result[DOWN], source[DOWN].to(expected))
     assert torch.equal(result[EMBEDDINGS], source[EMBEDDINGS].to(expected))
     printed = " ".join(capsys.readouterr().out.split())
-    assert ("; the output has float32 throughout" in printed) == (narrow is not None)
+    assert ("; the output is all float32" in printed) == (narrow is not None)
     run(mixed, tmp_path / "rounded", dtype="bfloat16", experts=1)
     assert torch.equal(written(tmp_path / "rounded")[DOWN], source[DOWN].bfloat16())
+
+
+def test_what_is_not_used_does_not_decide_the_dtype(tmp_path, tied, capsys):
+    """The copy of the embeddings that a tied base may have."""
+    everything = dict.fromkeys(load_file(tied / WEIGHTS), torch.bfloat16)
+    narrow = edited(tied, tmp_path / "narrow", cast(everything))
+    run(edited(narrow, tmp_path / "base", add_head(torch.float32)), tmp_path / "jai")
+    assert {tensor.dtype for tensor in written(tmp_path / "jai").values()} == {torch.bfloat16}
+    assert "the output is all" not in capsys.readouterr().out
 
 
 def test_upcycling_says_what_it_rounds(tmp_path, dense, capsys):

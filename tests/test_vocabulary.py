@@ -213,6 +213,33 @@ def test_ids_between_tokens_get_rows_too(tmp_path, tiny_tokenizer, base_of):
     }
 
 
+def test_ids_far_apart_are_refused(tmp_path, tiny_tokenizer, base_of):
+    """Not with four thousand million rows."""
+    base = base_of(400, tiny_tokenizer)
+    tiny_tokenizer.save_pretrained(tmp_path / "extended")
+    path = tmp_path / "extended" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab |= {token["content"]: token["id"] for token in content["added_tokens"]} | {"▁zebra": 4_000_000_000}
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(UserError, match=r"ids up to 4,000,000,000, but only 401 entries"):
+        run(base, tmp_path / "jai", tokenizer=str(tmp_path / "extended"))
+
+
+def test_padding_beyond_the_rows_is_refused(tmp_path, tiny_tokenizer, base_of):
+    """It could be converted, and the result not be loaded."""
+    base = base_of(400, tiny_tokenizer)
+    config = json.loads((base / "config.json").read_text())
+    for pad, allowed in ((400, False), (32000, False), (399, True), (None, True)):
+        (base / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+        if not allowed:
+            with pytest.raises(UserError, match=f"pad_token_id is {pad}, but the vocabulary has 400 rows"):
+                run(base, tmp_path / "jai")
+            continue
+        run(base, tmp_path / f"{pad}")
+        AutoModelForCausalLM.from_pretrained(tmp_path / f"{pad}")
+
+
 @pytest.mark.parametrize("rows", [394, 330])
 def test_a_base_with_tokens_without_rows_is_refused_with_remedies_that_work(tmp_path, tiny_tokenizer, base_of, rows):
     """They were an IndexError when the result was used, or rows of zeros."""

@@ -13,7 +13,6 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.convert.plan import ConversionPlan, origins, plan_conversion
 from jai.conversion.convert.vocabulary import INIT_TEXTS, Vocabulary
-from jai.conversion.inputs.values import dtype_names
 from jai.conversion.output.checkpoint_folder import (
     PlannedCheckpoint,
     checkpoint_folder,
@@ -119,9 +118,6 @@ def _print_plan(console: Console, options: ConvertOptions, plan: ConversionPlan)
     table.add_row("weights", "", f"{plan.parameters:,} parameters, {filesize.decimal(plan.bytes)} in {dtype}")
     console.print(table)
 
-    found = dtype_names(plan.base.reader.dtypes.values())
-    if len(found) > 1:
-        print_note(console, f"the base's weights are {' and '.join(found)}; the output has {dtype} throughout.")
     for note in plan.notes:
         print_note(console, note)
     if window is not None and window < base.max_position_embeddings:

@@ -23,7 +23,7 @@ from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
 from jai.conversion.inputs.parts import Part
 from jai.conversion.inputs.phi3 import load_phi3_config
 from jai.conversion.inputs.reader import UNTIED_NOTE, CheckpointReader
-from jai.conversion.inputs.values import common_dtype
+from jai.conversion.inputs.values import common_dtype, dtype_names
 from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, weight_map
 from jai.conversion.output.drawn import constant, drawn, with_noise
 from jai.conversion.output.tensors import PlannedTensor
@@ -84,17 +84,24 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     if new_folder and tokenizer is None:
         raise UserError(f"{options.tokenizer} has no tokenizer files. Give a folder that save_pretrained wrote.")
     vocabulary = plan_vocabulary(base_config.vocab_size, base_tokenizer, tokenizer, new_folder)
+    _check_padding(base_config, vocabulary)
     is_untied = base_config.tie_word_embeddings and reader is not None and reader.has_untied_head
     if is_untied:
         base_config.tie_word_embeddings = False
         notes.append(UNTIED_NOTE)
-    dtype = common_dtype(reader.dtypes.values()) if reader else base_config.dtype
-    config = _jai_config(base_config, options, vocabulary, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
+    config = _jai_config(base_config, options, vocabulary)
     expected = names.source_shapes(config, base_config.vocab_size, base_config.num_hidden_layers)
     if reader is None:
-        assert isinstance(config.dtype, torch.dtype)
-        reader = CheckpointReader(PlannedFiles(expected, config.dtype))
+        dtype = base_config.dtype if isinstance(base_config.dtype, torch.dtype) else torch.bfloat16
+        reader = CheckpointReader(PlannedFiles(expected, dtype))
     reader.check(expected, spare=frozenset({names.LM_HEAD}))  # of a tied model, a copy of the embeddings
+    base_dtypes = {reader.dtypes[name] for name in expected}
+    config.dtype = getattr(torch, options.dtype) if options.dtype else common_dtype(base_dtypes)
+    if len(base_dtypes) > 1:
+        (dtype_name,) = dtype_names([config.dtype])
+        notes.append(
+            f"the base's weights are {' and '.join(dtype_names(base_dtypes))}; the output is all {dtype_name}."
+        )
     return ConversionPlan(
         base=Checkpoint(options.base, folder, reader),
         base_config=base_config,
@@ -105,6 +112,15 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
         notes=notes,
         tensors=plan_converted_tensors(config, base_config, reader, options, vocabulary),
     )
+
+
+def _check_padding(base: Phi3Config, vocabulary: Vocabulary) -> None:
+    """Phi-3's configuration pads with 32000 where it says nothing; with fewer rows, no model can be loaded."""
+    if base.pad_token_id is not None and base.pad_token_id >= vocabulary.size:
+        raise UserError(
+            f"The base's pad_token_id is {base.pad_token_id}, but the vocabulary has {vocabulary.size:,} rows. Set it "
+            "in the base's config.json to an id of its tokenizer, or to null."
+        )
 
 
 def _open_base(options: ConvertOptions, folder: Path) -> CheckpointReader | None:
@@ -120,10 +136,8 @@ def _open_base(options: ConvertOptions, folder: Path) -> CheckpointReader | None
     return CheckpointReader(folder)
 
 
-def _jai_config(
-    base: Phi3Config, options: ConvertOptions, vocabulary: Vocabulary, base_dtype: torch.dtype
-) -> JaiConfig:
-    """The configuration of the output.
+def _jai_config(base: Phi3Config, options: ConvertOptions, vocabulary: Vocabulary) -> JaiConfig:
+    """The configuration of the output, but for its dtype.
 
     Raises:
         UserError: if the plan does not cover the base's layers exactly, or the values do not fit each other.
@@ -164,7 +178,6 @@ def _jai_config(
             skip_alpha_normalize=options.skip_alpha_normalize,
             num_local_experts=options.experts,
             architectures=["JaiForCausalLM"],
-            dtype=options.dtype or str(base_dtype).removeprefix("torch."),
             **longrope,
         )
     except (StrictDataclassError, ValueError) as error:

@@ -50,12 +50,17 @@ class Vocabulary:
     spare: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        missing = [id_ for id_ in range(self.base_rows, self.size) if not self.is_new(id_)]
+        missing = set(range(self.base_rows, self.size)) - self.pieces.keys() - self.without_pieces.keys()
         if missing:
-            raise AssertionError(f"row {missing[0]} comes from nowhere")
+            raise AssertionError(f"row {min(missing)} comes from nowhere")
 
-    def is_new(self, id_: int) -> bool:
-        return id_ in self.pieces or id_ in self.without_pieces
+    def new_runs(self) -> Iterator[range]:
+        """The new rows, those that follow each other together."""
+        new = sorted(self.pieces.keys() | self.without_pieces.keys())
+        # Ids that follow each other differ from their places by the same number.
+        for _, run in groupby(enumerate(new), key=lambda entry: entry[1] - entry[0]):
+            ids = [id_ for _, id_ in run]
+            yield range(ids[0], ids[-1] + 1)
 
     @property
     def new_rows(self) -> int:
@@ -111,7 +116,12 @@ def plan_vocabulary(
         known = set(base.get_vocab().values()) - without_rows
         found = new_token_pieces(_tokenizer_of_rows(base, base_rows), extended)
         pieces = {id_: ids for id_, ids in found.items() if id_ not in known}
-    rows = max(max(surfaces) + 1, base_rows)
+    rows = max(max(surfaces, default=-1) + 1, base_rows)
+    if rows > base_rows + 2 * size:  # some gaps are there for alignment
+        raise UserError(
+            f"The tokenizer has ids up to {rows - 1:,}, but only {size:,} entries; most rows would be of no token. "
+            "Number its tokens one after the other, or give another."
+        )
     return Vocabulary(
         size=rows,
         base_rows=base_rows,
@@ -186,14 +196,15 @@ def embedding_parts(
     dtype: torch.dtype,
 ) -> tuple[Part, ...]:
     """What `embed_tokens` or `lm_head` is made of: rows of the base as they are, and new rows between or after them."""
-    parts = []
-    for new, group in groupby(range(vocabulary.size), key=vocabulary.is_new):
-        ids = list(group)
-        start, stop = ids[0], ids[-1] + 1
-        if not new:
-            parts.append(reader.cast(name, dtype, start, stop))
-            continue
-        parts.append(_new_rows(reader, name, range(start, stop), vocabulary, init, seed, dtype))
+    parts: list[Part] = []
+    kept = 0  # the first row that may be the base's
+    for ids in vocabulary.new_runs():
+        if kept < ids.start:
+            parts.append(reader.cast(name, dtype, kept, ids.start))
+        parts.append(_new_rows(reader, name, ids, vocabulary, init, seed, dtype))
+        kept = ids.stop
+    if kept < vocabulary.size:
+        parts.append(reader.cast(name, dtype, kept, vocabulary.size))
     return tuple(parts)
 
 

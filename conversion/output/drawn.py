@@ -37,11 +37,10 @@ def drawn(name: str, shape: tuple[int, ...], std: float, seed: int, dtype: torch
 def constant(value: float, shape: tuple[int, ...], dtype: torch.dtype) -> Computed:
     """A tensor of one value."""
     count = math.prod(shape)
-    kept = dtype if abs(value) <= torch.finfo(dtype).max else torch.float64  # for whoever writes it to refuse
 
     def make() -> Iterator[torch.Tensor]:
         for at in range(0, count, _CHUNK):
-            yield torch.full((min(_CHUNK, count - at),), value, dtype=kept)
+            yield torch.full((min(_CHUNK, count - at),), value, dtype=dtype)
 
     return Computed(count * dtype.itemsize, f"constant {value:g}", make)
 
