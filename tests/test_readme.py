@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_ten_line_script_is_the_tested_one():
-    script = (ROOT / "tests" / "ten_line_sft.py").read_text(encoding="utf-8").split('"""\n', 1)[1].strip()
+def test_the_script_of_ten_lines_is_the_tested_one():
+    script = (ROOT / "examples" / "sft.py").read_text(encoding="utf-8").split('"""\n', 1)[1].strip()
     assert script in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

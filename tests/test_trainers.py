@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -596,7 +597,9 @@ def test_examples_that_teach_nothing_are_counted(checkpoint, tmp_path, sentences
 # --- configurations and bad input
 
 
-@pytest.mark.parametrize(("recipe", "options"), [("sft.yaml", SFT_OPTIONS), ("dpo.yaml", DPO_OPTIONS)])
+@pytest.mark.parametrize(
+    ("recipe", "options"), [("pretrain.yaml", SFT_OPTIONS), ("sft.yaml", SFT_OPTIONS), ("dpo.yaml", DPO_OPTIONS)]
+)
 def test_recipes_parse(recipe, options, tmp_path):
     path = RECIPES / recipe
     prog = f"jai {path.stem}"
@@ -609,10 +612,20 @@ def test_recipes_parse(recipe, options, tmp_path):
     # Commented-out options must be real ones too.
     spelled_out = tmp_path / recipe
     spelled_out.write_text(
-        path.read_text().replace("# eval_", "eval_").replace("# router_aux_loss_coef", "router_aux_loss_coef")
+        re.sub(
+            r"^# (eval_|router_aux_loss_coef|snapshot_steps|experts_implementation)",
+            r"\1",
+            path.read_text(),
+            flags=re.M,
+        )
     )
+    spelled = yaml.safe_load(spelled_out.read_text())
+    assert len(spelled) > len(yaml.safe_load(path.read_text()))
     parsed = parse_arguments(options, ["--config", str(spelled_out)], prog)
-    assert parsed[1].eval_steps == 200
+    values = {key: value for part in parsed for key, value in vars(part).items()}
+    assert {key: values[key] for key in spelled if key != "report_to"} == {
+        key: value for key, value in spelled.items() if key != "report_to"
+    }
 
     spelled_out.write_text(path.read_text() + "\nlerning_rate: 1\n")
     with pytest.raises(UserError, match=r"the option 'lerning_rate', .*Did you mean 'learning_rate'"):
@@ -632,7 +645,7 @@ def test_recipes_parse(recipe, options, tmp_path):
         (["--bf16", "true"], r"without a GPU give `bf16: false`"),
         ([], r"No model is given"),
         (["--model_name_or_path", "MODEL"], r"No training data is given"),
-        (["--model_name_or_path", "./nowhere"], r"model folder \./nowhere does not exist"),
+        (["--model_name_or_path", "./nowhere"], r"\./nowhere is neither a folder nor a Hub id"),
         (["--model_name_or_path", "empty"], r"empty has no config.json"),
     ],
 )
@@ -742,7 +755,7 @@ def test_a_script_prints_one_line_and_exits_with_1(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_as_script(sft.main)
     assert exit_.value.code == 1
-    assert "Error: The model folder ./nowhere does not exist." in capsys.readouterr().err
+    assert "Error: ./nowhere is neither a folder nor a Hub id." in capsys.readouterr().err
 
 
 # --- without this package
@@ -780,11 +793,24 @@ def clean_process(tmp_path) -> Iterator[Callable[..., str]]:
     return run
 
 
-@pytest.mark.parametrize("script", ["ten_line_sft.py", "ten_line_dpo.py"])
-def test_a_users_own_script(checkpoint, chats, preferences, clean_process, script):
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory, preferences) -> Path:
+    """Prompts with one answer each, which is good or bad."""
+    pairs = [json.loads(line) for line in preferences.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
+    return write_rows(tmp_path_factory.mktemp("data") / "answers.jsonl", rows)
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "kto", "rloo"])
+def test_examples_run_without_this_package(checkpoint, chats, preferences, answers, clean_process, script):
     """TRL on remote code, in a process that cannot import this package."""
-    data = chats if "sft" in script else preferences
-    assert "trained, saved, loaded" in clean_process(WITHOUT_JAI, TESTS / script, checkpoint, data, "out", 2)
+    data = {"sft": chats, "dpo": preferences, "kto": answers, "rloo": answers}[script]
+    path = TESTS.parent / "examples" / f"{script}.py"
+    assert "trained, saved, loaded" in clean_process(WITHOUT_JAI, path, checkpoint, data, "out", 2)
 
 
 def test_trainers_import_without_gpu_packages(clean_process):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training data: what is read, which rows are refused, and how many tokens are cut off."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,8 @@ def test_ultrafeedback_is_read():
 
 def test_csv_is_read():
     assert list(load(write("rows.csv", "text,source", "กขค,web")).train) == [{"text": "กขค"}]
-    assert list(load(write("pairs.csv", "prompt,chosen,rejected", "a,b,c"), DPO_TYPES).train) == [PAIR]
+    Path("pairs.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\na,b,c\n"))
+    assert list(load("pairs.csv.gz", DPO_TYPES).train) == [PAIR]
 
 
 # --- tokens

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig, SFTConfig
 from trl.chat_template_utils import get_training_chat_template
 
 from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
-from jai.provenance import PROVENANCE_FILE, Step, read_step
+from jai.hub import local_folder
+from jai.provenance import Step, read_step
 from jai.tokenization.chat import with_chat_template
 from jai.tokenization.loading import load_tokenizer
 from jai.trainers.arguments import TrlConfig
@@ -51,7 +49,8 @@ class BaseModel:
 
     def file(self, name: str) -> Path | None:
         """A small file of the checkpoint, or None where it has no such file."""
-        return _find_file(self.name, name, self.loading["revision"])
+        path = self.folder / name
+        return path if path.is_file() else None
 
 
 def open_base_model(model_args: ModelConfig, training_args: TrlConfig) -> BaseModel:
@@ -78,23 +77,14 @@ def open_base_model(model_args: ModelConfig, training_args: TrlConfig) -> BaseMo
             )
         if not any(folder.glob("*.safetensors")):
             raise UserError(f"{name} has no safetensors weights. Give a folder that holds a whole checkpoint.")
-    else:
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            raise UserError(
-                f"The model folder {name} does not exist. Give an existing checkpoint folder, or a Hub id (owner/name)."
-            ) from None
-    loading = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    folder = local_folder(name, revision=model_args.model_revision)
     try:
-        config = AutoConfig.from_pretrained(name, **loading)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=training_args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"The model {name} cannot be loaded: {_first_line(error)} Give an existing checkpoint folder, or a Hub id."
         ) from error
-    tokenizer = load_tokenizer(
-        name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-    )
+    tokenizer = load_tokenizer(folder, trust_remote_code=training_args.trust_remote_code)
     if tokenizer.eos_token is None:
         raise UserError(
             f"The tokenizer of {name} has no end-of-text token, which ends every example. Set `eos_token` in its "
@@ -106,24 +96,12 @@ def open_base_model(model_args: ModelConfig, training_args: TrlConfig) -> BaseMo
             f"The tokenizer of {name} has ids up to {largest}, but the model has a vocabulary of {config.vocab_size}. "
             "Convert the model with this tokenizer (`jai convert --tokenizer`); training never resizes a vocabulary."
         )
-    _find_file(name, PROVENANCE_FILE, model_args.model_revision)  # fetches it, if the model is on the Hub
-    folder = Path(str(cached_file(name, CONFIG_NAME, revision=model_args.model_revision))).parent
+    loading = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     return BaseModel(name, folder, loading, config, tokenizer, read_step(folder))
 
 
-def _find_file(checkpoint: str, name: str, revision: str) -> Path | None:
-    found = cached_file(
-        checkpoint,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
-
-
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def prepare_chat(base: BaseModel, data: TrainingData, training_args: TrlConfig) -> None:

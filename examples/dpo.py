@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Align a JAI with TRL alone: python ten_line_dpo.py MODEL PREFERENCES.jsonl OUT STEPS."""
+"""Align a JAI with pairs, with TRL alone: python dpo.py MODEL PREFERENCES.jsonl OUT STEPS.
+
+A row has `prompt`, `chosen` and `rejected`: strings, or lists of messages.
+"""
 
 import sys
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune a JAI with TRL alone: python ten_line_sft.py MODEL CHATS.jsonl OUT STEPS."""
+"""Fine-tune a JAI with TRL alone: python sft.py MODEL CHATS.jsonl OUT STEPS."""
 
 import sys
 
