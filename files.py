@@ -268,7 +268,10 @@ def resumable_folder(out: Path, identity: dict[str, Any]) -> Iterator[Unfinished
             job.complete()
         except BaseException as error:
             if job.finished:
-                kept = f"{len(job.finished)} finished files stay in {job.work}: the same command goes on from there."
+                count = (
+                    "1 finished file stays" if len(job.finished) == 1 else f"{len(job.finished)} finished files stay"
+                )
+                kept = f"{count} in {job.work}: the same command goes on from there."
                 Console(stderr=True).print(kept, highlight=False, markup=False, soft_wrap=True)
             else:
                 shutil.rmtree(job.work, ignore_errors=True)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -281,6 +282,39 @@ class TestResume:
         assert contents(work_folder(tmp_path / "jai") / "files") == before
         convert(options(base, tmp_path / "jai"))
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda path: os.truncate(path, path.stat().st_size - 1),
+            lambda path: path.write_bytes(path.read_bytes() + b"x"),
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+            lambda path: path.unlink(),
+            lambda path: (path.unlink(), path.mkdir(), (path / "file").touch()),
+            lambda path: (path.rename(path.parent.parent / "elsewhere"), path.symlink_to("../elsewhere")),
+        ],
+        ids=["shortened", "lengthened", "altered", "removed", "a folder", "a link"],
+    )
+    def test_a_finished_shard_that_changed_is_made_again(self, base, tmp_path, stop_after, monkeypatch, capsys, change):
+        convert(options(base, tmp_path / "whole"))
+        stop_after(3)
+        with pytest.raises(Killed):
+            convert(options(base, tmp_path / "jai"))
+        monkeypatch.undo()
+        change(sorted(work_folder(tmp_path / "jai").glob("files/model-*"))[1])
+        capsys.readouterr()
+        convert(options(base, tmp_path / "jai"))
+        assert "Going on: 2 of" in capsys.readouterr().out
+        assert contents(tmp_path / "jai") == contents(tmp_path / "whole")
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"identity": {}, "finished": [1]}'])
+    def test_a_damaged_journal_says_what_to_remove(self, base, tmp_path, content):
+        work = work_folder(tmp_path / "jai")
+        work.mkdir()
+        (work / "journal.json").write_text(content)
+        with pytest.raises(UserError, match=f"journal.json .*Remove {work} to start anew"):
+            convert(options(base, tmp_path / "jai"))
+        assert (work / "journal.json").read_text() == content
+
     def test_another_base_is_refused(self, changing_base, tmp_path, stop_after, monkeypatch):
         stop_after(3)
         with pytest.raises(Killed):
@@ -427,7 +461,10 @@ class TestTrouble:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130, output
-        assert "the same command goes on from there" in output
+        kept = json.loads(journal.read_text())["finished"]
+        assert re.search(rf"{len(kept)} finished files? stays? in {journal.parent}: the same command goes on", output)
+        assert "Interrupted." in output
+        assert "Nothing was kept" not in output
         assert "Traceback" not in output
         assert not (tmp_path / "jai").exists()
 

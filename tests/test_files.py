@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from jai.errors import UserError
-from jai.files import check_is_file, print_next, read_json
+from jai.files import check_is_file, new_folder, print_next, read_json, resumable_folder
 
 
 def make_folder(path: Path) -> None:
@@ -83,3 +83,11 @@ def test_next_commands_can_be_pasted(name):
     first, second = output.getvalue().splitlines()
     assert shlex.split(first.removeprefix("Next: ")) == [str(word) for word in words[0]]
     assert shlex.split(second) == [str(word) for word in words[1]]
+
+
+@pytest.mark.parametrize("make", [new_folder, lambda out: resumable_folder(out, {})], ids=["new", "resumable"])
+def test_ctrl_c_says_that_nothing_was_kept_where_nothing_was(tmp_path, capsys, make):
+    with pytest.raises(KeyboardInterrupt), make(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    assert "Nothing was kept." in capsys.readouterr().err

@@ -12,7 +12,7 @@ from jai.hub import local_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
 RECORD_FILE = "tokenizer_training.json"  # what `jai tokenizer train` made of what
@@ -28,7 +28,11 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(
-    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id, as transformers' `AutoTokenizer` loads it.
 
@@ -36,6 +40,7 @@ def load_tokenizer(
         name: folder or Hub id.
         revision: commit, branch or tag on the Hub; None is the default branch.
         trust_remote_code: run the tokenizer's code, if it brings some.
+        config: the model's configuration, where it is read already; else transformers reads it from the folder.
 
     Raises:
         UserError: if there is no tokenizer, it is damaged or needs its own code, or the Hub does not give it.
@@ -44,7 +49,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, config=config)
     except Exception as error:  # of many kinds: JSON's, KeyError, RecursionError, a bare Exception
         raise _refusal(name, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

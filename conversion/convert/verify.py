@@ -2,6 +2,7 @@
 """Prove a conversion by its logits: the same text through phi-3 and through the JAI that was made from it."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from rich import filesize
 from rich.console import Console
-from transformers import Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion.convert.options import ConvertOptions
@@ -132,14 +133,21 @@ def verify(
     base_folder = resolve_checkpoint(base)
     base_config = load_phi3_config(base_folder)
     context = min(_MAX_TOKENS, base_config.max_position_embeddings, base_config.sliding_window or _MAX_TOKENS)
-    ids, random_ids = _token_ids(base_folder, base_config.vocab_size, text)
+    ids, random_ids = _token_ids(base_folder, base_config, text)
     contexts = [chunk.unsqueeze(0) for chunk in ids.split(context) if len(chunk) > 1]
     if not contexts:
         raise UserError(f"{text} has {len(ids)} tokens; give a text of at least 2.")
 
     if not _fits(base_folder, converted, console):
         return None
-    phi3 = Phi3ForCausalLM.from_pretrained(base_folder, dtype=torch.float32, local_files_only=True).eval()
+    prefix = CheckpointReader(base_folder).wrapper_prefix
+    phi3 = Phi3ForCausalLM.from_pretrained(
+        base_folder,
+        config=base_config,
+        dtype=torch.float32,
+        local_files_only=True,
+        key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
+    ).eval()
     base_logits = [_finite(phi3(chunk).logits[0, :-1], base) for chunk in contexts]
     del phi3  # before the JAI is loaded: the two together may not fit
 
@@ -188,11 +196,13 @@ def _fits(base: Path, converted: Path, console: Console) -> bool:
     return needed <= free
 
 
-def _token_ids(base_folder: Path, vocab_size: int, text: Path) -> tuple[torch.Tensor, bool]:
+def _token_ids(base_folder: Path, base_config: Phi3Config, text: Path) -> tuple[torch.Tensor, bool]:
+    vocab_size = base_config.vocab_size
     if not has_tokenizer(base_folder):
         return torch.randint(vocab_size, (_MAX_TOKENS,), generator=torch.Generator().manual_seed(0)), True
     content = text.read_text(encoding="utf-8")
-    ids = torch.tensor(load_tokenizer(base_folder)(content, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    tokenizer = load_tokenizer(base_folder, config=base_config)
+    ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"], dtype=torch.long)
     return ids[ids < vocab_size], False  # the base has no rows for tokens that were added without resizing it
 
 

@@ -116,7 +116,7 @@ class CheckpointReader:
         if buffers := [name for name in self.shapes if name.endswith(_ROPE_BUFFER)]:
             for name in buffers:
                 del self.shapes[name], self.dtypes[name], self._places[name]
-            notes.append(f"{len(buffers)} buffers of RoPE ({buffers[0]}, …) are left out: the model makes its own.")
+            notes.append(f"RoPE's buffers ({len(buffers)}: {buffers[0]}, …) are left out; the model makes its own.")
         return notes
 
     @property
