@@ -538,7 +538,7 @@ def test_streamed_data(checkpoint, chats, capsys):
 
 
 def test_the_plan_comes_first_and_the_next_commands_last(checkpoint, chats, capsys):
-    sft.main(arguments(checkpoint, chats, "out", max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2))
+    sft.main(arguments(checkpoint, chats, "an out", max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2))
     printed = " ".join(capsys.readouterr().out.split())
     plan, rest = printed.split("{", 1)
     total = sum(weight.numel() for weight in load(checkpoint).parameters())
@@ -546,8 +546,8 @@ def test_the_plan_comes_first_and_the_next_commands_last(checkpoint, chats, caps
     assert "8 rows" in plan
     assert "about 2, each on 8 sequences" in plan
     assert "no code from the checkpoint runs" in plan
-    assert "jai dpo --config recipes/dpo.yaml --model_name_or_path out" in rest
-    assert "jai publish out" in rest
+    assert "jai dpo --config recipes/dpo.yaml --model_name_or_path 'an out'" in rest  # as a shell takes it
+    assert "jai publish 'an out'" in rest
 
 
 def test_code_in_the_checkpoint_does_not_run(checkpoint, chats, tmp_path):

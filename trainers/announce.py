@@ -65,7 +65,7 @@ def print_plan(
     table.add_row("model", model_name)
     table.add_row("code", code)
     table.add_row("parameters", f"{parameters.total:,}, of which {trained}")
-    table.add_row("adapter", escape(_adapter(lora)))
+    table.add_row("adapter", escape(_adapter(lora, base)))
     table.add_row("data", f"{data_name}: {_size(data.rows, train_tokens)}; {_sequences(training_args)}")
     if training_args.max_length:
         table.add_row("cut off", _cut(train_tokens, training_args, data))
@@ -88,10 +88,12 @@ def print_plan(
     console.print(table)
 
 
-def _adapter(lora: LoraConfig | None) -> str:
+def _adapter(lora: LoraConfig | None, base: BaseModel) -> str:
     if lora is None:
         return "none: every weight is trained"
     targets = [*sorted(_names(lora.target_modules)), *(lora.target_parameters or [])]
+    if targets == ["all-linear"] and getattr(base.config, "num_local_experts", 1) > 1:
+        targets = ["all-linear (attention alone: the experts are no linear layers, see `lora_targets`)"]
     whole = f"; whole: {', '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
     return f"LoRA, rank {lora.r}, on {', '.join(targets)}{whole}"
 

@@ -211,7 +211,8 @@ def _tidy(rows: AnyDataset, data: TrainingData, split: str) -> tuple[AnyDataset,
     if data.conversational:
         example = next(iter(_example(rows, columns[0]) or [None]), None)
         if isinstance(example, dict) and {"from", "value"} <= example.keys():
-            rows = rows.map(_from_sharegpt, fn_kwargs={"columns": columns})
+            with PartialState().local_main_process_first():
+                rows = rows.map(_from_sharegpt, fn_kwargs={"columns": columns})
         if "conversations" in columns:
             rows, columns = rows.rename_column("conversations", "messages"), ("messages",)
     checked = replace(data, columns=columns)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seven steps of every training stage: open, check, announce, build, train, record, and say what is next."""
 
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from rich.text import Text
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_quantization_config
 
 from jai.errors import UserError
+from jai.files import print_next
 from jai.trainers.announce import print_plan
 from jai.trainers.arguments import (
     JaiTrainingArguments,
@@ -252,24 +252,24 @@ def _save(trainer: JaiTrainerMixin, arguments: StageArguments, base: BaseModel, 
 
 
 def _say_what_is_next(out: Path, step: str, arguments: StageArguments, base: BaseModel, console: Console) -> None:
-    folder = escape(shlex.quote(str(out)))
+    shown = escape(str(out))
     if arguments.model.use_peft and not arguments.jai.merge_adapter:
-        console.print(f"[bold green]Adapter written to[/] {escape(str(out))} (for {escape(base.name)})")
+        console.print(f"[bold green]Adapter written to[/] {shown} (for {escape(base.name)})")
         console.print(
-            f"Next: [bold]AutoModelForCausalLM.from_pretrained({escape(repr(str(out)))})[/] loads it with its model."
+            f"[bold]AutoModelForCausalLM.from_pretrained({escape(repr(str(out)))})[/] loads it with its model; "
+            "`--merge_adapter true` makes a full checkpoint, which the next stage needs."
         )
-        console.print("      `--merge_adapter true` makes a full checkpoint, which the next stage needs.")
-        console.print(f"      [bold]jai publish {folder} OWNER/NAME --base OWNER/BASE[/]")
+        print_next(console, ["jai", "publish", out, "OWNER/NAME", "--base", "OWNER/BASE"])
         return
-    console.print(f"[bold green]Checkpoint written to[/] {escape(str(out))}")
+    console.print(f"[bold green]Checkpoint written to[/] {shown}")
     if not base.is_jai:
-        console.print(f"Next: [bold]jai convert {folder} OUT[/]")
+        print_next(console, ["jai", "convert", out, "OUT"])
         return
-    following = {"pretrain": "sft", "sft": "dpo"}.get(step)
-    if following:
-        console.print(f"Next: [bold]jai {following} --config recipes/{following}.yaml --model_name_or_path {folder}[/]")
-    console.print(f'{"      " if following else "Next: "}[bold]jai generate {folder} "…"[/]')
-    console.print(f"      [bold]jai publish {folder} OWNER/NAME[/]")
+    commands: list[Sequence[str | Path]] = [["jai", "generate", out, "…"], ["jai", "publish", out, "OWNER/NAME"]]
+    if following := {"pretrain": "sft", "sft": "dpo"}.get(step):
+        recipe = f"recipes/{following}.yaml"
+        commands.insert(0, ["jai", following, "--config", recipe, "--model_name_or_path", out])
+    print_next(console, *commands)
 
 
 def run_as_script(main: Callable[[Sequence[str]], Path]) -> None:
