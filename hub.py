@@ -36,6 +36,17 @@ def local_folder(name: str | Path, patterns: Sequence[str] = METADATA_PATTERNS, 
         raise hub_refusal(name, error) from error
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be that of a repository on the Hub; nobody is asked whether it is there."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def hub_refusal(name: str | Path, error: Exception) -> UserError:
     """What to tell the user when the Hub does not give a repository."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,11 +15,9 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from jai.errors import UserError
-from jai.files import hash_each, sha256
+from jai.files import hash_each, read_json, sha256
+from jai.hub import is_hub_id
 from jai.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
@@ -47,18 +45,14 @@ def read_step(folder: Path) -> Step | None:
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         return None
+    remedy = "Fetch the checkpoint again, or remove the file to begin a new history."
     try:
-        step = _portable(json.loads(path.read_text(encoding="utf-8")))
+        step = _portable(read_json(path, remedy))
         wrong = _wrong_step(step)
-    except ValueError as error:
-        wrong = f"it is no valid JSON: {error}"
     except RecursionError:
         wrong = "it is nested too deeply"
     if wrong:
-        raise UserError(
-            f"{path} is no record of how the checkpoint was made ({wrong}). Fetch the checkpoint again, or remove the "
-            "file to begin a new history."
-        )
+        raise UserError(f"{path} is no record of how the checkpoint was made ({wrong}). {remedy}")
     return step
 
 
@@ -81,11 +75,11 @@ def input_of(role: str, name: str | os.PathLike, *, files: Mapping[str, str], ma
         files: SHA-256 of the files that were read, by name.
         made_by: the input's own step (`read_step`), None where it has no record.
     """
-    is_hub_id = not Path(name).exists() and _is_hub_id(os.fspath(name))
+    is_from_hub = not Path(name).exists() and is_hub_id(os.fspath(name))
     return {
         "role": role,
-        "name": os.fspath(name) if is_hub_id else Path(os.path.abspath(name)).name,
-        "is_hub_id": is_hub_id,
+        "name": os.fspath(name) if is_from_hub else Path(os.path.abspath(name)).name,
+        "is_hub_id": is_from_hub,
         "files": dict(files),
         "made_by": made_by,
     }
@@ -133,14 +127,6 @@ def holds_token(path: Path, *tokens: str | None) -> bool:
     """Whether a text file holds one of these tokens or anything that looks like an access token."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return redact(text, *tokens) != text
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _wrong_step(step: Any) -> str | None:

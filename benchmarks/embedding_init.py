@@ -29,8 +29,8 @@ from transformers.utils import logging as transformers_logging
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
 from jai.demo.base import train_base
-from jai.demo.measure import Subject
-from jai.demo.text.corpus import build_corpus
+from jai.demo.measure import MeasuredModel
+from jai.demo.text.corpus import build_text
 from jai.tokenization.extend import extend_tokenizer
 from jai.tokenization.phi3_style import train_phi3_style
 
@@ -64,7 +64,7 @@ class Bits:
 
 
 def demo_texts() -> dict[str, Texts]:
-    corpus = build_corpus(0)
+    corpus = build_text(0)
     return {
         "thai": Texts(corpus.pretrain_th, corpus.heldout_th),
         "english": Texts(corpus.pretrain_en, corpus.heldout_en),
@@ -89,7 +89,7 @@ def _take(documents: list[str], characters: int) -> list[str]:
 
 
 def measure(folder: Path, init: str, seed: int, step: int, texts: dict[str, Texts]) -> Bits:
-    subject = Subject(folder)
+    subject = MeasuredModel(folder)
     thai, english = (subject.bits_per_character(texts[language].held_out) for language in LANGUAGES)
     return Bits(init, seed, step, thai, english)
 

@@ -35,7 +35,7 @@ from price_of_depth_models import (
     expert_distance,
     upcycle,
 )
-from price_of_depth_report import BASE, DEPTH, EXPERTS, REFERENCES, Point, Run, csv_rows, write_report
+from price_of_depth_report import BASE, DEPTH, EXPERTS, REFERENCES, ArmResult, Measurement, csv_rows, write_report
 from records import append, provenance
 from transformers import AutoTokenizer, Phi3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -238,7 +238,7 @@ class Scale:
         self._tokenizer, self._heldout, self._tokens = _heldout(out)
         self._model = model
 
-    def point(self, step: int) -> Point:
+    def point(self, step: int) -> Measurement:
         """All that is measured after a step."""
         bits = {
             name: bits_per_character(self._model, self._tokenizer, texts, self._training)
@@ -247,7 +247,7 @@ class Scale:
         characters = {name: sum(map(len, texts)) for name, texts in self._heldout.items()}
         all_bits = sum(bits[name] * characters[name] for name in bits)
         tensors = self._model.state_dict()
-        return Point(
+        return Measurement(
             step=step,
             tokens=step * self._training.batch_rows * self._training.context,
             nats=all_bits * log(2) / self._tokens,
@@ -284,7 +284,7 @@ def _heldout_rows(heldout: dict[str, list[str]], tokenizer: PreTrainedTokenizerB
 # The run
 
 
-def run(job: Job, origin: dict[str, str]) -> Run:
+def run(job: Job, origin: dict[str, str]) -> ArmResult:
     """Train one arm with one seed, measure it on the way, and write its result."""
     settings = job.settings
     model = start_model(job)
@@ -296,7 +296,7 @@ def run(job: Job, origin: dict[str, str]) -> Run:
         model.save_pretrained(job.base_folder)
     else:
         points = _train_arm(model, ids, job, scale)
-    finished = Run(job.part, job.arm, job.seed, points, origin)
+    finished = ArmResult(job.part, job.arm, job.seed, points, origin)
     partial = job.file.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(finished), indent=1), encoding="utf-8")
     partial.replace(job.file)
@@ -305,7 +305,7 @@ def run(job: Job, origin: dict[str, str]) -> Run:
     return finished
 
 
-def _train_base(model: PreTrainedModel, ids: np.ndarray, settings: Settings, scale: Scale) -> list[Point]:
+def _train_base(model: PreTrainedModel, ids: np.ndarray, settings: Settings, scale: Scale) -> list[Measurement]:
     points, first_rows = [scale.point(0)], settings.base_steps * settings.batch_rows
     first = replace(settings.training, learning_rate=settings.base_learning_rate)
     train(model, Stream(ids, _UNCOUNTED), first, [first_rows], lambda rows, seconds: None)
@@ -315,7 +315,7 @@ def _train_base(model: PreTrainedModel, ids: np.ndarray, settings: Settings, sca
     return [*points, scale.point(settings.base_steps + settings.settling_steps)]
 
 
-def _train_arm(model: PreTrainedModel, ids: np.ndarray, job: Job, scale: Scale) -> list[Point]:
+def _train_arm(model: PreTrainedModel, ids: np.ndarray, job: Job, scale: Scale) -> list[Measurement]:
     settings, points = job.settings, [scale.point(0)]
     snapshot_steps = settings.snapshot_steps if (job.part, job.arm) == (DEPTH, PAPERS_START) else ()
     if snapshot_steps:
@@ -333,12 +333,12 @@ def _train_arm(model: PreTrainedModel, ids: np.ndarray, job: Job, scale: Scale) 
     return points
 
 
-def read_run(job: Job) -> Run | None:
+def read_run(job: Job) -> ArmResult | None:
     """The result of a job, if it is finished."""
     if not job.file.exists():
         return None
     values = json.loads(job.file.read_text(encoding="utf-8"))
-    return Run(**values | {"points": [Point(**point) for point in values["points"]]})
+    return ArmResult(**values | {"points": [Measurement(**point) for point in values["points"]]})
 
 
 def prepare_text(settings: Settings, texts: Sequence[Path], out: Path) -> None:
@@ -377,7 +377,9 @@ def _characters(pieces: Iterable[str], characters: int) -> Iterable[str]:
             return
 
 
-def price_of_depth(settings: Settings, texts: Sequence[Path], out: Path, workers: int = 1) -> tuple[list[Run], bool]:
+def price_of_depth(
+    settings: Settings, texts: Sequence[Path], out: Path, workers: int = 1
+) -> tuple[list[ArmResult], bool]:
     """Run every arm with every seed, or what of them `out` lacks, and write the report into `out`.
 
     Returns:

@@ -88,7 +88,7 @@ def upcycle(snapshots: Sequence[JaiForCausalLM], start: str, seed: int) -> JaiFo
 
 @torch.no_grad()
 def expert_distance(model: PreTrainedModel) -> float | None:
-    """Mean relative distance of pairs of experts, as `Point` defines it; None for a dense model."""
+    """Mean relative distance of pairs of experts, as `Measurement` defines it; None for a dense model."""
     if getattr(model.config, "num_local_experts", 1) == 1:
         return None
     distances = []

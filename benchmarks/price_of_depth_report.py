@@ -3,13 +3,14 @@
 
 import csv
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from jai.reports import ReportTable, figure_style, series_color
 
 BASE, DEPTH, EXPERTS = "base", "depth", "experts"
 REFERENCES = {DEPTH: "base", EXPERTS: "dense"}  # the arm without the conversion, by part
@@ -17,7 +18,7 @@ _POINTS_IN_TABLES = (1 / 20, 1 / 3, 1)  # parts of the steps that all arms of a 
 
 
 @dataclass(frozen=True)
-class Point:
+class Measurement:
     """What was measured on held-out text after some steps of training.
 
     Attributes:
@@ -42,25 +43,25 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Run:
+class ArmResult:
     """One arm trained with one seed; `origin` says on what and with what."""
 
     part: str
     arm: str
     seed: int
-    points: list[Point]
+    points: list[Measurement]
     origin: dict[str, str]
 
     @property
     def last_step(self) -> int:
         return self.points[-1].step
 
-    def at(self, step: int) -> Point:
+    def at(self, step: int) -> Measurement:
         """What was measured after a step."""
         return next(point for point in self.points if point.step == step)
 
 
-def csv_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+def csv_rows(runs: Sequence[ArmResult]) -> list[dict[str, str]]:
     """A row for each point of each run, in the order of the runs."""
     return [
         {
@@ -83,7 +84,7 @@ def csv_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     ]
 
 
-def write_report(runs: Sequence[Run], out: Path) -> None:
+def write_report(runs: Sequence[ArmResult], out: Path) -> None:
     """Write `price_of_depth.csv`, `.md` and `.png` into `out`; arms may still lack seeds."""
     rows = csv_rows(runs)
     with (out / "price_of_depth.csv").open("w", newline="", encoding="utf-8") as file:
@@ -91,10 +92,11 @@ def write_report(runs: Sequence[Run], out: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     (out / "price_of_depth.md").write_text(markdown(runs), encoding="utf-8")
-    figure(runs).savefig(out / "price_of_depth.png", dpi=130)
+    with figure_style():
+        figure(runs).savefig(out / "price_of_depth.png", dpi=130)
 
 
-def markdown(runs: Sequence[Run]) -> str:
+def markdown(runs: Sequence[ArmResult]) -> str:
     """The tables: means of the seeds ± their standard deviation, differences seed by seed."""
     lines = []
     for part in (DEPTH, EXPERTS):
@@ -105,11 +107,11 @@ def markdown(runs: Sequence[Run]) -> str:
         shown = sorted({min(steps, key=lambda step: abs(step - f * steps[-1])) for f in (0, *_POINTS_IN_TABLES)})
         reference = {run.seed: run for run in arms[REFERENCES[part]]}
         lines += [f"## {part}: nats per token", ""]
-        lines += _table(
+        table = ReportTable(
             ["start", "before", "after", f"step {steps[-1]}"]
             + [f"− {REFERENCES[part]}, step {step}" for step in shown]
             + ["seeds"],
-            (
+            [
                 [
                     arm,
                     _spread([reference[run.seed].at(0).nats for run in found], ".3f"),
@@ -121,8 +123,10 @@ def markdown(runs: Sequence[Run]) -> str:
                     str(len(found)),
                 ]
                 for arm, found in arms.items()
-            ),
+            ],
+            numbers=True,
         )
+        lines.append(table.markdown())
         found = arms[REFERENCES[part]]
         lines += ["", f"{REFERENCES[part]} with the compute of the others: step {found[0].last_step}, "]
         lines[-1] += _spread([run.points[-1].nats for run in found], ".3f")
@@ -131,44 +135,47 @@ def markdown(runs: Sequence[Run]) -> str:
         lines += ["", f"## {part}: bits per character", ""]
         texts = list(found[0].points[0].bits_by_text)
         ends = [(step, name) for name in texts for step in (shown[0], shown[-1])]
-        lines += _table(
+        table = ReportTable(
             ["start", *(f"{name}, step {step}" for step, name in ends)],
-            (
+            [
                 [arm, *(_spread([r.at(step).bits_by_text[name] for r in found], ".3f") for step, name in ends)]
                 for arm, found in arms.items()
-            ),
+            ],
+            numbers=True,
         )
+        lines.append(table.markdown())
         lines += ["", *(_alphas(arms) if part == DEPTH else _experts(arms, shown)), ""]
     return "\n".join(lines)
 
 
-def _alphas(arms: dict[str, list[Run]]) -> list[str]:
+def _alphas(arms: dict[str, list[ArmResult]]) -> list[str]:
     learned = {arm: found for arm, found in arms.items() if any(_moved(run) for run in found)}
     copies = max((len(run.points[-1].alphas) for found in learned.values() for run in found), default=0)
     return [
         "## depth: learned alphas at the end",
         "",
-        *_table(
+        ReportTable(
             ["start", *(f"copy {i + 1}" for i in range(copies)), "mean"],
-            (
+            [
                 [
                     arm,
                     *(_spread([run.points[-1].alphas[i] for run in found], "+.2f") for i in range(copies)),
                     _spread([statistics.mean(run.points[-1].alphas) for run in found], "+.2f"),
                 ]
                 for arm, found in learned.items()
-            ),
-        ),
+            ],
+            numbers=True,
+        ).markdown(),
     ]
 
 
-def _moved(run: Run) -> bool:
+def _moved(run: ArmResult) -> bool:
     return run.points[0].alphas != run.points[-1].alphas
 
 
-def _experts(arms: dict[str, list[Run]], shown: Sequence[int]) -> list[str]:
+def _experts(arms: dict[str, list[ArmResult]], shown: Sequence[int]) -> list[str]:
     mixtures = {arm: found for arm, found in arms.items() if found[0].points[0].load_entropy}
-    columns: list[tuple[str, Callable[[Point], float]]] = [
+    columns: list[tuple[str, Callable[[Measurement], float]]] = [
         ("load entropy, mean of layers", lambda point: statistics.mean(point.load_entropy)),
         ("load entropy, least of layers", lambda point: min(point.load_entropy)),
         ("distance of experts", lambda point: point.expert_distance or 0.0),
@@ -176,9 +183,9 @@ def _experts(arms: dict[str, list[Run]], shown: Sequence[int]) -> list[str]:
     return [
         "## experts: router load and distance",
         "",
-        *_table(
+        ReportTable(
             ["start", *(f"{name}, step {step}" for name, _ in columns for step in (shown[0], shown[1], shown[-1]))],
-            (
+            [
                 [
                     arm,
                     *(
@@ -188,12 +195,13 @@ def _experts(arms: dict[str, list[Run]], shown: Sequence[int]) -> list[str]:
                     ),
                 ]
                 for arm, found in mixtures.items()
-            ),
-        ),
+            ],
+            numbers=True,
+        ).markdown(),
     ]
 
 
-def figure(runs: Sequence[Run]) -> Figure:
+def figure(runs: Sequence[ArmResult]) -> Figure:
     """Loss against the control's, alphas and experts, by start: mean of the seeds, band from the least to the most."""
     depth, experts = _by_arm(runs, DEPTH), _by_arm(runs, EXPERTS)
     alphas = {arm: found for arm, found in depth.items() if arm.startswith("alpha-")}
@@ -202,7 +210,7 @@ def figure(runs: Sequence[Run]) -> Figure:
     mixtures = {arm: found for arm, found in experts.items() if found[0].points[0].load_entropy}
     controls = {(run.part, run.seed): run for run in runs if run.arm == REFERENCES.get(run.part)}
 
-    def behind(run: Run, point: Point) -> float:
+    def behind(run: ArmResult, point: Measurement) -> float:
         return point.nats - controls[run.part, run.seed].at(point.step).nats
 
     drawing = Figure(figsize=(13, 7.4), layout="constrained")
@@ -232,13 +240,13 @@ def figure(runs: Sequence[Run]) -> Figure:
 def _draw(
     axes: Axes,
     title: str,
-    arms: dict[str, list[Run]],
+    arms: dict[str, list[ArmResult]],
     label: str,
-    measure: Callable[[Run, Point], float],
+    measure: Callable[[ArmResult, Measurement], float],
     linear: float | None = None,
 ) -> None:
     plain = [arm for arm in arms if not arm.endswith("-frozen")]
-    colors = {arm: mpl.colormaps["tab10"](i % 10) for i, arm in enumerate(plain)}
+    colors = {arm: series_color(i) for i, arm in enumerate(plain)}
     for arm, found in arms.items():
         steps = [point.step for point in found[0].points]
         values = [[measure(run, run.at(step)) for run in found] for step in steps]
@@ -246,28 +254,27 @@ def _draw(
         style = "--" if arm.endswith("-frozen") else "-"
         axes.plot(steps, list(map(statistics.mean, values)), style, color=color, label=arm, linewidth=1.3)
         axes.fill_between(steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, linewidth=0)
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(title)
     axes.set_xscale("symlog", linthresh=10)
     axes.set_xlim(left=0)
     if linear is not None:
         axes.set_yscale("symlog", linthresh=linear)
     axes.set_xlabel("steps after conversion")
     axes.set_ylabel(label)
-    axes.grid(axis="y", linewidth=0.4)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y")
     if arms:
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(fontsize=7)
 
 
-def _by_arm(runs: Sequence[Run], part: str) -> dict[str, list[Run]]:
-    arms: dict[str, list[Run]] = {}
+def _by_arm(runs: Sequence[ArmResult], part: str) -> dict[str, list[ArmResult]]:
+    arms: dict[str, list[ArmResult]] = {}
     for run in runs:
         if run.part == part:
             arms.setdefault(run.arm, []).append(run)
     return arms
 
 
-def _common_steps(arms: dict[str, list[Run]]) -> list[int]:
+def _common_steps(arms: dict[str, list[ArmResult]]) -> list[int]:
     """Steps at which every run has a point; the reference has one more, at the compute of the others."""
     return sorted(set.intersection(*({point.step for point in run.points} for found in arms.values() for run in found)))
 
@@ -275,8 +282,3 @@ def _common_steps(arms: dict[str, list[Run]]) -> list[int]:
 def _spread(values: Sequence[float], form: str) -> str:
     mean = format(statistics.mean(values), form)
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
-
-
-def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]

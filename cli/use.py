@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verbs that use a checkpoint: generate, serve; and the demo, which uses all."""
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from jai.cli.verb import PASS_THROUGH, verb
+from jai.demo.options import DemoOptions
 from jai.errors import UserError
 from jai.generate import GenerateOptions
 
@@ -35,19 +33,11 @@ def serve(context: typer.Context) -> None:
     run(context.args)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write; it must not exist.")] = Path(
-        "runs/demo"
-    ),
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Train a few steps only: every part runs, nothing is learnt.")
-    ] = False,
-) -> None:
+@verb(app, DemoOptions)
+def demo(options: DemoOptions) -> None:
     """See it all on tiny models in a few minutes, without a GPU.
 
     Base, convert, sft, dpo, Hub, report."""
     from jai.demo.run import run_demo
 
-    run_demo(out, seed=seed, quick=quick)
+    run_demo(options)

@@ -1,59 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo measures of a checkpoint: bits per character, router load, skip alphas, answers."""
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
+from jai.demo.results import Answer
 from jai.generate import stop_ids
 from jai.router_load import router_load
+from jai.tokenization.ablation_run import Training, bits_per_character
+
+_READING = Training(tokens=0, context=256, batch_rows=16, dtype="float32")  # how held-out text is read
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One question, what the model said to it, and what was expected."""
-
-    language: str
-    question: str
-    expected: str
-    given: str
-
-    @property
-    def correct(self) -> bool:
-        return self.given.strip() == self.expected.strip()
-
-    @property
-    def in_language(self) -> bool:
-        """Whether it is in Thai exactly where the expected answer is."""
-        return bool(self.given.strip()) and _has_thai(self.given) == _has_thai(self.expected)
-
-
-def _has_thai(text: str) -> bool:
-    return any("\u0e00" <= character <= "\u0e7f" for character in text)
-
-
-class Subject:
+class MeasuredModel:
     """A checkpoint under measurement, loaded once in fp32."""
 
     def __init__(self, folder: Path):
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    @torch.inference_mode()
     def bits_per_character(self, texts: list[str]) -> float:
         """Bits that the model needs for a character of `texts`.
 
-        Unlike the loss of a token it can be compared between tokenizers. The first token of a text is predicted from
-        the end-of-text token.
+        Unlike the loss of a token it can be compared between tokenizers.
         """
-        nats = 0.0
-        for batch in self._batches(texts):
-            loss = self.model(**batch, use_cache=False).loss
-            nats += loss.item() * (batch["labels"][:, 1:] != -100).sum().item()
-        return nats / math.log(2) / sum(map(len, texts))
+        return bits_per_character(self.model, self.tokenizer, texts, _READING)
 
     def router_load(self, texts: list[str]) -> list[list[float]]:
         """Share of each layer's choices that each expert gets, layer by expert; each layer sums to 1."""
@@ -110,5 +83,4 @@ class Subject:
             lengths = torch.tensor([len(row) for row in group])
             input_ids = torch.nn.utils.rnn.pad_sequence(group, batch_first=True, padding_value=pad)
             mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
-            labels = input_ids.masked_fill(~mask, -100)
-            yield {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
+            yield {"input_ids": input_ids, "attention_mask": mask.long()}

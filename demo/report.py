@@ -8,53 +8,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from jai.configuration_jai import JaiConfig
-from jai.demo.measure import Answer
-from jai.demo.results import Results
+from jai.demo.results import Answer, Results
+from jai.hub_card.card import layer_plan
+from jai.reports import BLUE, GREY, INK, MUTED, ORANGE, RULE, ReportTable, figure_style, layer_plan_svg, router_load_svg
 
 LANGUAGES = {"en": "English", "th": "Thai"}
-INK, MUTED, RULE = "#1c2430", "#66707f", "#dfe3e8"
-BLUE, ORANGE = "#2563a8", "#d9772b"
 COLORS = {"en": BLUE, "th": ORANGE}
-BLOCK_COLORS = ("#dbe6f3", "#f8e3d0")  # a block that runs once, a block that is repeated
-
-mpl.rcParams.update(
-    {
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "axes.edgecolor": RULE,
-        "axes.labelcolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 10,
-        "axes.titlecolor": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "text.color": INK,
-        "svg.fonttype": "path",
-        "svg.hashsalt": "jai",
-    }
-)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a paragraph that says what to see, and figures and tables as (kind, content) pairs."""
+    """A heading, a paragraph that says what to see, and what there is to see: figures by name, code, a table."""
 
     title: str
     text: str
     figures: tuple[str, ...] = ()
-    table: tuple[list[str], list[list[str]]] | None = None
+    table: ReportTable | None = None
     code: str = ""
 
 
-def write_report(results: Results, folder: Path) -> Path:
+def write_demo_report(results: Results, folder: Path) -> Path:
     """Write `report.html`, `report.md` and `figures/` into `folder`; returns the page."""
-    figures = {name: _svg(draw(results)) for name, draw in FIGURES.items()}
+    with figure_style():
+        figures = {name: draw(results) for name, draw in FIGURES.items()}
     (folder / "figures").mkdir(exist_ok=True)
     for name, svg in figures.items():
         (folder / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
@@ -68,61 +47,16 @@ def write_report(results: Results, folder: Path) -> Path:
 # Figures
 
 
-def plan_figure(results: Results) -> Figure:
-    """The layers as they run, left to right; an arc from each anchor to each copy that adds it."""
-    plan = JaiConfig.from_dict(results.config).running_plan
-    repeats = results.config["block_repeats"]
-    figure = Figure(figsize=(9.2, 2.9))
-    axes = figure.add_axes((0.01, 0.02, 0.98, 0.96))
-    for layer in plan:
-        repeated = repeats[layer.block] > 1
-        axes.add_patch(
-            mpl.patches.FancyBboxPatch(
-                (layer.layer + 0.08, 0),
-                0.84,
-                0.9,
-                boxstyle="round,pad=0,rounding_size=0.1",
-                facecolor=BLOCK_COLORS[repeated],
-                edgecolor=ORANGE if layer.adds_anchor else "none",
-                linewidth=1.4,
-            )
-        )
-        axes.text(layer.layer + 0.5, 0.52, str(layer.layer), ha="center", va="center", fontsize=10, color=INK)
-        axes.text(layer.layer + 0.5, 0.2, f"of {layer.origin}", ha="center", va="center", fontsize=7, color=MUTED)
-        if layer.takes_anchor:
-            anchor = layer.layer
-        if layer.adds_anchor:
-            start, end = anchor + 0.04, layer.layer + 0.04
-            height = 0.75 + 0.35 * layer.copy
-            arc = mpl.path.Path(
-                [(start, 0.95), (start, 0.95 + height), (end, 0.95 + height), (end, 0.95)],
-                [mpl.path.Path.MOVETO] + [mpl.path.Path.CURVE4] * 3,
-            )
-            axes.add_patch(
-                mpl.patches.FancyArrowPatch(path=arc, arrowstyle="-|>", mutation_scale=9, color=ORANGE, linewidth=1.3)
-            )
-            alpha = results.alphas_after[layer.layer]
-            axes.text(end + 0.1, 1.1, f"α {alpha:.3f}", fontsize=8, color=ORANGE)
-    for layer in plan:
-        if layer.takes_anchor:
-            width = repeats[layer.block] * results.config["block_size"]
-            axes.plot([layer.layer + 0.1, layer.layer + width - 0.1], [-0.12, -0.12], color=MUTED, linewidth=1)
-            axes.text(
-                layer.layer + width / 2,
-                -0.22,
-                f"block {layer.block + 1}",
-                ha="center",
-                va="top",
-                fontsize=7,
-                color=MUTED,
-            )
-    axes.set_xlim(-0.2, len(plan) + 0.2)
-    axes.set_ylim(-0.5, 2.6)
-    axes.axis("off")
-    return figure
+def _plan(results: Results) -> str:
+    config = JaiConfig.from_dict(results.config)
+    return layer_plan_svg(layer_plan(config, results.alphas_after, [planned.origin for planned in config.running_plan]))
 
 
-def stages_figure(results: Results) -> Figure:
+def _router(results: Results) -> str:
+    return router_load_svg({name: results.router_load[language] for language, name in LANGUAGES.items()})
+
+
+def _stages(results: Results) -> str:
     """Bits per character at each stage."""
     figure = Figure(figsize=(9.2, 2.7), layout="constrained")
     for axes, (language, name) in zip(figure.subplots(1, 2), LANGUAGES.items()):
@@ -132,10 +66,10 @@ def stages_figure(results: Results) -> Figure:
         axes.bar_label(bars, fmt="%.2f", padding=2, color=INK)
         axes.set_title(f"{name}: bits per character, held-out text")
         _bare(axes)
-    return figure
+    return _svg(figure)
 
 
-def curves_figure(results: Results) -> Figure:
+def _curves(results: Results) -> str:
     """Training loss of each stage."""
     names = {"base": "phi-3 base", "pretrained": "continued pre-training", "sft": "SFT", "dpo": "DPO"}
     losses = [curve for curve in results.curves if curve.metric == "loss"]
@@ -144,11 +78,11 @@ def curves_figure(results: Results) -> Figure:
         axes.plot(curve.steps, curve.values, color=BLUE, linewidth=1.4)
         axes.set_title(f"{names[curve.stage]}: loss")
         axes.set_xlabel("step")
-        axes.grid(axis="y", color=RULE, linewidth=0.6)
-    return figure
+        axes.grid(axis="y")
+    return _svg(figure)
 
 
-def dpo_figure(results: Results) -> Figure:
+def _dpo(results: Results) -> str:
     """How DPO comes to prefer the chosen answer."""
     titles = {
         "rewards/accuracies": "DPO: share of pairs in which the chosen answer wins",
@@ -160,59 +94,57 @@ def dpo_figure(results: Results) -> Figure:
         axes.plot(curve.steps, curve.values, color=BLUE, linewidth=1.4)
         axes.set_title(title)
         axes.set_xlabel("step")
-        axes.grid(axis="y", color=RULE, linewidth=0.6)
-    return figure
+        axes.grid(axis="y")
+    return _svg(figure)
 
 
-def router_figure(results: Results) -> Figure:
-    """Share of tokens that each expert gets, by layer and language."""
-    figure = Figure(figsize=(9.2, 2.4), layout="constrained")
-    experts = results.config["num_local_experts"]
-    both = figure.subplots(1, 2)
-    for axes, (language, name) in zip(both, LANGUAGES.items()):
-        load = results.router_load[language]
-        image = axes.imshow(list(zip(*load)), aspect="auto", cmap="Blues", vmin=0, vmax=0.5)
-        axes.set_title(f"{name}: share of choices")
-        axes.set_xlabel("layer")
-        axes.set_ylabel("expert")
-        axes.set_yticks(range(experts))
-        axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=both, shrink=0.9, label="0.25 is even")
-    return figure
-
-
-def fertility_figure(results: Results) -> Figure:
+def _fertility(results: Results) -> str:
     """Tokens per character before and after the vocabulary grew."""
     figure = Figure(figsize=(5.2, 2.2), layout="constrained")
     axes = figure.subplots()
     for offset, (label, values, color) in enumerate(
-        (("base tokenizer", results.fertility.base, "#aab4c0"), ("extended", results.fertility.extended, BLUE))
+        (("base tokenizer", results.fertility.base, GREY), ("extended", results.fertility.extended, BLUE))
     ):
         positions = [i + (offset - 0.5) * 0.36 for i in range(len(LANGUAGES))]
         bars = axes.bar(positions, [values[language] for language in LANGUAGES], width=0.34, color=color, label=label)
         axes.bar_label(bars, fmt="%.2f", padding=2, color=INK)
     axes.set_xticks(range(len(LANGUAGES)), LANGUAGES.values())
     axes.set_title("tokens per character, held-out text")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(loc="upper left")
     _bare(axes)
-    return figure
+    return _svg(figure)
 
 
-FIGURES: dict[str, Callable[[Results], Figure]] = {
-    "plan": plan_figure,
-    "stages": stages_figure,
-    "curves": curves_figure,
-    "dpo": dpo_figure,
-    "router": router_figure,
-    "fertility": fertility_figure,
+def _starts(results: Results) -> str:
+    """The same continued pre-training from both starts."""
+    figure = Figure(figsize=(9.2, 2.4), layout="constrained")
+    axes = figure.subplots()
+    for start, color in zip(results.starts, (BLUE, ORANGE)):
+        axes.plot(start.curve.steps, start.curve.values, color=color, linewidth=1.4, label=start.name)
+    axes.set_title("continued pre-training: loss")
+    axes.set_xlabel("step")
+    axes.grid(axis="y")
+    axes.legend()
+    return _svg(figure)
+
+
+FIGURES: dict[str, Callable[[Results], str]] = {
+    "plan": _plan,
+    "stages": _stages,
+    "starts": _starts,
+    "curves": _curves,
+    "dpo": _dpo,
+    "router": _router,
+    "fertility": _fertility,
 }
 CAPTIONS = {
-    "plan": "Layers of the JAI in the order in which they run; 'of n' is the base layer that each was copied from. "
+    "plan": "Layers of the JAI in the order in which they run; 'of n' is the base layer that each was made from. "
     "An arc is a skip connection with its trained alpha.",
     "stages": "Lower is better. Bits per character can be compared between tokenizers, the loss of a token cannot.",
+    "starts": "Training loss from the product's own start and from the paper's, in nats a token.",
     "curves": "Training loss, in nats a token (SFT: of the assistant's turns only).",
     "dpo": "Preference training.",
-    "router": "Router load by layer, after all training.",
+    "router": "Share of each layer's choices that each expert gets, in percent, after all training; 25 is even.",
     "fertility": "Fewer tokens per character mean longer contexts and faster generation. The English text holds a few "
     "Thai words.",
 }
@@ -237,6 +169,7 @@ def _svg(figure: Figure) -> str:
 def _sections(results: Results) -> list[Section]:
     config, stages = results.config, results.stages
     base, converted, pretrained, sft, final = stages
+    own, paper = results.starts
     th, en = "th", "en"
     return [
         Section(
@@ -250,22 +183,37 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "What each step did",
             f"Conversion changed Thai from {base.bits[th]:.2f} to {converted.bits[th]:.2f} bits per character and "
-            f"English from {base.bits[en]:.2f} to {converted.bits[en]:.2f}; continued pre-training brought them to "
-            f"{pretrained.bits[th]:.2f} and {pretrained.bits[en]:.2f}. Chat training moves a model away from plain "
+            f"English from {base.bits[en]:.2f} to {converted.bits[en]:.2f}: the new layers and experts change nothing "
+            "yet, but Thai is now read in tokens that the model has never seen. Continued pre-training brought them "
+            f"to {pretrained.bits[th]:.2f} and {pretrained.bits[en]:.2f}. Chat training moves a model away from plain "
             "text, so bits per character rise again after it; what it is for shows in the answers below.",
             ("stages",),
         ),
         Section(
-            "The price of a start",
-            "Repeating blocks changes the function, and the start of the copies decides by how much; `identity` keeps "
-            "it exactly. The rest of this run uses the paper's start, the first row. KL is KL(phi-3 ‖ JAI) in nats a "
-            "token, before any training, on text that the program ships.",
-            table=(
-                ["start of the later copies", "KL", "bits/char English", "bits/char Thai"],
+            "Two starts",
+            "What do the copies of a block begin as? By default as the identity, which keeps the function of the base "
+            f"exactly: KL(base ‖ JAI) {own.kl:.2g} nats a token. The paper copies the weights and adds α times the "
+            f"anchor, which costs {paper.kl:.2g}. After the same continued pre-training the loss is "
+            f"{own.curve.values[-1]:.3f} and {paper.curve.values[-1]:.3f}. The rest of this run goes on from the "
+            "first row.",
+            ("starts",),
+            table=ReportTable(
                 [
-                    [start.name, f"{start.kl:.2g}", f"{start.bits[en]:.3f}", f"{start.bits[th]:.3f}"]
+                    "start of the copies",
+                    "KL",
+                    "loss at the end",
+                    *(f"{name}, bits/char" for name in LANGUAGES.values()),
+                ],
+                [
+                    [
+                        start.name,
+                        f"{start.kl:.2g}",
+                        f"{start.curve.values[-1]:.3f}",
+                        *(f"{start.bits[name]:.3f} → {start.trained_bits[name]:.3f}" for name in LANGUAGES),
+                    ]
                     for start in results.starts
                 ],
+                numbers=True,
             ),
         ),
         Section("Training", "TRL's trainers, as they are.", ("curves", "dpo")),
@@ -278,7 +226,7 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "Skip alphas",
             "Each alpha is one trained number; optimisers do not decay it.",
-            table=(
+            table=ReportTable(
                 ["layer", *map(str, results.alphas_after)],
                 [
                     ["before", *(f"{alpha:.4f}" for alpha in results.alphas_before.values())],
@@ -304,23 +252,23 @@ def _sections(results: Results) -> list[Section]:
             f"{_share(sft.in_language, en)} → {_share(final.in_language, en)} for English ones; exactly right answers "
             f"{_share(pretrained.correct, th)} → {_share(sft.correct, th)} → {_share(final.correct, th)} and "
             f"{_share(pretrained.correct, en)} → {_share(sft.correct, en)} → {_share(final.correct, en)}.",
-            table=(["question", "expected", "before", "after"], _answer_rows(results)),
+            table=ReportTable(["question", "expected", "before", "after"], _answer_rows(results)),
         ),
         Section(
             "Checks",
             "What was checked on the way; any failure stops the demo.",
-            table=(["check", "finding"], [[name, finding] for name, finding in results.checks.items()]),
+            table=ReportTable(["check", "finding"], [[name, finding] for name, finding in results.checks.items()]),
         ),
         Section(
             "Every command",
             "As run, in the folder of this report.",
-            table=(["command", "seconds"], [[c.line, f"{c.seconds:.1f}"] for c in results.commands]),
+            table=ReportTable(["command", "seconds"], [[c.line, f"{c.seconds:.1f}"] for c in results.commands]),
         ),
         Section(
             "Versions",
             f"Seed {results.seed}; {results.seconds:.0f} s in all; at most {results.peak_memory_mb:,.0f} MB in one "
             "process.",
-            table=(list(results.versions), [list(results.versions.values())]),
+            table=ReportTable(list(results.versions), [list(results.versions.values())]),
         ),
     ]
 
@@ -387,13 +335,8 @@ def _markdown(results: Results, sections: list[Section]) -> str:
         if section.code:
             lines += ["", "```", section.code, "```"]
         if section.table:
-            header, rows = section.table
-            lines += ["", _row(header), _row(["---"] * len(header)), *map(_row, rows)]
+            lines += ["", section.table.markdown()]
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _page(results: Results, sections: list[Section], figures: dict[str, str]) -> str:
@@ -421,10 +364,7 @@ def _section(section: Section, figures: dict[str, str]) -> str:
     if section.code:
         parts.append(f"<pre>{html.escape(section.code)}</pre>")
     if section.table:
-        header, rows = section.table
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        parts.append(f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>")
+        parts.append(f"<div class=scroll>{section.table.html()}</div>")
     return "".join(parts) + "</section>"
 
 

@@ -7,9 +7,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jai.demo.measure import Answer
-
 RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, what the model said to it, and what was expected."""
+
+    language: str
+    question: str
+    expected: str
+    given: str
+
+    @property
+    def correct(self) -> bool:
+        return self.given.strip() == self.expected.strip()
+
+    @property
+    def in_language(self) -> bool:
+        """Whether it is in Thai exactly where the expected answer is."""
+        return bool(self.given.strip()) and _has_thai(self.given) == _has_thai(self.expected)
+
+
+def _has_thai(text: str) -> bool:
+    return any("\u0e00" <= character <= "\u0e7f" for character in text)
 
 
 @dataclass
@@ -21,7 +42,7 @@ class Command:
 
 
 @dataclass
-class Stage:
+class StageResult:
     """A checkpoint on the way, with bits per character on held-out text; by language, as all that follows.
 
     Of its answers to questions that are in no training chat: the share that is exactly right, and the share that is in
@@ -36,16 +57,26 @@ class Stage:
 
 
 @dataclass
-class Start:
-    """One way to begin the later copies of a block: its price before any training."""
+class StartResult:
+    """One way to begin the later copies of a block, and its price before and after the same continued pre-training.
+
+    Attributes:
+        name: of the way.
+        kl: KL(base ‖ JAI) in nats a token, before.
+        bits: bits per character of held-out text by language, before.
+        trained_bits: the same, after.
+        curve: the training loss.
+    """
 
     name: str
     kl: float
     bits: dict[str, float]
+    trained_bits: dict[str, float]
+    curve: "MetricCurve"
 
 
 @dataclass
-class Curve:
+class MetricCurve:
     """One metric over the steps of a stage."""
 
     stage: str
@@ -76,9 +107,9 @@ class Results:
     jai_parameters: int
     jai_active: int
     config: dict[str, Any]
-    stages: list[Stage]
-    starts: list[Start]
-    curves: list[Curve]
+    stages: list[StageResult]
+    starts: list[StartResult]
+    curves: list[MetricCurve]
     fertility: Fertility
     router_load: dict[str, list[list[float]]]
     alphas_before: dict[int, float]

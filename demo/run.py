@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jai demo`: the whole way on tiny models, with the verbs that a user would type, and a report at the end."""
 
-import json
 import os
 import platform
 import resource
@@ -14,10 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import Progress
@@ -26,18 +23,17 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.convert.command import convert
-from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.convert.verify import verify
 from jai.conversion.inspect_checkpoint import count_parameters
 from jai.demo.base import train_base
 from jai.demo.hub.local_hub import LocalHub
-from jai.demo.measure import Answer, Subject
-from jai.demo.report import write_report
-from jai.demo.results import Command, Curve, Fertility, Results, Stage, Start
-from jai.demo.text.corpus import Corpus, build_corpus, write_corpus
+from jai.demo.measure import MeasuredModel
+from jai.demo.options import DemoOptions
+from jai.demo.report import write_demo_report
+from jai.demo.results import Answer, Command, Fertility, MetricCurve, Results, StageResult, StartResult
+from jai.demo.text.corpus import DemoText, build_text, write_text_files
 from jai.errors import UserError
-from jai.files import sha256
+from jai.files import print_next, read_json, sha256
 from jai.hub_card.check import check_checkpoint
 from jai.hub_card.evaluation import TOKENS_PER_CHARACTER, Evaluation, Score, write_evaluation
 from jai.provenance import versions
@@ -52,12 +48,7 @@ QUICK_BASE_STEPS, QUICK_STEPS = 20, 6
 BASE_VOCABULARY = 1536
 VOCABULARY = 2304
 RECIPES = ("convert.yaml", "pretrain.yaml", "sft.yaml", "dpo.yaml")
-# Other ways to begin the later copies of a block than the paper's, to compare the price.
-ALTERNATIVES: dict[str, dict[str, Any]] = {
-    "copy, α = 0": {"skip_alpha": 0.0},
-    "copy, α = 1, normalised": {"skip_alpha": 1.0, "skip_alpha_normalize": True},
-    "identity, α = 0": {"duplicate_init": "identity", "skip_alpha": 0.0},
-}
+PAPERS_START = "--duplicate-init copy --skip-alpha 0.1"  # equation 1 with the cheapest alpha (docs/price-of-depth.md)
 
 
 @dataclass
@@ -94,21 +85,20 @@ class Shell:
         return "".join(output)
 
 
-def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console | None = None) -> Path:
+def run_demo(options: DemoOptions, *, console: Console | None = None) -> Path:
     """Run the demo and write its report.
 
     Args:
-        out: folder for everything that the demo makes; it must not exist.
-        seed: seed of the text, of the base and of the training.
-        quick: train a few steps only: every part runs, but nothing is learnt.
+        options: where to, and how.
         console: where to print; None is standard output.
 
     Returns:
         The report, an HTML page.
 
     Raises:
-        UserError: if `out` exists, or a verb fails.
+        UserError: if the folder exists, or a verb fails.
     """
+    out, seed, quick = options.out, options.seed, options.quick
     console = console or Console()
     if out.exists():
         raise UserError(f"{out} exists already. Give another folder (jai demo FOLDER), or remove this one first.")
@@ -119,8 +109,8 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
     began = time.perf_counter()
 
     _say(console, "Text", "the demo's own Thai and English, made from templates")
-    corpus = build_corpus(seed)
-    write_corpus(corpus, out / "corpus")
+    corpus = build_text(seed)
+    write_text_files(corpus, out / "corpus")
     for recipe in RECIPES:
         shutil.copy(Path(__file__).with_name(recipe), out / recipe)
     heldout = {"en": corpus.heldout_en, "th": corpus.heldout_th}
@@ -133,43 +123,45 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
     shell.jai(f"tokenizer train corpus/pretrain_th.txt --base base --out tokenizer --vocab-size {VOCABULARY}")
     fertility = _fertility(out, heldout)
 
-    _say(console, "Conversion", "the paper's way, and its alternatives to compare the price")
+    _say(console, "Conversion", "from the product's own start, and from the paper's to compare")
     shell.jai("convert base converted --config convert.yaml --verify")
+    shell.jai(f"convert base papers-start --config convert.yaml {PAPERS_START} --verify")
     shell.jai("inspect converted")
-    starts = [_start("copy, α = 0.1 (paper)", out, out / "converted", heldout)]
-    recipe = yaml.safe_load((out / "convert.yaml").read_text(encoding="utf-8"))
-    for number, (name, changes) in enumerate(ALTERNATIVES.items()):
-        folder = out / "starts" / str(number)
-        options = recipe | changes | {"tokenizer": str(out / "tokenizer")}
-        convert(ConvertOptions(base=str(out / "base"), out=folder, **options), console=QUIET)
-        starts.append(_start(name, out, folder, heldout))
 
-    _say(console, "Training", "continued pre-training, then chats, then preferences")
+    _say(console, "Training", "continued pre-training of both, then chats, then preferences")
     short = f" --max_steps {QUICK_STEPS}" if quick else ""
     shell.jai(f"sft --config pretrain.yaml{short} --seed {seed}")
+    papers_folders = "--model_name_or_path papers-start --output_dir papers-pretrained"
+    shell.jai(f"sft --config pretrain.yaml {papers_folders}{short} --seed {seed}")
     shell.jai(f"sft --config sft.yaml{short} --seed {seed}")
     shell.jai(f"dpo --config dpo.yaml{short} --seed {seed}")
 
     _say(console, "Measurement", "bits per character, answers, router load")
-    subjects = {folder: Subject(out / folder) for folder in ("base", "converted", "pretrained", "sft", "dpo")}
-    answers = {folder: subjects[folder].answers(corpus.eval_chats) for folder in ("pretrained", "sft", "dpo")}
+    models = {folder: MeasuredModel(out / folder) for folder in ("base", "converted", "pretrained", "sft", "dpo")}
+    answers = {folder: models[folder].answers(corpus.eval_chats) for folder in ("pretrained", "sft", "dpo")}
     names = {"base": "phi-3 base", "converted": "converted", "pretrained": "pre-trained", "sft": "SFT", "dpo": "DPO"}
-    stages = [_stage(name, folder, subjects[folder], heldout, answers.get(folder)) for folder, name in names.items()]
-    router_load = {language: subjects["dpo"].router_load(texts) for language, texts in heldout.items()}
+    stages = [_stage(name, folder, models[folder], heldout, answers.get(folder)) for folder, name in names.items()]
+    bits = {stage.folder: stage.bits for stage in stages}
+    bits |= {name: _bits(MeasuredModel(out / name), heldout) for name in ("papers-start", "papers-pretrained")}
+    starts = [
+        _start("identity, α = 0 (default)", out, "converted", "pretrained", bits),
+        _start("copy, α = 0.1 (paper)", out, "papers-start", "papers-pretrained", bits),
+    ]
+    router_load = {language: models["dpo"].router_load(texts) for language, texts in heldout.items()}
 
     write_evaluation(out / "dpo", _evaluation(stages, fertility, router_load))
 
     _say(console, "Hub", "pushed to a Hub on this machine, pulled back, compared")
     checks = _round_trip(out, shell)
 
-    config = subjects["dpo"].model.config
+    config = models["dpo"].model.config
     assert isinstance(config, JaiConfig)
     count = count_parameters(config)
     results = Results(
         seed=seed,
         seconds=time.perf_counter() - began,
         versions=_versions(),
-        base_parameters=sum(parameter.numel() for parameter in subjects["base"].model.parameters()),
+        base_parameters=sum(parameter.numel() for parameter in models["base"].model.parameters()),
         jai_parameters=count.total + count.skip_alphas,
         jai_active=count.active,
         config=config.to_dict(),
@@ -178,8 +170,8 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
         curves=[base_curve, *_curves(out)],
         fertility=fertility,
         router_load=router_load,
-        alphas_before=subjects["converted"].skip_alphas(),
-        alphas_after=subjects["dpo"].skip_alphas(),
+        alphas_before=models["converted"].skip_alphas(),
+        alphas_after=models["dpo"].skip_alphas(),
         answers_before=answers["pretrained"],
         answers_after=answers["dpo"],
         checks=checks,
@@ -187,14 +179,14 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
         peak_memory_mb=_peak_memory_mb(),
     )
     results.save(out)
-    report = write_report(results, out)
+    report = write_demo_report(results, out)
 
     console.print(Rule("Done"))
     for name, finding in checks.items():
         console.print(f"[green]✓[/] {name}: {finding}", highlight=False, soft_wrap=True)
     console.print(f"{results.seconds:.0f} s, at most {results.peak_memory_mb:,.0f} MB in one process.")
     console.print(f"[bold green]The report lies in[/] {report}", soft_wrap=True)
-    console.print(f'Next: jai generate {out / "dpo"} "{QUESTION}"', highlight=False, soft_wrap=True)
+    print_next(console, ["jai", "generate", out / "dpo", QUESTION])
     return report
 
 
@@ -202,14 +194,14 @@ def _say(console: Console, title: str, text: str) -> None:
     console.print(Rule(f"[bold]{title}[/]: {text}", align="left"))
 
 
-def _make_base(corpus: Corpus, folder: Path, seed: int, steps: int, console: Console, shell: Shell) -> Curve:
+def _make_base(corpus: DemoText, folder: Path, seed: int, steps: int, console: Console, shell: Shell) -> MetricCurve:
     # A tenth of the Thai text: phi-3 has seen some Thai too.
     texts = corpus.pretrain_en + corpus.pretrain_th[: len(corpus.pretrain_th) // 10]
     tokenizer = train_phi3_style(corpus.pretrain_en + corpus.pretrain_th, BASE_VOCABULARY)
     began = time.perf_counter()
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=steps)
-        training = train_base(
+        losses = train_base(
             texts,
             tokenizer,
             folder,
@@ -218,13 +210,13 @@ def _make_base(corpus: Corpus, folder: Path, seed: int, steps: int, console: Con
             on_step=lambda step, loss: progress.update(task, completed=step, description=f"training, loss {loss:.2f}"),
         )
     shell.commands.append(Command("(the base: jai.demo.base.train_base)", time.perf_counter() - began))
-    return Curve("base", "loss", *map(list, zip(*training.losses)))
+    return MetricCurve("base", "loss", list(range(1, len(losses) + 1)), losses)
 
 
-def _start(name: str, out: Path, folder: Path, heldout: dict[str, list[str]]) -> Start:
-    proof = verify(str(out / "base"), folder, console=QUIET)
+def _start(name: str, out: Path, converted: str, pretrained: str, bits: dict[str, dict[str, float]]) -> StartResult:
+    proof = verify(str(out / "base"), out / converted, console=QUIET)
     assert proof is not None  # models of the demo's size fit anywhere
-    return Start(name, proof.kl, _bits(Subject(folder), heldout))
+    return StartResult(name, proof.kl, bits[converted], bits[pretrained], _curve(out, pretrained, "loss"))
 
 
 def _fertility(out: Path, heldout: dict[str, list[str]]) -> Fertility:
@@ -244,14 +236,14 @@ def _fertility(out: Path, heldout: dict[str, list[str]]) -> Fertility:
     )
 
 
-def _bits(subject: Subject, heldout: dict[str, list[str]]) -> dict[str, float]:
-    return {language: subject.bits_per_character(texts) for language, texts in heldout.items()}
+def _bits(model: MeasuredModel, heldout: dict[str, list[str]]) -> dict[str, float]:
+    return {language: model.bits_per_character(texts) for language, texts in heldout.items()}
 
 
 def _stage(
-    name: str, folder: str, subject: Subject, heldout: dict[str, list[str]], answers: list[Answer] | None
-) -> Stage:
-    stage = Stage(name, folder, _bits(subject, heldout))
+    name: str, folder: str, model: MeasuredModel, heldout: dict[str, list[str]], answers: list[Answer] | None
+) -> StageResult:
+    stage = StageResult(name, folder, _bits(model, heldout))
     if answers is not None:
         by_language = {language: [a for a in answers if a.language == language] for language in heldout}
         stage.correct = {language: _share(a.correct for a in found) for language, found in by_language.items()}
@@ -259,7 +251,9 @@ def _stage(
     return stage
 
 
-def _evaluation(stages: list[Stage], fertility: Fertility, router_load: dict[str, list[list[float]]]) -> Evaluation:
+def _evaluation(
+    stages: list[StageResult], fertility: Fertility, router_load: dict[str, list[list[float]]]
+) -> Evaluation:
     """The record that the model's card reads."""
     base, final = stages[0].name, stages[-1].name
     scores = []
@@ -291,20 +285,20 @@ def _share(holds: Iterable[bool]) -> float:
     return sum(found) / len(found)
 
 
-def _curves(out: Path) -> list[Curve]:
+def _curves(out: Path) -> list[MetricCurve]:
     metrics = {
         "pretrained": ["loss"],
         "sft": ["loss"],
         "dpo": ["loss", "rewards/accuracies", "rewards/margins"],
     }
-    curves = []
-    for stage, names in metrics.items():
-        history = json.loads((out / stage / "trainer_state.json").read_text())["log_history"]
-        for name in names:
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            steps, values = zip(*points)
-            curves.append(Curve(stage, name, list(steps), list(values)))
-    return curves
+    return [_curve(out, stage, name) for stage, names in metrics.items() for name in names]
+
+
+def _curve(out: Path, stage: str, metric: str) -> MetricCurve:
+    history = read_json(out / stage / "trainer_state.json")["log_history"]
+    points = [(entry["step"], entry[metric]) for entry in history if metric in entry]
+    steps, values = zip(*points)
+    return MetricCurve(stage, metric, list(steps), list(values))
 
 
 def _round_trip(out: Path, shell: Shell) -> dict[str, str]:
@@ -326,7 +320,7 @@ def _round_trip(out: Path, shell: Shell) -> dict[str, str]:
         if before.logits_sha256 != after.logits_sha256:
             raise UserError("The pulled checkpoint computes other logits than the pushed one.")
         shell.jai(
-            f'generate {REPO_ID} "2 + 3 = ?" --temperature 0 --max-new-tokens 20 --trust-remote-code', environment
+            f'generate {REPO_ID} "{QUESTION}" --temperature 0 --max-new-tokens 20 --trust-remote-code', environment
         )
     assert after.logits_sha256 is not None
     shutil.rmtree(out / "hub")

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from jai.errors import UserError
+from jai.files import read_json
 from jai.hub_card.adapter import read_adapter
 from jai.hub_card.contents import Contents, Kind, read_contents
-from jai.hub_card.weights import read_json, read_tensors
 
 _CLEAN_LOAD = Path(__file__).with_name("clean_load.py")
+_OTHER_JSON = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 _ROUNDINGS = 4  # of the weights' dtype, by which the logits of two processes may differ
 
 
@@ -66,12 +64,14 @@ def check_files(folder: str | os.PathLike) -> Contents:
     if "config.json" not in contents.kept:
         raise UserError(f"{folder} has no config.json, so it is no checkpoint. Give the folder that holds the weights.")
     config = read_json(folder / "config.json")
-    auto_map = config.get("auto_map") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or config.get("model_type") != "jai":
-        kind = config.get("model_type") if isinstance(config, dict) else None
+    if config.get("model_type") != "jai":
         raise UserError(
-            f"{folder}/config.json has model_type {kind!r}, not 'jai'. Make a JAI of it with `jai convert`."
+            f"{folder}/config.json has model_type {config.get('model_type')!r}, not 'jai'. Make a JAI of it with "
+            "`jai convert`."
         )
+    for name in sorted(_OTHER_JSON & contents.kept.keys()):
+        read_json(folder / name)
+    auto_map = config.get("auto_map")
     if not isinstance(auto_map, dict) or not auto_map:
         raise UserError(
             f"{folder}/config.json has no auto_map, so transformers cannot find the model's code. Load the model with "
@@ -79,7 +79,12 @@ def check_files(folder: str | os.PathLike) -> Contents:
         )
     # A tokenizer's entry is a list, of which one may be null.
     entries = [entry if isinstance(entry, list) else [entry] for entry in auto_map.values()]
-    places = {where for entry in entries for where in entry if where}
+    places = [where for entry in entries for where in entry if where is not None]
+    if not all(isinstance(where, str) and where for where in places):
+        raise UserError(
+            f"auto_map in {folder}/config.json names no code ({auto_map}). Load the model with `jai` imported and save "
+            "it again with save_pretrained."
+        )
     modules = sorted({where.split("--")[-1].split(".")[0] + ".py" for where in places})
     missing = [name for name in modules if name not in contents.kept]
     if missing:
@@ -87,13 +92,21 @@ def check_files(folder: str | os.PathLike) -> Contents:
             f"{folder} lacks {', '.join(missing)}, which auto_map in its config.json names. Load the model with `jai` "
             "imported and save it again with save_pretrained: that puts the code beside the weights."
         )
-    foreign = sorted(where for where in places if "--" in where)
+    foreign = sorted({where for where in places if "--" in where})
     if foreign:
         raise UserError(
             f"auto_map in {folder}/config.json takes code from another repository ({', '.join(foreign)}). "
             "Remove all up to and with `--`, so that the code beside the weights is used."
         )
-    used = {tensor.file.name for tensor in read_tensors(folder).values()}
+    from jai.hub_card.weights import read_tensors
+
+    used = {tensor.file for tensor in read_tensors(folder).values()}
+    misnamed = sorted(used - contents.kept.keys())
+    if misnamed:
+        raise UserError(
+            f"The weights of {folder} are in {misnamed[0]}, a name under which none are published. Load the model and "
+            "save it again with save_pretrained: that names them model.safetensors or model-00001-of-00002.safetensors."
+        )
     unused = [name for name in contents.kept if name.endswith(".safetensors") and name not in used]
     if unused:
         raise UserError(
@@ -170,6 +183,11 @@ def _run(contents: Contents, scratch: Path, name: str, request: dict[str, Any]) 
     if "error" not in found:
         return found
     error = found["error"].replace(request["folder"], str(folder))
+    if found["is_package_missing"]:
+        raise UserError(
+            f"{folder} cannot be checked here: {error}\nInstall the package that is missing, and publish again (PEFT: "
+            "pip install 'jai-llm[train]')."
+        )
     if request["source"]:
         raise UserError(
             f"{folder} loads in a clean process, but not with the installed package: {error}\nUse the version of jai "
@@ -182,6 +200,9 @@ def _run(contents: Contents, scratch: Path, name: str, request: dict[str, Any]) 
 
 
 def _compare_logits(folder: Path, scratch: Path, dtype: str) -> float:
+    import torch
+    from safetensors.torch import load_file
+
     clean, source = (load_file(scratch / f"{name}.safetensors")["logits"] for name in ("clean", "source"))
     difference = ((clean - source).abs().max() / source.abs().max()).item()
     allowed = max(_ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps, 1e-4)

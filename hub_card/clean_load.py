@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Request:
+class LoadRequest:
     """What to load.
 
     Attributes:
@@ -46,7 +46,7 @@ class _NoJai(importlib.abc.MetaPathFinder):
         return
 
 
-def load(request: Request) -> dict[str, object]:
+def load(request: LoadRequest) -> dict[str, object]:
     """Load the model (and the tokenizer, if there is one), run one forward, and say what came out."""
     import torch
     import transformers
@@ -169,8 +169,13 @@ def _shorten(problems: dict[str, list[str]]) -> str:
     )
 
 
+def _is_package_missing(error: Exception) -> bool:
+    """Whether this machine lacks a package, as PEFT or bitsandbytes, without which nothing is known of the folder."""
+    return isinstance(error, ImportError) and str(error.name).partition(".")[0] != "jai"
+
+
 def main(argument: str) -> None:
-    request = Request(**json.loads(argument))
+    request = LoadRequest(**json.loads(argument))
     if not request.source:
         sys.meta_path.insert(0, _NoJai())
     try:
@@ -178,7 +183,7 @@ def main(argument: str) -> None:
             import jai  # noqa: F401  registers its classes
         found = load(request)
     except Exception as error:  # whatever it is, it is the answer
-        found = {"error": f"{type(error).__name__}: {error}"}
+        found = {"error": f"{type(error).__name__}: {error}", "is_package_missing": _is_package_missing(error)}
     Path(request.report).write_text(json.dumps(found), encoding="utf-8")
 
 

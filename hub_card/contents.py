@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a folder may be published: the files that the manifest beside this file lists."""
+"""What of a folder may be published: the files that the manifest here lists."""
 
 import os
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 
 from jai.errors import UserError
+from jai.files import check_is_file
 
 ADAPTER_CONFIG = "adapter_config.json"
-_MANIFEST = Path(__file__).with_name("manifest")
 
 
 class Kind(StrEnum):
@@ -19,6 +18,46 @@ class Kind(StrEnum):
 
     MODEL = "model"
     ADAPTER = "adapter"
+
+
+_TOKENIZER_RECORDS_AND_CARD = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer_training.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "provenance.json",
+    "training_logs/*.json",
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
+)
+# What a published folder may hold, as glob patterns of paths below it ("*" also matches "/"). Everything else stays at
+# home, and `jai publish` names it. So nothing is uploaded by accident: no optimizer state, no intermediate checkpoint,
+# no pickle (pytorch_model.bin, training_args.bin), and no trainer_state.json, which names folders of the machine.
+#
+# A model and an adapter never share a repository: beside a whole model, an adapter_config.json makes transformers load
+# the adapter's base model instead of the weights of the repository.
+MANIFEST = {
+    Kind.MODEL: (
+        "config.json",
+        "generation_config.json",
+        "configuration_jai.py",
+        "modeling_jai.py",
+        "model.safetensors",
+        "model-*-of-*.safetensors",
+        "model.safetensors.index.json",
+        "evaluation.json",
+        *_TOKENIZER_RECORDS_AND_CARD,
+    ),
+    Kind.ADAPTER: (ADAPTER_CONFIG, "adapter_model.safetensors", *_TOKENIZER_RECORDS_AND_CARD),
+}
 
 
 @dataclass(frozen=True)
@@ -38,21 +77,9 @@ class Contents:
     left_out: dict[str, int]
 
 
-@cache
-def manifest(kind: Kind) -> tuple[str, ...]:
-    """The glob patterns of what a published folder of this kind may hold."""
-    patterns, section = [], ""
-    for line in map(str.strip, _MANIFEST.read_text(encoding="utf-8").splitlines()):
-        if line.startswith("["):
-            section = line.strip("[]")
-        elif line and not line.startswith("#") and section in (kind, "both"):
-            patterns.append(line)
-    return tuple(patterns)
-
-
 def in_manifest(path: str, kind: Kind) -> bool:
     """Whether a path of a repository may be published."""
-    return any(fnmatchcase(path, pattern) for pattern in manifest(kind))
+    return any(fnmatchcase(path, pattern) for pattern in MANIFEST[kind])
 
 
 def size_text(size: int) -> str:
@@ -69,7 +96,7 @@ def read_contents(folder: str | os.PathLike) -> Contents:
     """Sort the files of a folder into what may be published and what stays.
 
     Raises:
-        UserError: if there is no such folder, or a file to publish is a link that leads out of it.
+        UserError: if there is no such folder, or what is to be published is no file, or a link that leads out of it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -81,13 +108,12 @@ def read_contents(folder: str | os.PathLike) -> Contents:
     kept: dict[str, int] = {}
     left_out: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
         name = path.relative_to(folder).as_posix()
         if in_manifest(name, kind):
+            check_is_file(path, "Put the file itself there, or remove it.")
             _refuse_foreign_link(folder, path)
             kept[name] = path.stat().st_size
-        else:
+        elif path.is_file():
             top = name if "/" not in name else name.split("/")[0] + "/"
             left_out[top] = left_out.get(top, 0) + path.stat().st_size
     return Contents(folder, kind, kept, left_out)

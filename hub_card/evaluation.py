@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from jai.errors import UserError
-from jai.hub_card.weights import read_json
+from jai.files import read_json
 
 EVALUATION_FILE = "evaluation.json"
 TOKENS_PER_CHARACTER = "tokens_per_character"
@@ -92,7 +92,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     path = folder / EVALUATION_FILE
     if not path.is_file():
         return None
-    content = read_json(path)
+    content = read_json(path, "Measure again, or remove the file.")
     try:
         evaluation = _parse(content)
     except (TypeError, ValueError, AttributeError, KeyError) as error:

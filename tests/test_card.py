@@ -7,18 +7,15 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from huggingface_hub import ModelCard, constants, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
-from jai import JaiConfig
 from jai.errors import UserError
-from jai.hub_card.card import card_files, model_card
+from jai.hub_card.card import card_files
 from jai.hub_card.evaluation import EVALUATION_FILE, Evaluation, Score, read_evaluation, write_evaluation
-from jai.hub_card.figure import PlanRow, plan_svg, router_svg
 from jai.provenance import PROVENANCE_FILE, input_of, write_step
 from loopback_hub import LoopbackHub
 
@@ -75,7 +72,7 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_the_hub_reads_the_results_of_the_evaluation(checkpoint, tmp_path, monkeypatch):
-    text = model_card(checkpoint, REPO)
+    text = card_files(checkpoint, REPO)["README.md"]
     (tmp_path / "README.md").write_text(text)
     data = metadata_load(tmp_path / "README.md")
     name, results = model_index_to_eval_results(data["model-index"])
@@ -99,11 +96,11 @@ def test_the_hub_reads_the_results_of_the_evaluation(checkpoint, tmp_path, monke
 
 
 def test_a_quantised_checkpoint_says_so(folder):
-    parameters = re.search(r"\| parameters \| ([\d,]+) \|", model_card(folder))[1]
+    parameters = re.search(r"\| parameters \| ([\d,]+) \|", card_files(folder)["README.md"])[1]
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
-    text = model_card(folder)
+    text = card_files(folder)["README.md"]
     assert ModelCard(text).data.base_model_relation == "quantized"
     assert f"| parameters | {parameters} |" in text
 
@@ -112,7 +109,7 @@ def test_a_quantised_checkpoint_says_so(folder):
 
 
 def test_the_card_shows_what_was_measured(checkpoint):
-    text = model_card(checkpoint, REPO)
+    text = card_files(checkpoint, REPO)["README.md"]
     for part in (
         f"**[{BASE}](https://huggingface.co/{BASE}) → Conversion → SFT → DPO**",
         "| Thai: tokens per character | 0.1931 (phi-3: 1.047) |",
@@ -147,7 +144,7 @@ def test_where_layers_come_from_is_only_said_where_it_is_known(folder, tiny_mode
 
     def card(options: dict) -> str:
         write_step(folder, {"step": "convert", "inputs": [], "options": options})
-        return model_card(folder)
+        return card_files(folder)["README.md"]
 
     text = card({"layers": [0, 1, 1, 2]})
     assert "| layers | 4, made from 3 of the base |" in text
@@ -178,55 +175,7 @@ def test_a_damaged_evaluation_is_named(change, message, folder):
     change(record)
     (folder / EVALUATION_FILE).write_text(json.dumps(record))
     with pytest.raises(UserError, match=f"{EVALUATION_FILE} is no record of an evaluation .*{message}"):
-        model_card(folder)
-
-
-# The figures
-
-
-def rows_of(config: JaiConfig) -> list[PlanRow]:
-    return [
-        PlanRow(planned.block, planned.copy + 1, config.block_repeats[planned.block], str(planned.layer),
-                str(planned.origin), "0.1" if planned.copy else "–")
-        for planned in config.running_plan
-        if planned.opens_copy
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("config", "boxes", "arcs"),
-    [
-        (JaiConfig(), 16, 6),
-        (JaiConfig(block_size=1, block_repeats=[1, 20, 1]), 22, 19),
-        (JaiConfig(block_size=1, block_repeats=[1] * 40), 40, 0),
-    ],
-)
-def test_the_plan_shows_every_run_and_every_skip(config, boxes, arcs):
-    rows = rows_of(config)
-    figure = ElementTree.fromstring(plan_svg(rows))
-    drawn = figure.findall(f"{SVG}rect")[1:]  # the first is the background
-    assert len(drawn) == boxes == len(rows)
-    assert len([path for path in figure.findall(f"{SVG}path") if "marker-end" in path.attrib]) == arcs
-    texts = [text.text for text in figure.findall(f"{SVG}text")]
-    assert [text for text in texts if text.startswith("α")] == ["α 0.1"] * arcs
-    assert [text for text in texts if text.startswith("of")] == [f"of {row.origins}" for row in rows]
-    width, height = map(float, figure.attrib["viewBox"].split()[2:])
-    places = []
-    for box in drawn:
-        x, y, w, h = (float(box.attrib[key]) for key in ("x", "y", "width", "height"))
-        assert 0 <= x < x + w <= width
-        assert 0 <= y < y + h <= height
-        places.append((y, x))
-    assert places == sorted(set(places))  # in reading order, none over another
-
-
-def test_the_router_load_is_darker_where_it_is_higher():
-    figure = ElementTree.fromstring(router_svg({"Thai": LOAD, "<English>": LOAD}))
-    cells = figure.findall(f"{SVG}rect")[1:]
-    assert len(cells) == 2 * 4 * 4
-    found = {cell.find(f"{SVG}title").text: float(cell.attrib["fill-opacity"]) for cell in cells[:16]}
-    assert found["layer 2, expert 0: 70 %"] > found["layer 0, expert 0: 40 %"] > found["layer 0, expert 3: 10 %"]
-    assert "<English>" in [text.text for text in figure.findall(f"{SVG}text")]
+        card_files(folder)["README.md"]
 
 
 # The page
@@ -249,7 +198,7 @@ def test_the_page_in_a_browser(checkpoint, tmp_path):
     for name, text in card_files(checkpoint, REPO).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    markdown = model_card(checkpoint, REPO).split("---\n", 2)[2]
+    markdown = card_files(checkpoint, REPO)["README.md"].split("---\n", 2)[2]
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
     page = tmp_path / "page.html"
     page.write_text(f"<!doctype html><meta charset=utf-8><title></title><script>{MEASURE}</script>{body}")

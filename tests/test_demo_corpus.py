@@ -13,7 +13,7 @@ import regex
 
 from jai.demo.text import lexicon as lex
 from jai.demo.text.chats import CURT, all_exchanges
-from jai.demo.text.corpus import Corpus, build_corpus, write_corpus
+from jai.demo.text.corpus import DemoText, build_text, write_text_files
 from jai.demo.text.documents import TEMPLATES
 
 THAI = regex.compile(r"\p{Script=Thai}")
@@ -23,14 +23,14 @@ import socket, sys
 def refuse(*args, **kwargs): raise SystemExit("the network was used")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from pathlib import Path
-from jai.demo.text.corpus import build_corpus, write_corpus
-write_corpus(build_corpus(0), Path(sys.argv[1]))
+from jai.demo.text.corpus import build_text, write_text_files
+write_text_files(build_text(0), Path(sys.argv[1]))
 """
 
 
 @pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return build_corpus(0)
+def corpus() -> DemoText:
+    return build_text(0)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def exchanges():
     return all_exchanges(random.Random(0))
 
 
-def all_texts(corpus: Corpus) -> list[str]:
+def all_texts(corpus: DemoText) -> list[str]:
     messages = [message for chat in (*corpus.sft, *corpus.eval_chats) for message in chat["messages"]]
     messages += [message for pair in corpus.preferences for part in pair.values() for message in part]
     return [text for part in PARTS for text in getattr(corpus, part)] + [message["content"] for message in messages]
@@ -49,7 +49,7 @@ def questions(chats: list[dict]) -> set[str]:
 
 
 def test_the_same_seed_gives_the_same_text_in_another_process_without_network(corpus, tmp_path):
-    write_corpus(corpus, tmp_path / "here")
+    write_text_files(corpus, tmp_path / "here")
     subprocess.run(
         [sys.executable, "-c", NO_NETWORK, str(tmp_path / "there")],
         check=True,
@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_text_in_another_process_without_network(co
     assert names == sorted(path.name for path in (tmp_path / "there").iterdir())
     for name in names:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
-    assert build_corpus(1) != corpus
+    assert build_text(1) != corpus
 
 
 def test_sizes(corpus):
@@ -217,7 +217,7 @@ def test_numbers_in_words():
 
 
 def test_written_files(corpus, tmp_path):
-    write_corpus(corpus, tmp_path)
+    write_text_files(corpus, tmp_path)
     assert (tmp_path / "heldout_th.txt").read_text(encoding="utf-8").rstrip("\n").split("\n\n") == corpus.heldout_th
     rows = {
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -137,7 +137,7 @@ GOOD = {"role": "base", "name": "x", "is_hub_id": False, "files": {}, "made_by":
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ([], "names no step"),
+        ({}, "names no step"),
         ({"inputs": []}, "names no step"),
         ({"step": "sft"}, "'sft' has no list of inputs"),
         ({"step": "sft", "inputs": {}}, "'sft' has no list of inputs"),
@@ -163,7 +163,8 @@ def test_damaged_records_are_refused(record, message, tmp_path):
     ("content", "message"),
     [
         (b'{"step": "sft"', "no valid JSON"),
-        (b"\xff\xfe\x00", "no valid JSON"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"[]", "holds a list"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"step": "sft", "inputs": [{"made_by": ' * 5_000, "nested too deeply"),
         (b'{"step": "sft", "inputs": [{"made_by": ' * 300 + b"0" + b"}]}" * 300, "nested too deeply"),
@@ -171,7 +172,7 @@ def test_damaged_records_are_refused(record, message, tmp_path):
 )
 def test_what_is_no_json_is_refused(content, message, tmp_path):
     (tmp_path / PROVENANCE_FILE).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{PROVENANCE_FILE} is no record.*{message}"):
+    with pytest.raises(UserError, match=rf"{PROVENANCE_FILE} .*{message}.* Fetch the checkpoint again"):
         read_step(tmp_path)
 
 

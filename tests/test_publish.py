@@ -2,9 +2,11 @@
 """Publishing: the check, the card, the upload, and what others get who know nothing but the repository's name."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -16,11 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from jai import JaiForCausalLM
 from jai.errors import UserError
-from jai.hub_card import publish as publishing
-from jai.hub_card.card import model_card, written_by_hand
+from jai.hub_card import hub_repo
+from jai.hub_card.card import card_files
 from jai.hub_card.check import check_checkpoint, check_files
 from jai.hub_card.contents import read_contents, size_text
-from jai.hub_card.publish import publish, upload
+from jai.hub_card.hub_repo import upload
+from jai.hub_card.options import PublishOptions
+from jai.hub_card.publish import publish
+from jai.hub_card.readme import written_by_hand
 from jai.provenance import PROVENANCE_FILE, input_of, redact, write_step
 from loopback_hub import LoopbackHub
 
@@ -129,6 +134,24 @@ def only_pickles(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def replace_with(folder: Path, name: str, content: str | bytes) -> None:
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def becomes(folder: Path, name: str, make: Callable[[Path], object]) -> None:
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+
+
+def index_says(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors").rename(folder / "of-mine.safetensors")
+    os.mkfifo(folder / "pipe.safetensors")
+    tensors = load_file(folder / "of-mine.safetensors")
+    if weight_map == {"a": "of-mine.safetensors"}:
+        weight_map = dict.fromkeys(tensors, "of-mine.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def an_adapter(folder: Path) -> None:
     (folder / "config.json").rename(folder / "adapter_config.json")
 
@@ -150,19 +173,69 @@ def an_adapter(folder: Path) -> None:
         (only_pickles, "[Pp]ickle"),
         (lost_shard, "lacks model-00002-of-00002.safetensors"),
         (old_shard, "index does not name: model-00003-of-00003.safetensors"),
-        (index_names_more, "names 1 tensors.*model.layers.9.skip_alpha"),
+        (index_names_more, "index of .* names model.layers.9.skip_alpha in .*which does not hold it"),
         (lambda f: sharded(f, keep_single=True), "has both"),
         (cut_off, "truncated"),
         (lambda f: (f / "model.safetensors").write_bytes(b"not a tensor in sight"), "no whole safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors"),
         (an_adapter, "names no peft_type"),
+        *(
+            (partial(replace_with, name=name, content=content), rf"{name} .*({message})")
+            for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+            for content, message in (
+                ("[]", "holds a list, where a JSON object"),
+                ("[" * 100_000, "nested too deeply"),
+                (b"\xff{}", "not UTF-8"),
+            )
+        ),
+        *(
+            (partial(becomes, name=name, make=make), rf"{name} is {message}")
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md", PROVENANCE_FILE)
+            for make, message in (
+                (os.mkfifo, "a named pipe, not a file"),
+                (Path.mkdir, "a folder, not a file"),
+                (lambda path: path.symlink_to("nowhere"), "a link to nowhere, which cannot be followed"),
+                (lambda path: path.symlink_to(__file__), "a link out of the folder"),
+            )
+        ),
+        (lambda f: changed_config(f, auto_map={"AutoConfig": 5}), "names no code"),
+        (lambda f: changed_config(f, auto_map={"AutoConfig": [["a.B"]]}), "names no code"),
+        (partial(index_says, weight_map=[]), "is no index of weights"),
+        (partial(index_says, weight_map={"a": 5}), "is no index of weights"),
+        (partial(index_says, weight_map={"a": "../a.safetensors"}), "not a file beside it"),
+        (partial(index_says, weight_map={"a": "pipe.safetensors"}), "pipe.safetensors is a named pipe, not a file"),
+        (partial(index_says, weight_map={"a": "of-mine.safetensors"}), "of-mine.safetensors, a name under which none"),
+        (partial(index_says, weight_map={"a": "missing.safetensors"}), "lacks missing.safetensors"),
     ],
 )
-def test_incomplete_folders_are_refused(damage: Callable[[Path], None], message, folder):
+def test_damaged_folders_are_refused(damage: Callable[[Path], None], message, folder):
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
         check_files(folder)
     assert str(folder.name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (PROVENANCE_FILE, '"x"', "holds a string"),
+        (PROVENANCE_FILE, '{"inputs": []}', "names no step"),
+        (PROVENANCE_FILE, "[", "no valid JSON"),
+        (PROVENANCE_FILE, "[" * 100_000, "nested too deeply"),
+        ("evaluation.json", "[]", "holds a list"),
+        ("evaluation.json", '{"scores": 5}', "no record of an evaluation"),
+        ("evaluation.json", "[" * 100_000, "nested too deeply"),
+        ("trainer_state.json", "[]", "holds a list"),
+        ("trainer_state.json", '{"log_history": 5}', "no list of what was logged"),
+        ("trainer_state.json", '{"log_history": [5]}', "no list of what was logged"),
+    ],
+)
+def test_damaged_records_make_no_card(name, content, message, folder):
+    if name == "trainer_state.json":  # which is read where the records know of no training
+        (folder / PROVENANCE_FILE).unlink()
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}[\s\S]*{message}"):
+        card_files(folder)
 
 
 def test_code_that_needs_the_package_is_refused(folder):
@@ -191,7 +264,7 @@ def test_a_tokenizer_that_is_larger_than_the_vocabulary_is_refused(folder, tiny_
 
 
 def test_the_card_says_what_the_records_say(checkpoint, api):
-    text = model_card(checkpoint, REPO)
+    text = card_files(checkpoint, REPO)["README.md"]
     parameters = sum(tensor.numel() for tensor in load_file(checkpoint / "model.safetensors").values())
     for part in (
         f"| parameters | {parameters:,} |",
@@ -232,7 +305,7 @@ def test_the_card_without_records(folder, tiny_model):
     for name in (PROVENANCE_FILE, "tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     tiny_model(num_local_experts=1, block_repeats=[1, 1], block_size=2).save_pretrained(folder)
-    text = model_card(folder)
+    text = card_files(folder)["README.md"]
     assert "holds no record" in text
     assert "1 (dense, no router)" in text
     assert "anchor" not in text
@@ -240,7 +313,7 @@ def test_the_card_without_records(folder, tiny_model):
     assert "this repository has no tokenizer" in text
     state = {"global_step": 7, "epoch": 0.5, "log_history": [{"loss": 3.0}, {"loss": 2.5}, {"eval_loss": 2.75}]}
     (folder / "trainer_state.json").write_text(json.dumps(state))
-    text = model_card(folder)
+    text = card_files(folder)["README.md"]
     for row in ("| steps | 7 |", "| loss | 2.5 |", "| eval_loss | 2.75 |"):
         assert row in text
 
@@ -263,7 +336,7 @@ def test_the_card_shows_a_merge_as_a_tree(folder, api):
         "options": {"method": "slerp", "weights": [{"layer": 0, "value": 0.5}]},
     }
     write_step(folder, merge)
-    text = model_card(folder, REPO)
+    text = card_files(folder, REPO)["README.md"]
     link = f"[{BASE}](https://huggingface.co/{BASE})"
     assert (
         "\n- this model (step 4: Merging)\n"
@@ -288,20 +361,13 @@ def test_the_card_shows_a_merge_as_a_tree(folder, api):
 def test_training_by_others_after_the_record(folder):
     write_step(folder, {"step": "convert", "inputs": []})
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 7}))
-    text = model_card(folder)
+    text = card_files(folder)["README.md"]
     assert "### 1. Conversion" in text
     assert "### Training\n\n| measure | value |\n| --- | --- |\n| steps | 7 |" in text
 
 
-@pytest.mark.parametrize(("content", "message"), [('"x"', "names no step"), ("[", "no valid JSON")])
-def test_a_damaged_record_is_named(content, message, folder):
-    (folder / PROVENANCE_FILE).write_text(content)
-    with pytest.raises(UserError, match=f"{PROVENANCE_FILE} is no record of how .*{message}"):
-        model_card(folder)
-
-
 def test_who_wrote_a_readme(checkpoint):
-    card = model_card(checkpoint, REPO)
+    card = card_files(checkpoint, REPO)["README.md"]
     assert not written_by_hand(card)
     assert written_by_hand(card.replace("Thai-Centric", "Thai-centric"))
     assert written_by_hand("# My model\n\nIt is good.")
@@ -324,7 +390,8 @@ def test_only_the_manifest_leaves_the_machine(folder, hub):
         contents.kept
     )
     output = StringIO()
-    result = publish(folder, REPO, dry_run=True, console=Console(file=output, width=200), endpoint=hub.endpoint)
+    options = PublishOptions(folder=folder, repo_id=REPO, dry_run=True)
+    result = publish(options, console=Console(file=output, width=200), endpoint=hub.endpoint)
     assert result.commit is None
     for name in (*contents.kept, *contents.left_out):
         assert name in output.getvalue()
@@ -364,14 +431,15 @@ def test_published_and_pulled_by_a_stranger(xet, checkpoint, tiny_tokenizer, tmp
     with LoopbackHub(tmp_path / "hub", xet=xet) as hub:
         output = StringIO()
         console = Console(file=output, width=200)
-        result = publish(checkpoint, REPO, token=hub.token, endpoint=hub.endpoint, console=console)
+        options = PublishOptions(folder=checkpoint, repo_id=REPO)
+        result = publish(options, token=hub.token, endpoint=hub.endpoint, console=console)
         assert result.url == f"{hub.endpoint}/{REPO}"
         assert result.commit == hub.repo(REPO).head().sha
         assert result.revision_line in output.getvalue()
         assert result.commit in result.revision_line
         assert any("/v1/xorbs/" in request.path for request in hub.requests) == xet
         assert hub.content(REPO, "model.safetensors") == (checkpoint / "model.safetensors").read_bytes()
-        assert hub.content(REPO, "README.md").decode() == model_card(checkpoint, REPO)
+        assert hub.content(REPO, "README.md").decode() == card_files(checkpoint, REPO)["README.md"]
         assert not (checkpoint / "README.md").exists()
 
         arguments = (REPO, result.commit, json.dumps(INPUT_IDS), str(tmp_path / "pulled.pt"))
@@ -432,7 +500,8 @@ def test_a_new_upload_replaces_the_old_one_whole(folder, hub, api):
     (folder / "chat_template.jinja").unlink()
     output = StringIO()
     console = Console(file=output, width=200)
-    publish(folder, REPO, token=hub.token, endpoint=hub.endpoint, console=console, forward=False)
+    options = PublishOptions(folder=folder, repo_id=REPO, forward=False)
+    publish(options, token=hub.token, endpoint=hub.endpoint, console=console)
     files = hub.repo(REPO).head().files
     assert "model-00001-of-00002.safetensors" in files
     assert not {"model.safetensors", "chat_template.jinja"} & set(files)
@@ -443,17 +512,21 @@ def test_a_new_upload_replaces_the_old_one_whole(folder, hub, api):
 
 def test_readmes_by_hand_stay(folder, hub, api):
     quiet = Console(file=StringIO())
-    options = {"token": hub.token, "endpoint": hub.endpoint, "console": quiet, "forward": False}
+    at_hub = {"token": hub.token, "endpoint": hub.endpoint, "console": quiet}
     # of the repository: edited there after it was generated
     upload(
-        api, read_contents(folder), REPO, generated={"README.md": model_card(folder, REPO) + "\nAnd a word from me.\n"}
+        api,
+        read_contents(folder),
+        REPO,
+        generated={"README.md": card_files(folder, REPO)["README.md"] + "\nAnd a word from me.\n"},
     )
     (folder / "README.md").write_text("---\ntags:\n- generated_from_trainer\n---\n# by a trainer")
-    publish(folder, REPO, **options)
+    publish(PublishOptions(folder=folder, repo_id=REPO, forward=False), **at_hub)
     assert hub.content(REPO, "README.md").endswith(b"And a word from me.\n")
     # of the folder
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine ก\n")
-    publish(folder, "tiny-two", **options)  # in the user's own namespace
+    # in the user's own namespace
+    publish(PublishOptions(folder=folder, repo_id="tiny-two", forward=False), **at_hub)
     assert hub.content("loopback/tiny-two", "README.md").decode() == "---\nlicense: mit\n---\n# Mine ก\n"
 
 
@@ -470,9 +543,9 @@ def test_to_a_branch(folder, hub, api):
 
 
 def refuse(folder, repo_id, hub: LoopbackHub, **options) -> str:
-    settings = {"token": hub.token, "endpoint": hub.endpoint, "console": Console(file=StringIO())}
+    at_hub = {"token": options.pop("token", hub.token), "endpoint": options.pop("endpoint", hub.endpoint)}
     with pytest.raises(UserError) as caught:
-        publish(folder, repo_id, **{**settings, **options})
+        publish(PublishOptions(folder=folder, repo_id=repo_id, **options), console=Console(file=StringIO()), **at_hub)
     assert hub.token not in str(caught.value)
     return str(caught.value)
 
@@ -492,7 +565,7 @@ def test_what_is_refused_before_any_work(folder, hub, api, monkeypatch):
     assert "fewer requests (429)" in refuse(folder, REPO, hub)
     hub.hang_up_next(1, match="/api/models")
     assert "hung up" in refuse(folder, REPO, hub)
-    monkeypatch.setattr(publishing, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(hub_repo, "ANSWER_SECONDS", 0.2)
     hub.fail_next(1, match="/api/models", delay=1.0)
     assert "did not answer in time" in refuse(folder, REPO, hub)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -501,6 +574,21 @@ def test_what_is_refused_before_any_work(folder, hub, api, monkeypatch):
     (folder / "README.md").write_bytes("ภาษาไทย".encode("cp874"))
     assert "not in UTF-8" in refuse(folder, REPO, hub)
     assert hub.repo(REPO).head() == started
+
+
+@pytest.mark.parametrize(
+    ("readme", "message"),
+    [
+        ("---\n- mit\n---\n# Mine", "is a list"),
+        ("---\nlicense: [mit\n---\n# Mine", "while parsing"),
+        ("---\njust words\n---\n# Mine", "is a str"),
+        (f"---\na: {'[' * 100_000}\n---\n# Mine", "nested too deeply"),
+    ],
+)
+def test_a_card_by_hand_with_broken_metadata_is_refused_before_any_work(readme, message, folder, hub):
+    (folder / "README.md").write_text(readme)
+    assert re.search(f"metadata at the head of .*README.md is no YAML mapping .*{message}", refuse(folder, REPO, hub))
+    assert hub.requests == []
 
 
 def test_a_repository_with_an_adapter_is_refused(folder, hub, api):
@@ -574,7 +662,7 @@ def test_tokens_in_the_wrong_place(folder, hub):
     message = refuse(folder, REPO, hub)
     assert f"stands in {PROVENANCE_FILE}" in message
     assert token not in message
-    assert token not in model_card(folder)
+    assert token not in card_files(folder)["README.md"]
 
 
 def test_no_token_in_any_log(folder, hub, tmp_path, run_as_stranger):
@@ -585,11 +673,12 @@ logging.basicConfig(level=logging.DEBUG)
 from huggingface_hub.utils import logging as hub_logging
 hub_logging.set_verbosity_debug()
 del sys.modules["jai"]
+from jai.hub_card.options import PublishOptions
 from jai.hub_card.publish import publish
 folder, repo = sys.argv[1:]
 for attempt in ("somebody-else/x", repo):
     try:
-        print(publish(folder, attempt, forward=False))
+        print(publish(PublishOptions(folder=folder, repo_id=attempt, forward=False)))
     except Exception:
         traceback.print_exc()
 """
@@ -613,9 +702,8 @@ for attempt in ("somebody-else/x", repo):
 def test_the_cards_examples_run(checkpoint, tmp_path, run_as_stranger):
     """Every Python block of the card, as it stands, against the published repository."""
     with LoopbackHub(tmp_path / "hub") as hub:
-        publish(
-            checkpoint, REPO, token=hub.token, endpoint=hub.endpoint, console=Console(file=StringIO()), forward=False
-        )
+        options = PublishOptions(folder=checkpoint, repo_id=REPO, forward=False)
+        publish(options, token=hub.token, endpoint=hub.endpoint, console=Console(file=StringIO()))
         blocks = re.findall(r"```python\n(.*?)```", hub.content(REPO, "README.md").decode(), re.DOTALL)
         assert len(blocks) == 2
         for block in blocks:

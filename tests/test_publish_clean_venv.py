@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from jai import JaiForCausalLM
+from jai.hub_card.options import PublishOptions
 from jai.hub_card.publish import publish
 from loopback_hub import LoopbackHub
 
@@ -97,8 +98,8 @@ def test_a_fresh_environment_loads_what_was_published(checkpoint, tmp_path):
         if installed.returncode:
             pytest.skip(f"torch and transformers {version} cannot be installed here: {installed.stderr[-300:]}")
         with LoopbackHub(tmp_path / f"hub-{number}") as hub:
-            options = {"token": hub.token, "endpoint": hub.endpoint, "forward": False}
-            result = publish(checkpoint, REPO, console=Console(file=StringIO()), **options)
+            options = PublishOptions(folder=checkpoint, repo_id=REPO, forward=False)
+            result = publish(options, token=hub.token, endpoint=hub.endpoint, console=Console(file=StringIO()))
             environment = hub.environment()
             online = load_as_a_stranger(python, environment, result.revision_line, result.commit, home)
             asked = len(hub.requests)

@@ -17,9 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from huggingface_hub.utils import disable_progress_bars
 
 from jai.errors import UserError
-from jai.hub_card import publish as publishing
+from jai.hub_card import hub_repo
 from jai.hub_card.contents import Contents, read_contents
-from jai.hub_card.publish import upload
+from jai.hub_card.hub_repo import upload
 from loopback_hub import LoopbackHub
 
 REPO = "loopback/tiny"
@@ -65,9 +65,9 @@ def push(api: HfApi, contents: Contents, readme: str, refusals: Counter) -> str:
     """As `jai publish` does it after its check, again and again until it has been told that it is done."""
     for _ in range(TRIES):
         try:
-            with publishing._explained(REPO, api.token):
-                remote = publishing._look_at_hub(api, contents, REPO, False, None, False)
-            stale = publishing._stale_files(contents, remote)
+            with hub_repo.explained(REPO, api.token):
+                remote = hub_repo.look_at_hub(api, contents, REPO, False, None, False)
+            stale = hub_repo.stale_files(contents, remote)
             return upload(api, contents, REPO, generated={"README.md": readme}, stale=stale, parent=remote.head).commit
         except UserError as refusal:
             message = str(refusal)
@@ -102,7 +102,7 @@ def pull(api: HfApi, commit: str, folder: Path, refusals: Counter) -> dict[str, 
 def test_pushes_and_pulls_through_a_storm(rounds, xet, tmp_path, no_waiting, monkeypatch):
     """`-s` prints the figures."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
-    monkeypatch.setattr(publishing, "_LARGE_BYTES", 20_000)  # some files go one by one, some together
+    monkeypatch.setattr(hub_repo, "LARGE_BYTES", 20_000)  # some files go one by one, some together
     draw, refusals = random.Random(7), Counter()
     (tmp_path / "folder").mkdir()
     versions: list[dict[str, bytes]] = []
@@ -142,11 +142,11 @@ def test_pushes_and_pulls_through_a_storm(rounds, xet, tmp_path, no_waiting, mon
 UPLOAD = """
 import sys
 from huggingface_hub import HfApi
-from jai.hub_card import publish
+from jai.hub_card import hub_repo
 from jai.hub_card.contents import read_contents
 
-publish._LARGE_BYTES = 100_000
-print(publish.upload(HfApi(), read_contents(sys.argv[1]), "loopback/tiny").commit)
+hub_repo.LARGE_BYTES = 100_000
+print(hub_repo.upload(HfApi(), read_contents(sys.argv[1]), "loopback/tiny").commit)
 """
 
 

@@ -20,9 +20,10 @@ import jai
 from jai.conversion.inputs.weight_files import weight_files
 from jai.errors import UserError
 from jai.generate import GenerateOptions, generate
-from jai.hub_card.card import model_card
+from jai.hub_card.card import card_files
 from jai.hub_card.check import check_files
-from jai.hub_card.contents import Kind, manifest, read_contents
+from jai.hub_card.contents import MANIFEST, Kind, read_contents
+from jai.hub_card.options import PublishOptions
 from jai.hub_card.publish import publish
 from jai.provenance import PROVENANCE_FILE, write_step
 from loopback_hub import LoopbackHub
@@ -106,8 +107,8 @@ def test_trust_in_remote_code_is_given_by_the_user_alone():
 def test_the_check_says_that_it_runs_the_code(folder, tmp_path):
     output = StringIO()
     with LoopbackHub(tmp_path / "hub") as hub:
-        options = {"token": hub.token, "endpoint": hub.endpoint, "forward": False}
-        publish(folder, REPO, console=Console(file=output, width=200), **options)
+        options = PublishOptions(folder=folder, repo_id=REPO, forward=False)
+        publish(options, token=hub.token, endpoint=hub.endpoint, console=Console(file=output, width=200))
     assert "which runs the model code that is published" in output.getvalue()
 
 
@@ -124,15 +125,15 @@ def test_nothing_published_is_a_pickle(folder, tmp_path):
         torch.save({}, folder / name)
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
     with LoopbackHub(tmp_path / "hub") as hub:
-        options = {"token": hub.token, "endpoint": hub.endpoint, "forward": False}
-        publish(folder, REPO, console=Console(file=StringIO()), **options)
+        options = PublishOptions(folder=folder, repo_id=REPO, forward=False)
+        publish(options, token=hub.token, endpoint=hub.endpoint, console=Console(file=StringIO()))
         files = hub.repo(REPO).head().files
         assert "model.safetensors" in files
         for name in files:
             assert not is_pickle(hub.content(REPO, name)), name
             assert Path(name).suffix not in (".bin", ".pt", ".pth", ".pkl", ".ckpt"), name
     for kind in Kind:
-        assert not [pattern for pattern in manifest(kind) if pattern.endswith((".bin", ".pt", ".pth", ".pkl", "*"))]
+        assert not [pattern for pattern in MANIFEST[kind] if pattern.endswith((".bin", ".pt", ".pth", ".pkl", "*"))]
 
 
 def test_pickled_weights_are_refused_and_not_opened(folder, tmp_path):
@@ -192,7 +193,7 @@ def test_links_within_the_folder_and_the_hubs_cache_are_followed(folder, tmp_pat
 
 def test_a_published_folder_holds_no_paths_outside():
     for kind in Kind:
-        for pattern in manifest(kind):
+        for pattern in MANIFEST[kind]:
             assert not pattern.startswith(("/", "~", "*"))
             assert ".." not in Path(pattern).parts
 
@@ -215,14 +216,14 @@ def test_chat_templates_run_in_a_sandbox(attack, folder, tmp_path):
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     with pytest.raises((SecurityError, UserError)):
         generate(GenerateOptions(model=str(folder), prompt="hi", max_new_tokens=1))
-    text = model_card(folder, REPO)  # names the template, and renders none of it
+    text = card_files(folder, REPO)["README.md"]  # names the template, and renders none of it
     assert "subclasses" not in text
     assert not (tmp_path / "it-ran").exists()
 
 
 def test_what_records_say_is_text_and_no_template(folder):
     write_step(folder, {"step": "sft", "inputs": [], "options": {"note": "{{ 7 * 191 }}{% raw %}"}})
-    text = model_card(folder, REPO)
+    text = card_files(folder, REPO)["README.md"]
     assert "{{ 7 * 191 }}" in text
     assert "1337" not in text
 
@@ -233,14 +234,14 @@ def test_what_records_say_is_text_and_no_template(folder):
 def test_a_token_in_any_file_stops_the_upload(folder, tmp_path):
     token = "hf_" + "aB3" * 11
     with LoopbackHub(tmp_path / "hub", token=token) as hub:
-        options = {"token": token, "endpoint": hub.endpoint, "forward": False, "console": Console(file=StringIO())}
+        options = PublishOptions(folder=folder, repo_id=REPO, forward=False)
         for name in ("README.md", "tokenizer_config.json", "training_logs/loss.json", "LICENSE", "modeling_jai.py"):
             path = folder / name
             path.parent.mkdir(exist_ok=True)
             before = path.read_bytes() if path.exists() else None
             path.write_bytes((before or b"") + f"\n# {token}\n".encode())
             with pytest.raises(UserError) as caught:
-                publish(folder, REPO, **options)
+                publish(options, token=token, endpoint=hub.endpoint, console=Console(file=StringIO()))
             assert f"stands in {name}" in str(caught.value)
             assert token not in str(caught.value)
             path.unlink() if before is None else path.write_bytes(before)
@@ -251,7 +252,7 @@ def test_a_token_in_a_record_reaches_no_card(folder):
     token = "hf_" + "aB3" * 11
     record = {"step": "sft", "inputs": [], "options": {"hub_token": token}, "metrics": {token: 1}}
     (folder / PROVENANCE_FILE).write_text(json.dumps(record))
-    assert token not in model_card(folder, REPO)
+    assert token not in card_files(folder, REPO)["README.md"]
     write_step(folder, record)
     assert token not in (folder / PROVENANCE_FILE).read_text()
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from jai import JaiForCausalLM
 from jai.errors import UserError
-from jai.hub_card.check import check_checkpoint
+from jai.hub_card.check import check_checkpoint, check_files
+from jai.hub_card.options import PublishOptions
 from jai.hub_card.publish import PublishResult, publish
 from loopback_hub import LoopbackHub
 
@@ -48,8 +49,10 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def push(hub: LoopbackHub) -> Callable[..., PublishResult]:
     def run(folder: Path, repo_id: str = REPO, output: StringIO | None = None, **options) -> PublishResult:
-        settings = {"token": hub.token, "endpoint": hub.endpoint, "forward": False}
-        return publish(folder, repo_id, console=Console(file=output or StringIO(), width=200), **settings | options)
+        console = Console(file=output or StringIO(), width=200)
+        token = options.pop("token", hub.token)
+        wanted = PublishOptions(folder=folder, repo_id=repo_id, **{"forward": False, **options})
+        return publish(wanted, token=token, endpoint=hub.endpoint, console=console)
 
     return run
 
@@ -163,7 +166,7 @@ def test_a_pull_request(folder, hub, api, push, run_line):
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.5}))
     push(folder, create_pr=True, token=guest)
-    push(folder, create_pr=True, token=guest, commit_message="Another try")
+    push(folder, create_pr=True, token=guest, message="Another try")
     listed = [(pull.num, pull.title) for pull in api.get_repo_discussions(REPO)]
     assert listed == [(2, "Another try"), (1, "Upload tiny-jai with jai publish")]
     assert hub.content(REPO, "generation_config.json", "refs/pr/1") == path.read_bytes()
@@ -270,20 +273,47 @@ def pickled(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
 
 
+def piped(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    os.mkfifo(adapter / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (pickled, "Pickled weights"),
         (changed(task_type=None), "no task_type"),
         (changed(peft_type=None), "names no peft_type"),
+        (changed(peft_type=["LORA"]), "names no peft_type"),
+        (changed(base_model_name_or_path={}), "no base_model_name_or_path"),
+        (changed(revision=5), "revision 5; expected the name of a commit"),
+        (lambda a: (a / "adapter_config.json").write_text("[]"), "holds a list, where a JSON object"),
+        (lambda a: (a / "adapter_config.json").write_text("[" * 100_000), "nested too deeply"),
         (lambda a: (a / "adapter_model.safetensors").write_bytes(b"x"), "no whole safetensors"),
-        (other_base, r"does not load in a clean process.*missing keys .*unexpected keys"),
+        (piped, "is a named pipe, not a file"),
     ],
 )
-def test_adapters_that_are_refused(damage, message, adapter, checkpoint, push):
-    push(checkpoint, BASE)
+def test_damaged_adapters_are_refused(damage, message, adapter):
     damage(adapter)
     with pytest.raises(UserError, match=message):
+        check_files(adapter)
+
+
+def test_without_peft_an_adapter_cannot_be_checked(adapter, checkpoint, tmp_path, monkeypatch):
+    """Which says nothing about the adapter."""
+    (tmp_path / "without" / "peft").mkdir(parents=True)
+    (tmp_path / "without" / "peft" / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'peft'\", name='peft')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "without"), prepend=os.pathsep)
+    with pytest.raises(UserError, match=r"cannot be checked here: ModuleNotFoundError.*'peft'\s.*jai-llm\[train\]"):
+        check_checkpoint(adapter, base=checkpoint)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, checkpoint, push):
+    push(checkpoint, BASE)
+    other_base(adapter)
+    with pytest.raises(UserError, match=r"does not load in a clean process.*missing keys .*unexpected keys"):
         push(adapter, base=BASE)
 
 

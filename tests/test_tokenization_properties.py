@@ -17,7 +17,7 @@ from pythainlp.util import reorder_vowels
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, TokenizersBackend
 
-from jai.demo.text.corpus import build_corpus
+from jai.demo.text.corpus import build_text
 from jai.errors import UserError
 from jai.tokenization.extend import RESERVED_TOKEN, extend_tokenizer, new_token_pieces
 from jai.tokenization.normalization import THAI_LOOK_ALIKES, replace_all, replacements
@@ -109,14 +109,14 @@ class Pair:
 @pytest.fixture(scope="module")
 def tiny_pair(sentences, tmp_path_factory) -> Pair:
     base = train_phi3_style(sentences[2:] * 4, vocab_size=400)
-    extended = extend_tokenizer(base, build_corpus(0).pretrain_th, vocab_size=448 + 100)
+    extended = extend_tokenizer(base, build_text(0).pretrain_th, vocab_size=448 + 100)
     return Pair(base, extended, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
 def exact_pair(tiny_pair, tmp_path_factory) -> Pair:
     """As the tiny one, but look-alikes stay apart."""
-    texts = build_corpus(0).pretrain_th
+    texts = build_text(0).pretrain_th
     extended = extend_tokenizer(tiny_pair.base, texts, vocab_size=448 + 100, normalize_thai=False)
     return Pair(tiny_pair.base, extended, tmp_path_factory.mktemp("exact"))
 

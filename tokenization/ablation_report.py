@@ -5,17 +5,17 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from jai.reports import ReportTable, figure_style, series_color
 from jai.tokenization.ablation_run import Point
 from jai.version import __version__
 
@@ -72,7 +72,8 @@ def write_report(runs: Sequence[Run], arms: Sequence[str], out: Path) -> Path:
         json.dumps({"versions": versions, "machine": machine, "runs": [asdict(run) for run in runs]}, indent=1) + "\n",
         encoding="utf-8",
     )
-    _figure(by_arm).savefig(out / "ablation.png", dpi=150)
+    with figure_style():
+        _figure(by_arm).savefig(out / "ablation.png", dpi=150)
     report = out / "ablation.md"
     report.write_text(_markdown(by_arm, arms[0], versions, machine), encoding="utf-8")
     return report
@@ -82,9 +83,9 @@ def _markdown(by_arm: dict[str, list[Run]], reference: str, versions: dict[str, 
     languages = list(next(iter(by_arm.values()))[0].tokens_per_character)
     lines = ["# Tokenizer ablation", ""]
     lines += ["Bits per character of held-out text, lower is better: mean of the seeds ± their standard deviation.", ""]
-    lines += _table(
+    arms = ReportTable(
         ["arm", "entries", *(f"tokens/char {name}" for name in languages), "seeds"],
-        (
+        [
             [
                 arm,
                 f"{runs[0].entries:,}",
@@ -92,11 +93,12 @@ def _markdown(by_arm: dict[str, list[Run]], reference: str, versions: dict[str, 
                 ", ".join(str(run.seed) for run in runs),
             ]
             for arm, runs in by_arm.items()
-        ),
+        ],
     )
+    lines.append(arms.markdown())
     for readout, meaning in MEANING.items():
         lines += ["", f"## At {readout}", "", meaning, ""]
-        lines += _table(
+        table = ReportTable(
             [
                 "arm",
                 *languages,
@@ -105,7 +107,7 @@ def _markdown(by_arm: dict[str, list[Run]], reference: str, versions: dict[str, 
                 "tokens (M)",
                 "TFLOP",
             ],
-            (
+            [
                 [
                     arm,
                     *(_spread([run.at(readout).bits[name] for run in runs], ".3f") for name in languages),
@@ -115,8 +117,9 @@ def _markdown(by_arm: dict[str, list[Run]], reference: str, versions: dict[str, 
                     f"{statistics.mean(run.at(readout).flops for run in runs) / 1e12:.1f}",
                 ]
                 for arm, runs in by_arm.items()
-            ),
+            ],
         )
+        lines.append(table.markdown())
     lines += ["", f"Differences are taken seed by seed, to {reference}.", "", "![Bits per character](ablation.png)", ""]
     lines += [", ".join(f"{name} {number}" for name, number in versions.items()) + f"; {machine}."]
     return "\n".join(lines) + "\n"
@@ -136,10 +139,6 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-
-
 def _figure(by_arm: dict[str, list[Run]]) -> Figure:
     """Bits per character against characters and against tokens: mean of the seeds, and from the least to the most."""
     languages = list(next(iter(by_arm.values()))[0].tokens_per_character)
@@ -149,23 +148,22 @@ def _figure(by_arm: dict[str, list[Run]]) -> Figure:
     }
     figure = Figure(figsize=(9.2, 3.3 * len(languages)), layout="constrained")
     grid = figure.subplots(len(languages), len(measures), squeeze=False, sharex="col", sharey="row")
-    colors = [mpl.colormaps["tab10"](i) for i in range(10)]
     for row, language in zip(grid, languages):
         for axes, (label, measure) in zip(row, measures.items()):
-            for color, (arm, runs) in zip(colors * len(by_arm), by_arm.items()):
+            for number, (arm, runs) in enumerate(by_arm.items()):
                 # Seeds read other text, so their points differ a little in characters.
                 points = list(zip(*(run.points for run in runs)))
                 bits = [[point.bits[language] for point in same] for same in points]
                 places = [statistics.mean(map(measure, same)) for same in points]
+                color = series_color(number)
                 axes.plot(places, [statistics.mean(b) for b in bits], color=color, label=arm, linewidth=1.4)
                 axes.fill_between(places, [min(b) for b in bits], [max(b) for b in bits], color=color, alpha=0.2)
-            axes.set_title(f"{language}: bits per character", loc="left", fontsize=10)
+            axes.set_title(f"{language}: bits per character")
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(label)
-            axes.grid(axis="y", linewidth=0.4)
-            axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].legend(frameon=False, fontsize=8)
+            axes.grid(axis="y")
+    grid[0][0].legend(fontsize=8)
     return figure

@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jai.errors import UserError
 from jai.files import new_folder, refuse_existing
+from jai.reports import GREY, MUTED, RULE, ReportTable, figure_style, series_color
 from jai.tokenization.corpus import Source, open_sources
 from jai.tokenization.extend import RESERVED_TOKEN
 from jai.tokenization.loading import RECORD_FILE, backend_of, load_tokenizer
@@ -162,8 +161,7 @@ def report_tokenizers(options: ReportTokenizersOptions, console: Console | None 
                 json.dumps(report.record(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
             )
             (folder / MARKDOWN_FILE).write_text(_markdown(report), encoding="utf-8")
-            with mpl.rc_context():
-                _set_style()
+            with figure_style():
                 draw(report).savefig(folder / PICTURE_FILE, dpi=160, metadata={"Software": None})
     if out:
         console.print(f"[bold green]Report written to[/] {escape(str(out))}", soft_wrap=True)
@@ -393,45 +391,17 @@ def _markdown(report: Report) -> str:
     lines = ["# Tokenizer report", "", f"`{report.command}`", "", f"![Tokens per character]({PICTURE_FILE})"]
     for sheet in sheets(report, sources_shown=len(report.text.by_source)):
         lines += ["", f"## {sheet.title}", ""]
-        lines += [_markdown_row(sheet.header), _markdown_row(["---"] * len(sheet.header))]
-        lines += map(_markdown_row, sheet.rows)
+        lines.append(ReportTable(sheet.header, sheet.rows).markdown())
         if sheet.note:
             lines += ["", sheet.note]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.strip().replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
 # Picture
 
 
-_INK, _MUTED, _RULE = "#1c2430", "#66707f", "#dfe3e8"
-_COLORS = ("#8b96a3", "#2563a8", "#d9772b", "#3a8f5c", "#8a5ab0", "#b8476b", "#3d9fb3", "#a58b2a")
 _LONGEST_DRAWN = 20
 _SOURCES_DRAWN = 10
-_THAI_FONTS = ("Noto Sans Thai", "Sarabun", "Thonburi", "Leelawadee UI", "Tahoma")
-
-
-def _set_style() -> None:
-    mpl.rcParams.update(
-        {
-            # matplotlib's own font has no Thai, which names may hold; naming a font that is not there is a warning.
-            "font.family": ["DejaVu Sans", *(name for name in _THAI_FONTS if name in get_font_names())],
-            "font.size": 9,
-            "axes.edgecolor": _RULE,
-            "axes.labelcolor": _MUTED,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 10,
-            "axes.titlecolor": _INK,
-            "xtick.color": _MUTED,
-            "ytick.color": _INK,
-            "text.color": _INK,
-        }
-    )
 
 
 def draw(report: Report) -> Figure:
@@ -444,7 +414,7 @@ def draw(report: Report) -> Figure:
     above, below = figure.subplots(2, 1, height_ratios=[height, 2.2])
     _draw_rates(above, report, scripts, sources)
     _draw_lengths(below, report)
-    figure.legend(*above.get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside upper left", ncols=4)
     return figure
 
 
@@ -459,9 +429,9 @@ def _draw_rates(axes: Axes, report: Report, scripts: list[str], sources: list[st
         ]
         places = [row + (number - (len(report.figures) - 1) / 2) * width for row in range(len(rows))]
         bars = axes.barh(places, values, height=0.9 * width, color=_color(number), label=name)
-        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8, color=_MUTED)
+        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8, color=MUTED)
     for last in {0, len(scripts)} - {len(rows) - 1}:
-        axes.axhline(last + 0.5, color=_RULE, linewidth=0.8)
+        axes.axhline(last + 0.5, color=RULE, linewidth=0.8)
     axes.set_title("Tokens per character: all text, by script, by source" if sources else "Tokens per character")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -479,11 +449,12 @@ def _draw_lengths(axes: Axes, report: Report) -> None:
     axes.set_xticks(range(_LONGEST_DRAWN + 1), ["part", *map(str, lengths), f"{_LONGEST_DRAWN}+"])
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color=_RULE, linewidth=0.6)
+    axes.grid(axis="y")
 
 
 def _color(number: int) -> str:
-    return _COLORS[number % len(_COLORS)]
+    """The first tokenizer is that with which the others are compared."""
+    return GREY if number == 0 else series_color(number - 1)
 
 
 def _length_shares(found: TokenizerFigures) -> tuple[list[int], list[float]]:

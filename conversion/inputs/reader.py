@@ -7,13 +7,14 @@ that another process cuts short would kill the reader, where a read that comes u
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from jai.conversion.inputs.header import DTYPES
+from jai.conversion.inputs.header import DTYPES, Header
 from jai.conversion.inputs.parts import Computed, Copied, Part
 from jai.conversion.inputs.weight_files import LocalFiles, WeightFiles, weight_map
 from jai.conversion.names import EMBEDDINGS, LM_HEAD
@@ -33,6 +34,53 @@ _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DDP or FSDP", "base_mode
 _ROPE_BUFFER = "rotary_emb.inv_freq"
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint as a header says: its shape, its dtype in safetensors' spelling ("BF16"), and its bytes.
+
+    Attributes:
+        file: name of the weight file.
+        start: the place in the file at which its bytes begin.
+        length: how many they are.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+    start: int
+    length: int
+
+
+def stored_tensors(
+    headers: Mapping[str, Header], place: str, indexed: Mapping[str, str] | None
+) -> dict[str, StoredTensor]:
+    """The tensors of all weight files by name, of any dtype.
+
+    Args:
+        headers: of each file.
+        place: folder or Hub id, for messages.
+        indexed: the file of each tensor as the index says (`weight_map`).
+
+    Raises:
+        UserError: if a tensor is in two files, or not in that which the index names.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        for name, entry in header.tensors.items():
+            if name in stored:
+                raise UserError(f"{name} in {file} is in two files. Fetch or save the checkpoint again.")
+            start, stop = entry["data_offsets"]
+            begin = header.data_start + start
+            stored[name] = StoredTensor(tuple(entry["shape"]), entry["dtype"], file, begin, stop - start)
+    lost = sorted(name for name, file in (indexed or {}).items() if name not in stored or stored[name].file != file)
+    if lost:
+        raise UserError(
+            f"The index of {place} names {lost[0]} in {(indexed or {})[lost[0]]}, which does not hold it "
+            f"({len(lost)} such tensors). Fetch or save the checkpoint again."
+        )
+    return stored
 
 
 class CheckpointReader:
@@ -61,21 +109,12 @@ class CheckpointReader:
         self.files: WeightFiles = files
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self.size = 0
-        self.headers: dict[str, str] = {}
+        headers = {file: files.header(file) for file in files.names}
+        self.size = sum(header.size for header in headers.values())
+        self.headers = {file: header.sha256 for file, header in headers.items()}
         self._places: dict[str, tuple[str, int]] = {}
-        for file in self.files.names:
-            header = self.files.header(file)
-            self.headers[file] = header.sha256
-            self.size += header.size
-            for name, entry in header.tensors.items():
-                self._add(file, name, entry, header.data_start)
-        lost = sorted(name for name, file in (indexed or {}).items() if self._places.get(name, ("",))[0] != file)
-        if lost:
-            raise UserError(
-                f"The index of {self.name} names {lost[0]} in {(indexed or {})[lost[0]]}, which does not hold it "
-                f"({len(lost)} such tensors). Fetch or save the checkpoint again."
-            )
+        for name, stored in stored_tensors(headers, self.name, indexed).items():
+            self._add(name, stored)
 
     @property
     def name(self) -> str:
@@ -220,19 +259,20 @@ class CheckpointReader:
         """The file that a computation on this tensor reads."""
         return self.files, self._places[name][0]
 
-    def _add(self, file: str, name: str, entry: dict, data_start: int) -> None:
-        if entry["dtype"] not in DTYPES:
+    def _add(self, name: str, stored: StoredTensor) -> None:
+        if stored.dtype not in DTYPES:
             raise UserError(
-                f"{name} in {file} is {entry['dtype']}; expected one of {', '.join(DTYPES)}. Quantised weights "
+                f"{name} in {stored.file} is {stored.dtype}; expected one of {', '.join(DTYPES)}. Quantised weights "
                 "cannot be converted: start from the unquantised checkpoint."
             )
-        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
-        start, stop = entry["data_offsets"]
-        if stop - start != math.prod(shape) * dtype.itemsize or name in self._places:
-            problem = "is in two files" if name in self._places else f"has {stop - start} bytes, not those of its shape"
-            raise UserError(f"{name} in {file} {problem}. Fetch or save the checkpoint again.")
-        self.shapes[name], self.dtypes[name] = shape, dtype
-        self._places[name] = (file, data_start + start)
+        dtype = DTYPES[stored.dtype]
+        if stored.length != math.prod(stored.shape) * dtype.itemsize:
+            raise UserError(
+                f"{name} in {stored.file} has {stored.length} bytes, not those of its shape. Fetch or save the "
+                "checkpoint again."
+            )
+        self.shapes[name], self.dtypes[name] = stored.shape, dtype
+        self._places[name] = (stored.file, stored.start)
 
 
 def _renamed(by_name: dict[str, Value], prefix: str) -> dict[str, Value]:

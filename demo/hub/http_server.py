@@ -45,7 +45,7 @@ class Request:
 
 
 @dataclass
-class Answer:
+class Response:
     """A status, headers and a body: bytes, or a file that is sent from disk (with `Range`)."""
 
     body: bytes | Path = b""
@@ -53,16 +53,16 @@ class Answer:
     status: int = 200
 
 
-def json_answer(value: Any, headers: dict[str, str] | None = None, status: int = 200) -> Answer:
+def json_response(value: Any, headers: dict[str, str] | None = None, status: int = 200) -> Response:
     """`value` as JSON."""
-    return Answer(json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}, status)
+    return Response(json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}, status)
 
 
-def error_answer(error: HttpError) -> Answer:
+def error_response(error: HttpError) -> Response:
     """An error as the Hub words it."""
     one_line = " ".join(error.message.split()).encode("ascii", "replace").decode()
     headers = {"X-Error-Message": one_line} | ({"X-Error-Code": error.code} if error.code else {})
-    return json_answer({"error": error.message}, headers, error.status)
+    return json_response({"error": error.message}, headers, error.status)
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -80,9 +80,9 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def respond(self, request: Request) -> None:
         """Find the answer to a request and send it."""
-        self.send_answer(request, self.server.answer(request))
+        self.send_reply(request, self.server.answer(request))
 
-    def send_answer(self, request: Request, answer: Answer) -> None:
+    def send_reply(self, request: Request, answer: Response) -> None:
         """Send an answer, once the whole request has come."""
         for _ in request.blocks:  # what the route did not read, else it would pass for the next request
             pass
@@ -136,7 +136,7 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, routes: Callable[[Request], Answer], handler: type[HubHandler] = HubHandler):
+    def __init__(self, routes: Callable[[Request], Response], handler: type[HubHandler] = HubHandler):
         super().__init__(("127.0.0.1", 0), handler)
         self._routes = routes
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
@@ -150,17 +150,17 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
         self._thread.join()
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: Request) -> Response:
         """The answer to a request, errors included."""
         try:
             return self._routes(request)
         except HttpError as error:
-            return error_answer(error)
+            return error_response(error)
         except ConnectionError:
             raise
         except Exception as error:  # a fault of the server is an answer, too
             traceback.print_exc()
-            return error_answer(HttpError(500, f"{type(error).__name__}: {error}"))
+            return error_response(HttpError(500, f"{type(error).__name__}: {error}"))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client may leave at any time

@@ -20,14 +20,14 @@ from urllib.parse import unquote
 import yaml
 from huggingface_hub import metadata_load
 
-from jai.demo.hub.http_server import Answer, HttpError, HubHandler, HubServer, Request, json_answer
+from jai.demo.hub.http_server import HttpError, HubHandler, HubServer, Request, Response, json_response
 from jai.demo.hub.repo import Commit, Repo, StoredFile, git_oid, lfs_pointer
 
 _LARGE_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model", ".msgpack", ".npy", ".npz", ".onnx", ".pt", ".pth", ".h5")
 _LARGE_BYTES = 10 * 2**20  # the Hub refuses larger files as plain git blobs
 _REPO_ID = "([^/]+/[^/]+)"  # revisions come with their slashes quoted
 
-Route = tuple[str, str, Callable[..., Answer]]  # methods, pattern of the path, what answers
+Route = tuple[str, str, Callable[..., Response]]  # methods, pattern of the path, what answers
 
 
 class LocalHub:
@@ -104,7 +104,7 @@ class LocalHub:
             ("GET HEAD", "/objects/([0-9a-f]{64})", self._get_object),
         ]
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: Request) -> Response:
         """The answer to a request.
 
         Raises:
@@ -166,7 +166,7 @@ class LocalHub:
 
     # Repositories
 
-    def _create_repo(self, request: Request) -> Answer:
+    def _create_repo(self, request: Request) -> Response:
         user = self._may_write(request)
         asked = request.json()
         repo_id = f"{asked.get('organization') or user}/{asked['name']}"
@@ -174,28 +174,28 @@ class LocalHub:
         url = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
         with self._lock:
             if repo_id in self._repos:
-                return json_answer({**url, "error": "You already created this model repo"}, status=409)
+                return json_response({**url, "error": "You already created this model repo"}, status=409)
             attributes = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in _LARGE_SUFFIXES).encode()
             repo = self._new_repo(repo_id, asked)
             repo.add_commit("main", "initial commit", "", {".gitattributes": self._store(attributes)})
             self._repos[repo_id] = repo
-        return json_answer(url)
+        return json_response(url)
 
     def _new_repo(self, repo_id: str, asked: dict[str, Any]) -> Repo:
         return Repo(repo_id)
 
-    def _create_tag(self, request: Request, repo_id: str, revision: str) -> Answer:
+    def _create_tag(self, request: Request, repo_id: str, revision: str) -> Response:
         repo = self._writable(request, repo_id)
         tag = request.json()["tag"]
         with self._lock:
             if tag in repo.tags:
                 raise HttpError(409, f"Tag reference exists already: {tag}")
             repo.tags[tag] = repo.head(unquote(revision)).sha
-        return Answer()
+        return Response()
 
-    def _model_info(self, request: Request, repo_id: str, revision: str = "main") -> Answer:
+    def _model_info(self, request: Request, repo_id: str, revision: str = "main") -> Response:
         repo = self._readable(request, repo_id)
-        return json_answer(self._info(repo, repo.head(unquote(revision))))
+        return json_response(self._info(repo, repo.head(unquote(revision))))
 
     def _info(self, repo: Repo, commit: Commit) -> dict[str, Any]:
         siblings = [self._sibling(path, file) for path, file in commit.files.items()]
@@ -220,7 +220,7 @@ class LocalHub:
             entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": pointer_size}
         return entry
 
-    def _tree(self, request: Request, repo_id: str, revision: str, folder: str | None = None) -> Answer:
+    def _tree(self, request: Request, repo_id: str, revision: str, folder: str | None = None) -> Response:
         commit = self._readable(request, repo_id).head(unquote(revision))
         prefix = f"{unquote(folder)}/" if folder else ""
         below = {path: file for path, file in commit.files.items() if path.startswith(prefix)}
@@ -236,9 +236,9 @@ class LocalHub:
             entries[path] = self._file_entry(path, file)
         if request.query.get("recursive", "").lower() not in ("true", "1"):
             entries = {name: entry for name, entry in entries.items() if "/" not in name[len(prefix) :]}
-        return json_answer(list(entries.values()))
+        return json_response(list(entries.values()))
 
-    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Answer:
+    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Response:
         repo = self._readable(request, repo_id)
         commit = repo.head(unquote(revision))
         file = commit.files.get(unquote(path))
@@ -246,14 +246,14 @@ class LocalHub:
         if file is None:
             raise HttpError(404, "Entry not found", "EntryNotFound")
         if not file.large:
-            return Answer(self._object(file.sha256), {**headers, "ETag": f'"{file.oid}"'})
+            return Response(self._object(file.sha256), {**headers, "ETag": f'"{file.oid}"'})
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
         headers["Location"] = self._signed_url(f"objects/{file.sha256}")
-        return Answer(b"", headers, status=302)
+        return Response(b"", headers, status=302)
 
-    def _get_object(self, request: Request, sha256: str) -> Answer:
+    def _get_object(self, request: Request, sha256: str) -> Response:
         self._check_signature(request, f"objects/{sha256}")
-        return Answer(self._object(sha256), {"ETag": f'"{sha256}"'})
+        return Response(self._object(sha256), {"ETag": f'"{sha256}"'})
 
     # Writing files
 
@@ -268,7 +268,7 @@ class LocalHub:
         self._object(sha256).write_bytes(content)
         return StoredFile(sha256, len(content), git_oid(content), large=False)
 
-    def _validate_card(self, request: Request) -> Answer:
+    def _validate_card(self, request: Request) -> Response:
         content = request.json()["content"]
         head = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", content, re.DOTALL)
         errors, warnings = [], []
@@ -289,9 +289,9 @@ class LocalHub:
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
                 errors.append(f'"base_model" must be the id of a model on the Hub, not {name!r}')
         found = {"errors": [{"message": m} for m in errors], "warnings": [{"message": m} for m in warnings]}
-        return json_answer(found, status=400 if errors else 200)
+        return json_response(found, status=400 if errors else 200)
 
-    def _preupload(self, request: Request, repo_id: str, revision: str) -> Answer:
+    def _preupload(self, request: Request, repo_id: str, revision: str) -> Response:
         commit = self._committable(request, repo_id, revision).head(unquote(revision))
         files = []
         for asked in request.json()["files"]:
@@ -301,9 +301,9 @@ class LocalHub:
             oid = None if there is None else there.sha256 if there.large else there.oid
             mode = "lfs" if large else "regular"
             files.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return json_answer({"files": files, "commitOid": commit.sha})
+        return json_response({"files": files, "commitOid": commit.sha})
 
-    def _lfs_batch(self, request: Request, repo_id: str) -> Answer:
+    def _lfs_batch(self, request: Request, repo_id: str) -> Response:
         self._may_write(request)  # the batch does not say to which revision it goes
         repo = self._readable(request, repo_id)
         objects = []
@@ -314,12 +314,12 @@ class LocalHub:
                 verify = {"href": f"{self.endpoint}/{repo.id}.git/info/lfs/objects/verify"}
                 answer["actions"] = {"upload": upload, "verify": verify}
             objects.append(answer)
-        return json_answer({"transfer": "basic", "objects": objects})
+        return json_response({"transfer": "basic", "objects": objects})
 
-    def _put_object(self, request: Request, sha256: str) -> Answer:
+    def _put_object(self, request: Request, sha256: str) -> Response:
         self._check_signature(request, f"uploads/{sha256}")
         self._write_object(sha256, request.blocks)
-        return Answer()
+        return Response()
 
     def _write_object(self, sha256: str, blocks: Iterator[bytes]) -> None:
         partial = self._objects / f"{sha256}.{threading.get_ident()}"
@@ -333,16 +333,16 @@ class LocalHub:
             raise HttpError(400, f"the content is not {sha256}")
         partial.rename(self._object(sha256))
 
-    def _verify_object(self, request: Request, repo_id: str) -> Answer:
+    def _verify_object(self, request: Request, repo_id: str) -> Response:
         self._may_write(request)
         self._readable(request, repo_id)
         asked = request.json()
         path = self._object(asked["oid"])
         if not path.exists() or path.stat().st_size != asked["size"]:
             raise HttpError(404, f"{asked['oid']} was not uploaded")
-        return Answer()
+        return Response()
 
-    def _commit(self, request: Request, repo_id: str, revision: str) -> Answer:
+    def _commit(self, request: Request, repo_id: str, revision: str) -> Response:
         repo = self._committable(request, repo_id, revision)
         header: dict[str, str] = {}
         changes: dict[str, StoredFile | None] = {}
@@ -353,7 +353,7 @@ class LocalHub:
             else:
                 changes[operation["value"]["path"]] = self._changed_file(operation["key"], operation["value"])
         with self._lock:  # all of it or nothing
-            return json_answer(self._apply(request, repo, unquote(revision), header, changes))
+            return json_response(self._apply(request, repo, unquote(revision), header, changes))
 
     def _changed_file(self, key: str, value: dict[str, str]) -> StoredFile | None:
         if key == "file":

@@ -19,7 +19,7 @@ QUESTIONS = 100
 
 
 @dataclass(frozen=True)
-class Corpus:
+class DemoText:
     """Text of one seed. No document, and no question, is in two of the parts.
 
     Attributes:
@@ -40,7 +40,7 @@ class Corpus:
     eval_chats: list[dict[str, Any]]
 
 
-def build_corpus(seed: int) -> Corpus:
+def build_text(seed: int) -> DemoText:
     """Make the demo's text; the same seed gives the same text."""
     rng = random.Random(seed)
     exchanges = all_exchanges(rng)
@@ -49,7 +49,7 @@ def build_corpus(seed: int) -> Corpus:
     questions = [by_language[language].pop() for _ in range(QUESTIONS // 2) for language in ("th", "en")]
     compared = [by_language[language].pop() for _ in range(PREFERENCES // 2) for language in ("th", "en")]
     documents = _documents(rng)
-    return Corpus(
+    return DemoText(
         pretrain_th=documents["th"][HELD_OUT_DOCUMENTS:],
         pretrain_en=documents["en"][HELD_OUT_DOCUMENTS:],
         heldout_th=documents["th"][:HELD_OUT_DOCUMENTS],
@@ -67,7 +67,7 @@ def build_corpus(seed: int) -> Corpus:
     )
 
 
-def write_corpus(corpus: Corpus, folder: Path) -> None:
+def write_text_files(corpus: DemoText, folder: Path) -> None:
     """Write a corpus as files that the verbs read.
 
     `pretrain_LANGUAGE.txt` and `heldout_LANGUAGE.txt` have an empty line between documents; `pretrain.jsonl` has the

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from jai.demo.hub.http_server import Answer, HttpError, Request, json_answer
+from jai.demo.hub.http_server import HttpError, Request, Response, json_response
 from jai.demo.hub.local_hub import LocalHub, Route, new_token
 from jai.demo.hub.repo import Commit, Repo, StoredFile, now
 from loopback_hub.faults import Fault, Faults
@@ -80,7 +80,7 @@ class LoopbackHub(LocalHub):
             ("GET", "/api/models/R!/xet-(read|write)-token/([^/]+)", self._xet_token),
             ("GET HEAD", "/xorbs/([0-9a-f]{64})", self._get_xorb),
             ("GET POST HEAD", f"{self._cas_path}/(.+)", self._cas),
-            ("POST", "/v1/telemetry", lambda request: Answer()),  # from Xet clients
+            ("POST", "/v1/telemetry", lambda request: Response()),  # from Xet clients
             *super().routes(),
         ]
 
@@ -168,24 +168,24 @@ class LoopbackHub(LocalHub):
 
     # Accounts and repositories
 
-    def _whoami(self, request: Request) -> Answer:
+    def _whoami(self, request: Request) -> Response:
         if request.user is None:
             raise HttpError(401, "Invalid username or password.")
         token = {"displayName": "loopback", "role": "read" if _token_of(request) in self._readers else "write"}
         who = {"type": "user", "id": "0" * 24, "name": request.user, "fullname": request.user, "orgs": []}
-        return json_answer({**who, "auth": {"type": "access_token", "accessToken": token}})
+        return json_response({**who, "auth": {"type": "access_token", "accessToken": token}})
 
     def _new_repo(self, repo_id: str, asked: dict[str, Any]) -> OwnedRepo:
         # `visibility` from newer clients, `private` from older ones
         return OwnedRepo(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
 
-    def _delete_repo(self, request: Request) -> Answer:
+    def _delete_repo(self, request: Request) -> Response:
         asked = request.json()
         repo_id = f"{asked.get('organization') or self._may_write(request)}/{asked['name']}"
         with self._lock:
             self._writable(request, repo_id)
             del self._repos[repo_id]
-        return Answer()
+        return Response()
 
     def _info(self, repo: OwnedRepo, commit: Commit) -> dict[str, Any]:
         gated = "manual" if repo.gated else False
@@ -193,32 +193,32 @@ class LoopbackHub(LocalHub):
 
     # Branches, tags and history
 
-    def _create_branch(self, request: Request, repo_id: str, branch: str) -> Answer:
+    def _create_branch(self, request: Request, repo_id: str, branch: str) -> Response:
         repo = self._writable(request, repo_id)
         start = (json.loads(request.body() or b"{}")).get("startingPoint", "main")
         with self._lock:
             if unquote(branch) in repo.branches:
                 raise HttpError(409, "Reference already exists")
             repo.branches[unquote(branch)] = repo.head(start).sha
-        return Answer()
+        return Response()
 
-    def _delete_branch(self, request: Request, repo_id: str, branch: str) -> Answer:
+    def _delete_branch(self, request: Request, repo_id: str, branch: str) -> Response:
         repo = self._writable(request, repo_id)
         with self._lock:
             if unquote(branch) == "main":
                 raise HttpError(403, "main cannot be deleted")
             if repo.branches.pop(unquote(branch), None) is None:
                 raise HttpError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
-        return Answer()
+        return Response()
 
-    def _delete_tag(self, request: Request, repo_id: str, tag: str) -> Answer:
+    def _delete_tag(self, request: Request, repo_id: str, tag: str) -> Response:
         repo = self._writable(request, repo_id)
         with self._lock:
             if repo.tags.pop(unquote(tag), None) is None:
                 raise HttpError(404, f"Invalid rev id: {tag}", "RevisionNotFound")
-        return Answer()
+        return Response()
 
-    def _refs(self, request: Request, repo_id: str) -> Answer:
+    def _refs(self, request: Request, repo_id: str) -> Response:
         repo = self._readable(request, repo_id)
         pulls = {pull.ref for pull in repo.pulls}
 
@@ -232,9 +232,9 @@ class LoopbackHub(LocalHub):
         }
         if request.query.get("include_prs"):
             found["pullRequests"] = listed({n: sha for n, sha in repo.branches.items() if n in pulls}, "")
-        return json_answer(found)
+        return json_response(found)
 
-    def _commits(self, request: Request, repo_id: str, revision: str) -> Answer:
+    def _commits(self, request: Request, repo_id: str, revision: str) -> Response:
         repo = self._readable(request, repo_id)
         commits = []
         commit: Commit | None = repo.head(unquote(revision))
@@ -242,7 +242,7 @@ class LoopbackHub(LocalHub):
             named = {"id": commit.sha, "title": commit.title, "message": commit.message, "date": commit.date}
             commits.append({**named, "authors": [{"user": repo.owner}]})
             commit = repo.commits[commit.parent] if commit.parent else None
-        return json_answer(commits)
+        return json_response(commits)
 
     # Commits
 
@@ -290,7 +290,7 @@ class LoopbackHub(LocalHub):
             raise HttpError(404, f"Discussion {num} not found")
         return repo.pulls[int(num) - 1]
 
-    def _list_pulls(self, request: Request, repo_id: str) -> Answer:
+    def _list_pulls(self, request: Request, repo_id: str) -> Response:
         repo = self._readable(request, repo_id)
         wanted = {"all": None, "open": ("open", "draft"), "closed": ("closed", "merged")}[
             request.query.get("status", "all")
@@ -303,9 +303,9 @@ class LoopbackHub(LocalHub):
         ]
         start = int(request.query.get("p", 0)) * _PULLS_PER_PAGE
         page = found[start : start + _PULLS_PER_PAGE]
-        return json_answer({"discussions": page, "count": len(found), "start": start})
+        return json_response({"discussions": page, "count": len(found), "start": start})
 
-    def _new_pull(self, request: Request, repo_id: str) -> Answer:
+    def _new_pull(self, request: Request, repo_id: str) -> Response:
         user = self._may_write(request)
         repo = self._readable(request, repo_id)
         asked = request.json()
@@ -315,13 +315,13 @@ class LoopbackHub(LocalHub):
             pull = self._open_pull(repo, user, "main", asked["title"], "draft")
             text = {"edited": False, "hidden": False, "latest": {"raw": asked["description"]}}
             pull.happened("comment", pull.created, user, text)
-        return json_answer({"num": pull.num})
+        return json_response({"num": pull.num})
 
-    def _pull_details(self, request: Request, repo_id: str, num: str) -> Answer:
+    def _pull_details(self, request: Request, repo_id: str, num: str) -> Response:
         repo = self._readable(request, repo_id)
-        return json_answer(self._pull(repo, num).details(repo.id))
+        return json_response(self._pull(repo, num).details(repo.id))
 
-    def _change_pull(self, request: Request, repo_id: str, num: str) -> Answer:
+    def _change_pull(self, request: Request, repo_id: str, num: str) -> Response:
         user = self._may_write(request)
         repo = self._readable(request, repo_id)
         pull, status = self._pull(repo, num), request.json()["status"]
@@ -331,9 +331,9 @@ class LoopbackHub(LocalHub):
             if pull.status == "merged":
                 raise HttpError(400, "this pull request is merged")
             pull.status = status
-            return json_answer({"newStatus": pull.happened("status-change", now(), user, {"status": status})})
+            return json_response({"newStatus": pull.happened("status-change", now(), user, {"status": status})})
 
-    def _merge_pull(self, request: Request, repo_id: str, num: str) -> Answer:
+    def _merge_pull(self, request: Request, repo_id: str, num: str) -> Response:
         repo = self._writable(request, repo_id)
         pull = self._pull(repo, num)
         with self._lock:
@@ -346,7 +346,7 @@ class LoopbackHub(LocalHub):
             pull.merge_commit = repo.add_commit(pull.base, title, "", theirs.files).sha
             pull.status = "merged"
             pull.happened("status-change", now(), request.user, {"status": "merged"})
-        return Answer()
+        return Response()
 
     def _fork_of(self, repo: OwnedRepo, pull: PullRequest) -> Commit:
         """The commit of the base that a pull request began at."""
@@ -368,7 +368,7 @@ class LoopbackHub(LocalHub):
         xet_hash = self._xet.xet_hash(file.sha256) if file.large else None
         return entry if xet_hash is None else {**entry, "xetHash": xet_hash}
 
-    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Answer:
+    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Response:
         repo = self._readable(request, repo_id)
         self._check_gate(request, repo)
         answer = super()._resolve(request, repo_id, revision, path)
@@ -401,7 +401,7 @@ class LoopbackHub(LocalHub):
         self._xet_tokens.add(token)
         return token, int(time.time()) + _XET_TOKEN_SECONDS
 
-    def _xet_token(self, request: Request, repo_id: str, scope: str, revision: str) -> Answer:
+    def _xet_token(self, request: Request, repo_id: str, scope: str, revision: str) -> Response:
         if scope == "write":
             repo = self._committable(request, repo_id, revision)
         else:
@@ -414,9 +414,9 @@ class LoopbackHub(LocalHub):
         url = self.endpoint + self._cas_path
         token, expires = self._new_xet_token(scope)
         headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
-        return json_answer({"casUrl": url, "accessToken": token, "exp": expires}, headers)
+        return json_response({"casUrl": url, "accessToken": token, "exp": expires}, headers)
 
-    def _cas(self, request: Request, path: str) -> Answer:
+    def _cas(self, request: Request, path: str) -> Response:
         """Of the content-addressed store, all that clients need of it."""
         kind, _, name = path.rpartition("/")
         token = _token_of(request) or ""
@@ -428,22 +428,22 @@ class LoopbackHub(LocalHub):
             answer = self._xet.reconstruction(name, start, end, lambda xorb: self._signed_url(f"xorbs/{xorb}"))
             if answer is None:
                 raise HttpError(416 if start else 404, "no such file or range")
-            return json_answer(answer)
+            return json_response(answer)
         if request.method == "POST" and "_write_" in token:
             try:
                 if kind == "v1/xorbs/default":
-                    return json_answer({"was_inserted": self._xet.put_xorb(name, request.body())})
+                    return json_response({"was_inserted": self._xet.put_xorb(name, request.body())})
                 if path == "v1/shards":
                     self._xet.put_shard(request.body())
-                    return json_answer({"result": 1})
+                    return json_response({"result": 1})
             except ValueError as error:
                 raise HttpError(400, str(error)) from error
         # No deduplication across repositories, and none of the protocol's later versions: clients fall back.
         raise HttpError(404, "not found")
 
-    def _get_xorb(self, request: Request, name: str) -> Answer:
+    def _get_xorb(self, request: Request, name: str) -> Response:
         self._check_signature(request, f"xorbs/{name}")
-        return Answer(self._xet.xorb_path(name))
+        return Response(self._xet.xorb_path(name))
 
 
 def _token_of(request: Request) -> str | None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from jai.demo.hub.http_server import HttpError, HubHandler, Request, error_answer
+from jai.demo.hub.http_server import HttpError, HubHandler, Request, error_response
 from loopback_hub.faults import Fault, Faults
 
 _SLOW_PIECES, _SLOW_PAUSE = 5, 0.01
@@ -59,10 +59,10 @@ class _FaultyHandler(HubHandler):
                 self._read_half()
                 self._hang_up()
             case "status":
-                answer = error_answer(HttpError(self.fault.status, "this failure was asked for"))
+                answer = error_response(HttpError(self.fault.status, "this failure was asked for"))
                 if self.fault.retry_after is not None:
                     answer.headers["Retry-After"] = str(self.fault.retry_after)
-                self.send_answer(request, answer)
+                self.send_reply(request, answer)
             case _:  # "cut answer" and "slow", see `send_body`
                 super().respond(request)
 

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `jai demo` can be asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jai.options import argument, check_values, option
+
+
+@dataclass(kw_only=True)
+class DemoOptions:
+    """How the demo is run."""
+
+    out: Path = argument("FOLDER", Path("runs/demo"), help="Folder to write; it must not exist.")
+    seed: int = option(0, help="Seed of the text, of the base and of the training.", at_least=0)
+    quick: bool = option(False, help="Train a few steps only: every part runs, nothing is learnt.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
