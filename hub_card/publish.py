@@ -14,7 +14,7 @@ from jai.errors import UserError
 from jai.hub import is_hub_id
 from jai.hub_card.adapter import Adapter, on_hub, read_adapter
 from jai.hub_card.check import CheckReport, check_checkpoint, check_files
-from jai.hub_card.contents import ADAPTER_CONFIG, Contents, Kind, size_text
+from jai.hub_card.contents import ADAPTER_CONFIG, Contents, Kind, read_contents, size_text
 from jai.hub_card.options import PublishOptions
 from jai.hub_card.readme import README, check_metadata, written_by_hand
 from jai.provenance import holds_token, redact
@@ -91,16 +91,16 @@ def publish(
 
 
 def _check_folder(options: PublishOptions, token: str | None) -> _Checked:
-    contents = check_files(options.folder)
+    contents = read_contents(options.folder)
     _check_repo_id(options.repo_id)
+    token = _clean_token(token)
+    _refuse_tokens(contents, token)  # before any message that might quote a file
+    contents = check_files(options.folder)
     adapter = read_adapter(contents) if contents.kind is Kind.ADAPTER else None
     if options.base is not None and adapter is None:
         raise UserError(f"--base is for adapters, and {options.folder} holds a whole model. Leave it out.")
     adapter = on_hub(adapter, options.base) if adapter else None
-    own_readme = _own_readme(contents)
-    token = _clean_token(token)
-    _refuse_tokens(contents, token)
-    return _Checked(contents, adapter, own_readme, token)
+    return _Checked(contents, adapter, _own_readme(contents), token)
 
 
 def _publish_checked(
