@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from jai.errors import UserError
 from jai.options import argument, check_values, option
 
 
@@ -16,4 +17,13 @@ class DemoOptions:
     quick: bool = option(False, help="Train a few steps only: every part runs, nothing is learnt.")
 
     def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: naming the option, or if the folder exists.
+        """
         check_values(self)
+        if self.out.exists():
+            raise UserError(
+                f"{self.out} exists already. Give another folder (jai demo FOLDER), or remove this one first."
+            )

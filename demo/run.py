@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -96,12 +97,10 @@ def run_demo(options: DemoOptions, *, console: Console | None = None) -> Path:
         The report, an HTML page.
 
     Raises:
-        UserError: if the folder exists, or a verb fails.
+        UserError: if a verb fails.
     """
     out, seed, quick = options.out, options.seed, options.quick
     console = console or Console()
-    if out.exists():
-        raise UserError(f"{out} exists already. Give another folder (jai demo FOLDER), or remove this one first.")
     out.mkdir(parents=True)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -316,7 +315,8 @@ def _round_trip(out: Path, shell: Shell) -> dict[str, str]:
         different = [name for name in names if sha256(out / "dpo" / name) != sha256(pulled / name)]
         if different:
             raise UserError(f"What came back from the Hub differs from what was pushed: {', '.join(different)}.")
-        before, after = check_checkpoint(out / "dpo"), check_checkpoint(pulled)
+        with ThreadPoolExecutor() as pool:  # each check is a process of its own
+            before, after = pool.map(check_checkpoint, (out / "dpo", pulled))
         if before.logits_sha256 != after.logits_sha256:
             raise UserError("The pulled checkpoint computes other logits than the pushed one.")
         shell.jai(

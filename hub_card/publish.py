@@ -6,7 +6,6 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import constants
 from rich.console import Console
 from rich.markup import escape
 
@@ -77,8 +76,10 @@ def publish(
         UserError: with one message for whatever went wrong; no token is ever part of it.
     """
     console = console or Console()
-    endpoint = endpoint or constants.ENDPOINT
     checked = _check_folder(options, token)
+    from huggingface_hub import constants  # after the errors that need none of it
+
+    endpoint = endpoint or constants.ENDPOINT
     contents, url = checked.contents, f"{endpoint}/{options.repo_id}"
     _print_plan(console, options, checked, url)
     if options.dry_run:

@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jai.errors import UserError
 
 README = "README.md"
@@ -53,6 +51,8 @@ def check_metadata(path: Path, readme: str) -> None:
 
 def _front_matter(readme: str) -> dict[str, Any]:
     """The metadata of a README.md, empty where it has none; ValueError where it is no mapping."""
+    import yaml  # here, for errors about the other files need none
+
     found = _FRONT_MATTER.match(readme)
     try:
         metadata = yaml.safe_load(found[1]) if found else None

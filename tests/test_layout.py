@@ -148,6 +148,8 @@ print([code, sorted({"torch", "transformers", "numpy", "yaml", "huggingface_hub"
         (["upcycle", "dense", "out"], 1),
         (["merge", "out", "--models", "a"], 1),
         (["snapshot", "dense", "out", "--max-shard-size", "big"], 1),
+        (["publish", "nowhere", "owner/name"], 1),
+        (["demo", "."], 1),
         (["sft", "--config", "missing.yaml"], 1),
         (["dpo", "--config=missing.yaml"], 1),
         (["sft", "--config"], 1),
