@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import transformers
 from huggingface_hub.dataclasses import strict
 from packaging import version
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
@@ -295,6 +296,8 @@ class JaiConfig(PreTrainedConfig):
         self._check_heads()
         self._check_experts()
         self._check_ranges()
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {_shown(self.hidden_act)}; expected one of {', '.join(sorted(ACT2FN))}.")
         window = getattr(self, "sliding_window", None)
         if window is not None:
             raise ValueError(f"`sliding_window` is {window}, but JAI has no window (paper, section 3.2). Leave it out.")

@@ -50,6 +50,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: give --run-slow"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have counted (`record_property("figures", …)`), a line each."""
+    counted = [
+        (report.nodeid.partition("::")[2], value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "figures" and report.when == "call"
+    ]
+    if counted:
+        terminalreporter.section("figures")
+        for test, value in counted:
+            terminalreporter.line(f"{test}: {value}")
+
+
 def build_tiny_config(**overrides) -> JaiConfig:
     """Seven layers in three blocks, all of them run again; weights wide enough that errors show in the logits."""
     values = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jai.errors import UserError
-from jai.files import check_is_file
+from jai.files import check_is_file, read_json
 from jai.hub import local_folder
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def load_tokenizer(
         raise _refusal(name, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"{name} loads as a {type(tokenizer).__name__}, which is no tokenizer. {_ADVICE}")
+    _check_encodes(name, tokenizer)
     return tokenizer
 
 
@@ -72,9 +73,12 @@ def load_backend_tokenizer(name: str | Path, *, revision: str | None = None) -> 
     if not (folder / TOKENIZER_JSON).exists():
         return backend_of(name, load_tokenizer(folder))
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder).backend_tokenizer
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # as above
         raise _refusal(name, error) from error
+    _check_encodes(name, tokenizer)
+    _check_class(folder)
+    return tokenizer.backend_tokenizer
 
 
 def backend_of(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -109,6 +113,24 @@ def tokenizer_folder(name: str | Path, revision: str | None = None) -> Path:
         if path.suffix in (".json", ".model", ".txt", ".jinja"):
             check_is_file(path)
     return folder
+
+
+def _check_class(folder: Path) -> None:
+    """Refuse a class that is no name, over which only `AutoTokenizer` stumbles."""
+    for name in ("tokenizer_config.json", "config.json"):
+        named = read_json(folder / name).get("tokenizer_class") if (folder / name).exists() else None
+        if not isinstance(named, str | None):
+            raise UserError(
+                f"tokenizer_class in {folder / name} is {named!r}; expected a name. Fetch or save it again."
+            )
+
+
+def _check_encodes(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse settings that only encoding stumbles over, such as a `model_max_length` that is a word."""
+    try:
+        tokenizer("A")
+    except Exception as error:  # as above
+        raise _refusal(name, error) from error
 
 
 def _refusal(name: str | Path, error: Exception) -> UserError:

@@ -14,7 +14,7 @@ from jai.errors import UserError
 from jai.files import check_is_file, hash_each, read_json, sha256
 from jai.provenance import Input, input_of, read_step
 from jai.tokenization.loading import RECORD_FILE as TOKENIZER_RECORD_FILE
-from jai.tokenization.loading import TOKENIZER_JSON
+from jai.tokenization.loading import TOKENIZER_JSON, load_backend_tokenizer
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _TOKENIZER_FILES = (
@@ -82,32 +82,21 @@ def check_tokenizer_files(folder: Path, rows: int | None = None) -> None:
         rows: of the embeddings that it is for, None where that is not known.
 
     Raises:
-        UserError: if one of its files is no file, or is JSON that cannot be read, or if a token has no row.
+        UserError: if one of its files is no file, or is JSON that cannot be read; if the tokenizers library does not
+            load it; or if a token has no row.
     """
     for name in tokenizer_files(folder):
         if name.endswith(".json"):
             read_json(folder / name)
         else:
             check_is_file(folder / name)
-    if rows is not None and (folder / TOKENIZER_JSON).exists():
-        id_, token = max(_tokens_by_id(read_json(folder / TOKENIZER_JSON)), default=(0, ""))
-        if id_ >= rows:
-            raise UserError(
-                f"The tokenizer in {folder} has ids up to {id_} ({token!r}), but the embeddings have {rows:,} rows, so "
-                "the model would fail there. Put the tokenizer into the folder that the model was trained with, or "
-                "give the model a row for each token first (resize_token_embeddings in transformers)."
-            )
-
-
-def _tokens_by_id(tokenizer: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """Ids and tokens of a tokenizer.json, as far as it has the form of one."""
-    model = tokenizer.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocab, dict):
-        yield from ((id_, token) for token, id_ in vocab.items() if type(id_) is int)
-    elif isinstance(vocab, list):  # of a Unigram model, tokens with their scores
-        yield from ((id_, str(entry)) for id_, entry in enumerate(vocab))
-    added = tokenizer.get("added_tokens")
-    for token in added if isinstance(added, list) else ():
-        if isinstance(token, dict) and type(token.get("id")) is int:
-            yield token["id"], str(token.get("content"))
+    if not (folder / TOKENIZER_JSON).exists():
+        return
+    ids = load_backend_tokenizer(folder).get_vocab()
+    token = max(ids, key=ids.__getitem__, default="")
+    if rows is not None and ids.get(token, -1) >= rows:
+        raise UserError(
+            f"The tokenizer in {folder} has ids up to {ids[token]} ({token!r}), but the embeddings have {rows:,} rows, "
+            "so the model would fail there. Put the tokenizer into the folder that the model was trained with, or give "
+            "the model a row for each token first (resize_token_embeddings in transformers)."
+        )

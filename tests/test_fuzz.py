@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged files and values of every kind: never a traceback, never exit code 0 with a result that is not whole.
+
+Each target runs `jai` in this process, hundreds of times on tiny checkpoints. `make test` takes the same examples every
+time; `make test-slow` takes new ones, for JAI_FUZZ_SECONDS in all (600). The figures are printed at the end of the run.
+"""
+
+import io
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from damage import Damage, damages, hard_linked
+from huggingface_hub import constants
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from jai.cli.app import main
+from jai.files import work_folder
+
+SECONDS = float(os.environ.get("JAI_FUZZ_SECONDS", "600"))
+HANG_SECONDS = 60  # an example takes a quarter of a second
+MEMORY = 3 * 2**30  # bytes that may be added to what this process has
+LARGEST_FILE = 2**28
+
+
+# --- Running jai, and what must hold whatever it was given ---
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def kind(self) -> str:
+        """What happened, without the names and numbers of this example."""
+        if self.code == 0:
+            return "ok"
+        message = re.split("^Error: ", self.err, flags=re.MULTILINE)[-1]
+        return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|[\w.]*\d[\w.,]*|[\w.]*[._][\w.]+", "…", message)[:60]
+
+
+class Hang(BaseException):
+    """An example that takes for ever."""
+
+
+@contextmanager
+def no_hanging() -> Iterator[None]:
+    def hang(*_: Any) -> None:
+        raise Hang(f"no end after {HANG_SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(HANG_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(*words: str | Path) -> Outcome:
+    """Run `jai …` in this process; whatever is not an exit is a traceback to the user."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("surrogateescape", "backslashreplace"))
+    argv, sys.argv = sys.argv, ["jai", *map(str, words)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), no_hanging():
+            main()
+        code: Any = 0
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    finally:
+        sys.argv = argv
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode(errors="replace"))  # type: ignore[attr-defined]
+    return Outcome(code, *texts)
+
+
+def check_outcome(outcome: Outcome) -> None:
+    assert outcome.code in (0, 1, 2), outcome
+    assert "Traceback" not in outcome.err, outcome.err
+    assert len(re.findall("^Error: ", outcome.err, re.MULTILINE)) == (outcome.code != 0), outcome.err
+
+
+def check_nothing_left(out: Path) -> None:
+    assert not out.exists()
+    assert not work_folder(out).exists()
+
+
+def check_whole(out: Path, *, forward: bool = False) -> None:
+    """A folder is what its configuration says, to readers that are not ours, and every weight is a number."""
+    for path in sorted(out.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                assert file.get_tensor(name).isfinite().all(), f"{name} in {path} is not finite"
+    for path in out.glob("*.json"):
+        assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict), path
+    if (out / "generation_config.json").exists():
+        GenerationConfig.from_pretrained(out)
+    if json.loads((out / "config.json").read_text())["model_type"] == "jai_ffn_snapshot":
+        return
+    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (out / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        ids = tokenizer("A ก.")["input_ids"]
+        assert max(tokenizer.get_vocab().values()) < rows, "ids beyond the rows"
+        assert max(ids) < rows
+    if forward:
+        with torch.inference_mode():
+            assert model.eval()(torch.tensor([[1, 5, 6, 7]])).logits.isfinite().all()
+
+
+# --- Examples: how many, and the figures ---
+
+
+class Figures:
+    """How often each kind of outcome was met."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+
+    def add(self, outcome: Outcome | str) -> None:
+        self.kinds[outcome if isinstance(outcome, str) else outcome.kind] += 1
+
+    def __str__(self) -> str:
+        ok, total = self.kinds["ok"], self.kinds.total()
+        messages = len(self.kinds - Counter(ok=ok))
+        return f"{total:,} examples: {ok:,} taken, {total - ok:,} refused with {messages:,} messages"
+
+
+@pytest.fixture
+def figures(record_property) -> Iterator[Figures]:
+    found = Figures()
+    yield found
+    record_property("figures", str(found))
+
+
+def fuzz(strategy: st.SearchStrategy, check: Callable[[Any], None], *, examples: int, seconds: float | None) -> None:
+    """Check examples: the same ones each time, or without `examples` new ones until the seconds are over."""
+
+    def some(count: int, **more: Any) -> Callable[[], None]:
+        return settings(max_examples=count, deadline=None, suppress_health_check=[*HealthCheck], **more)(
+            given(strategy)(check)
+        )
+
+    if seconds is None:
+        some(examples, derandomize=True, database=None)()
+        return
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        seed(time.time_ns())(some(50))()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounds() -> Iterator[None]:
+    """Whoever takes the machine's memory, disk or network fails."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = {resource.RLIMIT_AS: used + MEMORY, resource.RLIMIT_FSIZE: LARGEST_FILE}
+    before = {kind: resource.getrlimit(kind) for kind in limits}
+    for kind, soft in limits.items():
+        resource.setrlimit(kind, (soft, before[kind][1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield
+    for kind, limit in before.items():
+        resource.setrlimit(kind, limit)
+
+
+# --- Checkpoints ---
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer) -> Path:
+    """A folder with one of each kind that a verb reads."""
+    home = tmp_path_factory.mktemp("fuzz")
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": len(tiny_tokenizer)}
+    base = tiny_phi3(home / "base", **shape)
+    tiny_tokenizer.save_pretrained(base)
+    sharded = AutoModelForCausalLM.from_pretrained(tiny_phi3(home / "other", seed=1, **shape))
+    sharded.to(torch.bfloat16).save_pretrained(home / "sharded", max_shard_size="30KB")
+    blocks = ("--block-size", "1", "--block-repeats", "1,2", "--experts")
+    for words in (
+        ("convert", base, home / "jai", *blocks, "2"),
+        ("convert", home / "other", home / "jai-2", *blocks, "2"),
+        ("convert", base, home / "dense", *blocks, "1"),
+        ("convert", home / "other", home / "trained", *blocks, "1"),
+        ("snapshot", home / "trained", home / "snapshot"),
+        ("convert", base, home / "plain", "--layers", "0-1", "--experts", "2"),
+    ):
+        assert run(*words).code == 0
+    return home
+
+
+@dataclass(frozen=True)
+class Work:
+    """A verb with an input that is damaged: DAMAGED among its words, and OUT for what it makes."""
+
+    damaged: str
+    words: tuple[str, ...]
+
+
+BLOCKS = ("--block-size", "1", "--block-repeats", "1,2", "--experts", "2")
+WORKS = {
+    "convert": Work("base", ("convert", "DAMAGED", "OUT", *BLOCKS)),
+    "convert, shards": Work("sharded", ("convert", "DAMAGED", "OUT", *BLOCKS, "--dtype", "float16")),
+    "convert, tokenizer": Work("base", ("convert", "the/base", "OUT", *BLOCKS, "--tokenizer", "DAMAGED")),
+    "snapshot": Work("dense", ("snapshot", "DAMAGED", "OUT")),
+    "upcycle": Work("dense", ("upcycle", "DAMAGED", "OUT", "--snapshots", "the/trained", "--experts", "3")),
+    "upcycle, snapshot": Work(
+        "snapshot", ("upcycle", "the/dense", "OUT", "--snapshots", "DAMAGED", "--base-weights", "first")
+    ),
+    "merge": Work("jai", ("merge", "OUT", "--models", "DAMAGED", "the/jai-2")),
+    "merge, second": Work("sharded", ("merge", "OUT", "--models", "the/other", "DAMAGED", "--method", "slerp")),
+    "export": Work("plain", ("export", "DAMAGED", "OUT")),
+    "inspect": Work("jai", ("inspect", "DAMAGED")),
+    "publish": Work("jai", ("publish", "DAMAGED", "me/model", "--dry-run")),
+}
+EXAMPLES = {"convert": 80, "convert, shards": 40}
+
+
+def check_damage(checkpoints: Path, work: Work, damage: Damage) -> Outcome:
+    with tempfile.TemporaryDirectory(dir=checkpoints) as folder:
+        out = Path(folder) / "out"
+        damaged = hard_linked(checkpoints / work.damaged, Path(folder) / "damaged")
+        damage.lay_on(damaged)
+        names = {"OUT": out, "DAMAGED": damaged} | {f"the/{path.name}": path for path in checkpoints.iterdir()}
+        outcome = run(*(names.get(word, word) for word in work.words))
+        check_outcome(outcome)
+        if outcome.code:
+            check_nothing_left(out)
+        elif "OUT" in work.words:
+            check_whole(out, forward=not damage.file.endswith(".safetensors"))
+        return outcome
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_damaged_checkpoints(checkpoints, figures, name):
+    fuzz_damages(checkpoints, figures, name, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 600)
+@pytest.mark.parametrize("name", WORKS)
+def test_damaged_checkpoints_for_minutes(checkpoints, figures, name):
+    fuzz_damages(checkpoints, figures, name, SECONDS / 2 / len(WORKS))
+
+
+def fuzz_damages(checkpoints: Path, figures: Figures, name: str, seconds: float | None) -> None:
+    work = WORKS[name]
+
+    def check(damage: Damage) -> None:
+        figures.add(check_damage(checkpoints, work, damage))
+
+    fuzz(damages(checkpoints / work.damaged), check, examples=EXAMPLES.get(name, 20), seconds=seconds)
+
+
+# --- What was found by chance once, each of its kind ---
+
+
+def with_values(**values: Any) -> Callable[[bytes], bytes]:
+    return lambda content: json.dumps(json.loads(content) | values).encode()
+
+
+FOUND = [
+    # Tokenizers were copied unread by the verbs that have no use for them.
+    ("merge", "tokenizer_config.json", with_values(unk_token=[-1]), "Special token unk_token has to be"),
+    ("merge", "tokenizer_config.json", with_values(padding_side=[0.5]), "Padding side should be"),
+    ("export", "tokenizer.json", lambda _: b"{}", "has no tokenizer that can be loaded"),
+    ("export", "chat_template.jinja", lambda content: content + b"\xff", "can't decode byte 0xff"),
+    ("export", "tokenizer_config.json", with_values(eos_token="<new>"), r"'<new>'\), but the embeddings have 400 rows"),
+    ("upcycle", "tokenizer_config.json", with_values(tokenizer_class=0.5), "tokenizer_class in .* is 0.5"),
+    ("convert", "config.json", with_values(tokenizer_class=["x"]), "tokenizer_class in .* is "),
+    ("convert, tokenizer", "tokenizer_config.json", with_values(tokenizer_class=1e300), "tokenizer_class in .* is 1e"),
+    ("convert", "tokenizer_config.json", with_values(model_max_length="x"), "has no tokenizer that can be loaded"),
+    # A model that transformers cannot build.
+    ("export", "config.json", with_values(hidden_act="sil"), "`hidden_act` is 'sil'; expected one of .*silu"),
+    ("convert", "config.json", with_values(hidden_act="sil"), "`hidden_act` is 'sil'; expected one of .*silu"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "change", "message"), FOUND, ids=[f"{n}-{f}" for n, f, *_ in FOUND])
+def test_what_fuzzing_found_is_refused(checkpoints, name, file, change, message):
+    content = change((checkpoints / WORKS[name].damaged / file).read_bytes())
+    outcome = check_damage(checkpoints, WORKS[name], Damage(file, "changed", content))
+    assert outcome.code == 1
+    assert re.search(message, outcome.err), outcome.err
