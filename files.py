@@ -20,11 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jai.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
@@ -107,7 +108,7 @@ def read_json(path: str | os.PathLike, remedy: str = "Fetch or save it again.") 
     raise UserError(f"{path} {problem}. {remedy}") from None
 
 
-def print_next(console: Console, *commands: Sequence[str | Path]) -> None:
+def print_next(console: "Console", *commands: Sequence[str | Path]) -> None:
     """Print commands that may come next, each given as its words, in a form that a shell takes."""
     for number, words in enumerate(commands):
         lead = "      " if number else "Next: "
@@ -139,7 +140,7 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:  # Ctrl-C too: nothing half-written stays behind
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, KeyboardInterrupt):
-            Console(stderr=True).print("Nothing was kept.", highlight=False)
+            _say("Nothing was kept.")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise UserError(
                 f"Could not write {out}: {error.strerror}. Free some space or choose another disk; nothing was kept."
@@ -272,11 +273,11 @@ def resumable_folder(out: Path, identity: dict[str, Any]) -> Iterator[Unfinished
                     "1 finished file stays" if len(job.finished) == 1 else f"{len(job.finished)} finished files stay"
                 )
                 kept = f"{count} in {job.work}: the same command goes on from there."
-                Console(stderr=True).print(kept, highlight=False, markup=False, soft_wrap=True)
+                _say(kept)
             else:
                 shutil.rmtree(job.work, ignore_errors=True)
                 if isinstance(error, KeyboardInterrupt):
-                    Console(stderr=True).print("Nothing was kept.", highlight=False)
+                    _say("Nothing was kept.")
             if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
                 raise UserError(
                     f"Could not write {out}: {error.strerror}. Free some space or choose another disk."
@@ -284,6 +285,12 @@ def resumable_folder(out: Path, identity: dict[str, Any]) -> Iterator[Unfinished
             raise
     finally:
         os.close(lock)
+
+
+def _say(what_is_kept: str) -> None:
+    from rich.console import Console  # here, for `jai --help` needs none
+
+    Console(stderr=True).print(what_is_kept, highlight=False, markup=False, soft_wrap=True)
 
 
 def work_folder(out: Path) -> Path:

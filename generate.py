@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
-from rich.console import Console
 
 from jai.errors import UserError
 from jai.files import read_json
@@ -19,6 +18,7 @@ from jai.options import argument, check_values, option
 from jai.tokenization.loading import load_tokenizer, tokenizer_folder
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 END_OF_TURN = "<|end|>"  # of phi-3's chat form
@@ -63,6 +63,8 @@ def generate(options: GenerateOptions, *, console: Console | None = None) -> str
         UserError: if the checkpoint cannot be loaded, has no tokenizer or one that is larger than its vocabulary, or no
             chat template where one is needed.
     """
+    from rich.console import Console
+
     console = console or Console()
     folder = _checkpoint_folder(options.model)
     tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)

@@ -14,11 +14,14 @@ INTERRUPTED = 130  # typer's exit code for Ctrl-C
 # Packages that `pip install jai-llm` does not bring, and the extra that does.
 EXTRA_OF = {
     "datasets": "train",
+    "fastapi": "serving",
     "fontTools": "tokenizer",
     "matplotlib": "tokenizer",
+    "openai": "serving",
     "peft": "train",
     "pythainlp": "tokenizer",
     "trl": "train",
+    "uvicorn": "serving",
 }
 _EXTRA_OF_VERB = {"demo": "demo", "tokenizer": "tokenizer"}
 

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verbs that make checkpoints of checkpoints."""
+"""Verbs that make checkpoints of checkpoints, and the one that shows what a checkpoint is made of.
 
-from typing import Annotated
+Names are looked up before PyTorch is imported, which takes seconds.
+"""
+
+from pathlib import Path
 
 import typer
 
 from jai.cli.verb import verb
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.export.options import ExportOptions
+from jai.conversion.inspect_options import PAPERS_JAI, InspectOptions
 from jai.conversion.merge.options import MergeOptions
 from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
+from jai.files import refuse_existing
+from jai.hub import local_folder
 
 app = typer.Typer()
 
@@ -17,6 +23,7 @@ app = typer.Typer()
 @verb(app, ConvertOptions, config="recipes/convert_phi3_medium.yaml")
 def convert(options: ConvertOptions) -> None:
     """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts. Run again after a break, it goes on."""
+    _look_up(options.out, options.base, options.tokenizer)
     from jai.conversion.convert.command import convert
     from jai.conversion.convert.verify import verify_conversion
 
@@ -28,6 +35,8 @@ def convert(options: ConvertOptions) -> None:
 @verb(app, UpcycleOptions, config="plan.yaml")
 def upcycle(options: UpcycleOptions) -> None:
     """Make experts of a dense JAI and snapshots of its training. Run again after a break, it goes on."""
+    named = {options.base_weights} - {"last", "first"}
+    _look_up(options.out, options.dense, *options.snapshots, *named)
     from jai.conversion.upcycle.command import upcycle
 
     upcycle(options)
@@ -36,6 +45,7 @@ def upcycle(options: UpcycleOptions) -> None:
 @verb(app, SnapshotOptions)
 def snapshot(options: SnapshotOptions) -> None:
     """Keep only the FFN weights of a dense JAI, for jai upcycle."""
+    _look_up(options.out, options.checkpoint)
     from jai.conversion.upcycle.snapshot import snapshot
 
     snapshot(options)
@@ -44,6 +54,7 @@ def snapshot(options: SnapshotOptions) -> None:
 @verb(app, MergeOptions, config="recipes/merge_m3.yaml")
 def merge(options: MergeOptions) -> None:
     """Merge checkpoints of one architecture, with weights by layer. Run again after a break, it goes on."""
+    _look_up(options.out, *options.models, options.base)
     from jai.conversion.merge.command import merge
 
     merge(options)
@@ -54,19 +65,25 @@ def export(options: ExportOptions) -> None:
     """Write a JAI without skips as a Mixtral or a Phi-3.
 
     Engines that do not have its code can serve that."""
+    _look_up(options.out, options.model)
     from jai.conversion.export.command import export
 
     export(options)
 
 
-@app.command()
-def inspect(
-    path: Annotated[
-        str,
-        typer.Argument(metavar="PATH", help="Folder or Hub id of a JAI, or jai-1 for the paper's, without weights."),
-    ],
-) -> None:
+@verb(app, InspectOptions)
+def inspect(options: InspectOptions) -> None:
     """Show the layer plan, the parameters and the memory they take."""
+    if options.model != PAPERS_JAI:
+        local_folder(options.model)
     from jai.conversion.inspect_checkpoint import inspect
 
-    inspect(path)
+    inspect(options)
+
+
+def _look_up(out: Path, *inputs: str | None) -> None:
+    """Refuse an output that is there already, and inputs that are not."""
+    refuse_existing(out)
+    for name in inputs:
+        if name is not None:
+            local_folder(name)

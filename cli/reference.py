@@ -29,8 +29,9 @@ def _section(verb: Verb) -> str:
     lines += [f"- `{each.info.metavar}`: {each.info.help}" for each in positional]
     if verb.config:
         lines.append(f"- `--config FILE`: YAML file with any of these options, such as `{verb.config}`.")
-    lines += ["", "| option | value | default | what it does |", "| --- | --- | --- | --- |"]
-    lines += [_row(each) for each in options_of(verb.options).values() if not each.info.positional]
+    rows = [_row(each) for each in options_of(verb.options).values() if not each.info.positional]
+    if rows:
+        lines += ["", "| option | value | default | what it does |", "| --- | --- | --- | --- |", *rows]
     return "\n".join([*lines, ""])
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verbs that use a checkpoint: generate, serve; and the demo, which uses all."""
 
+from importlib.util import find_spec
+
 import typer
 
 from jai.cli.verb import PASS_THROUGH, verb
 from jai.demo.options import DemoOptions
-from jai.errors import UserError
 from jai.generate import GenerateOptions
 
 app = typer.Typer()
+_SERVER_PACKAGES = ("fastapi", "openai", "uvicorn")
 
 
 @verb(app, GenerateOptions)
@@ -24,12 +26,11 @@ def serve(context: typer.Context) -> None:
     """Serve a model over HTTP, as OpenAI does.
 
     It is transformers' server: MODEL, then any of its options."""
-    try:
-        from jai.serve import main as run
-    except ImportError as error:
-        raise UserError(
-            f"The server cannot be imported ({error}). Install its packages: pip install 'transformers[serving]'."
-        ) from error
+    for package in _SERVER_PACKAGES:  # transformers looks when it has loaded PyTorch, and ends with a traceback
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
+    from jai.serve import main as run
+
     run(context.args)
 
 

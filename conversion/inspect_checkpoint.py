@@ -12,9 +12,9 @@ from jai.conversion import names
 from jai.conversion.inputs.hub import resolve_checkpoint
 from jai.conversion.inputs.jai import load_jai_config, open_jai_weights
 from jai.conversion.inputs.weight_files import has_weights
+from jai.conversion.inspect_options import PAPERS_JAI, InspectOptions
 from jai.conversion.output.checkpoint_folder import print_note
 
-DEFAULT_NAME = "jai-1"
 GB = 1e9
 # NF4 with bitsandbytes' double quantisation: 4 bits, and 0.127 bits of scales a weight (QLoRA paper, section 3).
 NF4_BYTES = (4 + 0.127) / 8
@@ -104,30 +104,31 @@ def count_parameters(config: JaiConfig) -> ParameterCount:
     )
 
 
-def inspect(path: str, *, console: Console | None = None) -> Inspection:
+def inspect(options: InspectOptions, *, console: Console | None = None) -> Inspection:
     """Print the layer plan, the parameter table beside phi-3's, and what it takes to store, serve and train a JAI.
 
     Args:
-        path: folder or Hub id of a JAI, or `jai-1` for the default configuration without weights.
+        options: what to show: a JAI, or the default configuration without weights.
         console: where to print; None is standard output.
 
     Raises:
-        UserError: if `path` holds no JAI.
+        UserError: if it is no JAI.
     """
     console = console or Console()
-    if path == DEFAULT_NAME:
+    name = options.model
+    if name == PAPERS_JAI:
         config, reader = JaiConfig(), None
     else:
-        folder = resolve_checkpoint(path)
+        folder = resolve_checkpoint(name)
         config = load_jai_config(folder)
-        reader, notes = open_jai_weights(path, folder, config) if has_weights(folder) else (None, [])
+        reader, notes = open_jai_weights(name, folder, config) if has_weights(folder) else (None, [])
         for note in notes:
             print_note(console, note)
     alphas = config.initial_skip_alphas
     if reader is not None:
         alphas = {layer: reader.rows(names.skip_alpha_name(layer)).item() for layer in alphas}
     inspection = Inspection(
-        name=path,
+        name=name,
         config=config,
         count=count_parameters(config),
         skip_alphas=alphas,

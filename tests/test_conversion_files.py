@@ -25,6 +25,7 @@ from jai.conversion.export.options import ExportOptions
 from jai.conversion.inputs.header import read_header
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inspect_checkpoint import inspect
+from jai.conversion.inspect_options import InspectOptions
 from jai.conversion.merge.command import merge
 from jai.conversion.merge.options import MergeOptions
 from jai.conversion.upcycle.command import upcycle
@@ -73,7 +74,7 @@ JAI_VERBS: dict[str, Callable[[Path, Path], object]] = {
     "snapshot": lambda model, out: snapshot(SnapshotOptions(checkpoint=str(model), out=out)),
     "merge": lambda model, out: merge(MergeOptions(models=[str(model), str(model)], out=out)),
     "export": lambda model, out: export(ExportOptions(model=str(model), out=out, to="phi3")),
-    "inspect": lambda model, out: inspect(str(model)),
+    "inspect": lambda model, out: inspect(InspectOptions(model=str(model))),
 }
 
 

@@ -13,13 +13,14 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.inspect_checkpoint import PHI3_MEDIUM, count_parameters, inspect
+from jai.conversion.inspect_options import InspectOptions
 from jai.errors import UserError
 from jai.modeling_jai import JaiForCausalLM
 
 
 def show(path: str):
     console = Console(record=True, width=140, file=io.StringIO())
-    inspection = inspect(path, console=console)
+    inspection = inspect(InspectOptions(model=path), console=console)
     return inspection, console.export_text()
 
 
@@ -61,7 +62,7 @@ def test_checkpoint_shows_its_own_alphas_and_size(tmp_path, tiny_phi3):
 
 def test_other_models_are_refused(tmp_path, tiny_phi3):
     with pytest.raises(UserError, match="type 'phi3', not 'jai'"):
-        inspect(str(tiny_phi3(tmp_path / "base")))
+        inspect(InspectOptions(model=str(tiny_phi3(tmp_path / "base"))))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no config\.json"):
-        inspect(str(tmp_path / "empty"))
+        inspect(InspectOptions(model=str(tmp_path / "empty")))

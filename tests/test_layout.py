@@ -5,6 +5,7 @@ import ast
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -123,42 +124,103 @@ def test_python_m_jai_works_at_the_root(site):
 # --- `import jai` ---
 
 
-LIGHT = """
-import sys
-from jai.cli import main
-try:
-    main()
-except SystemExit as exit_:
-    code = exit_.code or 0
-print([code, sorted({"torch", "transformers", "numpy", "yaml", "huggingface_hub", "trl"} & sys.modules.keys())])
-"""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (["--help"], 0),
-        (["--version"], 0),
-        *[
-            ([*verb.split(), "--help"], 0)
-            for verb in ("convert", "merge", "tokenizer train", "generate", "publish", "demo")
-        ],
-        (["convert", "base"], 2),  # no OUT
-        (["convert", "base", "out", "--expert-noise", "1"], 1),
-        (["upcycle", "dense", "out"], 1),
-        (["merge", "out", "--models", "a"], 1),
-        (["snapshot", "dense", "out", "--max-shard-size", "big"], 1),
-        (["publish", "nowhere", "owner/name"], 1),
-        (["demo", "."], 1),
-        (["sft", "--config", "missing.yaml"], 1),
-        (["dpo", "--config=missing.yaml"], 1),
-        (["sft", "--config"], 1),
+# Command lines, each with its exit code. ./none can be no Hub id, so that nobody is asked for it; `full` is a folder
+# that holds no model, text.txt a text.
+NEED_NOTHING: list[tuple[str, int]] = [
+    ("--help", 0),
+    ("--version", 0),
+    *[
+        (f"{verb} --help", 0)
+        for verb in (
+            "convert",
+            "merge",
+            "inspect",
+            "tokenizer train",
+            "tokenizer report",
+            "generate",
+            "publish",
+            "demo",
+        )
     ],
-    ids=str,
-)
-def test_help_and_errors_that_need_no_model_import_nothing_heavy(tmp_path, arguments, code):
-    words = ["-c", f"import sys; sys.argv = ['jai', *{arguments!r}]\n{LIGHT}"]
-    assert run(*words, cwd=tmp_path).splitlines()[-1] == f"[{code}, []]"
+    ("convert base", 2),  # no OUT
+    ("convert base out --expert-noise 1", 1),
+    ("upcycle dense out", 1),
+    ("merge out --models a", 1),
+    ("snapshot dense out --max-shard-size big", 1),
+    ("sft --config missing.yaml", 1),
+    ("dpo --config=missing.yaml", 1),
+    ("sft --config", 1),
+    ("convert ./none out", 1),
+    ("convert full out --tokenizer ./none", 1),
+    ("convert full full", 1),  # the output is there already
+    ("upcycle ./none out --snapshots full", 1),
+    ("upcycle full out --snapshots ./none", 1),
+    ("upcycle full out --snapshots full --base-weights ./none", 1),
+    ("snapshot ./none out", 1),
+    ("merge out --models full ./none", 1),
+    ("merge out --method ties --models full --base ./none", 1),
+    ("export ./none out", 1),
+    ("inspect ./none", 1),
+    ("generate ./none hello", 1),
+    ("generate full hello", 1),  # no config.json
+    ("demo full", 1),
+    ("publish none owner/name", 1),
+    ("publish full name --create-pr --revision branch", 1),
+    ("tokenizer train ./none --base full --out out", 1),
+    ("tokenizer train text.txt --base ./none --out out", 1),
+    ("tokenizer train text.txt --base full --out full", 1),
+    ("tokenizer report full --text ./none", 1),
+    ("tokenizer report ./none --text text.txt", 1),
+    ("tokenizer report full --text text.txt --out full", 1),
+]
+NEED_YAML = [(f"{verb} --config bad.yaml", 1) for verb in ("convert base out", "sft", "dpo")]
+# A name that may be a Hub id, without a network.
+NEED_THE_HUBS_CLIENT = [
+    (line, 1)
+    for line in (
+        "convert none out",
+        "inspect none",
+        "generate none hello",
+        "tokenizer train text.txt --base none --out out",
+        "tokenizer report none --text text.txt",
+        "publish full owner/name",
+        "publish full too/many/parts",
+    )
+]
+
+
+def outcomes(folder: Path, command_lines: list[tuple[str, int]]) -> list[tuple[str, int, list[str]]]:
+    """Run command lines one after another in a new process: each with its exit code and what is imported by then."""
+    (folder / "full").mkdir()
+    (folder / "full" / "notes.txt").touch()
+    (folder / "text.txt").write_text("hello")
+    (folder / "bad.yaml").write_text("a: [")
+    code = f"""
+import json, os, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
+from jai.cli import main
+heavy = {{"torch", "transformers", "numpy", "trl", "yaml", "huggingface_hub"}}
+found = []
+for line in {[line for line, _ in command_lines]!r}:
+    sys.argv = ["jai", *line.split()]
+    try:
+        main()
+    except SystemExit as exit_:
+        found.append((line, exit_.code or 0, sorted(heavy & sys.modules.keys())))
+print(json.dumps(found))
+"""
+    return [tuple(each) for each in json.loads(run("-c", code, cwd=folder).splitlines()[-1])]
+
+
+def test_help_and_errors_that_need_no_model_import_nothing_heavy(tmp_path):
+    assert outcomes(tmp_path, NEED_NOTHING) == [(line, code, []) for line, code in NEED_NOTHING]
+
+
+def test_errors_import_what_they_need_and_no_more(tmp_path):
+    found = outcomes(tmp_path, NEED_YAML + NEED_THE_HUBS_CLIENT)
+    assert found[: len(NEED_YAML)] == [(line, code, ["yaml"]) for line, code in NEED_YAML]
+    both = ["huggingface_hub", "yaml"]  # that client imports yaml itself
+    assert found[len(NEED_YAML) :] == [(line, code, both) for line, code in NEED_THE_HUBS_CLIENT]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +263,9 @@ def test_every_package_is_required_or_comes_with_an_extra():
     extras = {
         extra: {name.partition(">")[0] for name in names} for extra, names in PROJECT["optional-dependencies"].items()
     }
+    assert extras["serving"] == {"transformers[serving]"}
+    of_transformers = importlib.metadata.requires("transformers") or []
+    extras["serving"] = {re.split("[<>=;]", line)[0] for line in of_transformers if 'extra == "serving"' in line}
     for module, extra in EXTRA_OF.items():
         assert module.lower() in extras[extra]
         assert module.lower() not in required
@@ -211,12 +276,24 @@ def test_every_package_is_required_or_comes_with_an_extra():
     [
         (["sft", "--help"], "pip install 'jai-llm[train]'"),
         (["dpo", "--help"], "pip install 'jai-llm[train]'"),
-        (["tokenizer", "report", "nothing", "--text", "nothing"], "pip install 'jai-llm[tokenizer]'"),
+        (["tokenizer", "report", "TOKENIZER", "--text", "TEXT"], "pip install 'jai-llm[tokenizer]'"),
+        (
+            ["tokenizer", "train", "TEXT", "--base", "x", "--out", "out", "--unit", "word"],
+            "pip install 'jai-llm[tokenizer]'",
+        ),
+        (["serve", "--help"], "pip install 'jai-llm[serving]'"),
+        (["serve", "model", "--port", "0"], "pip install 'jai-llm[serving]'"),
         (["demo", "out", "--quick"], "pip install 'jai-llm[demo]'"),
     ],
     ids=str,
 )
-def test_a_verb_that_needs_an_extra_says_which(tmp_path, arguments, advice):
+def test_a_verb_that_needs_an_extra_says_which(tmp_path, tmp_path_factory, tiny_tokenizer, arguments, advice):
+    inputs = tmp_path_factory.mktemp("inputs")
+    if "TEXT" in arguments:
+        tiny_tokenizer.save_pretrained(inputs / "TOKENIZER")
+        (inputs / "TEXT").with_suffix(".txt").write_text("hello")
+        paths = {"TOKENIZER": str(inputs / "TOKENIZER"), "TEXT": str(inputs / "TEXT.txt")}
+        arguments = [paths.get(word, word) for word in arguments]
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({sorted(EXTRA_OF)!r}))  # each import of them raises ModuleNotFoundError

@@ -132,6 +132,16 @@ def test_arrives_from_the_command_line(received, verb, each):
     assert getattr(received(verb, command_line(verb, positionals(verb) | values)), each.name) == value
 
 
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_arguments_arrive_in_their_order(received, verb):
+    known = [each for each in options_of(verb.options).values() if each.info.positional]
+    values = {
+        each.name: [f"{each.name} 1", f"{each.name} 2"] if each.element else each.kind(each.name) for each in known
+    }
+    options = received(verb, command_line(verb, values | REQUIRED.get(verb.name, {})))
+    assert {name: getattr(options, name) for name in values} == values
+
+
 @pytest.mark.parametrize(("verb", "each"), [case for case in OPTIONS if case.values[0].config])
 def test_arrives_from_yaml_and_the_command_line_wins(received, tmp_path, verb, each):
     values, value = expected(verb, each)

@@ -23,6 +23,7 @@ from jai.conversion.inputs.jai import jai_shapes, open_jai
 from jai.conversion.inputs.parts import Copied
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inspect_checkpoint import inspect
+from jai.conversion.inspect_options import InspectOptions
 from jai.conversion.upcycle.command import upcycle
 from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
 from jai.conversion.upcycle.plan import open_upcycle_inputs, plan_upcycled_tensors, upcycled_config
@@ -143,7 +144,7 @@ def test_result_is_a_whole_checkpoint(upcycled, checkpoints, capsys):
     assert len(output.router_logits) == LAYERS
     assert (upcycled / "tokenizer.json").exists()
     assert (upcycled / "modeling_jai.py").exists()
-    inspect(str(upcycled))
+    inspect(InspectOptions(model=str(upcycled)))
     assert "4 (2)" in capsys.readouterr().out
 
 
@@ -273,7 +274,7 @@ def test_snapshots_are_no_models(trained, dense, checkpoints, tmp_path):
         with pytest.raises(ValueError, match="jai_ffn_snapshot"):
             AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
     with pytest.raises(UserError, match="is a snapshot, which has only FFN weights"):
-        inspect(folder)
+        inspect(InspectOptions(model=str(folder)))
     with pytest.raises(UserError, match="only FFN weights already"):
         snapshot(SnapshotOptions(checkpoint=folder, out=tmp_path / "again"))
     with pytest.raises(UserError, match=r"DENSE, .* has only FFN weights"):

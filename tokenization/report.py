@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jai tokenizer report`: tokenizers side by side on text, as tables, JSON, Markdown and a picture."""
+"""`jai tokenizer report`: tokenizers side by side on text, as tables, JSON, Markdown and a picture.
+
+What measures and draws is imported when the text and the tokenizers are there: it takes two seconds.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -9,26 +14,28 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from jai.errors import UserError
 from jai.files import new_folder, refuse_existing
 from jai.reports import GREY, MUTED, RULE, ReportTable, figure_style, series_color
 from jai.tokenization.corpus import Source, open_sources
-from jai.tokenization.extend import RESERVED_TOKEN
-from jai.tokenization.loading import RECORD_FILE, backend_of, load_tokenizer
-from jai.tokenization.measure import TextFigures, TokenizerFigures, machine, measure
+from jai.tokenization.loading import RECORD_FILE, backend_of, load_tokenizer, tokenizer_folder
 from jai.tokenization.options import ReportTokenizersOptions
 from jai.version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
+
+    from jai.tokenization.measure import TextFigures, TokenizerFigures
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"
 _PACKAGES = ("tokenizers", "transformers", "pythainlp", "fonttools", "regex")
@@ -84,6 +91,8 @@ class Report:
 
     def record(self) -> dict:
         """Everything, for JSON."""
+        from jai.tokenization.measure import machine
+
         return {
             "jai": __version__,
             "versions": {package: version(package) for package in _PACKAGES},
@@ -124,6 +133,10 @@ def report_tokenizers(options: ReportTokenizersOptions, console: Console | None 
         refuse_existing(out)
     sources = open_sources(options.text)
     origins = list(dict.fromkeys([*([base] if base else []), *options.tokenizer]))
+    for origin in origins:
+        tokenizer_folder(origin)
+    from jai.tokenization.measure import measure
+
     subjects = load_subjects(origins)
     base_name = next(iter(subjects)) if len(subjects) > 1 or base else None
     command = shlex.join(
@@ -174,6 +187,8 @@ def load_subjects(origins: Sequence[str]) -> dict[str, Subject]:
     Raises:
         UserError: if one cannot be loaded, has no fast implementation, or contradicts its training record.
     """
+    from jai.tokenization.extend import RESERVED_TOKEN
+
     loaded = [_load(origin) for origin in origins]
     names = [Path(origin.rstrip("/")).name for origin in origins]
     base_vocab = loaded[0].get_vocab()
@@ -406,6 +421,8 @@ _SOURCES_DRAWN = 10
 
 def draw(report: Report) -> Figure:
     """Tokens per character by script and source, and how long the tokens of the text are."""
+    from matplotlib.figure import Figure
+
     text = report.text
     scripts = _scripts_shown(text)
     sources = list(text.by_source)[:_SOURCES_DRAWN] if len(text.by_source) > 1 else []
@@ -442,6 +459,8 @@ def _draw_rates(axes: Axes, report: Report, scripts: list[str], sources: list[st
 
 
 def _draw_lengths(axes: Axes, report: Report) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     for number, found in enumerate(report.figures.values()):
         axes.plot(*_length_shares(found), "o-", markersize=3.5, linewidth=1.4, color=_color(number))
     axes.set_title("Share of the text's tokens, by the characters that a token stands for")

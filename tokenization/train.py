@@ -14,7 +14,6 @@ from rich.table import Table
 
 from jai.files import new_folder, refuse_existing
 from jai.tokenization.corpus import draw_sample, open_sources, sample_table
-from jai.tokenization.extend import check_extension, extend_tokenizer, new_token_pieces
 from jai.tokenization.loading import RECORD_FILE, load_tokenizer
 from jai.tokenization.options import TrainTokenizerOptions
 from jai.version import __version__
@@ -46,6 +45,9 @@ def train_tokenizer(options: TrainTokenizerOptions, console: Console | None = No
     if options.unit == "word":
         import_module("pythainlp.tokenize")  # of an extra: if it is missing, that is better said before the reading
     base_tokenizer = load_tokenizer(base)
+    # Here, for it imports transformers: a second for whoever has mistyped a name.
+    from jai.tokenization.extend import check_extension, extend_tokenizer, new_token_pieces
+
     check_extension(base_tokenizer, options.vocab_size, script)
 
     with new_folder(out) as folder:

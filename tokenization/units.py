@@ -3,7 +3,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Literal, get_args
 
 import regex
@@ -70,6 +69,8 @@ def clusters(run: str) -> list[str]:
 def count_words(run_counts: Counter[str]) -> Counter[str]:
     """How often each Thai word occurs, each run cut by PyThaiNLP's newmm; a space stays with the word after it."""
     counts: Counter[str] = Counter()
+    from concurrent.futures import ProcessPoolExecutor  # here, for `jai --help` needs none
+
     with ProcessPoolExecutor() as pool:
         for words, count in zip(pool.map(_words, run_counts, chunksize=2_000), run_counts.values()):
             for word in words:
