@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training data: what is read, which rows are refused, and how many tokens are cut off."""
 
+import copy
 import gzip
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from jai.errors import UserError
@@ -209,7 +211,7 @@ def documents(sentences) -> list[dict[str, str]]:
         {"packing": True, "packing_strategy": "bfd"},
         {"packing": True, "packing_strategy": "bfd_split"},
         {"packing": True, "packing_strategy": "wrapped"},
-        {"packing": True, "packing_strategy": "bfd", "eval_packing": False},
+        {"packing": True, "packing_strategy": "bfd_split", "eval_packing": False},
     ],
     ids=["one-by-one", "unlimited", "bfd", "bfd_split", "wrapped", "evaluated-unpacked"],
 )
@@ -226,11 +228,11 @@ def test_tokens_of_plain_text_are_counted_as_they_are_trained(model, tiny_tokeni
     assert (train.rows, train.is_sample, train.tokens) == (5, False, sum(whole))
     assert sum(map(len, trainer.train_dataset["input_ids"])) == train.tokens - train.cut
     assert sum(map(len, trainer.eval_dataset["input_ids"])) == evaluation.tokens - evaluation.cut
-    if options.get("packing_strategy") in ("bfd_split", "wrapped") or "max_length" in options:
-        assert train.cut == evaluation.cut == 0
-    else:
-        assert train.cut == sum(max(length - LONG, 0) for length in whole) > train.tokens / 2
-        assert evaluation.cut == whole[2] - LONG
+    keeps_all = options.get("packing_strategy") in ("bfd_split", "wrapped") or "max_length" in options
+    cut = sum(max(length - LONG, 0) for length in whole)
+    assert cut > train.tokens / 2
+    assert train.cut == (0 if keeps_all else cut)
+    assert evaluation.cut == (0 if keeps_all and "eval_packing" not in options else whole[2] - LONG)
 
 
 def test_bfd_split_keeps_every_token_of_more_rows_than_it_packs_at_a_time(tiny_tokenizer, model, sentences):
@@ -243,7 +245,17 @@ def test_bfd_split_keeps_every_token_of_more_rows_than_it_packs_at_a_time(tiny_t
     assert sum(map(len, trainer.train_dataset["input_ids"])) == count_tokens(data, tiny_tokenizer, training)[0].tokens
 
 
-def test_tokens_of_conversations_and_completions_are_counted_as_they_are_trained(model, tiny_tokenizer, sentences):
+@pytest.fixture
+def bos_tokenizer(tiny_tokenizer):
+    """A tokenizer that begins text with <s>, as Llama's does; a chat template writes its special tokens itself."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))])
+    tokenizer.backend_tokenizer.post_processor = begin
+    assert tokenizer("a")["input_ids"][0] == tokenizer.convert_tokens_to_ids("<s>")
+    return tokenizer
+
+
+def test_tokens_of_conversations_and_completions_are_counted_as_they_are_trained(model, bos_tokenizer, sentences):
     chats = [{"messages": [user("hi"), assistant(sentences[i] * (i + 1))]} for i in range(4)]
     completions = [{"prompt": "Q: ", "completion": sentences[i] * (i + 1)} for i in range(4)]
     turns = [{"prompt": chat["messages"][:1], "completion": chat["messages"][1:]} for chat in chats]
@@ -255,8 +267,8 @@ def test_tokens_of_conversations_and_completions_are_counted_as_they_are_trained
         training = SFTConfig("out", bf16=False, report_to="none", max_length=60, assistant_only_loss=rows is chats)
         dataset = Dataset.from_list(rows)
         data = TrainingData("rows", type_, tuple(rows[0]), conversational, dataset, None)
-        counted, _ = count_tokens(data, tiny_tokenizer, training)
-        trainer = JaiSFTTrainer(model, training, train_dataset=dataset, processing_class=tiny_tokenizer)
+        counted, _ = count_tokens(data, bos_tokenizer, training)
+        trainer = JaiSFTTrainer(model, training, train_dataset=dataset, processing_class=bos_tokenizer)
         assert len(trainer.train_dataset) == 4
         assert sum(map(len, trainer.train_dataset["input_ids"])) == counted.tokens - counted.cut
         assert counted.cut > 0
