@@ -163,7 +163,7 @@ def _run(contents: Contents, scratch: Path, name: str, request: dict[str, Any]) 
     request |= {"report": str(report), "logits": str(scratch / f"{name}.safetensors")}
     process = subprocess.run(
         [sys.executable, "-P", str(_CLEAN_LOAD), json.dumps(request)],
-        env=_clean_environment(scratch),
+        env=clean_environment(scratch),
         cwd=scratch,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -215,7 +215,7 @@ def _compare_logits(folder: Path, scratch: Path, dtype: str) -> float:
     return difference
 
 
-def _clean_environment(scratch: Path) -> dict[str, str]:
+def clean_environment(scratch: Path) -> dict[str, str]:
     """This environment without tokens, network and caches."""
     kept = {key: value for key, value in os.environ.items() if "TOKEN" not in key and not key.startswith("HF_")}
     return kept | {

@@ -21,7 +21,7 @@ from jai.conversion.inputs.weight_files import weight_files
 from jai.errors import UserError
 from jai.generate import GenerateOptions, generate
 from jai.hub_card.card import card_files
-from jai.hub_card.check import check_files
+from jai.hub_card.check import check_files, clean_environment
 from jai.hub_card.contents import MANIFEST, Kind, read_contents
 from jai.hub_card.options import PublishOptions
 from jai.hub_card.publish import publish
@@ -262,11 +262,9 @@ def test_a_token_in_a_record_reaches_no_card(folder):
 
 
 def test_the_check_runs_without_tokens(monkeypatch, tmp_path):
-    from jai.hub_card.check import _clean_environment
-
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN", "HF_TOKEN_PATH"):
         monkeypatch.setenv(name, "hf_secret")
-    found = _clean_environment(tmp_path)
+    found = clean_environment(tmp_path)
     assert "hf_secret" not in found.values()
     assert found["HF_HUB_OFFLINE"] == "1"
     assert found["HF_HOME"].startswith(str(tmp_path))

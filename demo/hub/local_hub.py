@@ -51,8 +51,8 @@ class LocalHub:
             (methods.split(), re.compile(pattern.replace("R!", _REPO_ID)), route)
             for methods, pattern, route in self.routes()
         ]
-        self._repos: dict[str, Repo] = {}
-        self._lock = threading.RLock()
+        self.repos: dict[str, Repo] = {}
+        self.lock = threading.RLock()
         self._secret = secrets.token_bytes(32)
         self._objects = self.root / "objects"
         self._objects.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class LocalHub:
             ("POST", "/api/models/R!/commit/([^/]+)", self._commit),
             ("POST", r"/R!\.git/info/lfs/objects/batch", self._lfs_batch),
             ("POST", r"/R!\.git/info/lfs/objects/verify", self._verify_object),
-            ("GET HEAD", "/R!/resolve/([^/]+)/(.+)", self._resolve),
+            ("GET HEAD", "/R!/resolve/([^/]+)/(.+)", self.resolve),
             ("PUT", "/uploads/([0-9a-f]{64})", self._put_object),
             ("GET HEAD", "/objects/([0-9a-f]{64})", self._get_object),
         ]
@@ -110,7 +110,7 @@ class LocalHub:
         Raises:
             HttpError: where the answer is an error.
         """
-        request.user = self._user_of(request)
+        request.user = self.user_of(request)
         for methods, pattern, route in self._routes:
             if request.method in methods and (match := pattern.fullmatch(request.path)):
                 return route(request, *match.groups())
@@ -120,7 +120,8 @@ class LocalHub:
 
     # Who may do what
 
-    def _user_of(self, request: Request) -> str | None:
+    def user_of(self, request: Request) -> str | None:
+        """Whose token a request brings, None where it brings none; HttpError 401 for a token of nobody."""
         authorization = request.headers.get("Authorization")
         if authorization is None:
             return None
@@ -128,78 +129,87 @@ class LocalHub:
             return self.user
         raise HttpError(401, "Invalid credentials in Authorization header")
 
-    def _may_write(self, request: Request) -> str:
+    def writer_of(self, request: Request) -> str:
         """The user, who has to be signed in."""
         if request.user is None:
             raise HttpError(401, "Invalid username or password.")
         return request.user
 
-    def _readable(self, request: Request, repo_id: str) -> Repo:
-        repo = self._repos.get(unquote(repo_id))
+    def readable(self, request: Request, repo_id: str) -> Repo:
+        """A repository that a request may read; HttpError where it is not there for it."""
+        repo = self.repos.get(unquote(repo_id))
         if repo is None:
             raise HttpError(401 if request.user is None else 404, "Repository not found", "RepoNotFound")
         return repo
 
-    def _writable(self, request: Request, repo_id: str) -> Repo:
-        user = self._may_write(request)
-        repo = self._readable(request, repo_id)
-        self._check_namespace(user, repo.owner)
+    def writable(self, request: Request, repo_id: str) -> Repo:
+        """A repository that a request may change."""
+        user = self.writer_of(request)
+        repo = self.readable(request, repo_id)
+        self.check_namespace(user, repo.owner)
         return repo
 
-    def _committable(self, request: Request, repo_id: str, revision: str) -> Repo:
+    def committable(self, request: Request, repo_id: str, revision: str) -> Repo:
         """The repository, to a revision of which this request may add."""
-        return self._writable(request, repo_id)
+        return self.writable(request, repo_id)
 
-    def _check_namespace(self, user: str, namespace: str) -> None:
+    def check_namespace(self, user: str, namespace: str) -> None:
+        """Raise HttpError 403 if a user may not write to a namespace."""
         if namespace != user:
             raise HttpError(403, f"You don't have the rights to write models under the namespace {namespace!r}")
 
     def _signature(self, what: str) -> str:
         return hmac.new(self._secret, what.encode(), "sha256").hexdigest()
 
-    def _signed_url(self, what: str) -> str:
+    def signed_url(self, what: str) -> str:
+        """A link to a file of the server that needs no token."""
         return f"http://localhost:{self.server.server_port}/{what}?signature={self._signature(what)}"
 
-    def _check_signature(self, request: Request, what: str) -> None:
+    def check_signature(self, request: Request, what: str) -> None:
+        """Raise HttpError 403 if a request did not come by the signed link to a file."""
         if not hmac.compare_digest(request.query.get("signature", ""), self._signature(what)):
             raise HttpError(403, "SignatureDoesNotMatch")
 
     # Repositories
 
     def _create_repo(self, request: Request) -> Response:
-        user = self._may_write(request)
+        user = self.writer_of(request)
         asked = request.json()
         repo_id = f"{asked.get('organization') or user}/{asked['name']}"
-        self._check_namespace(user, repo_id.split("/")[0])
+        self.check_namespace(user, repo_id.split("/")[0])
         url = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
-        with self._lock:
-            if repo_id in self._repos:
+        with self.lock:
+            if repo_id in self.repos:
                 return json_response({**url, "error": "You already created this model repo"}, status=409)
             attributes = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in _LARGE_SUFFIXES).encode()
-            repo = self._new_repo(repo_id, asked)
+            repo = self.new_repo(repo_id, asked)
             repo.add_commit("main", "initial commit", "", {".gitattributes": self._store(attributes)})
-            self._repos[repo_id] = repo
+            self.repos[repo_id] = repo
         return json_response(url)
 
-    def _new_repo(self, repo_id: str, asked: dict[str, Any]) -> Repo:
+    def new_repo(self, repo_id: str, asked: dict[str, Any]) -> Repo:
+        """An empty repository as a client asked for it."""
         return Repo(repo_id)
 
     def _create_tag(self, request: Request, repo_id: str, revision: str) -> Response:
-        repo = self._writable(request, repo_id)
+        repo = self.writable(request, repo_id)
         tag = request.json()["tag"]
-        with self._lock:
+        with self.lock:
             if tag in repo.tags:
                 raise HttpError(409, f"Tag reference exists already: {tag}")
             repo.tags[tag] = repo.head(unquote(revision)).sha
         return Response()
 
     def _model_info(self, request: Request, repo_id: str, revision: str = "main") -> Response:
-        repo = self._readable(request, repo_id)
-        return json_response(self._info(repo, repo.head(unquote(revision))))
+        repo = self.readable(request, repo_id)
+        return json_response(self.repo_info(repo, repo.head(unquote(revision))))
 
-    def _info(self, repo: Repo, commit: Commit) -> dict[str, Any]:
+    def repo_info(self, repo: Repo, commit: Commit) -> dict[str, Any]:
+        """What the Hub's API says of a repository at a commit."""
         siblings = [self._sibling(path, file) for path, file in commit.files.items()]
-        card = metadata_load(self._object(commit.files["README.md"].sha256)) if "README.md" in commit.files else None
+        card = (
+            metadata_load(self.object_path(commit.files["README.md"].sha256)) if "README.md" in commit.files else None
+        )
         info = {"id": repo.id, "sha": commit.sha, "private": False, "siblings": siblings, "cardData": card}
         from_card = {key: (card or {}).get(key) for key in ("tags", "library_name", "pipeline_tag")}
         return {**info, **from_card, "lastModified": commit.date, "gated": False, "disabled": False}
@@ -213,7 +223,8 @@ class LocalHub:
 
     # Reading files
 
-    def _file_entry(self, path: str, file: StoredFile) -> dict[str, Any]:
+    def file_entry(self, path: str, file: StoredFile) -> dict[str, Any]:
+        """A file as it stands in the list of a folder."""
         entry: dict[str, Any] = {"type": "file", "path": path, "oid": file.oid, "size": file.size}
         if file.large:
             pointer_size = len(lfs_pointer(file.sha256, file.size))
@@ -221,7 +232,7 @@ class LocalHub:
         return entry
 
     def _tree(self, request: Request, repo_id: str, revision: str, folder: str | None = None) -> Response:
-        commit = self._readable(request, repo_id).head(unquote(revision))
+        commit = self.readable(request, repo_id).head(unquote(revision))
         prefix = f"{unquote(folder)}/" if folder else ""
         below = {path: file for path, file in commit.files.items() if path.startswith(prefix)}
         if prefix and not below:
@@ -233,31 +244,32 @@ class LocalHub:
                 name = prefix + "/".join(parts[:depth])
                 oid = hashlib.sha1(f"{commit.sha} {name}".encode()).hexdigest()
                 entries[name] = {"type": "directory", "path": name, "oid": oid, "size": 0}
-            entries[path] = self._file_entry(path, file)
+            entries[path] = self.file_entry(path, file)
         if request.query.get("recursive", "").lower() not in ("true", "1"):
             entries = {name: entry for name, entry in entries.items() if "/" not in name[len(prefix) :]}
         return json_response(list(entries.values()))
 
-    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Response:
-        repo = self._readable(request, repo_id)
+    def resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Response:
+        """The content of a file, or for a large one the link to it."""
+        repo = self.readable(request, repo_id)
         commit = repo.head(unquote(revision))
         file = commit.files.get(unquote(path))
         headers = {"X-Repo-Commit": commit.sha}
         if file is None:
             raise HttpError(404, "Entry not found", "EntryNotFound")
         if not file.large:
-            return Response(self._object(file.sha256), {**headers, "ETag": f'"{file.oid}"'})
+            return Response(self.object_path(file.sha256), {**headers, "ETag": f'"{file.oid}"'})
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
-        headers["Location"] = self._signed_url(f"objects/{file.sha256}")
+        headers["Location"] = self.signed_url(f"objects/{file.sha256}")
         return Response(b"", headers, status=302)
 
     def _get_object(self, request: Request, sha256: str) -> Response:
-        self._check_signature(request, f"objects/{sha256}")
-        return Response(self._object(sha256), {"ETag": f'"{sha256}"'})
+        self.check_signature(request, f"objects/{sha256}")
+        return Response(self.object_path(sha256), {"ETag": f'"{sha256}"'})
 
     # Writing files
 
-    def _object(self, sha256: str) -> Path:
+    def object_path(self, sha256: str) -> Path:
         """Where the content with this hash lies, or would."""
         if not re.fullmatch("[0-9a-f]{64}", sha256):
             raise HttpError(400, "not a SHA-256")
@@ -265,7 +277,7 @@ class LocalHub:
 
     def _store(self, content: bytes) -> StoredFile:
         sha256 = hashlib.sha256(content).hexdigest()
-        self._object(sha256).write_bytes(content)
+        self.object_path(sha256).write_bytes(content)
         return StoredFile(sha256, len(content), git_oid(content), large=False)
 
     def _validate_card(self, request: Request) -> Response:
@@ -292,7 +304,7 @@ class LocalHub:
         return json_response(found, status=400 if errors else 200)
 
     def _preupload(self, request: Request, repo_id: str, revision: str) -> Response:
-        commit = self._committable(request, repo_id, revision).head(unquote(revision))
+        commit = self.committable(request, repo_id, revision).head(unquote(revision))
         files = []
         for asked in request.json()["files"]:
             binary = b"\0" in base64.b64decode(asked.get("sample", ""))
@@ -304,24 +316,25 @@ class LocalHub:
         return json_response({"files": files, "commitOid": commit.sha})
 
     def _lfs_batch(self, request: Request, repo_id: str) -> Response:
-        self._may_write(request)  # the batch does not say to which revision it goes
-        repo = self._readable(request, repo_id)
+        self.writer_of(request)  # the batch does not say to which revision it goes
+        repo = self.readable(request, repo_id)
         objects = []
         for asked in request.json()["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
-            if not self._object(asked["oid"]).exists():
-                upload = {"href": self._signed_url(f"uploads/{asked['oid']}")}
+            if not self.object_path(asked["oid"]).exists():
+                upload = {"href": self.signed_url(f"uploads/{asked['oid']}")}
                 verify = {"href": f"{self.endpoint}/{repo.id}.git/info/lfs/objects/verify"}
                 answer["actions"] = {"upload": upload, "verify": verify}
             objects.append(answer)
         return json_response({"transfer": "basic", "objects": objects})
 
     def _put_object(self, request: Request, sha256: str) -> Response:
-        self._check_signature(request, f"uploads/{sha256}")
-        self._write_object(sha256, request.blocks)
+        self.check_signature(request, f"uploads/{sha256}")
+        self.write_object(sha256, request.blocks)
         return Response()
 
-    def _write_object(self, sha256: str, blocks: Iterator[bytes]) -> None:
+    def write_object(self, sha256: str, blocks: Iterator[bytes]) -> None:
+        """Keep content that must have this hash, whole or not at all."""
         partial = self._objects / f"{sha256}.{threading.get_ident()}"
         digest = hashlib.sha256()
         with partial.open("wb") as file:
@@ -331,19 +344,19 @@ class LocalHub:
         if digest.hexdigest() != sha256:
             partial.unlink()
             raise HttpError(400, f"the content is not {sha256}")
-        partial.rename(self._object(sha256))
+        partial.rename(self.object_path(sha256))
 
     def _verify_object(self, request: Request, repo_id: str) -> Response:
-        self._may_write(request)
-        self._readable(request, repo_id)
+        self.writer_of(request)
+        self.readable(request, repo_id)
         asked = request.json()
-        path = self._object(asked["oid"])
+        path = self.object_path(asked["oid"])
         if not path.exists() or path.stat().st_size != asked["size"]:
             raise HttpError(404, f"{asked['oid']} was not uploaded")
         return Response()
 
     def _commit(self, request: Request, repo_id: str, revision: str) -> Response:
-        repo = self._committable(request, repo_id, revision)
+        repo = self.committable(request, repo_id, revision)
         header: dict[str, str] = {}
         changes: dict[str, StoredFile | None] = {}
         for line in request.body().splitlines():
@@ -351,35 +364,40 @@ class LocalHub:
             if operation["key"] == "header":
                 header = operation["value"]
             else:
-                changes[operation["value"]["path"]] = self._changed_file(operation["key"], operation["value"])
-        with self._lock:  # all of it or nothing
-            return json_response(self._apply(request, repo, unquote(revision), header, changes))
+                changes[operation["value"]["path"]] = self.changed_file(operation["key"], operation["value"])
+        with self.lock:  # all of it or nothing
+            return json_response(self.apply_commit(request, repo, unquote(revision), header, changes))
 
-    def _changed_file(self, key: str, value: dict[str, str]) -> StoredFile | None:
+    def changed_file(self, key: str, value: dict[str, str]) -> StoredFile | None:
+        """The file of one operation of a commit."""
         if key == "file":
             return self._store(base64.b64decode(value["content"]))
         if key == "lfsFile":
-            return self._large_file(value["oid"])
+            return self.large_file(value["oid"])
         raise HttpError(400, f"unknown operation {key!r}")
 
-    def _apply(
+    def apply_commit(
         self, request: Request, repo: Repo, branch: str, header: dict[str, str], changes: dict[str, StoredFile | None]
     ) -> dict[str, Any]:
         """Commit changes to a branch; what the Hub says of it."""
-        files = self._changed(repo.head(branch).files, changes)
+        files = self.changed_files(repo.head(branch).files, changes)
         if branch not in repo.branches:
             raise HttpError(403, "commits go to a branch")
         commit = repo.add_commit(branch, header["summary"], header.get("description", ""), files)
         url = f"{self.endpoint}/{repo.id}/commit/{commit.sha}"
         return {"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""}
 
-    def _changed(self, files: dict[str, StoredFile], changes: dict[str, StoredFile | None]) -> dict[str, StoredFile]:
+    def changed_files(
+        self, files: dict[str, StoredFile], changes: dict[str, StoredFile | None]
+    ) -> dict[str, StoredFile]:
+        """The files of a repository after changes."""
         return {**files, **{path: file for path, file in changes.items() if file}}
 
-    def _large_file(self, sha256: str) -> StoredFile:
-        if not self._object(sha256).exists():
+    def large_file(self, sha256: str) -> StoredFile:
+        """A large file whose content has come."""
+        if not self.object_path(sha256).exists():
             raise HttpError(400, f"LFS pointer pointed to a file that does not exist: {sha256}")
-        size = self._object(sha256).stat().st_size
+        size = self.object_path(sha256).stat().st_size
         return StoredFile(sha256, size, git_oid(lfs_pointer(sha256, size)), large=True)
 
 

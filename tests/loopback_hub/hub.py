@@ -88,11 +88,11 @@ class LoopbackHub(LocalHub):
 
     def repo(self, repo_id: str) -> OwnedRepo | None:
         """The repository as the server holds it."""
-        return self._repos.get(repo_id)
+        return self.repos.get(repo_id)
 
     def content(self, repo_id: str, path: str, revision: str = "main") -> bytes:
         """Bytes of a file of a repository, read on the server's side."""
-        return self._object(self._repos[repo_id].head(revision).files[path].sha256).read_bytes()
+        return self.object_path(self.repos[repo_id].head(revision).files[path].sha256).read_bytes()
 
     @property
     def requests(self) -> list[SeenRequest]:
@@ -131,7 +131,7 @@ class LoopbackHub(LocalHub):
 
     # Who may do what
 
-    def _user_of(self, request: Request) -> str | None:
+    def user_of(self, request: Request) -> str | None:
         token = _token_of(request)
         if token is None or token in self._xet_tokens:
             return None
@@ -139,14 +139,14 @@ class LoopbackHub(LocalHub):
             raise HttpError(401, "Invalid credentials in Authorization header")
         return self._users[token]
 
-    def _may_write(self, request: Request) -> str:
-        user = super()._may_write(request)
+    def writer_of(self, request: Request) -> str:
+        user = super().writer_of(request)
         if _token_of(request) in self._readers:
             raise HttpError(403, "Forbidden: you must use a write token to upload to a repository.")
         return user
 
-    def _readable(self, request: Request, repo_id: str) -> OwnedRepo:
-        repo = super()._readable(request, repo_id)
+    def readable(self, request: Request, repo_id: str) -> OwnedRepo:
+        repo = super().readable(request, repo_id)
         if repo.private and request.user != repo.owner:
             # The Hub does not tell strangers which private repositories there are.
             raise HttpError(401 if request.user is None else 404, "Repository not found", "RepoNotFound")
@@ -157,13 +157,13 @@ class LoopbackHub(LocalHub):
             status = 401 if request.user is None else 403
             raise HttpError(status, f"Access to model {repo.id} is restricted.", "GatedRepo")
 
-    def _committable(self, request: Request, repo_id: str, revision: str) -> OwnedRepo:
+    def committable(self, request: Request, repo_id: str, revision: str) -> OwnedRepo:
         """Who may read a repository may make a pull request, and go on with it."""
-        user = self._may_write(request)
-        repo = self._readable(request, repo_id)
+        user = self.writer_of(request)
+        repo = self.readable(request, repo_id)
         own_pulls = {pull.ref for pull in repo.pulls if pull.author == user}
         if not (request.query.get("create_pr") or unquote(revision) in own_pulls):
-            self._check_namespace(user, repo.owner)
+            self.check_namespace(user, repo.owner)
         return repo
 
     # Accounts and repositories
@@ -175,36 +175,36 @@ class LoopbackHub(LocalHub):
         who = {"type": "user", "id": "0" * 24, "name": request.user, "fullname": request.user, "orgs": []}
         return json_response({**who, "auth": {"type": "access_token", "accessToken": token}})
 
-    def _new_repo(self, repo_id: str, asked: dict[str, Any]) -> OwnedRepo:
+    def new_repo(self, repo_id: str, asked: dict[str, Any]) -> OwnedRepo:
         # `visibility` from newer clients, `private` from older ones
         return OwnedRepo(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
 
     def _delete_repo(self, request: Request) -> Response:
         asked = request.json()
-        repo_id = f"{asked.get('organization') or self._may_write(request)}/{asked['name']}"
-        with self._lock:
-            self._writable(request, repo_id)
-            del self._repos[repo_id]
+        repo_id = f"{asked.get('organization') or self.writer_of(request)}/{asked['name']}"
+        with self.lock:
+            self.writable(request, repo_id)
+            del self.repos[repo_id]
         return Response()
 
-    def _info(self, repo: OwnedRepo, commit: Commit) -> dict[str, Any]:
+    def repo_info(self, repo: OwnedRepo, commit: Commit) -> dict[str, Any]:
         gated = "manual" if repo.gated else False
-        return {**super()._info(repo, commit), "private": repo.private, "gated": gated}
+        return {**super().repo_info(repo, commit), "private": repo.private, "gated": gated}
 
     # Branches, tags and history
 
     def _create_branch(self, request: Request, repo_id: str, branch: str) -> Response:
-        repo = self._writable(request, repo_id)
+        repo = self.writable(request, repo_id)
         start = (json.loads(request.body() or b"{}")).get("startingPoint", "main")
-        with self._lock:
+        with self.lock:
             if unquote(branch) in repo.branches:
                 raise HttpError(409, "Reference already exists")
             repo.branches[unquote(branch)] = repo.head(start).sha
         return Response()
 
     def _delete_branch(self, request: Request, repo_id: str, branch: str) -> Response:
-        repo = self._writable(request, repo_id)
-        with self._lock:
+        repo = self.writable(request, repo_id)
+        with self.lock:
             if unquote(branch) == "main":
                 raise HttpError(403, "main cannot be deleted")
             if repo.branches.pop(unquote(branch), None) is None:
@@ -212,14 +212,14 @@ class LoopbackHub(LocalHub):
         return Response()
 
     def _delete_tag(self, request: Request, repo_id: str, tag: str) -> Response:
-        repo = self._writable(request, repo_id)
-        with self._lock:
+        repo = self.writable(request, repo_id)
+        with self.lock:
             if repo.tags.pop(unquote(tag), None) is None:
                 raise HttpError(404, f"Invalid rev id: {tag}", "RevisionNotFound")
         return Response()
 
     def _refs(self, request: Request, repo_id: str) -> Response:
-        repo = self._readable(request, repo_id)
+        repo = self.readable(request, repo_id)
         pulls = {pull.ref for pull in repo.pulls}
 
         def listed(refs: dict[str, str], prefix: str) -> list[dict[str, str]]:
@@ -235,7 +235,7 @@ class LoopbackHub(LocalHub):
         return json_response(found)
 
     def _commits(self, request: Request, repo_id: str, revision: str) -> Response:
-        repo = self._readable(request, repo_id)
+        repo = self.readable(request, repo_id)
         commits = []
         commit: Commit | None = repo.head(unquote(revision))
         while commit is not None:
@@ -246,17 +246,19 @@ class LoopbackHub(LocalHub):
 
     # Commits
 
-    def _changed_file(self, key: str, value: dict[str, str]) -> StoredFile | None:
-        return None if key in ("deletedFile", "deletedFolder") else super()._changed_file(key, value)
+    def changed_file(self, key: str, value: dict[str, str]) -> StoredFile | None:
+        return None if key in ("deletedFile", "deletedFolder") else super().changed_file(key, value)
 
-    def _changed(self, files: dict[str, StoredFile], changes: dict[str, StoredFile | None]) -> dict[str, StoredFile]:
+    def changed_files(
+        self, files: dict[str, StoredFile], changes: dict[str, StoredFile | None]
+    ) -> dict[str, StoredFile]:
         deleted = [path for path, file in changes.items() if file is None]
         if missing := [d for d in deleted if not any(_is_in(path, d) for path in files)]:
             raise HttpError(404, f"A file with this name doesn't exist: {missing[0]}", "EntryNotFound")
         kept = {path: file for path, file in files.items() if not any(_is_in(path, d) for d in deleted)}
-        return super()._changed(kept, changes)
+        return super().changed_files(kept, changes)
 
-    def _apply(
+    def apply_commit(
         self,
         request: Request,
         repo: OwnedRepo,
@@ -266,10 +268,10 @@ class LoopbackHub(LocalHub):
     ) -> dict[str, Any]:
         if header.get("parentCommit") not in (None, repo.head(branch).sha):
             raise HttpError(412, "A commit has happened since. Please refresh and try again.")
-        self._changed(repo.head(branch).files, changes)  # before a pull request is opened for it
+        self.changed_files(repo.head(branch).files, changes)  # before a pull request is opened for it
         if request.query.get("create_pr"):
             branch = self._open_pull(repo, request.user, branch, header["summary"], "open").ref
-        done = super()._apply(request, repo, branch, header, changes)
+        done = super().apply_commit(request, repo, branch, header, changes)
         pull = next((pull for pull in repo.pulls if pull.ref == branch), None)
         if pull is not None:
             commit = repo.head(branch)
@@ -291,7 +293,7 @@ class LoopbackHub(LocalHub):
         return repo.pulls[int(num) - 1]
 
     def _list_pulls(self, request: Request, repo_id: str) -> Response:
-        repo = self._readable(request, repo_id)
+        repo = self.readable(request, repo_id)
         wanted = {"all": None, "open": ("open", "draft"), "closed": ("closed", "merged")}[
             request.query.get("status", "all")
         ]
@@ -306,37 +308,37 @@ class LoopbackHub(LocalHub):
         return json_response({"discussions": page, "count": len(found), "start": start})
 
     def _new_pull(self, request: Request, repo_id: str) -> Response:
-        user = self._may_write(request)
-        repo = self._readable(request, repo_id)
+        user = self.writer_of(request)
+        repo = self.readable(request, repo_id)
         asked = request.json()
         if not asked.get("pullRequest"):
             raise HttpError(400, "this Hub has pull requests, but no other discussions")
-        with self._lock:
+        with self.lock:
             pull = self._open_pull(repo, user, "main", asked["title"], "draft")
             text = {"edited": False, "hidden": False, "latest": {"raw": asked["description"]}}
             pull.happened("comment", pull.created, user, text)
         return json_response({"num": pull.num})
 
     def _pull_details(self, request: Request, repo_id: str, num: str) -> Response:
-        repo = self._readable(request, repo_id)
+        repo = self.readable(request, repo_id)
         return json_response(self._pull(repo, num).details(repo.id))
 
     def _change_pull(self, request: Request, repo_id: str, num: str) -> Response:
-        user = self._may_write(request)
-        repo = self._readable(request, repo_id)
+        user = self.writer_of(request)
+        repo = self.readable(request, repo_id)
         pull, status = self._pull(repo, num), request.json()["status"]
         if pull.author != user:
-            self._check_namespace(user, repo.owner)
-        with self._lock:
+            self.check_namespace(user, repo.owner)
+        with self.lock:
             if pull.status == "merged":
                 raise HttpError(400, "this pull request is merged")
             pull.status = status
             return json_response({"newStatus": pull.happened("status-change", now(), user, {"status": status})})
 
     def _merge_pull(self, request: Request, repo_id: str, num: str) -> Response:
-        repo = self._writable(request, repo_id)
+        repo = self.writable(request, repo_id)
         pull = self._pull(repo, num)
-        with self._lock:
+        with self.lock:
             if pull.status != "open":
                 raise HttpError(400, f"only an open pull request can be merged; this one is {pull.status}")
             theirs, base = repo.head(pull.ref), repo.head(pull.base)
@@ -363,15 +365,15 @@ class LoopbackHub(LocalHub):
 
     # Large files by Xet: https://huggingface.co/docs/xet/api
 
-    def _file_entry(self, path: str, file: StoredFile) -> dict[str, Any]:
-        entry = super()._file_entry(path, file)
+    def file_entry(self, path: str, file: StoredFile) -> dict[str, Any]:
+        entry = super().file_entry(path, file)
         xet_hash = self._xet.xet_hash(file.sha256) if file.large else None
         return entry if xet_hash is None else {**entry, "xetHash": xet_hash}
 
-    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Response:
-        repo = self._readable(request, repo_id)
+    def resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Response:
+        repo = self.readable(request, repo_id)
         self._check_gate(request, repo)
-        answer = super()._resolve(request, repo_id, revision, path)
+        answer = super().resolve(request, repo_id, revision, path)
         commit = repo.head(unquote(revision))
         file = commit.files[unquote(path)]
         if file.large and (xet_hash := self._xet.xet_hash(file.sha256)) is not None:
@@ -380,10 +382,10 @@ class LoopbackHub(LocalHub):
             answer.headers |= by_xet
         return answer
 
-    def _large_file(self, sha256: str) -> StoredFile:
-        if not self._object(sha256).exists() and self._xet.xet_hash(sha256) is not None:
+    def large_file(self, sha256: str) -> StoredFile:
+        if not self.object_path(sha256).exists() and self._xet.xet_hash(sha256) is not None:
             self._unpack_xet(sha256)
-        return super()._large_file(sha256)
+        return super().large_file(sha256)
 
     def _unpack_xet(self, sha256: str) -> None:
         """Put a file that came through Xet together, for clients without Xet, and to know that it is whole."""
@@ -394,7 +396,7 @@ class LoopbackHub(LocalHub):
             endpoint=self.endpoint + self._cas_path, token=token, token_expiry_unix_secs=expires
         )
         size = self._xet.size(sha256)
-        self._write_object(sha256, group.download_stream(XetFileInfo(self._xet.xet_hash(sha256), size)))
+        self.write_object(sha256, group.download_stream(XetFileInfo(self._xet.xet_hash(sha256), size)))
 
     def _new_xet_token(self, scope: str) -> tuple[str, int]:
         token = f"xet_{scope}_{secrets.token_hex(16)}"
@@ -403,9 +405,9 @@ class LoopbackHub(LocalHub):
 
     def _xet_token(self, request: Request, repo_id: str, scope: str, revision: str) -> Response:
         if scope == "write":
-            repo = self._committable(request, repo_id, revision)
+            repo = self.committable(request, repo_id, revision)
         else:
-            repo = self._readable(request, repo_id)
+            repo = self.readable(request, repo_id)
             self._check_gate(request, repo)
         if not request.query.get("create_pr"):  # with it, the client names no branch
             repo.head(unquote(revision))
@@ -425,7 +427,7 @@ class LoopbackHub(LocalHub):
         if request.method == "GET" and kind == "v1/reconstructions":
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "bytes=0-")
             start, end = (int(asked[1]), int(asked[2]) + 1 if asked[2] else None) if asked else (0, None)
-            answer = self._xet.reconstruction(name, start, end, lambda xorb: self._signed_url(f"xorbs/{xorb}"))
+            answer = self._xet.reconstruction(name, start, end, lambda xorb: self.signed_url(f"xorbs/{xorb}"))
             if answer is None:
                 raise HttpError(416 if start else 404, "no such file or range")
             return json_response(answer)
@@ -442,7 +444,7 @@ class LoopbackHub(LocalHub):
         raise HttpError(404, "not found")
 
     def _get_xorb(self, request: Request, name: str) -> Response:
-        self._check_signature(request, f"xorbs/{name}")
+        self.check_signature(request, f"xorbs/{name}")
         return Response(self._xet.xorb_path(name))
 
 
