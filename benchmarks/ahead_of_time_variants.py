@@ -165,83 +165,30 @@ def experts_variants() -> list[KernelVariant]:
 
 
 def head_variants() -> list[KernelVariant]:
-    loss = {
-        "row_stride": "i32",
-        "labels_ptr": "*i64",
-        "index_ptr": "*i64",
-        "scale_ptr": "*fp32",
-        "rows_ptr": "*fp32",
-        "tokens": "i32",
-        "vocab": "i32",
-        "ignore_index": "i32",
-        "smoothing": "fp32",
-        "softcap": "fp32",
-        "inv_temperature": "fp32",
-    }
-    flags = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_SMOOTHING", "HAS_STATISTICS", "HAS_GRADIENT")
-    variants = []
+    """Every kernel of the head in every dtype."""
+    found = []
     for dtype in ("bf16", "fp16", "fp32"):
-        for name, wanted, hot in (
-            ("gradient", {"HAS_GRADIENT"}, True),
-            ("forward", set(), True),
-            ("statistics", {"HAS_STATISTICS"}, True),
-            ("statistics_gradient", {"HAS_STATISTICS", "HAS_GRADIENT"}, True),
-            ("everything", set(flags), False),
-        ):
-            variants.append(
-                KernelVariant(
-                    name=f"cross_entropy_loss_{name}_{dtype}",
-                    kernel=head_kernels.loss_kernel,
-                    signature={"logits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", **loss},
-                    constexprs={
-                        **{flag: flag in wanted for flag in flags},
-                        "BLOCK": head_kernels.BLOCK_SIZE_WITH_STATISTICS
-                        if "HAS_STATISTICS" in wanted
-                        else head_kernels.BLOCK_SIZE,
-                    },
-                    num_warps=head_kernels.WARPS,
-                    num_stages=3,
-                    hot=hot,
-                    multiples_of_16=("row_stride", "vocab"),
-                )
-            )
-        variants.append(
-            KernelVariant(
-                name=f"cross_entropy_log_prob_gradient_{dtype}",
-                kernel=head_kernels.log_prob_gradient_kernel,
-                signature={
-                    "logits_ptr": f"*{dtype}",
-                    "row_stride": "i32",
-                    "bias_ptr": f"*{dtype}",
-                    "labels_ptr": "*i64",
-                    "index_ptr": "*i64",
-                    "lse_ptr": "*fp32",
-                    "upstream_ptr": "*fp32",
-                    "vocab": "i32",
-                    "ignore_index": "i32",
-                    "softcap": "fp32",
-                    "inv_temperature": "fp32",
-                },
-                constexprs={"HAS_BIAS": False, "HAS_SOFTCAP": False, "BLOCK": head_kernels.BLOCK_SIZE},
-                num_warps=head_kernels.WARPS,
-                num_stages=3,
-                hot=True,
-                multiples_of_16=("row_stride", "vocab"),
-            )
-        )
-        variants.append(
-            KernelVariant(
-                name=f"cross_entropy_scale_{dtype}",
-                kernel=head_kernels.scale_kernel,
-                signature={"x_ptr": f"*{dtype}", "factor_ptr": "*fp32", "size": "i32", "programs": "i32"},
-                constexprs={"BLOCK": head_kernels.BLOCK_SIZE},
-                num_warps=head_kernels.WARPS,
-                num_stages=3,
-                hot=True,
-                multiples_of_16=("size",),
-            )
-        )
-    return variants
+        chunk = {"logits_ptr": f"*{dtype}", "row_stride": "i32", "labels_ptr": "*i64", "index_ptr": "*i64"}
+        settings = {"vocab": "i32", "ignore_index": "i32", "inv_temperature": "fp32"}
+        outputs = {"scale_ptr": "*fp32", "figures_ptr": "*fp32", "tokens": "i32"}
+        for all_figures in (False, True):
+            for gradient in (False, True):
+                size = head_kernels.BLOCK_SIZE_OF_ALL_FIGURES if all_figures else head_kernels.BLOCK_SIZE
+                constants = {"ALL_FIGURES": all_figures, "HAS_GRADIENT": gradient, "BLOCK": size}
+                name = f"head.loss.{'figures' if all_figures else 'loss'}{'.gradient' if gradient else ''}.{dtype}"
+                found.append(_head_variant(name, head_kernels.loss_kernel, chunk | outputs | settings, constants))
+        types = chunk | {"lse_ptr": "*fp32", "upstream_ptr": "*fp32"} | settings
+        block: dict[str, object] = {"BLOCK": head_kernels.BLOCK_SIZE}
+        name = f"head.log_prob_gradient.{dtype}"
+        found.append(_head_variant(name, head_kernels.log_prob_gradient_kernel, types, block))
+        types = {"x_ptr": f"*{dtype}", "factor_ptr": "*fp32", "size": "i32", "programs": "i32"}
+        found.append(_head_variant(f"head.scale.{dtype}", head_kernels.scale_kernel, types, block))
+    return found
+
+
+def _head_variant(name: str, function: Any, types: dict[str, str], constants: dict[str, object]) -> KernelVariant:
+    multiples = tuple(size for size in ("row_stride", "vocab", "size") if size in types)
+    return KernelVariant(name, function, types, constants, head_kernels.WARPS, 3, hot=True, multiples_of_16=multiples)
 
 
 VARIANTS = [*head_variants(), *experts_variants()]

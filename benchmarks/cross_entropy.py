@@ -167,7 +167,7 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
             if name not in failed:
                 times[name].append(milliseconds(run, arguments.device))
     kept = int((labels != -100).sum())
-    plain = head_loss._why_not_triton(hidden.device, hidden.dtype)
+    plain = head_loss.why_not_triton(hidden.device, hidden.dtype)
     first = statistics.median(times["jai linear_cross_entropy"])
     rows = []
     for name in runs:

@@ -58,25 +58,25 @@ def path(request, monkeypatch) -> str:
     if request.param == "plain":
         use_plain(monkeypatch)
     else:
-        assert module._why_not_triton(torch.device(DEVICE), torch.float32) is None
+        assert module.why_not_triton(torch.device(DEVICE), torch.float32) is None
     return request.param
 
 
 def use_plain(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_why_not_triton", lambda device, dtype: "a test asks for it")
-    monkeypatch.setattr(module, "_warn_once", lambda reason: None)
+    monkeypatch.setattr(module, "why_not_triton", lambda device, dtype: "a test asks for it")
+    monkeypatch.setattr(module, "warn_once", lambda reason: None)
 
 
 class Head:
     """A head and its input in one dtype, and the same numbers in fp64."""
 
-    def __init__(self, dtype=torch.float32, tokens=TOKENS, hidden=HIDDEN, vocab=VOCAB, bias=False, ignored=3, seed=0):
+    def __init__(self, dtype=torch.float32, tokens=TOKENS, hidden=HIDDEN, vocab=VOCAB, ignored=3, seed=0):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape):
             return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
-        self.tensors = [draw(tokens, hidden), draw(vocab, hidden) * 0.5] + [draw(vocab)] * bias
+        self.tensors = [draw(tokens, hidden), draw(vocab, hidden) * 0.5]
         self.labels = torch.randint(vocab, (tokens,), generator=generator).to(DEVICE)
         if ignored:
             self.labels[::ignored] = -100
@@ -92,8 +92,7 @@ class Head:
         leaves, exact = self.leaves(), self.leaves(torch.float64)
         results = []
         for function, tensors in ((ours, leaves), (reference, exact)):
-            bias = tensors[2] if len(tensors) > 2 else None
-            result = function(*tensors[:2], self.labels, bias=bias, **options)
+            result = function(*tensors, self.labels, **options)
             (result * upstream).sum().backward()
             results.append(result.detach())
         assert results[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -112,30 +111,19 @@ def error(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
-LOSS_OPTIONS = [
-    (False, {}),
-    (False, {"label_smoothing": 0.1}),
-    (False, {"softcap": 2.0}),
-    (True, {"softcap": 3.0, "label_smoothing": 0.2, "num_items_in_batch": 7}),
-    (True, {"num_items_in_batch": torch.tensor(11)}),
-    (True, {"reduction": "sum"}),
-]
 
-
-@pytest.mark.parametrize(
-    ("bias", "options"), LOSS_OPTIONS, ids=lambda v: "-".join(v) if isinstance(v, dict) else str(v)
-)
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(11)], ids=str)
 @pytest.mark.parametrize(("path", "dtype"), PATHS, indirect=["path"], ids=str)
-def test_loss_equals_the_reference(path, dtype, bias, options):
+def test_loss_equals_the_reference(path, dtype, items):
     upstream = torch.tensor(3.0, device=DEVICE)
-    Head(dtype, bias=bias).compare(linear_cross_entropy, linear_cross_entropy_reference, dtype, upstream, **options)
+    Head(dtype).compare(linear_cross_entropy, linear_cross_entropy_reference, dtype, upstream, num_items_in_batch=items)
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "temperature": 1.3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.3}], ids=str)
 @pytest.mark.parametrize(("path", "dtype"), PATHS, indirect=["path"], ids=str)
 def test_log_probs_equal_the_reference(path, dtype, options):
     upstream = torch.linspace(-1, 2, TOKENS, device=DEVICE)
-    head = Head(dtype, bias=True)
+    head = Head(dtype)
     head.compare(linear_log_probs, linear_log_probs_reference, dtype, upstream, **options)
     ignored = linear_log_probs(*head.tensors[:2], head.labels)[head.labels == -100]
     assert ignored.numel()
@@ -150,7 +138,7 @@ def test_token_figures_have_the_gradient_of_log_probs(path, early, upstream):
     def ours(*args, **options):
         return linear_token_figures(*args, expect_equal_weights=early, **options).log_probs
 
-    Head(bias=True).compare(ours, linear_log_probs_reference, torch.float32, weights.to(DEVICE), temperature=0.9)
+    Head().compare(ours, linear_log_probs_reference, torch.float32, weights.to(DEVICE), temperature=0.9)
 
 
 def test_token_figures_equal_plain_formulas(path):
@@ -202,22 +190,19 @@ def test_odd_vocabularies(path, vocab):
     vocab=st.integers(1, 40),
     chunk=st.integers(1, 9),
     ignored=st.integers(0, 4),
-    smoothing=st.sampled_from([0.0, 0.3]),
-    bias=st.booleans(),
     plain=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_any_small_shape(tokens, hidden, vocab, chunk, ignored, smoothing, bias, plain, seed):
+def test_any_small_shape(tokens, hidden, vocab, chunk, ignored, plain, seed):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(module, "LOGITS_BYTES", chunk * vocab * 4)
         if plain:
             use_plain(monkeypatch)
-        head = Head(tokens=tokens, hidden=hidden, vocab=vocab, bias=bias, ignored=ignored, seed=seed)
+        head = Head(tokens=tokens, hidden=hidden, vocab=vocab, ignored=ignored, seed=seed)
         # With V = 1 every gradient is 0 and a relative error has no meaning.
         leaves, exact = head.leaves(), head.leaves(torch.float64)
         for function, tensors in ((linear_cross_entropy, leaves), (linear_cross_entropy_reference, exact)):
-            last = tensors[2] if bias else None
-            function(*tensors[:2], head.labels, bias=last, label_smoothing=smoothing).backward()
+            function(*tensors, head.labels).backward()
         for ours, right in zip(leaves, exact):
             torch.testing.assert_close(ours.grad.double(), right.grad, rtol=1e-4, atol=2e-6)
 
@@ -347,7 +332,7 @@ def test_grad_takes_the_result_without_a_copy(path, dtype):
 @pytest.mark.parametrize("columns", [1, 7, 1000])
 def test_sum_in_two_halves_rounds_to_the_same(rows, columns):
     weight = torch.empty(rows, columns, dtype=torch.bfloat16)
-    weight_sum = module._WeightSum(weight)
+    weight_sum = module.WeightSum(weight)
     generator = torch.Generator().manual_seed(rows)
     a, b = torch.randn(5, rows, generator=generator), torch.randn(5, columns, generator=generator)
     weight_sum.add(a, b)
@@ -393,7 +378,7 @@ class Watch(TorchDispatchMode):
 @pytest.fixture
 def open_operators(monkeypatch):
     """Operators as plain functions, so that a dispatch mode sees what they do."""
-    for name in ("_forward_op", "_log_prob_gradients_op"):
+    for name in ("forward_op", "log_prob_gradients_op"):
         monkeypatch.setattr(module, name, getattr(module, name)._init_fn)
 
 
@@ -433,23 +418,23 @@ def test_evaluation_computes_no_gradient(open_operators, grads):
 def test_memory_at_the_size_of_jai_1(open_operators, monkeypatch):
     """The loop as a GPU runs it, with tensors that have a shape and no memory: 1.6 GiB beside the inputs."""
     monkeypatch.undo()
-    for name in ("_forward_op", "_log_prob_gradients_op"):
+    for name in ("forward_op", "log_prob_gradients_op"):
         monkeypatch.setattr(module, name, getattr(module, name)._init_fn)
-    monkeypatch.setattr(module, "_MIXED_PRODUCTS", ("meta",))
+    monkeypatch.setattr(module, "DEVICES_WITH_FP32_SUMS", ("meta",))
 
     class NoKernels:
         @staticmethod
-        def loss_rows(*args, **options):
+        def loss_figures(*args, **options):
             pass
 
-    monkeypatch.setattr(module, "_kernels", lambda device, dtype: NoKernels)
+    monkeypatch.setattr(module, "kernels_for", lambda device, dtype: NoKernels)
     sizes = []
 
     def all_chunks(kept, tokens, size):
         sizes.append(size)
         return ((start, min(start + size, tokens)) for start in range(0, tokens, size))
 
-    monkeypatch.setattr(module, "_chunks", all_chunks)
+    monkeypatch.setattr(module, "chunks", all_chunks)
     hidden = torch.empty(16384, 5120, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(64000, 5120, dtype=torch.bfloat16, device="meta", requires_grad=True)
     labels = torch.empty(16384, dtype=torch.int64, device="meta")
@@ -478,31 +463,28 @@ def test_memory_at_the_size_of_jai_1(open_operators, monkeypatch):
 )
 def test_chunks_have_whole_tiles_and_equal_sizes(monkeypatch, tokens, vocab, itemsize, size):
     monkeypatch.undo()
-    assert module._chunk_size(tokens, vocab, itemsize) == size
+    assert module.chunk_size(tokens, vocab, itemsize) == size
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("path", "wants"), [("triton", (True, True, True)), ("plain", (False, True, False))], indirect=["path"]
-)
+@pytest.mark.parametrize(("path", "wants"), [("triton", (True, True)), ("plain", (False, True))], indirect=["path"])
 def test_operators_are_what_they_say(path, wants):
-    hidden, weight, bias = Head(bias=True).tensors
-    labels = Head().labels
-    rest = (torch.float32, torch.float32, -100, 2.0, 1.0)
+    tensors, labels = Head().tensors, Head().labels
+    settings = (torch.float32, torch.float32, -100, 1.3)
     scale = torch.ones((), device=DEVICE)
-    torch.library.opcheck(module._forward_op, (hidden, weight, bias, labels, scale, 0.1, *rest, True, *wants))
+    torch.library.opcheck(module.forward_op, (*tensors, labels, scale, *settings, True, *wants))
     lse = torch.ones(TOKENS, device=DEVICE)
-    torch.library.opcheck(module._log_prob_gradients_op, (hidden, weight, None, labels, lse, lse, *rest, *wants))
+    torch.library.opcheck(module.log_prob_gradients_op, (*tensors, labels, lse, lse, *settings, *wants))
 
 
 @pytest.mark.parametrize("function", [linear_cross_entropy, linear_log_probs])
 def test_compiles_whole(path, function):
-    head = Head(bias=True)
+    head = Head()
 
-    def program(hidden, weight, bias, labels):
-        return (function(hidden * 2, weight, labels, bias=bias, softcap=2.0) * 3).sum()
+    def program(hidden, weight, labels):
+        return (function(hidden * 2, weight, labels) * 3).sum()
 
     results = []
     for run in (program, torch.compile(program, fullgraph=True, backend="aot_eager")):
@@ -528,7 +510,7 @@ def copied(tmp_path) -> Path:
 def test_two_copies_of_the_package_live_side_by_side(copied, monkeypatch):
     monkeypatch.syspath_prepend(copied.parent)
     other = importlib.import_module("jai_kernels_copy.loss")
-    assert other._NAMESPACE != module._NAMESPACE
+    assert other.NAMESPACE != module.NAMESPACE
     head = Head()
     assert torch.equal(
         other.linear_cross_entropy(*head.tensors, head.labels), linear_cross_entropy(*head.tensors, head.labels)
@@ -561,27 +543,21 @@ H, W, Y = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64
 
 
 @pytest.mark.parametrize(
-    ("tensors", "options", "kind", "message"),
+    ("tensors", "kind", "message"),
     [
-        ((H, W, Y), {"reduction": "none"}, ValueError, "linear_log_probs"),
-        ((H, W, Y), {"reduction": "max"}, ValueError, '"mean" or "sum"'),
-        ((H, W, Y), {"reduction": "sum", "num_items_in_batch": 3}, ValueError, "leave it out"),
-        ((H, W, Y), {"label_smoothing": 1.0}, ValueError, "less than 1"),
-        ((H, W, Y), {"softcap": 0.0}, ValueError, "above 0"),
-        ((H, W.T, Y), {}, ValueError, r"\(4, 3\) and weight \(3, 5\)"),
-        ((H, W[:0], Y), {}, ValueError, "V above 0"),
-        ((H, W, Y[:3]), {}, ValueError, "Shift them first"),
-        ((H, W, Y.float()), {}, TypeError, "expected integers"),
-        ((H.long(), W, Y), {}, TypeError, "bf16, fp16"),
-        ((H, W.double(), Y), {}, TypeError, "one dtype"),
-        ((H, W, Y), {"bias": torch.zeros(4)}, ValueError, r"expected \(5,\)"),
-        ((H, W.to("meta"), Y), {}, ValueError, "one device"),
-        ((H, W.tolist(), Y), {}, TypeError, "expected a tensor"),
+        ((H, W.T, Y), ValueError, r"\(4, 3\) and weight \(3, 5\)"),
+        ((H, W[:0], Y), ValueError, "V above 0"),
+        ((H, W, Y[:3]), ValueError, "Shift them first"),
+        ((H, W, Y.float()), TypeError, "expected integers"),
+        ((H.long(), W, Y), TypeError, "bf16, fp16"),
+        ((H, W.double(), Y), TypeError, "one dtype"),
+        ((H, W.to("meta"), Y), ValueError, "one device"),
+        ((H, W.tolist(), Y), TypeError, "expected a tensor"),
     ],
 )
-def test_wrong_input_is_said(tensors, options, kind, message):
+def test_wrong_input_is_said(tensors, kind, message):
     with pytest.raises(kind, match=message):
-        linear_cross_entropy(*tensors, **options)
+        linear_cross_entropy(*tensors)
 
 
 def test_wrong_temperature_is_said():
@@ -595,19 +571,19 @@ def test_wrong_temperature_is_said():
 def test_reference_is_torchs_cross_entropy():
     head = Head(torch.float64)
     logits = head.tensors[0] @ head.tensors[1].T
-    ours = linear_cross_entropy_reference(*head.tensors, head.labels, label_smoothing=0.1)
-    torch.testing.assert_close(ours, torch_cross_entropy(logits, head.labels, label_smoothing=0.1))
+    ours = linear_cross_entropy_reference(*head.tensors, head.labels)
+    torch.testing.assert_close(ours, torch_cross_entropy(logits, head.labels))
 
 
 def test_equals_trls_chunked_log_probs(path):
     from trl.kernels import ChunkedLogProbFunction
 
-    head = Head(bias=True, ignored=0)
+    head = Head(ignored=0)
     upstream = torch.linspace(-1, 1, TOKENS, device=DEVICE)
     ours, theirs = head.leaves(), head.leaves()
-    figures = linear_token_figures(*ours[:2], head.labels, bias=ours[2], temperature=0.7, softcap=3.0)
+    figures = linear_token_figures(*ours, head.labels, temperature=0.7)
     (figures.log_probs * upstream).sum().backward()
-    expected = ChunkedLogProbFunction.apply(*theirs, head.labels, 0.7, 40, 3.0)
+    expected = ChunkedLogProbFunction.apply(*theirs, None, head.labels, 0.7, 40, None)
     (expected[0] * upstream).sum().backward()
     names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     for name, value in zip(names, expected):
@@ -618,13 +594,11 @@ def test_equals_trls_chunked_log_probs(path):
 
 def test_equals_ligers_fused_linear_cross_entropy(path):
     liger = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
-    head = Head(bias=True)
+    head = Head()
     ours, theirs = head.leaves(), head.leaves()
-    loss = linear_cross_entropy(*ours[:2], head.labels, bias=ours[2], label_smoothing=0.1)
+    loss = linear_cross_entropy(*ours, head.labels)
     loss.backward()
-    expected = liger.LigerFusedLinearCrossEntropyFunction.apply(
-        *theirs[:2], head.labels, theirs[2], None, -100, 0.0, 0.1, "mean"
-    )[0]
+    expected = liger.LigerFusedLinearCrossEntropyFunction.apply(*theirs, head.labels)[0]
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for mine, other in zip(ours, theirs):
@@ -707,22 +681,17 @@ def test_copy_of_a_model_uses_its_own_weights(tiny_model):
     assert model(**batch()).loss.item() != pytest.approx(math.log(99), rel=1e-3)
 
 
-def test_softcap_of_the_config_is_kept(tiny_model):
-    model = build("llama", tiny_model)
-    inputs = batch()
-    model.config.final_logit_softcapping = 0.05
-    with torch.no_grad():
-        logits = 0.05 * torch.tanh(model(**inputs).logits / 0.05)
-    expected = torch_cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
-    torch.testing.assert_close(use_linear_cross_entropy(model)(**inputs).loss.detach(), expected)
-
-
 def test_models_that_it_cannot_serve_are_refused(tiny_model):
     from peft import LoraConfig, get_peft_model
 
+    for name in ("logit_scale", "final_logit_softcapping"):
+        model = build("llama", tiny_model)
+        setattr(model.config, name, 0.5)
+        with pytest.raises(ValueError, match=f"changes its logits \\({name} in its config\\)"):
+            use_linear_cross_entropy(model)
     model = build("llama", tiny_model)
-    model.config.logit_scale = 0.5
-    with pytest.raises(ValueError, match="logit_scale"):
+    model.lm_head = torch.nn.Linear(32, 99)
+    with pytest.raises(ValueError, match="has a bias"):
         use_linear_cross_entropy(model)
     with pytest.raises(ValueError, match="adapter on the head"):
         use_linear_cross_entropy(
@@ -790,15 +759,15 @@ def test_sft_logs_what_trls_own_head_logs(tiny_model, tiny_tokenizer, sentences,
     data = Dataset.from_list([{"prompt": s[:12], "completion": s[12:40]} for s in sentences])
     args = SFTConfig(**quiet, loss_type="nll", max_length=32, gradient_accumulation_steps=2)
     runs, calls = [], []
-    original = module._forward_op
+    original = module.forward_op
     for ours in (False, True):
         model = tiny_model(vocab_size=len(tiny_tokenizer), output_router_logits=True)
         trainer = SFTTrainer(model, args, train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer)
         if ours:
             use_plain(monkeypatch)  # the interpreter takes six seconds
             use_linear_cross_entropy(trainer.model)
-            monkeypatch.setattr(module, "_forward_op", lambda *args: calls.append(args) or original(*args))
-            monkeypatch.setattr(module, "_log_prob_gradients_op", None)  # all gradients come from the forward pass
+            monkeypatch.setattr(module, "forward_op", lambda *args: calls.append(args) or original(*args))
+            monkeypatch.setattr(module, "log_prob_gradients_op", None)  # all gradients come from the forward pass
         trainer.train()
         trainer.evaluate()
         runs.append(logs(trainer))

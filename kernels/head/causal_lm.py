@@ -16,8 +16,14 @@ from transformers.models.mixtral import modeling_mixtral
 
 from .loss import linear_cross_entropy, linear_token_figures
 
-# Factors that some models put on their logits. JAI, Mixtral, Llama, Phi-3 and Qwen have none.
-_LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+# What some models do to their logits. JAI, Mixtral, Llama, Phi-3 and Qwen do none of it.
+_LOGIT_CHANGES = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "final_logit_softcapping",
+)
 
 
 @dataclass
@@ -61,14 +67,14 @@ def use_linear_cross_entropy(
         The model.
 
     Raises:
-        ValueError: for a model whose logits are not hidden states times a matrix.
+        ValueError: for a model whose logits are not hidden states times a matrix (a bias, a factor, a softcap).
     """
     inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
     config = inner.config.get_text_config()
-    scaled = [name for name in _LOGIT_FACTORS if getattr(config, name, None) not in (None, 1, 1.0)]
-    if scaled:
+    changes = [name for name in _LOGIT_CHANGES if getattr(config, name, None) not in (None, 1, 1.0)]
+    if changes:
         raise ValueError(
-            f"{type(inner).__name__} multiplies its logits ({', '.join(scaled)} in its config), which the linear "
+            f"{type(inner).__name__} changes its logits ({', '.join(changes)} in its config), which the linear "
             "cross-entropy does not do. Leave the model as it is."
         )
     _head(inner)
@@ -107,7 +113,7 @@ def _forward(
     outputs = model.base_model(**kwargs, return_dict=True)
 
     head = _head(model)
-    weight, bias = (t.full_tensor() if isinstance(t, DTensor) else t for t in (head.weight, head.bias))  # FSDP2
+    weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight  # FSDP2
     if weight.shape[0] != config.vocab_size:
         raise ValueError(
             f"The head's weight has {weight.shape[0]} rows here and the vocabulary {config.vocab_size} entries: it is "
@@ -120,27 +126,18 @@ def _forward(
         targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].to(weight.device)
     else:
         targets = cast(torch.Tensor, shift_labels).to(weight.device)
-    softcap = getattr(config, "final_logit_softcapping", None)
     figures = {}
     if fused_lm_head:
         mask = targets != -100
         per_token = linear_token_figures(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            expect_equal_weights=expect_equal_weights,
+            hidden, weight, targets, temperature=temperature, expect_equal_weights=expect_equal_weights
         )
         items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = -per_token.log_probs.sum() / items
         width = targets.shape[-1] - (shift_labels is None)
         figures = {name: figure[..., :width] for name, figure in (*per_token._asdict().items(), ("label_mask", mask))}
     else:
-        loss = linear_cross_entropy(
-            hidden, weight, targets, bias=bias, softcap=softcap, num_items_in_batch=num_items_in_batch
-        )
+        loss = linear_cross_entropy(hidden, weight, targets, num_items_in_batch=num_items_in_batch)
 
     aux_loss: torch.Tensor | None = None
     router_logits = outputs.get("router_logits")
@@ -173,6 +170,8 @@ def _head(model: PreTrainedModel) -> torch.nn.Linear:
             f"The output embeddings of {type(model).__name__} are {given}; expected an nn.Linear with floating-point "
             "weights. An adapter on the head (PEFT) or a quantised head would be ignored: leave lm_head out of them."
         )
+    if head.bias is not None:
+        raise ValueError(f"The head of {type(model).__name__} has a bias, which this loss leaves out: do not use it.")
     return head
 
 

@@ -19,7 +19,7 @@ logits 203 (1,664 tokens), hidden states of a chunk 16: 1.59 GiB.
 In fp16 a logit's gradient below 6e-8 is lost, whatever a gradient scaler multiplies the loss by later; bf16 and fp32
 have the range. `linear_log_probs` multiplies before it rounds.
 
-Shape suffixes: T tokens, H hidden size, V vocabulary, N tokens of a chunk.
+Shape suffixes: T tokens, H hidden size, V vocabulary, N tokens of a chunk, F figures of a token.
 """
 
 import functools
@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 # Bytes of a chunk's logits. With V = 64000 in bf16 that is 1,664 tokens: 13 × 20 tiles of 128 × 256 in the product that
 # gives the hidden gradient, 1.97 waves over an H100's 132 multiprocessors (1,792 tokens would need a third wave).
@@ -37,13 +38,13 @@ LOGITS_BYTES = 208 * 2**20
 _TILE = 128
 
 # Device types where PyTorch multiplies 16-bit matrices into an fp32 sum; elsewhere they are converted to fp32 first.
-_MIXED_PRODUCTS = ("cuda",)
+DEVICES_WITH_FP32_SUMS = ("cuda",)
 
-# The figures of a token, in the order of the rows that the kernels fill.
-ROWS = ("loss", "lse", "entropy", "mean_logit", "log_sum_sq_prob", "is_top1")
+# The figures of a token, in the order in which the kernels fill them.
+FIGURES = ("loss", "lse", "entropy", "mean_logit", "log_sum_sq_prob", "is_top1")
 
 # Two copies of this folder in one process (a package and a Hub kernel) must not register one operator twice.
-_NAMESPACE = re.sub(r"\W", "_", __package__ or __name__)
+NAMESPACE = re.sub(r"\W", "_", __package__ or __name__)
 
 
 def linear_cross_entropy(
@@ -51,57 +52,34 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,
     ignore_index: int = -100,
     num_items_in_batch: int | torch.Tensor | None = None,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
 ) -> torch.Tensor:
-    """Cross-entropy of `hidden @ weight.T + bias`, without the logits; gradients are computed in the forward pass.
+    """Cross-entropy of `hidden @ weight.T`, without the logits; gradients are computed in the forward pass.
 
     Args:
         hidden: `(..., H)`, bf16, fp16, fp32 or (slow, for tests) fp64; under autocast in its dtype.
         weight: `(V, H)`, of hidden's dtype unless autocast is on.
         labels: `(...)`, integers, already shifted. A label outside the vocabulary that is not `ignore_index` makes the
             loss and all gradients NaN: checking would have to wait for the device.
-        bias: `(V,)`.
         ignore_index: the label of tokens that count for nothing.
         num_items_in_batch: what the sum is divided by instead of the number of kept tokens (an int or a 0-d tensor).
-        label_smoothing: share of the target that is spread over the vocabulary, as in torch's `cross_entropy`.
-        softcap: logits become `softcap * tanh(logits / softcap)`.
-        reduction: "mean" or "sum". The mean over no tokens (or 0 items) is 0, where torch's is NaN.
 
     Returns:
-        The loss, fp32 (fp64 for fp64), 0-d.
+        The mean loss, fp32 (fp64 for fp64), 0-d. Over no tokens (or 0 items) it is 0, where torch's is NaN.
 
     Raises:
-        TypeError, ValueError: for shapes, dtypes, devices and options that do not fit.
+        TypeError, ValueError: for shapes, dtypes and devices that do not fit.
     """
-    if reduction == "none":
-        raise ValueError(
-            'reduction="none" was given, but gradients are computed in the forward pass, before it is known how tokens '
-            "will be weighed. Use -linear_log_probs(...) for losses of single tokens."
-        )
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction is {reduction!r}; expected "mean" or "sum".')
-    if reduction == "sum" and num_items_in_batch is not None:
-        raise ValueError('num_items_in_batch is what reduction="mean" divides by; leave it out, or ask for the mean.')
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}; expected at least 0 and less than 1.")
-    head = _Head.checked(hidden, weight, labels, bias, ignore_index, softcap, temperature=1.0)
-    device, dtype = hidden.device, head.sum_dtype
-    if reduction == "sum":
-        scale = torch.ones((), dtype=dtype, device=device)
-    elif isinstance(num_items_in_batch, torch.Tensor):
+    settings = _Settings.checked(hidden, weight, labels, ignore_index, temperature=1.0)
+    device, dtype = hidden.device, settings.sum_dtype
+    if isinstance(num_items_in_batch, torch.Tensor):
         scale = num_items_in_batch.to(device, dtype).reshape(()).clamp(min=1).reciprocal()
     elif num_items_in_batch is not None:
         scale = torch.full((), 1 / max(num_items_in_batch, 1), dtype=dtype, device=device)
     else:
         scale = (labels != ignore_index).sum().clamp(min=1).to(dtype).reciprocal()
-    return _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, scale, float(label_smoothing), head, *_wanted(hidden, weight, bias)
-    )
+    return _LinearCrossEntropy.apply(hidden, weight, labels, scale, settings, *_wanted(hidden, weight))
 
 
 def linear_log_probs(
@@ -109,28 +87,25 @@ def linear_log_probs(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,
     temperature: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """The log-probability of each label under `softmax(hidden @ weight.T + bias)`, without the logits.
+    """The log-probability of each label under `softmax(hidden @ weight.T / temperature)`, without the logits.
 
     For losses that weigh tokens unequally (DPO, GRPO). The backward pass computes the logits again.
 
     Args:
-        hidden, weight, labels, bias, ignore_index: as in `linear_cross_entropy`.
-        temperature: logits are divided by it, after the softcap.
-        softcap: logits become `softcap * tanh(logits / softcap)`.
+        hidden, weight, labels, ignore_index: as in `linear_cross_entropy`.
+        temperature: logits are divided by it.
 
     Returns:
         Log-probabilities `(...)`, fp32 (fp64 for fp64), 0 where ignored.
 
     Raises:
-        TypeError, ValueError: for shapes, dtypes, devices and options that do not fit.
+        TypeError, ValueError: for shapes, dtypes, devices and a temperature that do not fit.
     """
-    head = _Head.checked(hidden, weight, labels, bias, ignore_index, softcap, temperature)
-    return _LinearLogProbs.apply(hidden, weight, bias, labels, head, False, False, *_wanted(hidden, weight, bias))[0]
+    settings = _Settings.checked(hidden, weight, labels, ignore_index, temperature)
+    return _LinearLogProbs.apply(hidden, weight, labels, settings, False, False, *_wanted(hidden, weight))[0]
 
 
 class TokenFigures(NamedTuple):
@@ -148,9 +123,7 @@ def linear_token_figures(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,
     temperature: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
     expect_equal_weights: bool = False,
 ) -> TokenFigures:
@@ -162,59 +135,47 @@ def linear_token_figures(
             synchronisation, and computes the gradients again where it is not.
 
     Raises:
-        TypeError, ValueError: for shapes, dtypes, devices and options that do not fit.
+        TypeError, ValueError: for shapes, dtypes, devices and a temperature that do not fit.
     """
-    head = _Head.checked(hidden, weight, labels, bias, ignore_index, softcap, temperature)
+    settings = _Settings.checked(hidden, weight, labels, ignore_index, temperature)
     log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1 = _LinearLogProbs.apply(
-        hidden, weight, bias, labels, head, expect_equal_weights, True, *_wanted(hidden, weight, bias)
+        hidden, weight, labels, settings, expect_equal_weights, True, *_wanted(hidden, weight)
     )
     return TokenFigures(log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1.bool())
 
 
-class _Head(NamedTuple):
-    """What is known of a head before its tensors are touched."""
+class _Settings(NamedTuple):
+    """What is known before the tensors are touched."""
 
     compute_dtype: torch.dtype
     sum_dtype: torch.dtype
     ignore_index: int
-    softcap: float | None
     inv_temperature: float
 
     @staticmethod
     def checked(
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        labels: torch.Tensor,
-        bias: torch.Tensor | None,
-        ignore_index: int,
-        softcap: float | None,
-        temperature: float,
-    ) -> "_Head":
-        _check_tensors(hidden, weight, labels, bias)
-        if softcap is not None and softcap <= 0:
-            raise ValueError(f"softcap is {softcap}; expected a number above 0, or None for no cap.")
+        hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, temperature: float
+    ) -> "_Settings":
+        _check_tensors(hidden, weight, labels)
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; expected a number above 0.")
-        kind = hidden.device.type
-        dtype = hidden.dtype
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
-        elif weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
-            given = f"{hidden.dtype}, {weight.dtype}" + ("" if bias is None else f", {bias.dtype}")
+        device_type, dtype = hidden.device.type, hidden.dtype
+        has_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        if has_autocast and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+        elif weight.dtype != dtype:
             raise TypeError(
-                f"hidden, weight (and bias) are {given}; expected one dtype. Convert them, or turn autocast on."
+                f"hidden is {dtype} and weight {weight.dtype}; expected one dtype. Convert one, or turn autocast on."
             )
-        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return _Head(dtype, sum_dtype, ignore_index, None if softcap is None else float(softcap), 1 / temperature)
+        return _Settings(dtype, _sum_dtype(dtype), ignore_index, 1 / temperature)
 
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None) -> None:
-    given = {"hidden": hidden, "weight": weight, "labels": labels} | ({} if bias is None else {"bias": bias})
-    for name, tensor in given.items():
+def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
+    for name, tensor in {"hidden": hidden, "weight": weight, "labels": labels}.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; expected a tensor.")
         allowed = _INTEGERS if name == "labels" else _FLOATS
@@ -233,17 +194,13 @@ def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Ten
             f"labels have shape {tuple(labels.shape)}; expected {tuple(hidden.shape[:-1])}, one for a row of hidden. "
             "Shift them first: hidden[:, :-1] predicts labels[:, 1:]."
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one for each row of weight."
-        )
 
 
-def _wanted(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[bool, bool, bool]:
+def _wanted(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, bool]:
     """Whose gradients to compute. Asked here: inside a Function's forward gradients are off and all look wanted."""
     if not torch.is_grad_enabled():
-        return False, False, False
-    return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+        return False, False
+    return hidden.requires_grad, weight.requires_grad
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -251,52 +208,46 @@ def _wanted(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, smoothing, head, wants_hidden, wants_weight, wants_bias):
-        rows_RT, *gradients = _forward_op(
-            hidden, weight, bias, labels, scale, smoothing, *head, False, wants_hidden, wants_weight, wants_bias
-        )
-        wants = (wants_hidden, wants_weight, wants_bias)
+    def forward(ctx, hidden, weight, labels, scale, settings, wants_hidden, wants_weight):
+        figures_FT, *gradients = forward_op(hidden, weight, labels, scale, *settings, False, wants_hidden, wants_weight)
         # Saved as other tensors are: after the pass nothing else holds them, and .grad takes them as they are.
-        ctx.save_for_backward(*(g if w else None for g, w in zip(gradients, wants)))
-        return rows_RT[0].sum() * scale
+        ctx.save_for_backward(*(g if w else None for g, w in zip(gradients, (wants_hidden, wants_weight))))
+        return figures_FT[0].sum() * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        gradients = _scaled(ctx.saved_tensors, upstream)
-        return *gradients, None, None, None, None, None, None, None
+        return *_scaled(ctx.saved_tensors, upstream), None, None, None, None, None
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, head, early, statistics, wants_hidden, wants_weight, wants_bias):
-        wants = (wants_hidden, wants_weight, wants_bias)
+    def forward(ctx, hidden, weight, labels, settings, early, all_figures, wants_hidden, wants_weight):
+        wants = (wants_hidden, wants_weight)
         early = early and any(wants)
-        scale = torch.full((), -1.0, dtype=head.sum_dtype, device=hidden.device)
-        rows_RT, *gradients = _forward_op(
-            hidden, weight, bias, labels, scale, 0.0, *head, statistics, *(early and w for w in wants)
+        scale = torch.full((), -1.0, dtype=settings.sum_dtype, device=hidden.device)
+        figures_FT, *gradients = forward_op(
+            hidden, weight, labels, scale, *settings, all_figures, *(early and w for w in wants)
         )
-        log_probs, _, *others = (row.reshape(labels.shape).clone() for row in rows_RT)
-        ctx.head, ctx.early, ctx.wants = head, early, wants
+        log_probs, _, *others = (figure.reshape(labels.shape).clone() for figure in figures_FT)
+        ctx.settings, ctx.early, ctx.wants = settings, early, wants
         kept = (g if early and w else None for g, w in zip(gradients, wants))
-        ctx.save_for_backward(hidden, weight, bias, labels, rows_RT[1].clone(), *kept)
+        ctx.save_for_backward(hidden, weight, labels, figures_FT[1].clone(), *kept)
         ctx.mark_non_differentiable(*others)
         return log_probs.neg_(), *others
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        hidden, weight, bias, labels, lse, *early = ctx.saved_tensors
-        nothing = (None,) * 7
+        hidden, weight, labels, lse, *early = ctx.saved_tensors
+        nothing = (None,) * 6
         if ctx.early and labels.numel():
-            kept = labels != ctx.head.ignore_index
+            kept = labels != ctx.settings.ignore_index
             high = upstream.masked_fill(~kept, -torch.inf).amax()
             low = upstream.masked_fill(~kept, torch.inf).amin()
             if bool(high <= low):  # no kept token: high is below low
                 return *_scaled(early, torch.where(high == low, high, 0)), *nothing
-        gradients = _log_prob_gradients_op(
-            hidden, weight, bias, labels, lse, upstream.contiguous(), *ctx.head, *ctx.wants
-        )
+        gradients = log_prob_gradients_op(hidden, weight, labels, lse, upstream.contiguous(), *ctx.settings, *ctx.wants)
         return *(g if wants else None for g, wants in zip(gradients, ctx.wants)), *nothing
 
 
@@ -308,7 +259,7 @@ def _scaled(gradients: tuple[torch.Tensor | None, ...], factor: torch.Tensor) ->
     for g in gradients:
         if g is None:
             continue
-        if _why_not_triton(g.device, g.dtype) is None:
+        if why_not_triton(g.device, g.dtype) is None:
             with torch.cuda.device_of(g):
                 _triton().scale_(g, factor.to(torch.float32))
         else:
@@ -320,146 +271,118 @@ def _scaled(gradients: tuple[torch.Tensor | None, ...], factor: torch.Tensor) ->
 # Whole loops, not single kernels: how many chunks there are depends on the data, which torch.compile need not know.
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_cross_entropy_forward", mutates_args=())
-def _forward_op(
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_forward", mutates_args=())
+def forward_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     labels: torch.Tensor,
     scale: torch.Tensor,
-    smoothing: float,
     compute_dtype: torch.dtype,
     sum_dtype: torch.dtype,
     ignore_index: int,
-    softcap: float | None,
     inv_temperature: float,
-    statistics: bool,
+    all_figures: bool,
     wants_hidden: bool,
     wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows (len(ROWS) or 2, T), and the gradients of scale · the summed loss (empty where not wanted)."""
-    kernels = _kernels(hidden.device, compute_dtype)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Figures (len(FIGURES) or 2, T), and the gradients of scale · the summed loss (empty where not wanted)."""
+    kernels = kernels_for(hidden.device, compute_dtype)
+    compute_dtype = _dtype_of_products(kernels, hidden.device, compute_dtype)
     labels_T = labels.reshape(-1).to(torch.int64)
-    rows_RT = hidden.new_zeros((len(ROWS) if statistics else 2, labels_T.numel()), dtype=sum_dtype)
-    wants_any = wants_hidden or wants_weight or wants_bias
+    figures_FT = hidden.new_zeros((len(FIGURES) if all_figures else 2, labels_T.numel()), dtype=sum_dtype)
 
-    def to_gradient(logits_NV: torch.Tensor, bias_V: torch.Tensor | None, index_N: torch.Tensor) -> None:
-        kernels.loss_rows(
+    def to_gradient(logits_NV: torch.Tensor, index_N: torch.Tensor) -> None:
+        kernels.loss_figures(
             logits_NV,
-            bias_V,
             labels_T,
             index_N,
             scale,
-            rows_RT,
+            figures_FT,
             ignore_index=ignore_index,
-            smoothing=smoothing,
-            softcap=softcap,
             inv_temperature=inv_temperature,
-            statistics=statistics,
-            gradient=wants_any,
+            all_figures=all_figures,
+            gradient=wants_hidden or wants_weight,
         )
 
-    gradients = _chunked(
-        hidden, weight, bias, labels_T, compute_dtype, ignore_index, to_gradient, wants_hidden, wants_weight, wants_bias
-    )
-    return rows_RT, *gradients
+    gradients = _chunked(hidden, weight, labels_T, compute_dtype, ignore_index, to_gradient, wants_hidden, wants_weight)
+    return figures_FT, *gradients
 
 
-@_forward_op.register_fake
+@forward_op.register_fake
 def _(
     hidden,
     weight,
-    bias,
     labels,
     scale,
-    smoothing,
     compute_dtype,
     sum_dtype,
     ignore_index,
-    softcap,
     inv_temperature,
-    statistics,
+    all_figures,
     wants_hidden,
     wants_weight,
-    wants_bias,
 ):
-    rows = hidden.new_empty((len(ROWS) if statistics else 2, labels.numel()), dtype=sum_dtype)
-    return rows, *_empty_gradients(hidden, weight, bias, wants_hidden, wants_weight, wants_bias)
+    figures = hidden.new_empty((len(FIGURES) if all_figures else 2, labels.numel()), dtype=sum_dtype)
+    return figures, *_empty_gradients(hidden, weight, wants_hidden, wants_weight)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_log_prob_gradients", mutates_args=())
-def _log_prob_gradients_op(
+@torch.library.custom_op(f"{NAMESPACE}::linear_log_prob_gradients", mutates_args=())
+def log_prob_gradients_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     labels: torch.Tensor,
     lse: torch.Tensor,
     upstream: torch.Tensor,
     compute_dtype: torch.dtype,
     sum_dtype: torch.dtype,
     ignore_index: int,
-    softcap: float | None,
     inv_temperature: float,
     wants_hidden: bool,
     wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of the sum of upstream · log-probability (empty where not wanted)."""
-    kernels = _kernels(hidden.device, compute_dtype)
+    kernels = kernels_for(hidden.device, compute_dtype)
+    compute_dtype = _dtype_of_products(kernels, hidden.device, compute_dtype)
     labels_T = labels.reshape(-1).to(torch.int64)
     upstream_T = upstream.reshape(-1).to(sum_dtype)
 
-    def to_gradient(logits_NV: torch.Tensor, bias_V: torch.Tensor | None, index_N: torch.Tensor) -> None:
+    def to_gradient(logits_NV: torch.Tensor, index_N: torch.Tensor) -> None:
         kernels.log_prob_gradient(
             logits_NV,
-            bias_V,
             labels_T,
             index_N,
             lse,
             upstream_T,
             ignore_index=ignore_index,
-            softcap=softcap,
             inv_temperature=inv_temperature,
         )
 
-    return _chunked(
-        hidden, weight, bias, labels_T, compute_dtype, ignore_index, to_gradient, wants_hidden, wants_weight, wants_bias
-    )
+    return _chunked(hidden, weight, labels_T, compute_dtype, ignore_index, to_gradient, wants_hidden, wants_weight)
 
 
-@_log_prob_gradients_op.register_fake
+@log_prob_gradients_op.register_fake
 def _(
     hidden,
     weight,
-    bias,
     labels,
     lse,
     upstream,
     compute_dtype,
     sum_dtype,
     ignore_index,
-    softcap,
     inv_temperature,
     wants_hidden,
     wants_weight,
-    wants_bias,
 ):
-    return _empty_gradients(hidden, weight, bias, wants_hidden, wants_weight, wants_bias)
+    return _empty_gradients(hidden, weight, wants_hidden, wants_weight)
 
 
 def _empty_gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor, weight: torch.Tensor, wants_hidden: bool, wants_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     return (
         hidden.new_empty(hidden.shape if wants_hidden else (0,)),
         weight.new_empty(weight.shape if wants_weight else (0,)),
-        weight.new_empty((0,)) if bias is None or not wants_bias else bias.new_empty(bias.shape),
     )
 
 
@@ -470,59 +393,50 @@ def _empty_gradients(
 def _chunked(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     labels_T: torch.Tensor,
     compute_dtype: torch.dtype,
     ignore_index: int,
-    to_gradient: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], None],
+    to_gradient: Callable[[torch.Tensor, torch.Tensor], None],
     wants_hidden: bool,
     wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute each chunk's logits, let `to_gradient` work on them, and turn what it leaves there into gradients."""
     tokens, vocab = labels_T.numel(), weight.shape[0]
     x_TH = hidden.reshape(tokens, hidden.shape[-1])
     w_VH = weight.to(compute_dtype)
     if 1 not in w_VH.stride():
         w_VH = w_VH.contiguous()  # once, where cuBLAS would do it for every chunk
-    bias_V = None if bias is None else bias.to(compute_dtype).contiguous()
 
-    hidden_gradient, weight_gradient, bias_gradient = _empty_gradients(hidden, weight, bias, False, False, False)
+    hidden_gradient, weight_gradient = _empty_gradients(hidden, weight, False, False)
     if wants_hidden:
         hidden_gradient = hidden.new_zeros(hidden.shape)
     if wants_weight:
-        weight_sum = _WeightSum(weight)
-    if wants_bias:
-        bias_sum = weight.new_zeros(vocab, dtype=_sum_dtype(compute_dtype))
+        weight_sum = WeightSum(weight)
 
     is_ignored_T = labels_T == ignore_index
     kept_first_T = torch.argsort(is_ignored_T.to(torch.uint8), stable=True)
-    size = _chunk_size(tokens, vocab, compute_dtype.itemsize)
+    size = chunk_size(tokens, vocab, compute_dtype.itemsize)
     logits_buffer = w_VH.new_empty((size, vocab))
     x_buffer = x_TH.new_empty((size, x_TH.shape[1]))
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(hidden):
-        for start, stop in _chunks(tokens - is_ignored_T.sum(), tokens, size):
+        for start, stop in chunks(tokens - is_ignored_T.sum(), tokens, size):
             index_N = kept_first_T[start:stop]
             logits_NV = logits_buffer[: stop - start]
             x_NH = torch.index_select(x_TH, 0, index_N, out=x_buffer[: stop - start]).to(compute_dtype)
             torch.mm(x_NH, w_VH.t(), out=logits_NV)
-            to_gradient(logits_NV, bias_V, index_N)
+            to_gradient(logits_NV, index_N)
             if wants_weight:
                 weight_sum.add(logits_NV, x_NH)
-            if wants_bias:
-                bias_sum += logits_NV.sum(0, dtype=bias_sum.dtype)
             if wants_hidden:
                 torch.mm(logits_NV, w_VH, out=x_NH)  # the chunk's hidden states have served
                 hidden_gradient.view(x_TH.shape).index_copy_(0, index_N, x_NH.to(hidden.dtype))
     if wants_weight:
         weight_gradient = weight_sum.result()
-    if bias is not None and wants_bias:
-        bias_gradient = bias_sum.to(bias.dtype)
-    return hidden_gradient, weight_gradient, bias_gradient
+    return hidden_gradient, weight_gradient
 
 
-def _chunk_size(tokens: int, vocab: int, element_size: int) -> int:
+def chunk_size(tokens: int, vocab: int, element_size: int) -> int:
     """Tokens of a chunk: at most what `LOGITS_BYTES` hold, in whole tiles where there is room, alike in all chunks."""
     most = max(1, LOGITS_BYTES // (vocab * element_size))
     if most >= tokens:
@@ -534,7 +448,7 @@ def _chunk_size(tokens: int, vocab: int, element_size: int) -> int:
     return -(-tokens // (chunks * _TILE)) * _TILE
 
 
-def _chunks(kept: torch.Tensor, tokens: int, size: int) -> Iterator[tuple[int, int]]:
+def chunks(kept: torch.Tensor, tokens: int, size: int) -> Iterator[tuple[int, int]]:
     """Bounds of the chunks that hold kept tokens; `kept` is their number, on the device."""
     start, end = 0, tokens
     is_cuda = kept.device.type == "cuda"
@@ -558,7 +472,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _WeightSum:
+class WeightSum:
     """The weight's gradient, summed over chunks in fp32 (fp64 for fp64).
 
     The rows are in two halves, each in a buffer of its own: the result in 16 bits takes as much memory as one half in
@@ -601,7 +515,7 @@ class _WeightSum:
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, overwrite: bool) -> None:
     """total += a @ b, or total = a @ b, never rounded to 16 bits in between."""
-    if a.dtype.itemsize == 2 and total.dtype == torch.float32 and total.device.type in _MIXED_PRODUCTS:
+    if a.dtype.itemsize == 2 and total.dtype == torch.float32 and total.device.type in DEVICES_WITH_FP32_SUMS:
         if overwrite:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:
@@ -619,83 +533,51 @@ class _Plain:
     """The kernels of `triton_kernels.py` in plain PyTorch, for one chunk."""
 
     @staticmethod
-    def loss_rows(
+    def loss_figures(
         logits: torch.Tensor,
-        bias: torch.Tensor | None,
         labels: torch.Tensor,
         index: torch.Tensor,
         scale: torch.Tensor,
-        rows: torch.Tensor,
+        figures: torch.Tensor,
         *,
         ignore_index: int,
-        smoothing: float,
-        softcap: float | None,
         inv_temperature: float,
-        statistics: bool,
+        all_figures: bool,
         gradient: bool,
     ) -> None:
-        z_NV, slope = _Plain.transformed(logits, bias, softcap, inv_temperature, rows.dtype)
+        z_NV = logits.to(figures.dtype).mul_(inv_temperature)
         target_N1, is_ignored_N, nan_N = _Plain.targets(labels[index], ignore_index, z_NV)
-        target_z_N = z_NV.gather(1, target_N1)[:, 0] + nan_N
         lse_N = z_NV.logsumexp(1)
-        losses_N = lse_N - target_z_N
-        if smoothing:
-            losses_N = lse_N - (1 - smoothing) * target_z_N - smoothing * z_NV.mean(1)
-        figures = [losses_N, lse_N]
-        if statistics:
+        found = [lse_N - z_NV.gather(1, target_N1)[:, 0] - nan_N, lse_N]
+        if all_figures:
             p_NV = (z_NV - lse_N[:, None]).exp_()
             is_top1_N = (z_NV.argmax(1) == target_N1[:, 0]) & ~nan_N.isnan()
-            figures += [lse_N - (p_NV * z_NV).sum(1), z_NV.mean(1), p_NV.square_().sum(1).log(), is_top1_N]
-        for row, figure in zip(rows, figures):
-            row.index_copy_(0, index, figure.to(rows.dtype).masked_fill(is_ignored_N, 0))
+            found += [lse_N - (p_NV * z_NV).sum(1), z_NV.mean(1), p_NV.square_().sum(1).log(), is_top1_N]
+        for figure_T, figure_N in zip(figures, found):
+            figure_T.index_copy_(0, index, figure_N.to(figures.dtype).masked_fill(is_ignored_N, 0))
         if gradient:
             p_NV = z_NV.sub_(lse_N[:, None]).exp_()
-            if smoothing:
-                p_NV -= smoothing / p_NV.shape[1]
-            p_NV.scatter_add_(1, target_N1, p_NV.new_full(target_N1.shape, smoothing - 1))
-            p_NV *= slope
-            p_NV *= (scale + nan_N)[:, None]
+            p_NV.scatter_add_(1, target_N1, p_NV.new_full(target_N1.shape, -1))
+            p_NV *= ((scale + nan_N) * inv_temperature)[:, None]
             logits.copy_(p_NV.masked_fill_(is_ignored_N[:, None], 0))
 
     @staticmethod
     def log_prob_gradient(
         logits: torch.Tensor,
-        bias: torch.Tensor | None,
         labels: torch.Tensor,
         index: torch.Tensor,
         lse: torch.Tensor,
         upstream: torch.Tensor,
         *,
         ignore_index: int,
-        softcap: float | None,
         inv_temperature: float,
     ) -> None:
-        z_NV, slope = _Plain.transformed(logits, bias, softcap, inv_temperature, lse.dtype)
+        z_NV = logits.to(lse.dtype).mul_(inv_temperature)
         target_N1, is_ignored_N, nan_N = _Plain.targets(labels[index], ignore_index, z_NV)
         p_NV = z_NV.sub_(lse[index][:, None]).exp_()
         p_NV.scatter_add_(1, target_N1, p_NV.new_full(target_N1.shape, -1))
-        p_NV *= slope
-        p_NV *= (nan_N - upstream[index])[:, None]
+        p_NV *= ((nan_N - upstream[index]) * inv_temperature)[:, None]
         logits.copy_(p_NV.masked_fill_(is_ignored_N[:, None], 0))
-
-    @staticmethod
-    def transformed(
-        logits: torch.Tensor,
-        bias: torch.Tensor | None,
-        softcap: float | None,
-        inv_temperature: float,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Logits after bias, softcap and temperature, in a tensor that may be the given one, and their derivative."""
-        z_NV = logits.to(dtype)
-        if bias is not None:
-            z_NV += bias
-        slope: torch.Tensor | float = inv_temperature
-        if softcap is not None:
-            t_NV = z_NV.div_(softcap).tanh_()
-            slope = (1 - t_NV.square()) * inv_temperature
-            z_NV = t_NV * softcap
-        return z_NV.mul_(inv_temperature), slope
 
     @staticmethod
     def targets(
@@ -709,7 +591,7 @@ class _Plain:
 
 
 @functools.cache
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why plain PyTorch must serve, or None."""
     if dtype == torch.float64:
         return "the Triton kernels compute in fp32, and the tensors are fp64"
@@ -722,17 +604,23 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _kernels(device: torch.device, dtype: torch.dtype):
+def kernels_for(device: torch.device, dtype: torch.dtype):
     """The module with the kernels, or their plain counterpart, with one warning that says why."""
-    reason = _why_not_triton(device, dtype)
+    reason = why_not_triton(device, dtype)
     if reason is None:
         return _triton()
-    _warn_once(reason)
+    warn_once(reason)
     return _Plain
 
 
+def _dtype_of_products(kernels, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """fp32 for 16 bits in plain PyTorch on a CPU, whose own products of 16 bits took 15 times as long (2 cores)."""
+    is_slow = kernels is _Plain and dtype.itemsize == 2 and device.type not in DEVICES_WITH_FP32_SUMS
+    return torch.float32 if is_slow else dtype
+
+
 @functools.cache
-def _warn_once(reason: str) -> None:
+def warn_once(reason: str) -> None:
     warnings.warn(f"The linear cross-entropy runs in plain PyTorch, a chunk at a time: {reason}.", stacklevel=2)
 
 
@@ -750,24 +638,12 @@ def linear_cross_entropy_reference(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,
     ignore_index: int = -100,
     num_items_in_batch: int | torch.Tensor | None = None,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
 ) -> torch.Tensor:
     """What `linear_cross_entropy` computes, with whole logits and PyTorch's own gradients; in fp64, what is right."""
-    logits = _reference_logits(hidden, weight, bias, softcap)
-    total = torch.nn.functional.cross_entropy(
-        logits.reshape(-1, weight.shape[0]),
-        labels.reshape(-1).long(),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
-    if reduction == "sum":
-        return total
+    logits = _reference_logits(hidden, weight).reshape(-1, weight.shape[0])
+    total = functional.cross_entropy(logits, labels.reshape(-1).long(), ignore_index=ignore_index, reduction="sum")
     return total / ((labels != ignore_index).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -776,21 +652,16 @@ def linear_log_probs_reference(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,
     temperature: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
 ) -> torch.Tensor:
     """What `linear_log_probs` computes, with whole logits and PyTorch's own gradients; in fp64, what is right."""
     is_ignored = labels == ignore_index
-    log_probs = torch.log_softmax(_reference_logits(hidden, weight, bias, softcap) / temperature, dim=-1)
+    log_probs = torch.log_softmax(_reference_logits(hidden, weight) / temperature, dim=-1)
     chosen = log_probs.gather(-1, labels.long().masked_fill(is_ignored, 0)[..., None])[..., 0]
     return chosen.masked_fill(is_ignored, 0)
 
 
-def _reference_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
-) -> torch.Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def _reference_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    logits = functional.linear(hidden, weight)
+    return logits if logits.dtype == torch.float64 else logits.float()

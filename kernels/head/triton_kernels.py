@@ -10,57 +10,29 @@ import triton
 import triton.language as tl
 
 BLOCK_SIZE = 4096
-BLOCK_SIZE_WITH_STATISTICS = 2048  # six sums a lane instead of two: at 4096 they need 168 registers on sm_90
+BLOCK_SIZE_OF_ALL_FIGURES = 2048  # six sums a lane instead of two: at 4096 they need 168 registers on sm_90
 WARPS = 8
 # A finite stand-in for minus infinity: the difference of two infinities would be NaN.
 _LOWEST = tl.constexpr(-3.0e38)
-
-
-@triton.jit
-def _scaled_logit(
-    raw, bias_ptr, columns, mask, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
-    z = raw.to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SOFTCAP:
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # tanh
-    return z * inv_temperature
-
-
-@triton.jit
-def _slope(z, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """The derivative of `_scaled_logit`, from its result."""
-    slope = inv_temperature
-    if HAS_SOFTCAP:
-        t = z / (softcap * inv_temperature)
-        slope = inv_temperature * (1 - t * t)
-    return slope
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def loss_kernel(
     logits_ptr,
     row_stride,
-    bias_ptr,
     labels_ptr,
     index_ptr,
     scale_ptr,
-    rows_ptr,
+    figures_ptr,
     tokens,
     vocab,
     ignore_index,
-    smoothing,
-    softcap,
     inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-    HAS_STATISTICS: tl.constexpr,
+    ALL_FIGURES: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: its loss, its log-sum-exp, statistics if wanted, and if wanted the gradient in place.
+    """One program a row: its loss, its log-sum-exp, the other figures if wanted, and if wanted the gradient in place.
 
     Each lane keeps the maximum and the sums of its own columns; lanes meet once, after the loop.
     """
@@ -80,9 +52,7 @@ def loss_kernel(
     is_valid = (label >= 0) & (label < vocab)
     nan_if_invalid = tl.where(is_valid, 0.0, float("nan"))
     target = tl.where(is_valid, label, 0)
-    target_logit = tl.load(row_ptr + target)
-    target_z = _scaled_logit(target_logit, bias_ptr, target, True, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
-    target_z += nan_if_invalid
+    target_z = tl.load(row_ptr + target).to(tl.float32) * inv_temperature + nan_if_invalid
 
     peak = tl.full((BLOCK,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -93,15 +63,14 @@ def loss_kernel(
     for start in range(0, vocab, BLOCK):
         columns = start + lanes
         mask = columns < vocab
-        raw = tl.load(row_ptr + columns, mask=mask, other=0.0)
-        z = _scaled_logit(raw, bias_ptr, columns, mask, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
-        if HAS_SMOOTHING or HAS_STATISTICS:
+        z = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32) * inv_temperature
+        if ALL_FIGURES:
             plain_sum += tl.where(mask, z, 0.0)
         z = tl.where(mask, z, -float("inf"))
         # The larger of the two has weight 1, so that one exponential serves.
         is_new = z > peak
         e = tl.exp(-tl.abs(z - peak))
-        if HAS_STATISTICS:
+        if ALL_FIGURES:
             finite = tl.where(mask, z, 0.0)
             weighted = tl.where(is_new, weighted * e + finite, weighted + e * finite)
             squares = tl.where(is_new, squares * e * e + 1, squares + e * e)
@@ -113,35 +82,24 @@ def loss_kernel(
     share = tl.exp(peak - highest)
     sum_exp = tl.sum(total * share, axis=0)
     lse = highest + tl.log(sum_exp)
-    loss = lse - target_z
-    if HAS_SMOOTHING or HAS_STATISTICS:
-        mean_logit = tl.sum(plain_sum, axis=0) / vocab
-        if HAS_SMOOTHING:
-            loss = lse - (1 - smoothing) * target_z - smoothing * mean_logit
-    tl.store(rows_ptr + token, loss)
-    tl.store(rows_ptr + tokens + token, lse)
-    if HAS_STATISTICS:
-        tl.store(rows_ptr + 2 * tokens + token, lse - tl.sum(weighted * share, axis=0) / sum_exp)
-        tl.store(rows_ptr + 3 * tokens + token, mean_logit)
-        tl.store(rows_ptr + 4 * tokens + token, tl.log(tl.sum(squares * share * share, axis=0)) - 2 * tl.log(sum_exp))
+    tl.store(figures_ptr + token, lse - target_z)
+    tl.store(figures_ptr + tokens + token, lse)
+    if ALL_FIGURES:
+        log_sum_squares = tl.log(tl.sum(squares * share * share, axis=0)) - 2 * tl.log(sum_exp)
+        tl.store(figures_ptr + 2 * tokens + token, lse - tl.sum(weighted * share, axis=0) / sum_exp)
+        tl.store(figures_ptr + 3 * tokens + token, tl.sum(plain_sum, axis=0) / vocab)
+        tl.store(figures_ptr + 4 * tokens + token, log_sum_squares)
         # The first of equal maxima is the prediction, as in `argmax`.
         is_top1 = (target_z >= highest) & (target_z > tl.max(peak_before, axis=0))
-        tl.store(rows_ptr + 5 * tokens + token, tl.where(is_top1, 1.0, 0.0))
+        tl.store(figures_ptr + 5 * tokens + token, tl.where(is_top1, 1.0, 0.0))
 
     if HAS_GRADIENT:
-        scale = tl.load(scale_ptr) + nan_if_invalid
+        scale = (tl.load(scale_ptr) + nan_if_invalid) * inv_temperature
         for start in range(0, vocab, BLOCK):
             columns = start + lanes
             mask = columns < vocab
-            raw = tl.load(row_ptr + columns, mask=mask, other=0.0)
-            z = _scaled_logit(raw, bias_ptr, columns, mask, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
-            gradient = tl.exp(z - lse)
-            if HAS_SMOOTHING:
-                gradient -= smoothing / vocab
-                gradient -= tl.where(columns == target, 1 - smoothing, 0.0)
-            else:
-                gradient -= tl.where(columns == target, 1.0, 0.0)
-            gradient *= scale * _slope(z, softcap, inv_temperature, HAS_SOFTCAP)
+            z = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32) * inv_temperature
+            gradient = (tl.exp(z - lse) - tl.where(columns == target, 1.0, 0.0)) * scale
             tl.store(row_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
@@ -149,17 +107,13 @@ def loss_kernel(
 def log_prob_gradient_kernel(
     logits_ptr,
     row_stride,
-    bias_ptr,
     labels_ptr,
     index_ptr,
     lse_ptr,
     upstream_ptr,
     vocab,
     ignore_index,
-    softcap,
     inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program for a block of a row: logits become, in place, the gradient of upstream · log-probability."""
@@ -174,10 +128,9 @@ def log_prob_gradient_kernel(
         return
     is_valid = (label >= 0) & (label < vocab)
     upstream = tl.load(upstream_ptr + token) + tl.where(is_valid, 0.0, float("nan"))
-    raw = tl.load(pointers, mask=mask, other=0.0)
-    z = _scaled_logit(raw, bias_ptr, columns, mask, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+    z = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * inv_temperature
     gradient = tl.where(columns == label, 1.0, 0.0) - tl.exp(z - tl.load(lse_ptr + token))
-    gradient *= upstream * _slope(z, softcap, inv_temperature, HAS_SOFTCAP)
+    gradient *= upstream * inv_temperature
     tl.store(pointers, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
@@ -193,57 +146,46 @@ def scale_kernel(x_ptr, factor_ptr, size, programs, BLOCK: tl.constexpr):
             tl.store(x_ptr + offsets, (x.to(tl.float32) * factor).to(x_ptr.dtype.element_ty), mask=offsets < size)
 
 
-def loss_rows(
+def loss_figures(
     logits: torch.Tensor,
-    bias: torch.Tensor | None,
     labels: torch.Tensor,
     index: torch.Tensor,
     scale: torch.Tensor,
-    rows: torch.Tensor,
+    figures: torch.Tensor,
     *,
     ignore_index: int,
-    smoothing: float,
-    softcap: float | None,
     inv_temperature: float,
-    statistics: bool,
+    all_figures: bool,
     gradient: bool,
 ) -> None:
-    """Fill `rows` (see `cross_entropy.ROWS`) from a chunk of logits (n, V); make it scale · d loss / d logits."""
+    """Fill `figures` (see `loss.FIGURES`) from a chunk of logits (n, V); make it scale · d loss / d logits."""
     vocab = logits.shape[1]
     loss_kernel[(logits.shape[0],)](
         logits,
         logits.stride(0),
-        logits if bias is None else bias,
         labels,
         index,
         scale,
-        rows,
-        rows.shape[1],
+        figures,
+        figures.shape[1],
         vocab,
         ignore_index,
-        smoothing,
-        1.0 if softcap is None else softcap,
         inv_temperature,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_SMOOTHING=smoothing != 0,
-        HAS_STATISTICS=statistics,
+        ALL_FIGURES=all_figures,
         HAS_GRADIENT=gradient,
-        BLOCK=min(BLOCK_SIZE_WITH_STATISTICS if statistics else BLOCK_SIZE, triton.next_power_of_2(vocab)),
+        BLOCK=min(BLOCK_SIZE_OF_ALL_FIGURES if all_figures else BLOCK_SIZE, triton.next_power_of_2(vocab)),
         num_warps=WARPS,
     )
 
 
 def log_prob_gradient(
     logits: torch.Tensor,
-    bias: torch.Tensor | None,
     labels: torch.Tensor,
     index: torch.Tensor,
     lse: torch.Tensor,
     upstream: torch.Tensor,
     *,
     ignore_index: int,
-    softcap: float | None,
     inv_temperature: float,
 ) -> None:
     """Turn a chunk of logits (n, V) into upstream · d log-probability / d logits."""
@@ -252,17 +194,13 @@ def log_prob_gradient(
     log_prob_gradient_kernel[(logits.shape[0], triton.cdiv(vocab, block))](
         logits,
         logits.stride(0),
-        logits if bias is None else bias,
         labels,
         index,
         lse,
         upstream,
         vocab,
         ignore_index,
-        1.0 if softcap is None else softcap,
         inv_temperature,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
         BLOCK=block,
         num_warps=WARPS,
     )
