@@ -30,16 +30,18 @@ _UNFINISHED = "\ufffd"  # what decoders make of bytes that are no character yet
 class GenerateOptions:
     """What `jai generate` takes."""
 
-    model: str = argument("MODEL", help="Folder or Hub id of a checkpoint with a tokenizer.")
-    prompt: str = argument("PROMPT", help="The user's turn, or (--raw) the beginning of the text.")
-    max_new_tokens: int = option(200, help="Most tokens to make.", at_least=1)
-    temperature: float = option(0.7, help="0 takes the likeliest token each time.", at_least=0)
+    model: str = argument("CKPT", help="Folder or Hub id of a checkpoint with a tokenizer.")
+    prompt: str = argument("PROMPT", help="What the user says; with --raw, the beginning of the text.")
+    max_new_tokens: int = option(200, help="Largest number of tokens to generate.", at_least=1)
+    temperature: float = option(
+        0.7, help="Temperature of the sampling; 0 always takes the most likely token.", at_least=0
+    )
     top_p: float = option(
-        0.95, help="Sample from the likeliest tokens that together have this probability.", above=0, at_most=1
+        0.95, help="Sample from the most likely tokens whose probabilities add up to this.", above=0, at_most=1
     )
     seed: int = option(0, help="Seed of the sampling.", at_least=0, at_most=2**32 - 1)
     raw: bool = option(False, help="Continue the text instead of answering as in a chat.")
-    trust_remote_code: bool = option(False, help="Run the code in the checkpoint, not the installed one.")
+    trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -224,7 +224,7 @@ def expected_text(option: Option, *, on_command_line: bool = False) -> str:
         text, example = texts[option.element]
     info = option.info
     bounds = [
-        f" {words} {bound:g}"
+        f" {words} {bound}"
         for words, bound in (("from", info.at_least), ("above", info.above), ("up to", info.at_most))
         if bound is not None
     ]

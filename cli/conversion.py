@@ -22,7 +22,9 @@ app = typer.Typer()
 
 @verb(app, ConvertOptions, config="recipes/convert_phi3_medium.yaml")
 def convert(options: ConvertOptions) -> None:
-    """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts. Run again after a break, it goes on."""
+    """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts.
+
+    If it is interrupted, the same command resumes it."""
     _look_up(options.out, options.base, options.tokenizer)
     from jai.conversion.convert.command import convert
     from jai.conversion.convert.verify import verify_conversion
@@ -34,7 +36,9 @@ def convert(options: ConvertOptions) -> None:
 
 @verb(app, UpcycleOptions, config="plan.yaml")
 def upcycle(options: UpcycleOptions) -> None:
-    """Make experts of a dense JAI and snapshots of its training. Run again after a break, it goes on."""
+    """Make experts from a dense JAI and snapshots of its training.
+
+    If it is interrupted, the same command resumes it."""
     named = {options.base_weights} - {"last", "first"}
     _look_up(options.out, options.dense, *options.snapshots, *named)
     from jai.conversion.upcycle.command import upcycle
@@ -44,7 +48,9 @@ def upcycle(options: UpcycleOptions) -> None:
 
 @verb(app, SnapshotOptions)
 def snapshot(options: SnapshotOptions) -> None:
-    """Keep only the FFN weights of a dense JAI, for jai upcycle."""
+    """Keep only the FFN weights of a dense JAI, for jai upcycle.
+
+    If it is interrupted, the same command resumes it."""
     _look_up(options.out, options.checkpoint)
     from jai.conversion.upcycle.snapshot import snapshot
 
@@ -53,7 +59,9 @@ def snapshot(options: SnapshotOptions) -> None:
 
 @verb(app, MergeOptions, config="recipes/merge_m3.yaml")
 def merge(options: MergeOptions) -> None:
-    """Merge checkpoints of one architecture, with weights by layer. Run again after a break, it goes on."""
+    """Merge checkpoints of one architecture, with weights by layer.
+
+    If it is interrupted, the same command resumes it."""
     _look_up(options.out, *options.models, options.base)
     from jai.conversion.merge.command import merge
 
@@ -62,9 +70,9 @@ def merge(options: MergeOptions) -> None:
 
 @verb(app, ExportOptions)
 def export(options: ExportOptions) -> None:
-    """Write a JAI without skips as a Mixtral or a Phi-3.
+    """Write a JAI without skip alphas as a Mixtral or a Phi-3.
 
-    Engines that do not have its code can serve that."""
+    Serving engines need no code of JAI's for these. If it is interrupted, the same command resumes it."""
     _look_up(options.out, options.model)
     from jai.conversion.export.command import export
 

@@ -13,7 +13,7 @@ app = typer.Typer()
 def publish(options: PublishOptions) -> None:
     """Check a checkpoint or an adapter, and upload it to the Hub.
 
-    It is loaded in a clean process; the model card is written; all is uploaded in one commit."""
+    It is loaded in a clean process, its model card is written, and everything is uploaded in one commit."""
     from jai.hub_card.publish import publish
 
     publish(options)

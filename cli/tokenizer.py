@@ -15,7 +15,9 @@ app = typer.Typer(help="Extend phi-3's vocabulary.", no_args_is_help=True)
 
 @verb(app, TrainTokenizerOptions, name="train", group=("tokenizer",))
 def train(options: TrainTokenizerOptions) -> None:
-    """Extend a phi-3 tokenizer with merges learnt from text. Ids of other scripts do not change."""
+    """Extend a phi-3 tokenizer with merges learnt from text.
+
+    Text in other scripts keeps its ids."""
     from jai.tokenization.train import train_tokenizer
 
     train_tokenizer(options)
@@ -23,7 +25,9 @@ def train(options: TrainTokenizerOptions) -> None:
 
 @verb(app, ReportTokenizersOptions, name="report", group=("tokenizer",))
 def report(options: ReportTokenizersOptions) -> None:
-    """Measure tokenizers on text: tokens per character, bytes, round trips, unused tokens, speed."""
+    """Measure tokenizers on text, side by side.
+
+    Tokens per character, word and byte, bytes in place of characters, round trips, unused tokens, speed."""
     from jai.tokenization.report import report_tokenizers
 
     report_tokenizers(options)
@@ -42,7 +46,7 @@ def tokenizer_ablate(
     out: Annotated[Path, typer.Option(help="Folder to write, or to go on in.")] = Path("runs/tokenizer-ablation"),
     workers: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
 ) -> None:
-    """Train the same small phi-3 with each tokenizer, and compare bits per character."""
+    """Train a small phi-3 with each tokenizer and compare them."""
     from jai.tokenization.ablate import ablate, read_config
 
     texts: dict[str, list[str]] = {}

@@ -16,7 +16,7 @@ app = typer.Typer()
 def sft(context: typer.Context) -> None:
     """Fine-tune on chats or plain text with TRL's SFTTrainer.
 
-    --config X.yaml, then any of TRL's options."""
+    Give --config FILE, then any of TRL's options."""
     read_config_file(context.args)
     from jai.trainers.sft import main as run
 
@@ -25,9 +25,9 @@ def sft(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def dpo(context: typer.Context) -> None:
-    """Align with preference pairs with TRL's DPOTrainer.
+    """Align with preference pairs, using TRL's DPOTrainer.
 
-    --config X.yaml, then any of TRL's options."""
+    Give --config FILE, then any of TRL's options."""
     read_config_file(context.args)
     from jai.trainers.dpo import main as run
 

@@ -15,7 +15,7 @@ _SERVER_PACKAGES = ("fastapi", "openai", "uvicorn")
 
 @verb(app, GenerateOptions)
 def generate(options: GenerateOptions) -> None:
-    """Generate text, streamed as it is made."""
+    """Generate text and stream it as it is made."""
     from jai.generate import generate
 
     generate(options)
@@ -23,9 +23,9 @@ def generate(options: GenerateOptions) -> None:
 
 @app.command(**PASS_THROUGH)
 def serve(context: typer.Context) -> None:
-    """Serve a model over HTTP, as OpenAI does.
+    """Serve a model over HTTP with an OpenAI-compatible API.
 
-    It is transformers' server: MODEL, then any of its options."""
+    This is transformers' server: give CKPT, then any of its options."""
     for package in _SERVER_PACKAGES:  # transformers looks when it has loaded PyTorch, and ends with a traceback
         if find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
@@ -36,9 +36,9 @@ def serve(context: typer.Context) -> None:
 
 @verb(app, DemoOptions)
 def demo(options: DemoOptions) -> None:
-    """See it all on tiny models in a few minutes, without a GPU.
+    """Run everything on tiny models in a few minutes, without a GPU.
 
-    Base, convert, sft, dpo, Hub, report."""
+    A base is trained, converted, fine-tuned, aligned, pushed to a local Hub, and a report written."""
     from jai.demo.run import run_demo
 
     run_demo(options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from jai.errors import UserError
 from jai.options import Option, Size, default_text, expected_text, option_text_parser, options_of, read_options_file
@@ -41,6 +42,14 @@ class Verb:
 VERBS: list[Verb] = []
 
 
+class _VerbCommand(TyperCommand):
+    """A command whose usage line leaves out hidden arguments, as its help does."""
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+        shown = [each for each in self.get_params(ctx) if not getattr(each, "hidden", False)]
+        return ["[OPTIONS]", *(piece for each in shown for piece in each.get_usage_pieces(ctx))]
+
+
 def verb(
     app: typer.Typer, options: type, *, name: str | None = None, group: tuple[str, ...] = (), config: str | None = None
 ) -> Callable:
@@ -66,7 +75,7 @@ def verb(
         command.__doc__ = run.__doc__
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {each.name: each.annotation for each in parameters}
-        app.command(command_name)(command)
+        app.command(command_name, cls=_VerbCommand)(command)
         return run
 
     return register
@@ -121,7 +130,8 @@ def _parameter(option: Option) -> inspect.Parameter:
     kind = str if _is_text(option) or option.kind is Size else option.kind
     is_required = option.default is MISSING
     if info.positional:
-        declared: Any = typer.Argument(metavar=info.metavar, help=_help(option), show_default=False)
+        name = str(info.metavar).removesuffix("...")  # which typer adds where it belongs
+        declared: Any = typer.Argument(metavar=name, help=_help(option), show_default=False)
         return _keyword(option.name, kind if is_required else kind | None, declared, ... if is_required else None)
     names = [option.flag]
     if kind is bool:
@@ -138,6 +148,8 @@ def _keyword(name: str, kind: Any, declared: Any, default: Any) -> inspect.Param
 
 
 def _help(option: Option) -> str:
+    if option.default is MISSING:
+        return option.info.help if option.info.positional else f"{option.info.help} [required]"
     default = default_text(option)
     return f"{option.info.help} [default: {default}]" if default else option.info.help
 

@@ -12,9 +12,9 @@ from jai.options import argument, check_values, option
 class DemoOptions:
     """How the demo is run."""
 
-    out: Path = argument("FOLDER", Path("runs/demo"), help="Folder to write; it must not exist.")
+    out: Path = argument("OUT", Path("runs/demo"), help="Folder to write; it must not exist.")
     seed: int = option(0, help="Seed of the text, of the base and of the training.", at_least=0)
-    quick: bool = option(False, help="Train a few steps only: every part runs, nothing is learnt.")
+    quick: bool = option(False, help="Train for a few steps only: every part runs, and nothing is learnt.")
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -24,6 +24,4 @@ class DemoOptions:
         """
         check_values(self)
         if self.out.exists():
-            raise UserError(
-                f"{self.out} exists already. Give another folder (jai demo FOLDER), or remove this one first."
-            )
+            raise UserError(f"{self.out} exists already. Give another folder (jai demo OUT), or remove this one first.")

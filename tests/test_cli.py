@@ -36,6 +36,24 @@ def test_help_names_every_verb(jai):
     assert all(verb in out for verb in VERBS)
 
 
+@pytest.mark.parametrize("group", [(), ("tokenizer",)], ids=str)
+def test_help_shows_what_each_verb_does_in_one_whole_sentence(jai, monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = jai(*group, "--help")
+    lines = out.partition("Commands:\n")[2].split("\n\n")[0].splitlines()
+    assert len(lines) >= 3
+    assert all(line.endswith(".") and not line.endswith("..") and len(line) <= 80 for line in lines), lines
+
+
+def test_help_names_what_is_required_and_hides_what_is_hidden(jai, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = jai("merge", "--help")
+    assert out.startswith("Usage: jai merge [OPTIONS] {OUT}\n")  # without the place of `--models A B`
+    _, out, _ = jai("tokenizer", "train", "--help")
+    assert out.startswith("Usage: jai tokenizer train [OPTIONS] {TEXT}...\n")
+    assert "Folder or Hub id of the tokenizer to extend. [required]" in " ".join(out.split())
+
+
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("sft", "dpo")])
 def test_every_verb_has_help(jai, verb):
     code, out, _ = jai(verb, "--help")

@@ -20,10 +20,8 @@ class TrainTokenizerOptions:
     )
     base: str = option(help="Folder or Hub id of the tokenizer to extend.")
     out: Path = option(help="Folder to write; it must not exist.")
-    vocab_size: int = option(64000, help="Entries of the result, special tokens included.", at_least=1)
-    max_token_chars: int = option(
-        16, help="Longest new token, in characters, the space before it included.", at_least=2
-    )
+    vocab_size: int = option(64000, help="Entries of the result, including special tokens.", at_least=1)
+    max_token_chars: int = option(16, help="Longest new token in characters, including a space before it.", at_least=2)
     unit: Unit = option(
         "run",
         help="Where merges are made. run: anywhere between characters of the script; word: inside Thai words; cluster: "
@@ -39,8 +37,8 @@ class TrainTokenizerOptions:
     # this much takes some 6 GB.
     sample_bytes: Size = option(
         Size(200_000_000),
-        help="Learn from at most so much text; of more text, a sample even by document. Learning takes some 30 times "
-        "as much memory.",
+        help="Learn from at most this much text; of more, from a sample drawn evenly by document. Learning takes some "
+        "30 times as much memory.",
         shown_default="200MB",
         metavar="SIZE",
     )
@@ -58,8 +56,8 @@ class ReportTokenizersOptions:
 
     tokenizer: list[str] = argument("TOKENIZER...", help="Folders or Hub ids of tokenizers to compare.")
     text: list[str] = option(
-        help="Text to measure on, better none that was trained on: a file (.txt, .jsonl, .jsonl.gz, .parquet), a "
-        "folder of such files, or a Hub dataset. May be given several times.",
+        help="Text to measure on, preferably not what the tokenizers were trained on: a file (.txt, .jsonl, .jsonl.gz, "
+        ".parquet), a folder of such files, or a Hub dataset. Repeat the option for several.",
         metavar="TEXT",
     )
     base: str | None = option(

@@ -79,7 +79,7 @@ class ConvertOptions(WriteOptions):
     )
     rope_theta: float | None = option(
         None,
-        help="RoPE base. Another one than the base's changes the function until the model is trained with it.",
+        help="RoPE base. A value other than the base model's changes the function until the model is trained with it.",
         shown_default="the base's",
         above=0,
     )
@@ -92,7 +92,7 @@ class ConvertOptions(WriteOptions):
     )
     verify_text: Path | None = option(
         None,
-        help="--verify also compares the logits of base and result (but for --stream), on this UTF-8 text.",
+        help="UTF-8 text on which --verify also compares the logits of base and result (not with --stream).",
         shown_default="a short Thai-English one",
     )
 

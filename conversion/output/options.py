@@ -20,4 +20,4 @@ class WriteOptions:
     )
     workers: int = option(1, help="Weight files to write at a time.", at_least=1)
     dry_run: bool = option(False, help="Check everything and print the plan, but write nothing.")
-    verify: bool = option(False, help="Then read every byte again and compare it with its source.")
+    verify: bool = option(False, help="Afterwards, read every byte again and compare it with its source.")
