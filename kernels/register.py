@@ -27,9 +27,9 @@ from .experts.fused import ExpertsLora, Save, fused_experts
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS: dict[str, Save] = {"jai_fused": "x+pre", "jai_fused_x": "x", "jai_fused_fp8": "fp8-pre"}
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_NAMES = ("gate_up_proj", "down_proj")
-_SILU = (nn.SiLU, type(ACT2FN["silu"]))  # once: ACT2FN makes a module at every look
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MATRIX_NAMES = ("gate_up_proj", "down_proj")
+_SILU_CLASSES = (nn.SiLU, type(ACT2FN["silu"]))  # once: ACT2FN makes a module at every look
 
 
 def why_not(experts: nn.Module, hidden_states: torch.Tensor, save: Save = "x+pre") -> str | None:
@@ -55,7 +55,7 @@ def why_not(experts: nn.Module, hidden_states: torch.Tensor, save: Save = "x+pre
     for matrix in _matrices(experts):
         if isinstance(matrix, DTensor):
             return f"the matrices of {name} are distributed tensors"
-        if matrix.dtype not in _DTYPES:
+        if matrix.dtype not in _KERNEL_DTYPES:
             return f"the matrices of {name} are {matrix.dtype}; the kernels take bfloat16, float16 and float32"
         if matrix.ndim != 3:
             return f"the matrices of {name} have {matrix.ndim} dimensions; the kernels take (experts, rows, columns)"
@@ -72,7 +72,7 @@ def _matrices(experts: nn.Module) -> list[torch.Tensor]:
     parametrizations: Any = getattr(experts, "parametrizations", None)
     return [
         getattr(experts, name) if _factors_of(experts, name) is None else parametrizations[name].original
-        for name in _NAMES
+        for name in _MATRIX_NAMES
     ]
 
 
@@ -82,7 +82,7 @@ def _lora(experts: nn.Module, dtype: torch.dtype) -> ExpertsLora | None:
     PEFT 0.21 puts a parametrisation with the factors on each adapted parameter while the module runs. Of PEFT's private
     class only three attributes are used.
     """
-    proxies = [_factors_of(experts, name) for name in _NAMES]
+    proxies = [_factors_of(experts, name) for name in _MATRIX_NAMES]
     if proxies == [None, None]:
         return None
     factors: list[torch.Tensor] = []
@@ -109,7 +109,7 @@ def _factors_of(experts: nn.Module, name: str) -> Any:
 
 
 def _is_silu(activation: object) -> bool:
-    return activation is nn.functional.silu or isinstance(activation, _SILU)
+    return activation is nn.functional.silu or isinstance(activation, _SILU_CLASSES)
 
 
 def _has_default_gate(experts_class: type) -> bool:

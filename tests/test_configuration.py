@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import tracemalloc
 from collections import Counter
 
@@ -325,3 +327,13 @@ def test_a_pipeline_plan_exists_only_without_a_live_skip(tiny_config):
     assert not has_plan(block_repeats=[1, 2, 1])
     assert has_plan(block_repeats=[1, 1, 1])
     assert has_plan(block_repeats=[1, 1, 2], num_hidden_layers=3)  # the skip of the last block does not run
+
+
+def test_a_configuration_is_read_without_the_model_and_its_code():
+    code = (
+        "import sys; from jai.configuration_jai import JaiConfig; JaiConfig()\n"
+        "model_code = {'jai.modeling_jai', 'transformers.modeling_utils', 'transformers.generation.utils'}\n"
+        "print(sorted(model_code & sys.modules.keys()))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert finished.stdout.strip() == "[]"
