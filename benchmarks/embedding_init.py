@@ -15,22 +15,23 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import torch
 from records import append, provenance
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import Phi3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
 from jai.demo.base import train_base
-from jai.demo.measure import MeasuredModel
 from jai.demo.text.corpus import build_text
+from jai.modeling_jai import JaiForCausalLM
+from jai.small_model import Training, bits_per_character, train
 from jai.tokenization.extend import extend_tokenizer
 from jai.tokenization.phi3_style import train_phi3_style
 
@@ -39,7 +40,15 @@ BASE_VOCABULARY, NEW_PIECES = 2048, 1536
 BASE_STEPS = 160
 MEASURED_AT = (0, 50, 200)
 BATCH, CONTEXT = 4, 128
-LEARNING_RATE, WARMUP = 1e-3, 10
+# The learning rate stays constant after the warm-up, so that what is measured on the way is no half-finished decay.
+TRAINING = Training(
+    tokens=max(MEASURED_AT) * BATCH * CONTEXT,
+    context=CONTEXT,
+    batch_rows=BATCH,
+    learning_rate=1e-3,
+    warmup_steps=10,
+    dtype="float32",
+)
 TRAINING_CHARACTERS, HELD_OUT_CHARACTERS, DOCUMENT_CHARACTERS = 600_000, 20_000, 1000
 LANGUAGES = ("thai", "english")
 
@@ -88,42 +97,17 @@ def _take(documents: list[str], characters: int) -> list[str]:
     return taken
 
 
-def measure(folder: Path, init: str, seed: int, step: int, texts: dict[str, Texts]) -> Bits:
-    subject = MeasuredModel(folder)
-    thai, english = (subject.bits_per_character(texts[language].held_out) for language in LANGUAGES)
-    return Bits(init, seed, step, thai, english)
-
-
-def batches(texts: dict[str, Texts], tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[torch.Tensor]:
-    """Batches of (BATCH, CONTEXT) ids without end: documents in the order of the seed, as much Thai as English."""
+def token_stream(texts: dict[str, Texts], tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int) -> np.ndarray:
+    """So many ids: documents in the order of the seed, again and again, as much Thai as English."""
     size = min(sum(map(len, texts[language].training)) for language in LANGUAGES)
     documents = [document for language in LANGUAGES for document in _take(texts[language].training, size)]
     rng = random.Random(seed)
-    stream: list[int] = []
-    while True:
+    ids: list[int] = []
+    while len(ids) < tokens:
         rng.shuffle(documents)
-        for document in documents:
-            stream += [*tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            while len(stream) >= BATCH * CONTEXT:
-                yield torch.tensor(stream[: BATCH * CONTEXT]).view(BATCH, CONTEXT)
-                del stream[: BATCH * CONTEXT]
-
-
-def train_on(folder: Path, data: Iterator[torch.Tensor], stop_at: tuple[int, ...]) -> Iterator[int]:
-    """Train the checkpoint in `folder`; at each step of `stop_at` it is saved there and the step is yielded."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    # Constant after the warm-up, so that what is measured on the way is no half-finished decay.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-    for step, batch in zip(range(1, max(stop_at) + 1), data):
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step in stop_at:
-            model.save_pretrained(folder)
-            yield step
+        for encoded in tokenizer(documents, add_special_tokens=False)["input_ids"]:
+            ids += [*encoded, tokenizer.eos_token_id]
+    return np.array(ids[:tokens])
 
 
 def run_seed(seed: int, texts: dict[str, Texts], scratch: Path) -> list[Bits]:
@@ -134,7 +118,12 @@ def run_seed(seed: int, texts: dict[str, Texts], scratch: Path) -> list[Bits]:
     train_base(english + thai[: len(thai) // 10], base_tokenizer, base, steps=BASE_STEPS, seed=seed)
     extended = extend_tokenizer(base_tokenizer, thai, vocab_size=BASE_VOCABULARY + NEW_PIECES)
     extended.save_pretrained(tokenizer)
-    found = [measure(base, "base", seed, 0, texts)]
+
+    def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, init: str, step: int) -> Bits:
+        thai, english = (bits_per_character(model, tokenizer, texts[language].held_out) for language in LANGUAGES)
+        return Bits(init, seed, step, thai, english)
+
+    found = [measure(Phi3ForCausalLM.from_pretrained(base), base_tokenizer, "base", 0)]
     print(f"seed {seed}, base: Thai {found[0].thai:.3f}, English {found[0].english:.3f}", flush=True)
     for init in INITS:
         out = scratch / f"{init}-{seed}"
@@ -143,9 +132,16 @@ def run_seed(seed: int, texts: dict[str, Texts], scratch: Path) -> list[Bits]:
             ConvertOptions(base=str(base), out=out, tokenizer=str(tokenizer), init=init, seed=seed, **plan),
             console=Console(quiet=True),
         )
-        found.append(measure(out, init, seed, 0, texts))
-        for step in train_on(out, batches(texts, extended, seed), MEASURED_AT[1:]):
-            found.append(measure(out, init, seed, step, texts))
+        model = JaiForCausalLM.from_pretrained(out, dtype=torch.float32)
+        found.append(measure(model, extended, init, 0))
+        ids = token_stream(texts, extended, seed, TRAINING.tokens + 1)
+        train(
+            model,
+            ids,
+            TRAINING,
+            [step * BATCH for step in MEASURED_AT[1:]],
+            lambda rows, _: found.append(measure(model, extended, init, rows // BATCH)),  # noqa: B023  # called here
+        )
         last = found[-1]
         print(f"seed {seed}, {init}, {last.step} steps: Thai {last.thai:.3f}, English {last.english:.3f}", flush=True)
     return found

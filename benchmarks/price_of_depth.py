@@ -44,14 +44,13 @@ from jai import JaiForCausalLM
 from jai.errors import UserError
 from jai.files import new_folder, sha256
 from jai.router_load import router_load
-from jai.tokenization.ablation_run import ModelShape, Training, bits_per_character, build_model, flops_per_token, train
-from jai.tokenization.ablation_text import Stream, encode, encode_stream, reading_order, split_corpus
+from jai.small_model import ModelShape, Training, bits_per_character, build_model, flops_per_token, train
+from jai.tokenization.ablation.text import encode, encode_stream, reading_order, split_text
 from jai.tokenization.corpus import open_sources
 from jai.tokenization.extend import extend_tokenizer
 from jai.tokenization.phi3_style import train_phi3_style
 
 SNAPSHOTS = (1 / 3, 2 / 3, 1)  # parts of the dense model's steps, beside step 0
-_UNCOUNTED = np.empty(0)  # the characters of a stream are of no interest here
 _BASE_SHAPE = ModelShape(64, 176, 10, 4, initializer_range=0.05)
 
 
@@ -241,7 +240,13 @@ class Scale:
     def point(self, step: int) -> Measurement:
         """All that is measured after a step."""
         bits = {
-            name: bits_per_character(self._model, self._tokenizer, texts, self._training)
+            name: bits_per_character(
+                self._model,
+                self._tokenizer,
+                texts,
+                context=self._training.context,
+                batch_rows=self._training.batch_rows,
+            )
             for name, texts in self._heldout.items()
         }
         characters = {name: sum(map(len, texts)) for name, texts in self._heldout.items()}
@@ -308,10 +313,10 @@ def run(job: Job, origin: dict[str, str]) -> ArmResult:
 def _train_base(model: PreTrainedModel, ids: np.ndarray, settings: Settings, scale: Scale) -> list[Measurement]:
     points, first_rows = [scale.point(0)], settings.base_steps * settings.batch_rows
     first = replace(settings.training, learning_rate=settings.base_learning_rate)
-    train(model, Stream(ids, _UNCOUNTED), first, [first_rows], lambda rows, seconds: None)
+    train(model, ids, first, [first_rows])
     ids = ids[first_rows * settings.context :]
     rows = settings.settling_steps * settings.batch_rows
-    train(model, Stream(ids, _UNCOUNTED), settings.training, [rows], lambda rows, seconds: None)
+    train(model, ids, settings.training, [rows])
     return [*points, scale.point(settings.base_steps + settings.settling_steps)]
 
 
@@ -329,7 +334,7 @@ def _train_arm(model: PreTrainedModel, ids: np.ndarray, job: Job, scale: Scale) 
             model.save_pretrained(job.snapshot_folder(step))
 
     stops = [step * settings.batch_rows for step in job.stops if step]
-    train(model, Stream(ids, _UNCOUNTED), settings.training, stops, at_stop)
+    train(model, ids, settings.training, stops, at_stop)
     return points
 
 
@@ -351,17 +356,17 @@ def prepare_text(settings: Settings, texts: Sequence[Path], out: Path) -> None:
         )
         for path in texts
     }
-    corpus = split_corpus(documents, 20, settings.heldout_characters, settings.piece_characters)
+    text = split_text(documents, 20, settings.heldout_characters, settings.piece_characters)
     weights = dict.fromkeys(documents, 1.0)
     rows = settings.training.rows
     with new_folder(out / "text") as folder:
-        sample = list(_characters(reading_order(corpus, weights, "tokenizer"), settings.tokenizer_characters))
+        sample = list(_characters(reading_order(text, weights, "tokenizer"), settings.tokenizer_characters))
         base = train_phi3_style(sample, settings.base_vocabulary)
         tokenizer = extend_tokenizer(base, sample, vocab_size=settings.vocabulary)
         tokenizer.save_pretrained(folder / "tokenizer")
-        (folder / "heldout.json").write_text(json.dumps(corpus.heldout, ensure_ascii=False), encoding="utf-8")
+        (folder / "heldout.json").write_text(json.dumps(text.heldout, ensure_ascii=False), encoding="utf-8")
         for seed in settings.seeds:
-            stream = encode_stream(tokenizer, reading_order(corpus, weights, seed), rows, settings.context)
+            stream = encode_stream(tokenizer, reading_order(text, weights, seed), rows, settings.context)
             np.savez(folder / f"stream-{seed}.npz", ids=stream.ids)
 
 

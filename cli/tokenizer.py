@@ -47,7 +47,8 @@ def tokenizer_ablate(
     workers: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
 ) -> None:
     """Train a small phi-3 with each tokenizer and compare them."""
-    from jai.tokenization.ablate import ablate, read_config
+    from jai.tokenization.ablation.command import ablate
+    from jai.tokenization.ablation.config import read_config
 
     texts: dict[str, list[str]] = {}
     for pair in text or ():

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's stand-in for phi-3: a small `Phi3ForCausalLM`, trained for a minute, mostly on English."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
+
+from jai.small_model import Training, train
 
 CONTEXT = 128
 BATCH = 8
@@ -23,7 +27,7 @@ def train_base(
     """Train a 6-layer phi-3 from nothing on packed text and save it with its tokenizer.
 
     Args:
-        texts: training documents; they are shuffled, joined by the end-of-text token, and cut into contexts.
+        texts: training documents; they are shuffled, joined by the end-of-text token, and read as often as it takes.
         tokenizer: a tokenizer of phi-3's form.
         out: folder to write.
         steps: optimiser steps of `BATCH` contexts of `CONTEXT` tokens.
@@ -50,30 +54,35 @@ def train_base(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Phi3ForCausalLM(config)
-    contexts = _contexts(texts, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     losses: list[float] = []
-    model.train()
-    for step in range(1, steps + 1):
-        batch = contexts[torch.randint(len(contexts), (BATCH,))]
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-        on_step(step, losses[-1])
+
+    def record(step: int, loss: float) -> None:
+        losses.append(loss)
+        on_step(step, loss)
+
+    training = Training(
+        tokens=steps * BATCH * CONTEXT,
+        context=CONTEXT,
+        batch_rows=BATCH,
+        learning_rate=4e-3,
+        warmup_steps=max(steps // 10, 1),
+        decay=True,
+        dtype="float32",
+    )
+    ids = _token_stream(texts, tokenizer, training.tokens + 1, seed)
+    train(model, ids, training, [training.rows], on_step=record)
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     return losses
 
 
-def _contexts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """All texts as one stream of ids, cut into rows of `CONTEXT`, shape (rows, CONTEXT)."""
-    order = torch.randperm(len(texts)).tolist()
-    encoded = tokenizer([texts[i] for i in order], add_special_tokens=False)["input_ids"]
-    stream = [id_ for ids in encoded for id_ in (*ids, tokenizer.eos_token_id)]
-    rows = len(stream) // CONTEXT
-    return torch.tensor(stream[: rows * CONTEXT]).view(rows, CONTEXT)
+def _token_stream(texts: list[str], tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> np.ndarray:
+    """So many ids of all texts, joined by the end of text, in a new order each time that they are through."""
+    rng = random.Random(seed)
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    stream: list[int] = []
+    while len(stream) < tokens:
+        rng.shuffle(encoded)
+        for ids in encoded:
+            stream += [*ids, tokenizer.eos_token_id]
+    return np.array(stream[:tokens])

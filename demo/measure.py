@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo measures of a checkpoint: bits per character, router load, skip alphas, answers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,9 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Pre
 from jai.demo.results import Answer
 from jai.generate import stop_ids
 from jai.router_load import router_load
-from jai.tokenization.ablation_run import Training, bits_per_character
-
-_READING = Training(tokens=0, context=256, batch_rows=16, dtype="float32")  # how held-out text is read
+from jai.small_model import bits_per_character
 
 
 class MeasuredModel:
@@ -22,11 +21,8 @@ class MeasuredModel:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def bits_per_character(self, texts: list[str]) -> float:
-        """Bits that the model needs for a character of `texts`.
-
-        Unlike the loss of a token it can be compared between tokenizers.
-        """
-        return bits_per_character(self.model, self.tokenizer, texts, _READING)
+        """Bits that the model needs for a character of `texts`."""
+        return bits_per_character(self.model, self.tokenizer, texts)
 
     def router_load(self, texts: list[str]) -> list[list[float]]:
         """Share of each layer's choices that each expert gets, layer by expert; each layer sums to 1."""
@@ -68,10 +64,10 @@ class MeasuredModel:
             for chat, text in zip(chats, given)
         ]
 
-    def _batches(self, texts: list[str], size: int = 16, longest: int = 256):
+    def _batches(self, texts: list[str], size: int = 16, longest: int = 256) -> Iterator[dict[str, torch.Tensor]]:
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        # Long texts go in pieces, so that every character is counted.
+        # Long texts go in pieces, so that every token counts.
         rows = [
             torch.tensor([eos, *ids[start : start + longest]])
             for ids in encoded

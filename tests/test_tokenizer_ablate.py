@@ -18,10 +18,7 @@ from transformers import AutoTokenizer
 
 from jai.cli import app
 from jai.errors import UserError
-from jai.tokenization import ablate as module
-from jai.tokenization.ablate import AblationConfig, Arm, Language, ablate, read_config, readout_rows
-from jai.tokenization.ablation_report import EQUAL_CHARACTERS, EQUAL_COMPUTE, EQUAL_TOKENS
-from jai.tokenization.ablation_run import (
+from jai.small_model import (
     HeadLoss,
     ModelShape,
     Training,
@@ -31,7 +28,11 @@ from jai.tokenization.ablation_run import (
     flops_per_token,
     train,
 )
-from jai.tokenization.ablation_text import Corpus, encode_stream, reading_order, split_corpus
+from jai.tokenization.ablation import command as module
+from jai.tokenization.ablation.command import ablate, readout_rows
+from jai.tokenization.ablation.config import AblationConfig, Arm, Language, read_config
+from jai.tokenization.ablation.report import EQUAL_CHARACTERS, EQUAL_COMPUTE, EQUAL_TOKENS
+from jai.tokenization.ablation.text import SplitText, encode_stream, reading_order, split_text
 from jai.tokenization.extend import extend_tokenizer, new_token_pieces
 from jai.tokenization.phi3_style import train_phi3_style
 
@@ -85,7 +86,7 @@ def quiet() -> Console:
 
 def test_split_holds_out_whole_documents():
     documents = [f"document {i} " + "word " * i for i in range(1, 41)] + ["document 10 " + "word " * 10]
-    corpus = split_corpus({"English": documents}, heldout_every=10, heldout_characters=10_000, longest=50)
+    corpus = split_text({"English": documents}, heldout_every=10, heldout_characters=10_000, longest=50)
     assert max(map(len, corpus.train["English"] + corpus.heldout["English"])) <= 50
     # Number 10 stands in the training text as well, word for word.
     starts = {piece.split()[1] for piece in corpus.heldout["English"] if piece.startswith("document")}
@@ -95,7 +96,7 @@ def test_split_holds_out_whole_documents():
 
 
 def test_text_is_composed_and_hard_cut_where_it_has_no_space():
-    corpus = split_corpus({"Thai": ["นํ้า" * 30, "e\u0301"]}, heldout_every=2, heldout_characters=99, longest=50)
+    corpus = split_text({"Thai": ["นํ้า" * 30, "e\u0301"]}, heldout_every=2, heldout_characters=99, longest=50)
     assert "".join(corpus.train["Thai"]) == "นํ้า" * 30
     assert [len(piece) for piece in corpus.train["Thai"]] == [50, 50, 20]
     assert corpus.heldout["Thai"] == ["é"]
@@ -103,7 +104,7 @@ def test_text_is_composed_and_hard_cut_where_it_has_no_space():
 
 def test_reading_order_mixes_by_characters_and_follows_the_seed():
     documents = {"a": ["a" * (i % 7 + 1) for i in range(4000)], "b": ["b" * (i % 90 + 1) for i in range(400)]}
-    corpus = Corpus(train=documents, heldout={})
+    corpus = SplitText(train=documents, heldout={})
     first = list(islice(reading_order(corpus, {"a": 2, "b": 1}, 0), 1500))
     text = "".join(first)
     assert abs(text.count("a") - 2 * text.count("b")) <= 2 * 90
@@ -150,7 +151,7 @@ def test_bits_per_character_is_the_sum_of_log_probabilities(tokenizers, sentence
     for tokenizer in tokenizers:
         model = build_model(replace(SHAPE, initializer_range=0.5), len(tokenizer), 16, seed=3)
         pieces = [sentences[0], sentences[3] * 3, "x"]
-        measured = bits_per_character(model, tokenizer, pieces, TRAINING)
+        measured = bits_per_character(model, tokenizer, pieces, context=16, batch_rows=4)
         nats, scored = 0.0, 0
         for text in pieces:
             ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -168,8 +169,8 @@ def test_bits_per_character_is_the_sum_of_log_probabilities(tokenizers, sentence
 def test_a_longer_context_than_the_text_needs_changes_nothing(tokenizers, sentences):
     base, _ = tokenizers
     model = build_model(SHAPE, len(base), 512, seed=0)
-    one = bits_per_character(model, base, sentences[:3], replace(TRAINING, context=256))
-    assert one == pytest.approx(bits_per_character(model, base, sentences[:3], replace(TRAINING, context=512)))
+    one = bits_per_character(model, base, sentences[:3], context=256)
+    assert one == pytest.approx(bits_per_character(model, base, sentences[:3], context=512, batch_rows=2))
 
 
 def test_layers_begin_alike_for_every_vocabulary():
@@ -198,9 +199,9 @@ def test_training_learns_and_stops_where_it_should(tokenizers, sentences):
 
     def at_stop(rows, seconds):
         assert seconds > 0
-        seen.append((rows, bits_per_character(model, base, sentences, TRAINING)))
+        seen.append((rows, bits_per_character(model, base, sentences, context=16)))
 
-    train(model, stream, TRAINING, [60, 7, 33, 7], at_stop)
+    train(model, stream.ids, TRAINING, [60, 7, 33, 7], at_stop)
     assert [rows for rows, _ in seen] == [7, 33, 60]
     assert seen[2][1] < 0.8 * seen[0][1]
 
@@ -339,22 +340,25 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arms": [{"name": "a", "vocabsize": 5}]}, r"arms\[0\] has the unknown option `vocabsize`.*mean `vocab_size`"),
+        (
+            {"arms": [{"name": "a", "vocabsize": 5}]},
+            r"arms\[0\] has the option 'vocabsize', which does not exist. Did you mean 'vocab_size'",
+        ),
         ({"arms": [{"name": "a"}, {"name": "a"}]}, r"two arms of the name 'a'"),
         ({"arms": []}, r"no arms"),
-        ({"arms": "base"}, r"arms is 'base'. Give a list"),
-        ({"arms": [{}]}, r"arms\[0\] lacks `name`"),
+        ({"arms": "base"}, r"arms is 'base'; expected a list"),
+        ({"arms": [{}]}, r"arms\[0\] lacks 'name'"),
         ({"arms": [{"name": "../a"}]}, r"'../a' names files"),
         ({"arms": [{"name": "a", "unit": "word"}]}, r"no vocab_size"),
         ({"arms": [{"name": "a", "tokenizer": "t", "vocab_size": 9}]}, r"Give one of the two"),
         ({"seeds": [1, 1]}, r"two seeds of the name 1"),
-        ({"training": {"tokens": "many"}}, r"training: tokens is 'many'. Give a value of the type int"),
+        ({"training": {"tokens": "many"}}, r"training, tokens is 'many'; expected a whole number from 1"),
         ({"training": {"tokens": 100}}, r"are no training"),
         ({"training": {"tokens": 9000, "dtype": "int8"}}, r"dtype is 'int8'"),
         ({"model": {"hidden_size": 30}}, r"does not divide into 4 heads"),
-        ({"languages": [{"name": "Thai", "texts": ["t"], "weight": 0}]}, r"weight of Thai is 0"),
-        ({"heldout_every": 1}, r"heldout_every must be 2"),
-        ({"lanuages": []}, r"unknown option `lanuages`. Did you mean `languages`"),
+        ({"languages": [{"name": "Thai", "texts": ["t"], "weight": 0}]}, r"weight is 0; expected a number above 0"),
+        ({"heldout_every": 1}, r"heldout_every is 1; expected a whole number from 2"),
+        ({"lanuages": []}, r"has the option 'lanuages', which does not exist. Did you mean 'languages'"),
     ],
 )
 def test_bad_configurations_are_refused(tmp_path, change, message):
@@ -370,10 +374,10 @@ def test_bad_files_are_refused(tmp_path, config):
     with pytest.raises(UserError, match=r"does not exist"):
         read_config(tmp_path / "missing.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(UserError, match=r"no valid YAML"):
+    with pytest.raises(UserError, match=r"not valid YAML"):
         read_config(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text("- a")
-    with pytest.raises(UserError, match=r"must be a mapping"):
+    with pytest.raises(UserError, match=r"is no list of options"):
         read_config(tmp_path / "bad.yaml")
     with pytest.raises(UserError, match=r"workers is 0"):
         ablate(config, tmp_path / "out", workers=0, console=quiet())

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from jai.reports import ReportTable, figure_style, series_color
-from jai.tokenization.ablation_run import Point
 from jai.version import __version__
 
 EQUAL_CHARACTERS = "equal characters"
@@ -32,7 +31,26 @@ MEANING = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Point:
+    """What was measured after some rows of a run.
+
+    Attributes:
+        rows, tokens, characters: what the model was trained on.
+        flops: of the training so far: layers, attention and head.
+        bits: bits per held-out character, by language.
+        seconds: of training so far, on whatever the machine was doing beside it.
+    """
+
+    rows: int
+    tokens: int
+    characters: float
+    flops: float
+    bits: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ArmRun:
     """One arm trained with one seed.
 
     Attributes:
@@ -56,7 +74,7 @@ class Run:
         return next(point for point in self.points if point.rows == self.readouts[readout])
 
 
-def write_report(runs: Sequence[Run], arms: Sequence[str], out: Path) -> Path:
+def write_report(runs: Sequence[ArmRun], arms: Sequence[str], out: Path) -> Path:
     """Write `ablation.json`, `ablation.md` and `ablation.png` into `out`; returns the Markdown.
 
     Args:
@@ -79,7 +97,7 @@ def write_report(runs: Sequence[Run], arms: Sequence[str], out: Path) -> Path:
     return report
 
 
-def _markdown(by_arm: dict[str, list[Run]], reference: str, versions: dict[str, str], machine: str) -> str:
+def _markdown(by_arm: dict[str, list[ArmRun]], reference: str, versions: dict[str, str], machine: str) -> str:
     languages = list(next(iter(by_arm.values()))[0].tokens_per_character)
     lines = ["# Tokenizer ablation", ""]
     lines += ["Bits per character of held-out text, lower is better: mean of the seeds ± their standard deviation.", ""]
@@ -126,7 +144,7 @@ def _markdown(by_arm: dict[str, list[Run]], reference: str, versions: dict[str, 
 
 
 def _differences(
-    runs: list[Run], by_arm: dict[str, list[Run]], reference: str, readout: str, language: str
+    runs: list[ArmRun], by_arm: dict[str, list[ArmRun]], reference: str, readout: str, language: str
 ) -> list[float]:
     other = {run.seed: run.at(readout).bits[language] for run in by_arm.get(reference, [])}
     return [run.at(readout).bits[language] - other[run.seed] for run in runs if run.seed in other]
@@ -139,7 +157,7 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def _figure(by_arm: dict[str, list[Run]]) -> Figure:
+def _figure(by_arm: dict[str, list[ArmRun]]) -> Figure:
     """Bits per character against characters and against tokens: mean of the seeds, and from the least to the most."""
     languages = list(next(iter(by_arm.values()))[0].tokens_per_character)
     measures: dict[str, Callable[[Point], float]] = {

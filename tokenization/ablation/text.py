@@ -16,7 +16,7 @@ _ENCODED_AT_ONCE = 256  # pieces
 
 
 @dataclass(frozen=True)
-class Corpus:
+class SplitText:
     """Pieces of documents in NFC, by language: what is trained on and what is held out."""
 
     train: dict[str, list[str]]
@@ -36,9 +36,9 @@ class Stream:
     characters: np.ndarray
 
 
-def split_corpus(
+def split_text(
     documents: Mapping[str, Iterable[str]], heldout_every: int, heldout_characters: int, longest: int
-) -> Corpus:
+) -> SplitText:
     """Hold out every `heldout_every`-th document of each language; cut all documents into pieces.
 
     A document that occurs word for word in the training text is not held out. Of the pieces that are held out, a
@@ -69,14 +69,14 @@ def split_corpus(
             )
         random.Random(0).shuffle(pieces)
         heldout[language] = list(_first_characters(pieces, heldout_characters))
-    return Corpus(train, heldout)
+    return SplitText(train, heldout)
 
 
-def reading_order(corpus: Corpus, weights: Mapping[str, float], seed: int | str) -> Iterator[str]:
+def reading_order(text: SplitText, weights: Mapping[str, float], seed: int | str) -> Iterator[str]:
     """The training pieces in the order of a seed, without end of text, the languages mixed by characters.
 
     Args:
-        corpus: text to read.
+        text: what to read.
         weights: share of each language in the characters, to any sum.
         seed: another seed, another order.
 
@@ -85,7 +85,7 @@ def reading_order(corpus: Corpus, weights: Mapping[str, float], seed: int | str)
     """
     pieces = {}
     for language in weights:
-        shuffled = list(corpus.train[language])
+        shuffled = list(text.train[language])
         random.Random(f"{seed} {language}").shuffle(shuffled)
         pieces[language] = iter(shuffled)
     read = dict.fromkeys(weights, 0)

@@ -5,7 +5,6 @@ The same small phi-3 is trained from the same seeds with each tokenizer, on the 
 read at equal characters, at equal tokens and at equal compute.
 """
 
-import difflib
 import hashlib
 import json
 import multiprocessing
@@ -14,14 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -30,160 +28,23 @@ from transformers.utils import logging as transformers_logging
 
 from jai.errors import UserError
 from jai.files import new_folder, sha256
-from jai.tokenization.ablation_report import EQUAL_CHARACTERS, EQUAL_COMPUTE, EQUAL_TOKENS, Run, write_report
-from jai.tokenization.ablation_run import (
-    ModelShape,
+from jai.small_model import bits_per_character, build_model, extend_model, flops_per_token, train
+from jai.tokenization.ablation.config import AblationConfig, Arm
+from jai.tokenization.ablation.report import (
+    EQUAL_CHARACTERS,
+    EQUAL_COMPUTE,
+    EQUAL_TOKENS,
+    ArmRun,
     Point,
-    Training,
-    bits_per_character,
-    build_model,
-    extend_model,
-    flops_per_token,
-    train,
+    write_report,
 )
-from jai.tokenization.ablation_text import Corpus, Stream, encode, encode_stream, reading_order, split_corpus
+from jai.tokenization.ablation.text import SplitText, Stream, encode, encode_stream, reading_order, split_text
 from jai.tokenization.corpus import TextFile, open_sources
 from jai.tokenization.extend import extend_tokenizer, new_token_pieces
 from jai.tokenization.loading import load_tokenizer
-from jai.tokenization.units import Unit
 
 # Parts of the equal characters, and multiples of them, at which the curves have points.
 _CURVE = (0.125, 0.25, 0.5, 1, 2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Language:
-    """Text of one language.
-
-    Attributes:
-        name: as reports show it.
-        texts: files, folders or Hub datasets, as `jai tokenizer train` takes them.
-        weight: its share of the characters that are trained on, against the other languages' weights.
-    """
-
-    name: str
-    texts: list[str] = field(default_factory=list)
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A tokenizer to compare: the base (only a name), a folder or Hub id (`tokenizer`), or options to train one.
-
-    Attributes:
-        name: as reports show it.
-        tokenizer: a tokenizer that exists.
-        vocab_size, unit, max_token_chars: of `jai tokenizer train`.
-    """
-
-    name: str
-    tokenizer: str | None = None
-    vocab_size: int | None = None
-    unit: Unit = "run"
-    max_token_chars: int = 16
-
-
-@dataclass(frozen=True)
-class AblationConfig:
-    """What `recipes/tokenizer_ablation.yaml` holds; it explains each key.
-
-    Attributes:
-        languages, arms: what is read, and the tokenizers that are compared; the first arm is the reference.
-        training, model: of the small phi-3.
-        base: folder or Hub id of the tokenizer that is extended.
-        script: Unicode name of the script that arms add.
-        seeds: one run of each arm for each.
-        heldout_every: every 20th document is held out.
-        heldout_characters: characters of each language to evaluate on.
-        piece_characters: longer documents are cut.
-    """
-
-    languages: list[Language]
-    arms: list[Arm]
-    training: Training
-    model: ModelShape = field(default_factory=ModelShape)
-    base: str | None = None
-    script: str = "Thai"
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    heldout_every: int = 20
-    heldout_characters: int = 60_000
-    piece_characters: int = 2_000
-
-    def __post_init__(self) -> None:
-        for kind, names in (
-            ("languages", [language.name for language in self.languages]),
-            ("arms", [arm.name for arm in self.arms]),
-            ("seeds", self.seeds),
-        ):
-            if not names:
-                raise UserError(f"The configuration has no {kind}. Give at least one.")
-            double = next((name for i, name in enumerate(names) if name in names[:i]), None)
-            if double is not None:
-                raise UserError(f"The configuration has two {kind} of the name {double!r}. Give each its own.")
-        for language in self.languages:
-            if not language.weight > 0:
-                raise UserError(f"The weight of {language.name} is {language.weight}. Give a number above 0.")
-        for arm in self.arms:
-            if not arm.name.replace("-", "").replace("_", "").replace(".", "").isalnum() or arm.name.startswith("."):
-                raise UserError(f"The arm {arm.name!r} names files. Use letters, digits, '-', '_' and '.'.")
-            if arm.tokenizer and arm.vocab_size:
-                raise UserError(f"The arm {arm.name} has a tokenizer and options to train one. Give one of the two.")
-            if not arm.vocab_size and arm != Arm(arm.name, arm.tokenizer):
-                raise UserError(f"The arm {arm.name} has options to train a tokenizer, but no vocab_size. Give one.")
-        if self.heldout_every < 2 or self.heldout_characters < 1 or self.piece_characters < 1:
-            raise UserError("heldout_every must be 2 or more, heldout_characters and piece_characters 1 or more.")
-        if min(self.training.batch_rows, self.training.rows) < 1 or self.training.context < 2:
-            raise UserError(
-                f"{self.training.tokens} tokens in rows of {self.training.context} and steps of "
-                f"{self.training.batch_rows} rows are no training. Give more tokens."
-            )
-        if self.training.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"dtype is {self.training.dtype!r}. Give float32 or bfloat16.")
-        if self.model.hidden_size % self.model.num_attention_heads:
-            raise UserError(
-                f"hidden_size {self.model.hidden_size} does not divide into {self.model.num_attention_heads} heads. "
-                "Give a multiple."
-            )
-
-
-def read_config(
-    path: Path, base: str | None = None, texts: Mapping[str, Sequence[str]] | None = None
-) -> AblationConfig:
-    """Parse the YAML of an ablation.
-
-    Args:
-        path: YAML file. Paths in it are taken from the current folder.
-        base: tokenizer to extend, instead of the file's.
-        texts: texts by language, instead of the file's.
-
-    Raises:
-        UserError: for a file that cannot be read, unknown keys, values that do not fit, a language that the file does
-            not have, or when base or texts are given nowhere.
-    """
-    if not path.is_file():
-        raise UserError(f"The configuration file {path} does not exist. Give the path of a YAML file.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {error}") from error
-    config: AblationConfig = _parse(AblationConfig, values, str(path))
-    unknown = (texts or {}).keys() - {language.name for language in config.languages}
-    if unknown:
-        known = ", ".join(language.name for language in config.languages)
-        raise UserError(f"{path} has no language {sorted(unknown)[0]!r}, but: {known}. Give text for these.")
-    languages = [
-        Language(language.name, list((texts or {}).get(language.name, language.texts)), language.weight)
-        for language in config.languages
-    ]
-    for language in languages:
-        if not language.texts:
-            raise UserError(
-                f"No {language.name} text is given. Give --text {language.name}=FILE, or `texts` in {path}."
-            )
-    if not (base or config.base):
-        raise UserError(f"No base tokenizer is given. Give --base TOKENIZER, or `base` in {path}.")
-    given = {option.name: getattr(config, option.name) for option in fields(config)}
-    return AblationConfig(**given | {"languages": languages, "base": base or config.base})
 
 
 def ablate(config: AblationConfig, out: Path, workers: int = 1, console: Console | None = None) -> Path:
@@ -327,7 +188,7 @@ def _arm_tokenizer(config: AblationConfig, arm: Arm, out: Path, setup: dict[str,
             _check_same(folder / _RECORD_FILE, record, _TOKENIZER_KEYS)
         else:
             began = time.perf_counter()
-            texts = (piece for pieces in _corpus(config).train.values() for piece in pieces)
+            texts = (piece for pieces in _text(config).train.values() for piece in pieces)
             trained = extend_tokenizer(
                 _load_tokenizer(str(config.base)),
                 texts,
@@ -373,17 +234,17 @@ def _pretrain(config: AblationConfig, seed: int, out: Path, setup: dict[str, Any
     def at_stop(row: int, seconds: float) -> None:
         _say(f"pretraining, seed {seed}: {row * config.training.context:,} tokens ({seconds:.0f} s)")
 
-    train(model, stream, config.training, [rows // 4, rows // 2, rows * 3 // 4, rows], at_stop)
+    train(model, stream.ids, config.training, [rows // 4, rows // 2, rows * 3 // 4, rows], at_stop)
     with new_folder(folder) as partial:
         model.save_pretrained(partial)
         (partial / _RECORD_FILE).write_text(json.dumps(setup | {"seed": seed}), encoding="utf-8")
 
 
-def _run(job: _Job) -> Run:
+def _run(job: _Job) -> ArmRun:
     """Train one arm with one seed and write its result."""
     config, training = job.config, job.config.training
     tokenizer = _load_tokenizer(job.tokenizer)
-    heldout = _corpus(config).heldout
+    heldout = _text(config).heldout
     with np.load(job.stream_file) as stored:
         stream = Stream(stored["ids"], stored["characters"])
     if training.pretrain_tokens:
@@ -392,7 +253,7 @@ def _run(job: _Job) -> Run:
         model = extend_model(start, config.model, training.context, job.entries, pieces, job.seed)
     else:
         model = build_model(config.model, job.entries, training.context, job.seed)
-    run = Run(
+    run = ArmRun(
         arm=job.arm.name,
         seed=job.seed,
         entries=job.entries,
@@ -405,8 +266,17 @@ def _run(job: _Job) -> Run:
         setup=job.full_setup,
     )
 
+    bits_of = partial(
+        bits_per_character,
+        model,
+        tokenizer,
+        context=training.context,
+        batch_rows=training.batch_rows,
+        dtype=training.dtype,
+    )
+
     def at_stop(rows: int, seconds: float) -> None:
-        bits = {name: bits_per_character(model, tokenizer, texts, training) for name, texts in heldout.items()}
+        bits = {name: bits_of(texts) for name, texts in heldout.items()}
         model.train()
         tokens = rows * training.context
         characters = float(stream.characters[rows - 1])
@@ -417,16 +287,16 @@ def _run(job: _Job) -> Run:
             f"{characters:,.0f} characters: {shown} bits a character ({seconds:.0f} s)"
         )
 
-    train(model, stream, training, [*job.readouts.values(), *job.curve], at_stop)
+    train(model, stream.ids, training, [*job.readouts.values(), *job.curve], at_stop)
     job.file.parent.mkdir(parents=True, exist_ok=True)
-    partial = job.file.with_suffix(f".partial-{os.getpid()}")
-    partial.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
-    partial.replace(job.file)
+    unfinished = job.file.with_suffix(f".partial-{os.getpid()}")
+    unfinished.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
+    unfinished.replace(job.file)
     return run
 
 
 def _stream(config: AblationConfig, tokenizer: str, rows: int, seed: int | str) -> Stream:
-    order = reading_order(_corpus(config), {language.name: language.weight for language in config.languages}, seed)
+    order = reading_order(_text(config), {language.name: language.weight for language in config.languages}, seed)
     return encode_stream(_load_tokenizer(tokenizer), order, rows, config.training.context)
 
 
@@ -434,18 +304,18 @@ def _pretrained_folder(out: Path, seed: int) -> Path:
     return out / "pretrained" / str(seed)
 
 
-def _corpus(config: AblationConfig) -> Corpus:
+def _text(config: AblationConfig) -> SplitText:
     texts = tuple((language.name, tuple(language.texts)) for language in config.languages)
-    return _read_corpus(texts, config.heldout_every, config.heldout_characters, config.piece_characters)
+    return _read_text(texts, config.heldout_every, config.heldout_characters, config.piece_characters)
 
 
 @cache  # a process reads the text once
-def _read_corpus(texts: tuple[tuple[str, tuple[str, ...]], ...], *split: int) -> Corpus:
+def _read_text(texts: tuple[tuple[str, tuple[str, ...]], ...], *split: int) -> SplitText:
     documents = {
         name: (document.text for source in open_sources(paths) for part in source.parts for document in part.read())
         for name, paths in texts
     }
-    return split_corpus(documents, *split)
+    return split_text(documents, *split)
 
 
 _load_tokenizer = cache(load_tokenizer)  # a process loads each once
@@ -513,12 +383,12 @@ def _common_setup(config: AblationConfig) -> dict[str, Any]:
     }
 
 
-def _finished_run(job: _Job) -> Run | None:
+def _finished_run(job: _Job) -> ArmRun | None:
     if not job.file.exists():
         return None
     _check_same(job.file, {"setup": job.full_setup}, ("setup",))
     values = json.loads(job.file.read_text(encoding="utf-8"))
-    return Run(**values | {"points": [Point(**point) for point in values["points"]]})
+    return ArmRun(**values | {"points": [Point(**point) for point in values["points"]]})
 
 
 def _check_same(file: Path, setup: dict[str, Any], keys: Iterable[str]) -> None:
@@ -542,48 +412,6 @@ def _flat(values: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {name: values}
     return {key: leaf for k, v in values.items() for key, leaf in _flat(v, f"{name}.{k}".lstrip(".")).items()}
-
-
-# Configuration
-
-
-def _parse(kind: type, values: Any, where: str) -> Any:
-    """Build a dataclass from what YAML gave, checking names and types."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where} must be a mapping of options to values; see recipes/tokenizer_ablation.yaml.")
-    hints = get_type_hints(kind)
-    for name in values:
-        if name not in hints:
-            close = difflib.get_close_matches(str(name), hints, n=1)
-            advice = f"Did you mean `{close[0]}`?" if close else f"Known are: {', '.join(hints)}."
-            raise UserError(f"{where} has the unknown option `{name}`. {advice}")
-    lacking = [option.name for option in fields(kind) if _required(option) and option.name not in values]
-    if lacking:
-        raise UserError(f"{where} lacks `{lacking[0]}`. See recipes/tokenizer_ablation.yaml.")
-    return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
-
-
-def _required(option: Field) -> bool:
-    return option.default is MISSING and option.default_factory is MISSING
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(hint, type) and is_dataclass(hint):
-        return _parse(hint, value, where)
-    if get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise UserError(f"{where} is {value!r}. Give a list.")
-        return [_value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise UserError(f"{where} is {value!r}. Give one of {', '.join(get_args(hint))}.")
-        return value
-    kinds = get_args(hint) or (hint,)  # of `int | None`
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        value = float(value)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UserError(f"{where} is {value!r}. Give a value of the type {' or '.join(k.__name__ for k in kinds)}.")
-    return value
 
 
 def _plan_table(config: AblationConfig, out: Path, workers: int) -> Table:

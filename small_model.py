@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of the tokenizer ablation: a small phi-3 trained on a stream of tokens, and its bits per character.
+"""Small language models for experiments: built, trained on a stream of tokens, and measured in bits per character.
 
+The tokenizer ablation, the demo's base and the benchmarks train with it; a JAI itself is trained by TRL (`trainers/`).
 Shapes: T tokens of a step, H hidden size, V vocabulary.
 """
 
@@ -8,12 +9,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from jai.tokenization.ablation_text import Stream, encode
+from jai.options import option
 
 # Rows of logits at once. With 64,000 entries in bf16 that is 64 MB, and each pass over them is half as quick as when
 # all 4,096 rows of a step are made at once in fp32.
@@ -23,73 +25,45 @@ _SCORE_ROWS = 128
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Shape of the small phi-3, and how it begins.
+    """Shape of a small phi-3, and how it begins."""
 
-    Attributes:
-        hidden_size: width.
-        intermediate_size: width of the MLP.
-        num_hidden_layers: layers.
-        num_attention_heads: heads, all with keys and values of their own.
-        initializer_range: standard deviation of the first weights; phi-3's 0.02 hardly learns at such widths.
-    """
-
-    hidden_size: int = 128
-    intermediate_size: int = 352
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    initializer_range: float = 0.05
+    hidden_size: int = option(128, help="Width.", at_least=1)
+    intermediate_size: int = option(352, help="Width of the MLP.", at_least=1)
+    num_hidden_layers: int = option(4, help="Layers.", at_least=1)
+    num_attention_heads: int = option(4, help="Heads, all with keys and values of their own.", at_least=1)
+    initializer_range: float = option(
+        0.05,
+        help="Standard deviation of the first weights; phi-3's 0.02 hardly learns at such widths.",
+        above=0,
+    )
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a run is trained. The learning rate stays constant after the warm-up, so any point of a run may be read.
+    """How a small model is trained. Without decay, any point of a run may be read."""
 
-    Attributes:
-        tokens: tokens of a whole run, rounded down to rows.
-        context: tokens of a row.
-        batch_rows: rows of a step.
-        learning_rate: of AdamW.
-        warmup_steps: steps over which it rises.
-        weight_decay: of all matrices.
-        pretrain_tokens: 0, or tokens on which each seed's model is first trained with the base tokenizer; every arm
-            then starts from it, new rows at the mean of their pieces' rows.
-        dtype: of the matrix products; weights and softmax are fp32.
-        device: a torch device.
-    """
-
-    tokens: int
-    context: int = 256
-    batch_rows: int = 8
-    learning_rate: float = 2e-3
-    warmup_steps: int = 20
-    weight_decay: float = 0.1
-    pretrain_tokens: int = 0
-    dtype: str = "bfloat16"
-    device: str = "cpu"
+    tokens: int = option(help="Tokens of a whole run, rounded down to rows.", at_least=1)
+    context: int = option(256, help="Tokens of a row.", at_least=2)
+    batch_rows: int = option(8, help="Rows of a step.", at_least=1)
+    learning_rate: float = option(2e-3, help="Of AdamW.", above=0)
+    warmup_steps: int = option(20, help="Steps over which the learning rate rises.", at_least=0)
+    decay: bool = option(False, help="Whether it falls to 0 after that, by a cosine, or stays.")
+    weight_decay: float = option(0.1, help="Of all matrices.", at_least=0)
+    pretrain_tokens: int = option(
+        0,
+        help="0, or tokens on which each seed's model is first trained with the base tokenizer; every arm of an "
+        "ablation then starts from it, new rows at the mean of their pieces' rows.",
+        at_least=0,
+    )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "bfloat16", help="Of the matrix products; weights and softmax are fp32."
+    )
+    device: str = option("cpu", help="A torch device.")
 
     @property
     def rows(self) -> int:
         """Rows of a whole run."""
         return self.tokens // self.context
-
-
-@dataclass(frozen=True)
-class Point:
-    """What was measured after some rows of a run.
-
-    Attributes:
-        rows, tokens, characters: what the model was trained on.
-        flops: of the training so far: layers, attention and head.
-        bits: bits per held-out character, by language.
-        seconds: of training so far, on whatever the machine was doing beside it.
-    """
-
-    rows: int
-    tokens: int
-    characters: float
-    flops: float
-    bits: dict[str, float]
-    seconds: float
 
 
 def build_model(shape: ModelShape, vocab_size: int, context: int, seed: int) -> Phi3ForCausalLM:
@@ -147,20 +121,23 @@ def flops_per_token(shape: ModelShape, vocab_size: int, context: int) -> tuple[f
 
 
 def train(
-    model: Phi3ForCausalLM,
-    stream: Stream,
+    model: PreTrainedModel,
+    ids: np.ndarray,
     training: Training,
     stops: Sequence[int],
-    at_stop: Callable[[int, float], None],
+    at_stop: Callable[[int, float], None] = lambda rows, seconds: None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train on a stream from its first row to the last of `stops`.
+    """Train on a stream of tokens from its first row to the last of `stops`.
 
     Args:
-        model: trained in place; on `training.device` afterwards.
-        stream: tokens.
+        model: a causal language model of a body (`model`) and a head (`lm_head`). Trained in place; on
+            `training.device` afterwards.
+        ids: tokens, shape (rows × context + 1,): row r predicts `ids[r × context + 1 : (r + 1) × context + 1]`.
         training: how.
         stops: rows after which `at_stop` is called; the step before a stop is shortened to end at it.
         at_stop: called with the rows and the seconds of training so far.
+        on_step: called with the number of each step, from 1, and its loss in nats a token.
     """
     device = torch.device(training.device)
     model.to(device).train()  # type: ignore[arg-type]  # transformers' wrapper has no types
@@ -172,7 +149,7 @@ def train(
         betas=(0.9, 0.95),
         fused=True,
     )
-    ids = torch.from_numpy(stream.ids.astype(np.int64)).to(device)
+    stream = torch.from_numpy(ids.astype(np.int64)).to(device)
     dtype = getattr(torch, training.dtype)
     context = training.context
     row, step, seconds = 0, 0, 0.0
@@ -180,8 +157,8 @@ def train(
         began = time.perf_counter()
         while row < stop:
             rows = min(training.batch_rows, stop - row)
-            part = ids[row * context : (row + rows) * context + 1]
-            rate = training.learning_rate * min(1.0, (step + 1) / max(training.warmup_steps, 1))
+            part = stream[row * context : (row + rows) * context + 1]
+            rate = training.learning_rate * _part_of_rate(training, step, row, max(stops))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             hidden_TH = _hidden(model, part[:-1].view(rows, context), dtype).flatten(0, 1)
@@ -191,8 +168,15 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             row, step = row + rows, step + 1
+            on_step(step, loss.item())
         seconds += time.perf_counter() - began
         at_stop(row, seconds)
+
+
+def _part_of_rate(training: Training, step: int, row: int, rows: int) -> float:
+    if step < training.warmup_steps or not training.decay:
+        return min(1.0, (step + 1) / max(training.warmup_steps, 1))
+    return 0.5 * (1 + math.cos(math.pi * row / rows))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -231,24 +215,28 @@ class HeadLoss(torch.autograd.Function):
 
 @torch.inference_mode()
 def bits_per_character(
-    model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], training: Training
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pieces: Sequence[str],
+    *,
+    context: int = 256,
+    batch_rows: int = 16,
+    dtype: str = "float32",
 ) -> float:
     """Bits that the model needs for a character of `pieces`: all tokens of each piece, from its start, once.
 
-    A piece begins after end of text; the end of text after it is not counted, for a piece may end anywhere in its
-    document. Pieces longer than the context are read in windows that overlap by half of it.
+    Unlike the loss of a token it can be compared between tokenizers. A piece begins after end of text; the end of text
+    after it is not counted, for a piece may end anywhere in its document. Pieces longer than the context are read in
+    windows that overlap by half of it.
     """
-    device, dtype = torch.device(training.device), getattr(torch, training.dtype)
-    model.to(device).eval()  # type: ignore[arg-type]
-    windows = [
-        window
-        for _, ids in encode(tokenizer, pieces)
-        for window in _windows([tokenizer.eos_token_id, *ids], training.context)
-    ]
+    device, kind = model.device, getattr(torch, dtype)
+    model.eval()
+    encoded = tokenizer(list(pieces), add_special_tokens=False)["input_ids"]
+    windows = [window for ids in encoded for window in _windows([tokenizer.eos_token_id, *ids], context)]
     windows.sort(key=lambda window: len(window[0]))
     nats = 0.0
-    for start in range(0, len(windows), training.batch_rows):
-        batch = windows[start : start + training.batch_rows]
+    for start in range(0, len(windows), batch_rows):
+        batch = windows[start : start + batch_rows]
         length = max(len(ids) for ids, _ in batch)
         # Padding stands after the text, where a causal model does not see it.
         padded = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in batch], device=device)
@@ -256,8 +244,8 @@ def bits_per_character(
         firsts = torch.tensor([first for _, first in batch], device=device)[:, None]
         ends = torch.tensor([len(ids) for ids, _ in batch], device=device)[:, None]
         scored = ((places >= firsts) & (places < ends))[:, 1:]
-        hidden = _hidden(model, padded[:, :-1], dtype)
-        nats += _nats(hidden[scored].to(dtype), model.lm_head.weight.to(dtype), padded[:, 1:][scored])
+        hidden = _hidden(model, padded[:, :-1], kind)
+        nats += _nats(hidden[scored].to(kind), model.lm_head.weight.to(kind), padded[:, 1:][scored])
     return nats / math.log(2) / sum(map(len, pieces))
 
 
@@ -283,6 +271,6 @@ def _nats(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Ten
     return nats
 
 
-def _hidden(model: Phi3ForCausalLM, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _hidden(model: PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
         return model.model(input_ids=ids, use_cache=False).last_hidden_state
