@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import regex
 
@@ -18,6 +18,7 @@ from jai.options import argument, check_values, option
 from jai.tokenization.loading import load_tokenizer, tokenizer_folder
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,7 +73,8 @@ def generate(options: GenerateOptions, *, console: Console | None = None) -> str
     tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     inputs = _encode(tokenizer, options)
     network = _load_model(folder, options)
-    rows, largest = network.get_input_embeddings().weight.shape[0], int(inputs["input_ids"].max())
+    rows = cast("torch.Tensor", network.get_input_embeddings().weight).shape[0]
+    largest = int(inputs["input_ids"].max())
     if largest >= rows:
         raise UserError(
             f"The tokenizer of {options.model} gives the id {largest} for this prompt, but the model has only {rows:,} "
@@ -88,14 +90,18 @@ def generate(options: GenerateOptions, *, console: Console | None = None) -> str
         sampling: dict[str, Any] = {"do_sample": False}
     else:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
     give = partial(console.print, end="", markup=False, highlight=False, soft_wrap=True)
     with torch.inference_mode():
-        output = network.generate(
+        output = network.generate(  # type: ignore[operator]  # by the stubs a Tensor
             **inputs,
             max_new_tokens=options.max_new_tokens,
             eos_token_id=stop_ids(network.generation_config, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
-            streamer=ClusterStreamer(partial(tokenizer.decode, skip_special_tokens=True), give),
+            streamer=ClusterStreamer(decode, give),
             **sampling,
         )
     console.print()
@@ -198,7 +204,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions) -> Bat
     if tokenizer.chat_template is None:
         raise UserError(f"{options.model} has no chat template. Use --raw to continue the text as it stands.")
     try:
-        return tokenizer.apply_chat_template(
+        inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": options.prompt}],
             add_generation_prompt=True,
             return_tensors="pt",
@@ -208,6 +214,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions) -> Bat
         raise UserError(
             f"The chat template of {options.model} cannot be used: {error} Use --raw to do without."
         ) from error
+    return cast("BatchEncoding", inputs)  # as return_dict asks
 
 
 def _load_model(folder: Path, options: GenerateOptions) -> PreTrainedModel:

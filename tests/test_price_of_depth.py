@@ -55,9 +55,9 @@ def quick(tmp_path_factory, sentences) -> QuickRun:
         module = importlib.import_module("price_of_depth")
         train = module.train
 
-        def watched(model, stream, *rest):
-            first_ids.append(stream.ids[:100].copy())
-            train(model, stream, *rest)
+        def watched(model, ids, *rest):
+            first_ids.append(ids[:100].copy())
+            train(model, ids, *rest)
 
         patch.setattr(module, "train", watched)
         runs, is_new = module.price_of_depth(module.QUICK, texts, folder / "out")

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
-from jai.cli import app
+from jai.cli.app import app as jai_app
 from jai.errors import UserError
 from jai.small_model import (
     HeadLoss,
@@ -403,10 +403,10 @@ def test_command_line(config, tmp_path):
     path.write_text(yaml.safe_dump(values))
     texts = [part for name in ("Thai", "English") for part in ("--text", f"{name}={tmp_path / name}.jsonl")]
     command = ["tokenizer", "ablate", "--config", str(path), "--base", str(config.base), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, [*command, *texts])
+    result = CliRunner().invoke(jai_app, [*command, *texts])
     assert result.exit_code == 0, result.output
     assert "320 of 320 tokens" in result.output
     assert (tmp_path / "out" / "ablation.md").is_file()
-    result = CliRunner().invoke(app, [*command, "--text", "Thai"])
+    result = CliRunner().invoke(jai_app, [*command, "--text", "Thai"])
     assert isinstance(result.exception, UserError)
     assert "--text Thai=thai.jsonl.gz" in str(result.exception)

@@ -134,7 +134,9 @@ def _read(kind: type, values: Any, where: str) -> Any:
         place = f"{where}: {name}"
         if name in parts and known[name].element is None:
             value = _read(parts[name], value, place)
-        elif name in parts and isinstance(value, list):
+        elif name in parts:
+            if not isinstance(value, list):
+                raise UserError(f"{place} is {value!r}; expected a list.")
             value = [_read(parts[name], item, f"{place}[{i}]") for i, item in enumerate(value)]
         try:
             read[name] = read_value(known[name], value)
