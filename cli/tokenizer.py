@@ -48,7 +48,7 @@ def tokenizer_ablate(
 ) -> None:
     """Train a small phi-3 with each tokenizer and compare them."""
     from jai.tokenization.ablation.command import ablate
-    from jai.tokenization.ablation.config import read_config
+    from jai.tokenization.ablation.config import read_ablation_config
 
     texts: dict[str, list[str]] = {}
     for pair in text or ():
@@ -56,4 +56,4 @@ def tokenizer_ablate(
         if not (name and equals and path):
             raise UserError(f"--text is {pair!r}. Give a language and its text, such as --text Thai=thai.jsonl.gz.")
         texts.setdefault(name, []).append(path)
-    ablate(read_config(config, base, texts), out, workers)
+    ablate(read_ablation_config(config, base, texts), out, workers)

@@ -30,7 +30,7 @@ from jai.small_model import (
 )
 from jai.tokenization.ablation import command as module
 from jai.tokenization.ablation.command import ablate, readout_rows
-from jai.tokenization.ablation.config import AblationConfig, Arm, Language, read_config
+from jai.tokenization.ablation.config import AblationConfig, Arm, Language, read_ablation_config
 from jai.tokenization.ablation.report import EQUAL_CHARACTERS, EQUAL_COMPUTE, EQUAL_TOKENS
 from jai.tokenization.ablation.text import SplitText, encode_stream, reading_order, split_text
 from jai.tokenization.extend import extend_tokenizer, new_token_pieces
@@ -314,7 +314,7 @@ def test_existing_tokenizers_are_arms(config, tokenizers, tmp_path):
 
 
 def test_recipe_is_the_documented_comparison():
-    config = read_config(RECIPE, "base", {"Thai": ["th.txt"], "English": ["a", "b"]})
+    config = read_ablation_config(RECIPE, "base", {"Thai": ["th.txt"], "English": ["a", "b"]})
     values = yaml.safe_load(RECIPE.read_text())
     assert config.base == "base"
     assert [language.texts for language in config.languages] == [["th.txt"], ["a", "b"]]
@@ -322,11 +322,11 @@ def test_recipe_is_the_documented_comparison():
     assert config.model == ModelShape(**values["model"])
     assert config.arms[0] == Arm("base")
     with pytest.raises(UserError, match=r"No Thai text is given. Give --text Thai=FILE"):
-        read_config(RECIPE, "base")
+        read_ablation_config(RECIPE, "base")
     with pytest.raises(UserError, match=r"No base tokenizer is given"):
-        read_config(RECIPE, None, {"Thai": ["th.txt"], "English": ["a"]})
+        read_ablation_config(RECIPE, None, {"Thai": ["th.txt"], "English": ["a"]})
     with pytest.raises(UserError, match=r"no language 'Lao', but: Thai, English"):
-        read_config(RECIPE, "base", {"Lao": ["x"]})
+        read_ablation_config(RECIPE, "base", {"Lao": ["x"]})
 
 
 GOOD = {
@@ -364,21 +364,21 @@ GOOD = {
 def test_bad_configurations_are_refused(tmp_path, change, message):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(GOOD))
-    assert read_config(path).arms == [Arm("base")]
+    assert read_ablation_config(path).arms == [Arm("base")]
     path.write_text(yaml.safe_dump(GOOD | change))
     with pytest.raises(UserError, match=message):
-        read_config(path)
+        read_ablation_config(path)
 
 
 def test_bad_files_are_refused(tmp_path, config):
     with pytest.raises(UserError, match=r"does not exist"):
-        read_config(tmp_path / "missing.yaml")
+        read_ablation_config(tmp_path / "missing.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"not valid YAML"):
-        read_config(tmp_path / "bad.yaml")
+        read_ablation_config(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text("- a")
     with pytest.raises(UserError, match=r"is no list of options"):
-        read_config(tmp_path / "bad.yaml")
+        read_ablation_config(tmp_path / "bad.yaml")
     with pytest.raises(UserError, match=r"workers is 0"):
         ablate(config, tmp_path / "out", workers=0, console=quiet())
     with pytest.raises(UserError, match=r"too few to hold out"):

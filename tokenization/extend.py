@@ -19,7 +19,7 @@ from jai.tokenization.chat import with_chat_template
 from jai.tokenization.learn import Merge, choose_pieces, learn_cluster_merges, learn_merges
 from jai.tokenization.normalization import replace_all, replacements, with_replacements
 from jai.tokenization.phi3_style import SPECIAL_TOKENS
-from jai.tokenization.units import SPACE, Unit, check_script, count_runs, count_words, script_runs
+from jai.tokenization.units import SPACE, Unit, check_script, count_runs, script_runs, split_runs_into_words
 
 RESERVED_TOKEN = "<|reserved_{}|>"
 
@@ -188,6 +188,6 @@ def _learn(run_counts: Counter[str], size: int, max_token_chars: int, unit: Unit
     if unit == "cluster":
         merges = learn_cluster_merges(run_counts, to_learn, max_token_chars)
     else:
-        counts = count_words(run_counts) if unit == "word" else run_counts
+        counts = split_runs_into_words(run_counts) if unit == "word" else run_counts
         merges = learn_merges(counts, to_learn, max_token_chars)
     return choose_pieces(run_counts, merges, max(size, 0))

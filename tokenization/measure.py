@@ -184,7 +184,7 @@ class TokenizerFigures:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenTexts:
     """What the ids of a tokenizer stand for.
 
     Attributes:
@@ -202,7 +202,7 @@ class Vocabulary:
     size: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+    def of(cls, tokenizer: Tokenizer) -> "TokenTexts":
         """Read it from the tokenizer's vocabulary and decoder."""
         state = json.loads(tokenizer.to_str())
         vocab = tokenizer.get_vocab(with_added_tokens=True)
@@ -414,17 +414,17 @@ class _Tally:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.vocabulary = Vocabulary.of(tokenizer)
-        self.counts = np.zeros(self.vocabulary.size, dtype=np.int64)
+        self.token_texts = TokenTexts.of(tokenizer)
+        self.counts = np.zeros(self.token_texts.size, dtype=np.int64)
         # Neighbouring parts of characters, cut where a character begins.
         self.groups: Counter[tuple[int, ...]] = Counter()
         self.by_source: Counter[str] = Counter()
         self.differences: dict[tuple[str, str], Difference] = {}
         self.with_special = 0
         self.failures_with_special = 0
-        self.is_part = np.zeros(self.vocabulary.size, dtype=bool)
-        self.begins_character = np.zeros(self.vocabulary.size, dtype=bool)
-        for i, data in self.vocabulary.parts.items():
+        self.is_part = np.zeros(self.token_texts.size, dtype=bool)
+        self.begins_character = np.zeros(self.token_texts.size, dtype=bool)
+        for i, data in self.token_texts.parts.items():
             self.is_part[i] = True
             self.begins_character[i] = data[0] & 0xC0 != 0x80
 
@@ -442,7 +442,7 @@ class _Tally:
         decoded = self.tokenizer.decode_batch(ids, skip_special_tokens=False)
         for (source, number, text), tokens, back in zip(documents, ids, decoded):
             self.by_source[source] += len(tokens)
-            special = not self.vocabulary.added.isdisjoint(tokens)
+            special = not self.token_texts.added.isdisjoint(tokens)
             self.with_special += special
             if back == text:
                 continue
@@ -472,7 +472,7 @@ class _Tally:
             by_script={name: _rate(by_script[name], size) for name, size in text.by_script.items()},
             by_source={name: _rate(self.by_source[name], size) for name, size in text.by_source.items()},
             byte_fallback=self._byte_fallback(fallback, text),
-            unknown=0 if self.vocabulary.unknown is None else int(self.counts[self.vocabulary.unknown]),
+            unknown=0 if self.token_texts.unknown is None else int(self.counts[self.token_texts.unknown]),
             round_trip=RoundTrip(
                 failures=sum(difference.documents for difference in self.differences.values()),
                 differences=sorted(self.differences.values(), key=lambda found: -found.documents)[:EXAMPLES],
@@ -496,10 +496,10 @@ class _Tally:
                 tokens[script_of(character)] += number / len(string)
 
         for i in np.flatnonzero(self.counts).tolist():
-            if i in self.vocabulary.texts:
-                share(self.vocabulary.texts[i], int(self.counts[i]))
+            if i in self.token_texts.texts:
+                share(self.token_texts.texts[i], int(self.counts[i]))
         for group, count in self.groups.items():
-            string = b"".join(self.vocabulary.parts[i] for i in group).decode(errors="replace")
+            string = b"".join(self.token_texts.parts[i] for i in group).decode(errors="replace")
             share(string, len(group) * count)
             for character in string:
                 fallback[character] += count
@@ -524,24 +524,24 @@ class _Tally:
             unused=len(unused),
             unused_share=len(unused) / len(new),
             unused_examples=self._uses(unused[:: max(len(unused) // EXAMPLES, 1)]),
-            longest=self._uses(sorted(new, key=lambda i: (-len(self.vocabulary.texts.get(i, "")), i))),
+            longest=self._uses(sorted(new, key=lambda i: (-len(self.token_texts.texts.get(i, "")), i))),
             most_used=self._uses(self._by_use(new)),
-            by_length=dict(sorted(Counter(len(self.vocabulary.texts.get(i, "")) for i in new).items())),
+            by_length=dict(sorted(Counter(len(self.token_texts.texts.get(i, "")) for i in new).items())),
         )
 
     def _token_set(self, ids: set[int], new: frozenset[int]) -> TokenSet:
         return TokenSet(len(ids), len(ids & new), self._share(ids), self._uses(self._by_use(ids)))
 
     def _marks(self) -> Iterator[tuple[int, str]]:
-        for i, token in self.vocabulary.texts.items():
+        for i, token in self.token_texts.texts.items():
             if token and unicodedata.category(token[0]).startswith("M"):
                 yield i, token
 
     def _by_length(self) -> dict[int, int]:
         lengths: Counter[int] = Counter()
         for i in np.flatnonzero(self.counts).tolist():
-            if i != self.vocabulary.unknown:
-                lengths[len(self.vocabulary.texts.get(i, ""))] += int(self.counts[i])
+            if i != self.token_texts.unknown:
+                lengths[len(self.token_texts.texts.get(i, ""))] += int(self.counts[i])
         return dict(sorted(lengths.items()))
 
     def _share(self, ids: Collection[int]) -> float:
@@ -552,7 +552,7 @@ class _Tally:
 
     def _uses(self, ids: list[int]) -> list[TokenUse]:
         return [
-            TokenUse(i, self.vocabulary.texts.get(i, "").replace(" ", "▁") or repr(self.vocabulary.parts[i]), n)
+            TokenUse(i, self.token_texts.texts.get(i, "").replace(" ", "▁") or repr(self.token_texts.parts[i]), n)
             for i in ids[:EXAMPLES]
             for n in [int(self.counts[i])]
         ]

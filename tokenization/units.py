@@ -66,7 +66,7 @@ def clusters(run: str) -> list[str]:
     return regex.findall(rf"{SPACE}|{_CLUSTER.pattern}|.", run)
 
 
-def count_words(run_counts: Counter[str]) -> Counter[str]:
+def split_runs_into_words(run_counts: Counter[str]) -> Counter[str]:
     """How often each Thai word occurs, each run cut by PyThaiNLP's newmm; a space stays with the word after it."""
     counts: Counter[str] = Counter()
     from concurrent.futures import ProcessPoolExecutor  # here, for `jai --help` needs none

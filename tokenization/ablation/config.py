@@ -83,7 +83,7 @@ class AblationConfig:
             )
 
 
-def read_config(
+def read_ablation_config(
     path: Path, base: str | None = None, texts: Mapping[str, Sequence[str]] | None = None
 ) -> AblationConfig:
     """Parse the YAML of an ablation.
