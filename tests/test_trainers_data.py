@@ -256,8 +256,9 @@ def bos_tokenizer(tiny_tokenizer):
 
 
 def test_tokens_of_conversations_and_completions_are_counted_as_they_are_trained(model, bos_tokenizer, sentences):
-    chats = [{"messages": [user("hi"), assistant(sentences[i] * (i + 1))]} for i in range(4)]
-    completions = [{"prompt": "Q: ", "completion": sentences[i] * (i + 1)} for i in range(4)]
+    answers = ["yes", *(sentences[i] * (i + 1) for i in range(3))]
+    chats = [{"messages": [user("hi"), assistant(answer)]} for answer in answers]
+    completions = [{"prompt": "Q: ", "completion": answer} for answer in answers]
     turns = [{"prompt": chat["messages"][:1], "completion": chat["messages"][1:]} for chat in chats]
     for rows, type_, conversational in (
         (chats, DatasetType.LANGUAGE_MODELING, True),
