@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to learn from: every kind of file, folders, a Hub dataset, the sample, and what cannot be read."""
 
+import codecs
 import gzip
 import io
 import json
@@ -338,10 +339,13 @@ DAMAGED = [
     ("a.jsonl", b"[]\n", "line 1: not a JSON object"),
     ("a.jsonl", b"{\n", "line 1: not a JSON object"),
     ("a.jsonl", b"[" * 100_000, "line 1: not a JSON object"),
+    ("a.jsonl", b'{"text": ["a"]}\n', "line 1: not a JSON object"),
+    ("a.jsonl", b'{"text": ' + b"9" * 10_000 + b"}", "line 1: not a JSON object"),  # longer than Python reads a number
+    ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1 is not UTF-8"),
     (
         "a.jsonl",
         b'{"text": "a"}\n{"text": "x\\ud800y"}\n',
-        r"a\.jsonl, document 2 holds '\\ud800', half of a surrogate",
+        r"a\.jsonl, line 2 holds '\\ud800', half of a surrogate",
     ),
     ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz is a damaged gzip file after line 0"),
     # mtime: the bytes name the tests, and every worker must give them the same names
@@ -701,3 +705,45 @@ class TestChecksComeBeforeTheReading:
             train(["a.jsonl"], base_folder, Path(values.pop("out")), **values)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "full"]
         assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["precious"]
+
+
+class TestOddFiles:
+    """Files as users have them, and files that are damaged anywhere: text, or one error that names the file."""
+
+    @pytest.mark.parametrize(
+        ("name", "content", "expected"),
+        [
+            ("a.txt", codecs.BOM_UTF8 + "ก\r\nข".encode(), ["ก\r\nข"]),
+            ("a.txt", b"a\x00b", ["a\x00b"]),
+            ("a.jsonl", codecs.BOM_UTF8 + b'{"text": "a"}\r\n\r\n  \n{"text": "b"}', ["a", "b"]),
+            ("a.jsonl", b'{"text": "a\\u0000b"}\n\n\n', ["a\x00b"]),
+            (
+                "a.jsonl.gz",
+                gzip.compress(b'{"text": "a"}\n', mtime=0) + gzip.compress(b'{"text": "b"}', mtime=0),
+                ["a", "b"],
+            ),
+        ],
+    )
+    def test_read(self, tmp_path, name, content, expected):
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name) == expected
+
+    @given(data=st.data())
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_damaged_anywhere(self, tmp_path, data):
+        """Cut short or with other bytes at any place."""
+        suffix = data.draw(st.sampled_from([".txt", *SUFFIXES]))
+        texts = ["\n".join(THAI)] if suffix == ".txt" else [*THAI, *EXACT]
+        path = write(tmp_path / f"a{suffix}", texts)
+        content = path.read_bytes()
+        at = data.draw(st.integers(0, len(content)))
+        damage = data.draw(st.one_of(st.just(b""), st.binary(min_size=1, max_size=6)))
+        path.write_bytes(content[:at] + damage + content[at + len(damage) :] if damage else content[:at])
+        try:
+            found = read(path)
+        except UserError as error:
+            message = str(error)
+            assert path.name in message
+            assert "\n" not in message
+        else:
+            assert all(isinstance(text, str) for text in found)

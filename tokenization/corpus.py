@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 WHAT_TO_GIVE = f"Give files of text ({', '.join(SUFFIXES)}), a folder of them, or a Hub dataset (owner/name)"
 
+_HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can write it as an escape
 _PIECE = 2**20  # characters: the most that is in memory of a .txt file
 
 
@@ -293,14 +294,8 @@ def _with_progress(parts: Sequence[TextFile | HubDataset]) -> Iterator[tuple[int
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Reading")
         for index, part in enumerate(parts):
-            for number, (text, _) in enumerate(part.read(), 1):
-                try:
-                    document = text.encode()
-                except UnicodeEncodeError as error:
-                    raise UserError(
-                        f"{part.name}, document {number} holds {text[error.start]!r}, half of a surrogate pair, which "
-                        "no UTF-8 text can. Mend or drop the document."
-                    ) from error
+            for text, _ in part.read():
+                document = text.encode()
                 documents, size = documents + 1, size + len(document)
                 if time.monotonic() - shown > 0.1:
                     done = f"Reading {escape(part.name)}: {documents:,} documents, {filesize.decimal(size)} in all"
@@ -427,6 +422,11 @@ def _json_document(path: Path, number: int, line: bytes) -> Document:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{path}, line {number}: not a JSON object with a string `text`. Mend the line.")
+    if half := _HALF_A_PAIR.search(text):
+        raise UserError(
+            f"{path}, line {number} holds {half[0]!r}, half of a surrogate pair, which no UTF-8 text can. Mend or drop "
+            "the line."
+        )
     return Document(text, _string(value.get("source")))
 
 

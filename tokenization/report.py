@@ -245,8 +245,8 @@ def _documents(sources: Sequence[Source], status: Status) -> Iterator[tuple[str,
         for part in source.parts:
             for text, named in part.read():
                 documents, size = documents + 1, size + len(text)
-                part.figures.found.count(len(text.encode(errors="surrogatepass")))
-                part.figures.sampled.count(len(text.encode(errors="surrogatepass")))
+                part.figures.found.count(len(text.encode()))
+                part.figures.sampled.count(len(text.encode()))
                 if documents % 200 == 0:
                     status.update(f"Measured {documents:,} documents, {size / 1e6:.1f} million characters")
                 yield named or part.name, text
