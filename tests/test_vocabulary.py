@@ -213,6 +213,19 @@ def test_ids_between_tokens_get_rows_too(tmp_path, tiny_tokenizer, base_of):
     }
 
 
+def test_a_token_between_those_of_the_base_gets_the_mean_of_its_pieces(tmp_path, tiny_tokenizer, base_of):
+    """Its id is not beyond the base's last, and its row is one that no token used."""
+    base = base_of(448, tiny_tokenizer)
+    shutil.copytree(base, tmp_path / "extended")
+    for folder, tokens in ((base, {"▁zebra": 410}), (tmp_path / "extended", {"▁zebra": 410, "▁quixotic": 405})):
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content["model"]["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]} | tokens
+        (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    run(base, tmp_path / "jai", tokenizer=str(tmp_path / "extended"))
+    counts = check_every_row(base, tmp_path / "extended", tmp_path / "jai")
+    assert counts == {"base": 447, "spare": 0, "mean": 1, "random": 0}
+
+
 def test_ids_far_apart_are_refused(tmp_path, tiny_tokenizer, base_of):
     """Not with four thousand million rows."""
     base = base_of(400, tiny_tokenizer)

@@ -2,8 +2,8 @@
 """What the values of weights are: NaN and infinity, found in their bytes, and the dtype that holds several.
 
 Whoever trains or merges such a checkpoint gets only NaN, often hours later. Inputs are read once for their hashes
-anyway, and looking at the values on the way adds a fifteenth: the largest bit pattern, read with and without a sign,
-says it at 26 GB/s on one core, where SHA-256 does 1.5 and `torch.isfinite` 0.6 (bf16).
+anyway, and looking at the values on the way takes 0.80 s of processor time a gigabyte in place of 0.72: the largest bit
+pattern, read with and without a sign, is found at 26 GB/s on one core. `torch.isfinite` does 0.6 GB/s (bf16).
 """
 
 import hashlib
@@ -94,11 +94,8 @@ def _checked_chunks(path: Path, header: Header) -> Iterator[memoryview]:
 
 
 def _ranges(header: Header) -> Iterator[tuple[str, torch.dtype | None, int]]:
-    """Name, dtype and length of all that a file holds, in order; what is no tensor has no dtype."""
-    at = 0
+    """Name, dtype and length of all that a file holds, in order: the header, then tensors without a hole."""
+    yield "", None, header.data_start
     for name, entry in sorted(header.tensors.items(), key=lambda tensor: tensor[1]["data_offsets"]):
-        start, stop = (header.data_start + offset for offset in entry["data_offsets"])
-        yield "", None, start - at
+        start, stop = entry["data_offsets"]
         yield name, DTYPES[entry["dtype"]], stop - start
-        at = stop
-    yield "", None, header.size - at
