@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from jai.demo.run import QUICK_STEPS
+from jai.demo.text.corpus import build_text, write_text_files
 from jai.files import sha256
 from jai.provenance import chain, read_step
 
@@ -37,7 +39,7 @@ class Balance(html.parser.HTMLParser):
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "out"
     process = subprocess.run(
-        [sys.executable, "-m", "jai", "demo", str(folder), "--quick"],
+        [sys.executable, "-m", "jai", "demo", str(folder), "--quick", "--seed", "3"],
         capture_output=True,
         text=True,
         cwd=folder.parent,
@@ -53,6 +55,8 @@ def test_every_verb_ran(demo):
     verbs = [command["line"].split()[1] for command in results["commands"] if command["line"].startswith("jai ")]
     trained = ["sft", "sft", "sft", "dpo"]  # continued pre-training from two starts, chats, preferences
     assert verbs == ["tokenizer", "convert", "convert", "inspect", *trained, "publish", "generate"]
+    training = [command["line"] for command in results["commands"] if command["line"].split()[1] in trained]
+    assert all(line.endswith(f"--max_steps {QUICK_STEPS} --seed 3") for line in training)
     assert "Back from the Hub bit-equal" in output
     assert results["peak_memory_mb"] < 4000
 
@@ -66,6 +70,15 @@ def test_what_must_hold_without_training_holds(demo):
     assert all(sum(layer) == pytest.approx(1) for load in results["router_load"].values() for layer in load)
     assert list(results["alphas_before"].values()) == [0] * 3
     assert all(results["alphas_after"].values())
+
+
+def test_the_seed_decides_the_text(demo, tmp_path):
+    for seed in (3, 0):
+        write_text_files(build_text(seed), tmp_path / str(seed))
+    made, same, other = (
+        (folder / "pretrain_th.txt").read_bytes() for folder in (demo[0] / "corpus", tmp_path / "3", tmp_path / "0")
+    )
+    assert made == same != other
 
 
 def test_training_record_is_carried_to_the_end(demo):

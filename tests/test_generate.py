@@ -135,6 +135,40 @@ def run(folder: Path, **options) -> str:
     return text
 
 
+class TestEveryOptionDoesSomething:
+    GREEDY = {"prompt": "สวัสดี hello", "temperature": 0, "max_new_tokens": 8}
+    HOT = GREEDY | {"temperature": 20.0, "top_p": 1.0}
+
+    def test_max_new_tokens(self, checkpoint):
+        assert len(run(checkpoint, **self.GREEDY | {"max_new_tokens": 2})) < len(run(checkpoint, **self.GREEDY))
+
+    def test_temperature_and_seed(self, checkpoint):
+        by_seed = [run(checkpoint, **self.HOT | {"seed": seed}) for seed in (0, 0, 1)]
+        assert by_seed[0] == by_seed[1] != by_seed[2]
+        assert run(checkpoint, **self.GREEDY) not in by_seed
+
+    def test_top_p_of_nothing_but_the_likeliest_is_greedy(self, checkpoint):
+        assert run(checkpoint, **self.HOT | {"top_p": 1e-6}) == run(checkpoint, **self.GREEDY)
+
+    def test_raw_text_has_no_chat_around_it(self, checkpoint, tiny_tokenizer):
+        prompt = str(self.GREEDY["prompt"])
+        chat = tiny_tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        answer = run(checkpoint, **self.GREEDY)
+        assert answer == run(checkpoint, **self.GREEDY | {"raw": True, "prompt": chat})
+        assert answer != run(checkpoint, **self.GREEDY | {"raw": True})
+
+    def test_trust_remote_code_runs_the_checkpoints(self, checkpoint, tmp_path):
+        folder = shutil.copytree(checkpoint, tmp_path / "remote")
+        code = folder / "modeling_jai.py"
+        code.write_text(code.read_text() + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n")
+        run(folder, **self.GREEDY)
+        assert not (tmp_path / "ran").exists()
+        run(folder, **self.GREEDY, trust_remote_code=True)
+        assert (tmp_path / "ran").exists()
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("values", "message"),

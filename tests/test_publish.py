@@ -539,6 +539,16 @@ def test_to_a_branch(folder, hub, api):
     assert hub.content(REPO, "README.md", revision="try").decode() == README + "two"
 
 
+def test_to_a_branch_of_a_new_private_repository(folder, hub, api):
+    options = PublishOptions(
+        folder=folder, repo_id=REPO, private=True, revision="try", message="First try", forward=False
+    )
+    result = publish(options, token=hub.token, endpoint=hub.endpoint, console=Console(file=StringIO()))
+    assert hub.repo(REPO).private
+    assert result.commit == api.model_info(REPO, revision="try").sha != api.model_info(REPO).sha
+    assert api.list_repo_commits(REPO, revision="try")[0].title == "First try"
+
+
 # What can go wrong
 
 

@@ -464,6 +464,31 @@ class TestTrain:
         assert "550 entries" in printed
         assert f"--tokenizer {out}" in printed
 
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ({}, {"vocab_size": 510}),
+            ({}, {"max_token_chars": 3}),
+            ({}, {"unit": "word"}),
+            ({}, {"unit": "cluster"}),
+            ({}, {"script": "Lao"}),
+            ({}, {"normalize_thai": False}),
+            ({"sample_bytes": 4000}, {"sample_bytes": 3000}),
+            ({"sample_bytes": 3000}, {"sample_bytes": 3000, "seed": 1}),
+        ],
+        ids=str,
+    )
+    def test_every_option_decides_bytes(self, base_folder, tmp_path, one, other):
+        text = tmp_path / "a.jsonl"
+        lao = ("ສະບາຍດີ ຂ້ອຍຊື່ ສົມໃຈ ຢູ່ນະຄອນຫຼວງວຽງຈັນ", "ມື້ນີ້ກິນເຂົ້າກັບໝູ່ຢູ່ຮ້ານໜ້າໂຮງຮຽນ", "ນ້ຳໃນແມ່ນ້ຳໃສຫຼາຍ ປາກໍ່ລອຍນ້ຳຢູ່ໃນນ້ຳ")
+        documents = [f"{text} {number}" for number in range(10) for text in (*THAI_TEXT, "เเม่น้ำ เเละ แม่น้ำ", *lao)]
+        text.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        made = [
+            train([text], str(base_folder), tmp_path / name, **{"vocab_size": 500, **options})
+            for name, options in (("one", one), ("other", other))
+        ]
+        assert (made[0] / "tokenizer.json").read_bytes() != (made[1] / "tokenizer.json").read_bytes()
+
     def test_loads_in_a_clean_process_that_has_no_jai(self, base_folder, texts, tmp_path):
         out = train(texts, str(base_folder), tmp_path / "out", 550)
         code = (
