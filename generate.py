@@ -69,7 +69,7 @@ def generate(options: GenerateOptions, *, console: Console | None = None) -> str
     from rich.console import Console
 
     console = console or Console()
-    folder = _checkpoint_folder(options.model)
+    folder = whole_checkpoint(options.model)
     tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     inputs = _encode(tokenizer, options)
     network = _load_model(folder, options)
@@ -176,9 +176,17 @@ class ClusterStreamer:
         self._window, self._done = self._done, len(self._ids)
 
 
-def _checkpoint_folder(model: str) -> Path:
-    """Where the checkpoint's files are; refused if they cannot make a model and a tokenizer."""
-    folder = local_folder(model, [*METADATA_PATTERNS, WEIGHTS_PATTERN])
+def whole_checkpoint(model: str, *, weights: bool = True) -> Path:
+    """Folder of a checkpoint with all that a model and a tokenizer are loaded from; imports neither.
+
+    Args:
+        model: folder or Hub id.
+        weights: whether to download a Hub id's weights too, and look for them.
+
+    Raises:
+        UserError: if it is neither, or lacks its configuration, tokenizer or weights.
+    """
+    folder = local_folder(model, [*METADATA_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])])
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
     if not configs:
         raise UserError(
@@ -188,7 +196,7 @@ def _checkpoint_folder(model: str) -> Path:
     for path in [*configs, *([generation_config] if generation_config.exists() else [])]:
         read_json(path)
     tokenizer_folder(folder)
-    if not any(folder.glob(WEIGHTS_PATTERN)):
+    if (weights or Path(model).is_dir()) and not any(folder.glob(WEIGHTS_PATTERN)):
         raise UserError(f"{model} has no weights in safetensors files. Give a whole checkpoint.")
     return folder
 

@@ -2,12 +2,13 @@
 """Verbs that use a checkpoint: generate, serve; and the demo, which uses all."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import typer
 
 from jai.cli.verb import PASS_THROUGH, verb
 from jai.demo.options import DemoOptions
-from jai.generate import GenerateOptions
+from jai.generate import GenerateOptions, whole_checkpoint
 
 app = typer.Typer()
 _SERVER_PACKAGES = ("fastapi", "openai", "uvicorn")
@@ -29,6 +30,10 @@ def serve(context: typer.Context) -> None:
     for package in _SERVER_PACKAGES:  # transformers looks when it has loaded PyTorch, and ends with a traceback
         if find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
+    model = context.args[0] if context.args else ""
+    if model and not model.startswith("-"):
+        # MODEL@REVISION is how transformers' server takes both.
+        whole_checkpoint(model if Path(model).is_dir() else model.partition("@")[0], weights=False)
     from jai.serve import main as run
 
     run(context.args)

@@ -221,7 +221,8 @@ class TestRefused:
 
 
 def test_errors_need_no_pytorch(tmp_path):
-    """Neither a value that is out of range nor a Hub id that nobody answers for loads PyTorch."""
+    """Neither a value that is out of range nor a checkpoint that is not there or not whole loads PyTorch."""
+    pytest.importorskip("fastapi", reason="jai serve needs transformers[serving]")
     code = (
         "import sys\nfrom jai.cli import main\n"
         "try: main()\n"
@@ -229,12 +230,14 @@ def test_errors_need_no_pytorch(tmp_path):
     )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     for arguments, message in (
-        (["x", "hi", "--temperature", "-1"], "temperature is -1.0"),
-        (["nobody/nothing", "hi"], "nobody/nothing is no local folder, and the Hub did not give it"),
-        ([str(tmp_path), "hi"], "no config.json"),
+        (["generate", "x", "hi", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "nobody/nothing", "hi"], "nobody/nothing is no local folder, and the Hub did not give it"),
+        (["generate", str(tmp_path), "hi"], "no config.json"),
+        (["serve", "nobody/nothing@main", "--port", "1"], "nobody/nothing is no local folder, and the Hub did not"),
+        (["serve", str(tmp_path), "--port", "1"], "no config.json"),
     ):
         process = subprocess.run(
-            [sys.executable, "-c", code, "generate", *arguments], capture_output=True, text=True, env=environment
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
         )
         assert process.returncode == 1
         assert message in process.stderr
