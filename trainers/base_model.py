@@ -94,7 +94,8 @@ def open_base_model(model_args: ModelConfig, training_args: TrlConfig) -> BaseMo
     if largest >= config.vocab_size:
         raise UserError(
             f"The tokenizer of {name} has ids up to {largest}, but the model has a vocabulary of {config.vocab_size}. "
-            "Convert the model with this tokenizer (`jai convert --tokenizer`); training never resizes a vocabulary."
+            f"Convert its phi-3 base again with `jai convert BASE OUT --tokenizer {name}`, which makes rows for all of "
+            "them; training never resizes a vocabulary."
         )
     loading = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     return BaseModel(name, folder, loading, config, tokenizer, read_step(folder))
