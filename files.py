@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": base ** (power + 1)
     for kind, base in (("B", 1000), ("iB", 1024))
@@ -299,7 +299,9 @@ def work_folder(out: Path) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise `UserError` if an output folder exists; an empty one is taken."""
+    """Raise `UserError` if an output folder exists; an empty one is taken, but not `.`, on which a shell stands."""
+    if not out.name:
+        raise UserError(f"{out} is no name that a folder can get. Give the path of a new folder.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already. Give another output folder, or remove this one first.")
 

@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import types
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, field
@@ -31,6 +32,7 @@ from jai.files import parse_size
 Size = NewType("Size", int)  # bytes; written as a number or as "5GB"
 
 _METADATA_KEY = "jai"
+_DEEPEST_YAML = 50  # a curve of a merge has 4 levels; 500 take 12 seconds to be refused
 _LONGEST_LIST = 100_000  # numbers that one range on the command line may stand for
 
 
@@ -154,7 +156,7 @@ def read_value(option: Option, given: Any) -> Any:
             given = option_text_parser(option)(given)
         return [_read_one(option, option.element, value) for value in given]
     except (ValueError, TypeError, OverflowError):
-        raise UserError(f"{option.name} is {given!r}; expected {expected_text(option)}.") from None
+        raise UserError(f"{option.name} is {_shown(given)}; expected {expected_text(option)}.") from None
 
 
 def _read_one(option: Option, kind: Any, given: Any) -> Any:
@@ -189,6 +191,13 @@ def _in_range(option: Option, number: float) -> bool:
         and (info.above is None or number > info.above)
         and (info.at_most is None or number <= info.at_most)
     )
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: a few lines of YAML can make one that would fill the memory as text."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = 200
+    return short.repr(value)
 
 
 # What a value is, and an example of it.
@@ -288,7 +297,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml  # here, for `jai --help` needs none
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that is given twice, of which YAML would keep the last in silence."""
+        """Refuses a key that is given twice, of which YAML would keep the last in silence, and deep nesting."""
+
+        depth = 0
+
+        def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+            self.depth += 1
+            if self.depth > _DEEPEST_YAML:
+                raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
     def construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         loader.flatten_mapping(node)

@@ -2,6 +2,7 @@
 """The program `jai`: its verbs, its version, and how errors end."""
 
 import sys
+from io import TextIOWrapper
 from typing import Annotated, NoReturn
 
 import typer
@@ -61,6 +62,8 @@ def _root(
 
 def main() -> None:
     """Entry point: an error that the user can mend is one message and exit code 1, Ctrl-C is 130."""
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files may be no UTF-8, and terminals may know little of it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="jai")
     except UserError as error:
@@ -71,6 +74,10 @@ def main() -> None:
             raise
         extra = _EXTRA_OF_VERB.get(sys.argv[1], EXTRA_OF[package])
         _fail(f"This needs the package {package}, which is not installed. Install it: pip install 'jai-llm[{extra}]'")
+    except OSError as error:  # of what no verb foresees: names that are too long, what nobody may read
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}. Give another path, or mend this one.")
     except SystemExit as exit_:
         if exit_.code == INTERRUPTED:
             typer.echo("Interrupted.", err=True)

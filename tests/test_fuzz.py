@@ -5,6 +5,7 @@ Each target runs `jai` in this process, hundreds of times on tiny checkpoints. `
 time; `make test-slow` takes new ones, for JAI_FUZZ_SECONDS in all (600). The figures are printed at the end of the run.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -23,7 +24,8 @@ from typing import Any
 
 import pytest
 import torch
-from damage import Damage, damages, hard_linked
+import yaml
+from damage import VALUES, Damage, damages, damages_of, hard_linked
 from huggingface_hub import constants
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -31,7 +33,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from jai.cli.app import main
+from jai.cli.verb import VERBS, Verb
 from jai.files import work_folder
+from jai.options import Option, options_of
 
 SECONDS = float(os.environ.get("JAI_FUZZ_SECONDS", "600"))
 HANG_SECONDS = 60  # an example takes a quarter of a second
@@ -77,7 +81,7 @@ def no_hanging() -> Iterator[None]:
 
 def run(*words: str | Path) -> Outcome:
     """Run `jai …` in this process; whatever is not an exit is a traceback to the user."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("surrogateescape", "backslashreplace"))
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
     argv, sys.argv = sys.argv, ["jai", *map(str, words)]
     try:
         with redirect_stdout(out), redirect_stderr(err), no_hanging():
@@ -190,7 +194,7 @@ def bounds() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer) -> Path:
+def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, sentences) -> Path:
     """A folder with one of each kind that a verb reads."""
     home = tmp_path_factory.mktemp("fuzz")
     shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": len(tiny_tokenizer)}
@@ -208,6 +212,7 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer) -> Path:
         ("convert", base, home / "plain", "--layers", "0-1", "--experts", "2"),
     ):
         assert run(*words).code == 0
+    (home / "text.txt").write_text("".join(f"{sentence}\n\n" for sentence in sentences), encoding="utf-8")
     return home
 
 
@@ -274,6 +279,150 @@ def fuzz_damages(checkpoints: Path, figures: Figures, name: str, seconds: float 
     fuzz(damages(checkpoints / work.damaged), check, examples=EXAMPLES.get(name, 20), seconds=seconds)
 
 
+# --- Options ---
+
+# What a shell may give, and whoever writes a YAML file by hand.
+WORDS = (
+    *(
+        "",
+        " ",
+        "0",
+        "-1",
+        "1",
+        "2",
+        "3",
+        "0.5",
+        "1e9",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e-400",
+        "0x10",
+        "1_0",
+        "๑",
+        "½",
+    ),
+    *("9" * 400, "1,2", "1,,2", "0-1", "0-99999999", "5-1", "1-", ",", "-", "--", "-x", "--help", "[1]", "{}", "null"),
+    *("true", "[bold", "[/]", "%s", "../x", "/dev/null", "~", "น้ำ", "a" * 5000, "\udcff", "\x1b[31m", "a\nb", "."),
+    *("the/base", "the/jai", "the/dense", "the/trained", "the/snapshot", "the/plain", "the/text.txt", "the", "OUT"),
+)
+INTEGERS = (0, 1, 2, 3, 4, -1, 2**63, 10**400)
+NUMBERS = (0.0, 0.5, 1.0, -0.5, 2.0, 1e-30, 1e30, 3e38, 1e300)
+# What each verb needs, beside which one thing or another is wrong.
+VALID: dict[str, dict[str, Any]] = {
+    "convert": {"base": "the/base", "out": "OUT", "block_size": 1, "block_repeats": [1, 2]},
+    "upcycle": {"dense": "the/dense", "out": "OUT", "snapshots": ["the/trained"]},
+    "snapshot": {"checkpoint": "the/dense", "out": "OUT"},
+    "merge": {"out": "OUT", "models": ["the/jai", "the/jai-2"]},
+    "export": {"model": "the/plain", "out": "OUT"},
+    "publish": {"folder": "the/jai", "repo_id": "me/model", "dry_run": True},
+    "tokenizer train": {"text": ["the/text.txt"], "base": "the/base", "out": "OUT", "vocab_size": 420},
+    "tokenizer report": {"tokenizer": ["the/base"], "text": ["the/text.txt"]},
+    "generate": {"model": "the/jai", "prompt": "A", "max_new_tokens": 2},
+}
+FUZZED = [verb for verb in VERBS if verb.name in VALID]
+
+
+@st.composite
+def values_of(draw: st.DrawFn, each: Option) -> Any:
+    """A value that the option may have, or anything at all."""
+    if draw(st.integers(0, 2)) == 0:
+        return draw(st.sampled_from((*WORDS, *VALUES)))
+    if each.choices:
+        return draw(st.sampled_from(each.choices))
+    if each.element is not None:
+        of = {int: INTEGERS, float: NUMBERS, str: WORDS}.get(each.element, (*NUMBERS, [{"at": 0, "value": 1}]))
+        return draw(st.lists(st.sampled_from(of), max_size=3))
+    if each.kind is bool:
+        return draw(st.booleans())
+    return draw(st.sampled_from({int: INTEGERS, float: NUMBERS}.get(each.kind, WORDS)))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line, and the YAML file that it names with CONFIG."""
+
+    words: tuple[str, ...]
+    yaml: bytes | None
+
+
+@st.composite
+def lines(draw: st.DrawFn, verb: Verb) -> Line:
+    """Command lines with some values that a verb takes, and some that it does not."""
+    known, values = options_of(verb.options), dict(VALID[verb.name])
+    for name in draw(st.lists(st.sampled_from(sorted(known)), max_size=4, unique=True)):
+        if draw(st.integers(0, 9)) == 0:
+            values.pop(name, None)
+        else:
+            values[name] = draw(values_of(known[name]))
+    in_file = {}
+    if verb.config and draw(st.booleans()):
+        in_file = {name: values.pop(name) for name in sorted(values) if not known[name].info.positional}
+    words = [word for name, value in values.items() for word in words_of(known[name], value)]
+    config = None
+    if in_file:
+        config = yaml.safe_dump(in_file, allow_unicode=draw(st.booleans())).encode(errors="surrogatepass")
+        if draw(st.integers(0, 3)) == 0:
+            config = draw(damages_of("config.yaml", config)).content
+        words += ["--config", "CONFIG"]
+    extra = draw(st.sampled_from([*[[]] * 9, ["--no-such"], ["--help"], [draw(st.sampled_from(WORDS))]]))
+    return Line((*verb.name.split(), *map(shell_word, words), *map(shell_word, extra)), config)
+
+
+def words_of(each: Option, value: Any) -> list[str]:
+    """An option as it is written on a command line."""
+    texts = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+    if each.info.positional:
+        return texts
+    if each.kind is bool and isinstance(value, bool):
+        return [each.flag if value else each.flag.replace("--", "--no-", 1)]
+    if each.info.spread:
+        return [each.flag, *texts]
+    if each.element is str:
+        return [word for text in texts for word in (each.flag, text)]
+    return [each.flag, ",".join(texts)]
+
+
+def shell_word(text: str) -> str:
+    """As the system hands it over: any bytes but 0."""
+    return os.fsdecode(text.replace("\0", "").encode(errors="replace" if "\ud800" in text else "surrogateescape"))
+
+
+def check_line(checkpoints: Path, line: Line) -> Outcome:
+    with tempfile.TemporaryDirectory(dir=checkpoints) as folder, contextlib.chdir(folder):
+        out, config = Path(folder) / "out", Path(folder) / "config.yaml"
+        names = {"OUT": str(out), "CONFIG": str(config), "the": str(checkpoints)}
+        names |= {f"the/{path.name}": str(path) for path in checkpoints.iterdir()}
+        if line.yaml is not None:
+            config.write_bytes(
+                re.sub(rb"the/[\w-]+|\bOUT\b", lambda found: names.get(found[0].decode(), "the").encode(), line.yaml)
+            )
+        outcome = run(*(names.get(word, word) for word in line.words))
+        check_outcome(outcome)
+        if outcome.code:
+            check_nothing_left(out)
+        elif (out / "config.json").exists():
+            check_whole(out)
+        return outcome
+
+
+@pytest.mark.parametrize("verb", FUZZED, ids=[verb.name for verb in FUZZED])
+def test_options(checkpoints, figures, verb):
+    fuzz_options(checkpoints, figures, verb, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 600)
+@pytest.mark.parametrize("verb", FUZZED, ids=[verb.name for verb in FUZZED])
+def test_options_for_minutes(checkpoints, figures, verb):
+    fuzz_options(checkpoints, figures, verb, SECONDS / 4 / len(FUZZED))
+
+
+def fuzz_options(checkpoints: Path, figures: Figures, verb: Verb, seconds: float | None) -> None:
+    fuzz(lines(verb), lambda line: figures.add(check_line(checkpoints, line)), examples=20, seconds=seconds)
+
+
 # --- What was found by chance once, each of its kind ---
 
 
@@ -304,3 +453,45 @@ def test_what_fuzzing_found_is_refused(checkpoints, name, file, change, message)
     outcome = check_damage(checkpoints, WORKS[name], Damage(file, "changed", content))
     assert outcome.code == 1
     assert re.search(message, outcome.err), outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        # What no verb foresaw was a traceback.
+        (("export", "the/plain", ""), "is no name that a folder can get"),
+        (("snapshot", "the/dense", "."), "is no name that a folder can get"),
+        (("tokenizer", "train", "the/text.txt", "--base", "the/base", "--out", ""), "is no name that a folder can get"),
+        (("export", "a" * 5000, "OUT"), "File name too long"),
+        (("export", "the/plain", "a" * 5000), "File name too long"),
+        (("publish", "a" * 5000, "me/model"), "File name too long"),
+    ],
+)
+def test_lines_that_fuzzing_found_are_refused(checkpoints, words, message):
+    outcome = check_line(checkpoints, Line(words, None))
+    assert outcome.code == 1
+    assert message in outcome.err
+
+
+def test_names_that_are_no_unicode(checkpoints):
+    """Files from a Thai Windows have them."""
+    assert check_line(checkpoints, Line(("export", "the/plain", "\udca1\udcd2"), None)).code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),  # took 12 seconds
+        (
+            b"layers: [&a0 [x]" + b"".join(b", &a%d [*a%d, *a%d, *a%d]" % (n + 1, n, n, n) for n in range(40)) + b"]",
+            "layers is [[...]",
+        ),
+        (b"seed: &a [x, x]\n" + b"layers: &b [*a, *a, *a]\n", "seed is ['x', 'x']; expected a whole number"),
+        (b"seed: " + b"9" * 4000 + b"x", "seed is '9999"),
+    ],
+)
+def test_yaml_that_would_take_for_ever_is_refused(checkpoints, text, message):
+    outcome = check_line(checkpoints, Line(("convert", "the/base", "OUT", "--config", "CONFIG"), text))
+    assert outcome.code == 1
+    assert message in outcome.err
+    assert len(outcome.err) < 1000
