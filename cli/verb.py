@@ -69,7 +69,7 @@ def verb(
         VERBS.append(registered)
 
         def command(**given: Any) -> None:
-            registered.run(_read(options, given))
+            registered.run(_read(registered, given))
 
         parameters = _parameters(options, config)
         command.__doc__ = run.__doc__
@@ -81,9 +81,10 @@ def verb(
     return register
 
 
-def _read(options: type, given: dict[str, Any]) -> Any:
+def _read(registered: Verb, given: dict[str, Any]) -> Any:
     """The options object: what the command line gives wins over the file, and that over the defaults."""
-    file = given.pop("config", None)
+    options = registered.options
+    file = given.pop("config") if registered.config else None
     for each in options_of(options).values():
         if each.info.spread:
             given[each.name] = [*(given[each.name] or ()), *(given.pop(_rest_name(each)) or ())] or None

@@ -169,11 +169,14 @@ NEED_NOTHING: list[tuple[str, int]] = [
     ("tokenizer train ./none --base full --out out", 1),
     ("tokenizer train text.txt --base ./none --out out", 1),
     ("tokenizer train text.txt --base full --out full", 1),
+    ("tokenizer ablate", 1),  # no --config
+    ("tokenizer ablate --config missing.yaml", 1),
+    ("tokenizer ablate --config missing.yaml --text Thai", 1),
     ("tokenizer report full --text ./none", 1),
     ("tokenizer report ./none --text text.txt", 1),
     ("tokenizer report full --text text.txt --out full", 1),
 ]
-NEED_YAML = [(f"{verb} --config bad.yaml", 1) for verb in ("convert base out", "sft", "dpo")]
+NEED_YAML = [(f"{verb} --config bad.yaml", 1) for verb in ("convert base out", "sft", "dpo", "tokenizer ablate")]
 # A name that may be a Hub id, without a network.
 NEED_THE_HUBS_CLIENT = [
     (line, 1)

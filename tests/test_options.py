@@ -41,6 +41,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "merge": {"models": ["a", "b"]},
     "tokenizer train": {"base": "base", "out": Path("out")},
     "tokenizer report": {"text": ["text"]},
+    "tokenizer ablate": {"config": Path("comparison.yaml")},
 }
 # Values that a rule of thumb would miss.
 VALUES: dict[tuple[str, str], Any] = {
@@ -54,6 +55,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("merge", "weights"): [0.25, 0.75],
     ("merge", "t"): 0.25,
     ("tokenizer train", "script"): "Lao",
+    ("tokenizer ablate", "text"): ["Thai=a.txt", "Thai=b.txt"],
 }
 OPTIONS = [
     pytest.param(verb, each, id=f"{verb.name} {each.flag}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `jai tokenizer train` and `jai tokenizer report`."""
+"""The options of `jai tokenizer train`, `report` and `ablate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,3 +69,38 @@ class ReportTokenizersOptions:
         check_values(self)
         if not self.tokenizer:
             raise UserError("No tokenizer was given. Give folders or Hub ids of tokenizers.")
+
+
+@dataclass(kw_only=True)
+class AblateOptions:
+    """What `jai tokenizer ablate` takes, beside what is in its file."""
+
+    config: Path = option(
+        help="YAML file that says what is compared, such as recipes/tokenizer_ablation.yaml.", metavar="FILE"
+    )
+    base: str | None = option(
+        None, help="Folder or Hub id of the tokenizer to extend.", shown_default="the one in the file"
+    )
+    text: list[str] = option(
+        [],
+        help="Text of a language in the file, such as Thai=thai.jsonl.gz. Repeat the option for several.",
+        metavar="NAME=TEXT",
+        shown_default="those in the file",
+    )
+    out: Path = option(Path("runs/tokenizer-ablation"), help="Folder to write, or to resume in.")
+    workers: int = option(1, help="Runs at a time.", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        for pair in self.text:
+            if not all(pair.partition("=")):
+                raise UserError(f"--text is {pair!r}. Give a language and its text, such as --text Thai=thai.jsonl.gz.")
+
+    @property
+    def texts(self) -> dict[str, list[str]]:
+        """The texts by language."""
+        by_language: dict[str, list[str]] = {}
+        for pair in self.text:
+            name, _, text = pair.partition("=")
+            by_language.setdefault(name, []).append(text)
+        return by_language
