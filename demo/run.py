@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -49,6 +50,8 @@ QUICK_BASE_STEPS, QUICK_STEPS = 20, 6
 BASE_VOCABULARY = 1536
 VOCABULARY = 2304
 RECIPES = ("convert.yaml", "pretrain.yaml", "sft.yaml", "dpo.yaml")
+# One thread each: two that wait for one another on busy cores took more than six times as long.
+_VERB_ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 PAPERS_START = "--duplicate-init copy --skip-alpha 0.1"  # equation 1 with the cheapest alpha (docs/price-of-depth.md)
 
 
@@ -71,7 +74,7 @@ class Shell:
         process = subprocess.Popen(
             [Path(sys.executable).with_name("jai"), *shlex.split(line)],
             cwd=self.folder,
-            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", **(environment or {})},
+            env={**os.environ, **_VERB_ENVIRONMENT, **(environment or {})},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -102,6 +105,7 @@ def run_demo(options: DemoOptions, *, console: Console | None = None) -> Path:
     out, seed, quick = options.out, options.seed, options.quick
     console = console or Console()
     out.mkdir(parents=True)
+    torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     shell = Shell(out, console)
@@ -122,18 +126,21 @@ def run_demo(options: DemoOptions, *, console: Console | None = None) -> Path:
     shell.jai(f"tokenizer train corpus/pretrain_th.txt --base base --out tokenizer --vocab-size {VOCABULARY}")
     fertility = _fertility(out, heldout)
 
-    _say(console, "Conversion", "from the product's own start, and from the paper's to compare")
-    shell.jai("convert base converted --config convert.yaml --verify")
-    shell.jai(f"convert base papers-start --config convert.yaml {PAPERS_START} --verify")
-    shell.jai("inspect converted")
-
-    _say(console, "Training", "continued pre-training of both, then chats, then preferences")
     short = f" --max_steps {QUICK_STEPS}" if quick else ""
-    shell.jai(f"sft --config pretrain.yaml{short} --seed {seed}")
-    papers_folders = "--model_name_or_path papers-start --output_dir papers-pretrained"
-    shell.jai(f"sft --config pretrain.yaml {papers_folders}{short} --seed {seed}")
-    shell.jai(f"sft --config sft.yaml{short} --seed {seed}")
-    shell.jai(f"dpo --config dpo.yaml{short} --seed {seed}")
+    with ThreadPoolExecutor() as beside:
+        papers = beside.submit(_papers_way, out, short, seed)
+        _say(console, "Conversion", "from the product's own start; from the paper's on the other core, to compare")
+        shell.jai("convert base converted --config convert.yaml --verify")
+        shell.jai("inspect converted")
+
+        _say(console, "Training", "continued pre-training, then chats, then preferences")
+        shell.jai(f"sft --config pretrain.yaml{short} --seed {seed}")
+        shell.jai(f"sft --config sft.yaml{short} --seed {seed}")
+        shell.jai(f"dpo --config dpo.yaml{short} --seed {seed}")
+        _say(console, "Comparison", "what went on beside this: the paper's start and the same continued pre-training")
+        commands, output = papers.result()
+    console.print(output, markup=False, highlight=False, soft_wrap=True)
+    shell.commands += commands
 
     _say(console, "Measurement", "bits per character, answers, router load")
     models = {folder: MeasuredModel(out / folder) for folder in ("base", "converted", "pretrained", "sft", "dpo")}
@@ -187,6 +194,19 @@ def run_demo(options: DemoOptions, *, console: Console | None = None) -> Path:
     console.print(f"[bold green]The report lies in[/] {report}", soft_wrap=True)
     print_next(console, ["jai", "generate", out / "dpo", QUESTION])
     return report
+
+
+def _papers_way(out: Path, short: str, seed: int) -> tuple[list[Command], str]:
+    """Convert from the paper's start and pre-train on; the commands, and what they said."""
+    said = StringIO()
+    shell = Shell(out, Console(file=said, width=120))
+    folders = "--model_name_or_path papers-start --output_dir papers-pretrained"
+    try:
+        shell.jai(f"convert base papers-start --config convert.yaml {PAPERS_START} --verify")
+        shell.jai(f"sft --config pretrain.yaml {folders}{short} --seed {seed}")
+    except UserError as error:
+        raise UserError(f"{said.getvalue()}{error}") from None
+    return shell.commands, said.getvalue()
 
 
 def _say(console: Console, title: str, text: str) -> None:
