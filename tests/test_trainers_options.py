@@ -71,6 +71,15 @@ def test_yaml_means_what_it_says(text, name, expected):
     assert values[name] == expected
 
 
+def test_help_shows_the_defaults_that_hold(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments(SFT_OPTIONS, ["--help"], "jai sft")
+    assert exit_.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "LoRA dropout. (default: 0.0)" in printed
+    assert "SUPPRESS" not in printed
+
+
 def test_the_command_line_wins_and_environment_is_set(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     text = "seed: 1\ngradient_checkpointing: true\npacking: true\nenv: {WANDB_MODE: offline}"

@@ -127,8 +127,11 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
     hints = {name: hint for dataclass_type in dataclass_types for name, hint in get_type_hints(dataclass_type).items()}
     environment = config.pop("env", None) or {}
     refuse_unknown(config, known, "The configuration file")
-    if not {"-h", "--help"} & set(overrides):
-        parser.set_defaults_with_config(**dict.fromkeys(known, SUPPRESS))  # only what is given
+    defaults: dict[str, Any] = {"lora_dropout": 0.0}
+    if not is_torch_bf16_gpu_available():
+        defaults["bf16"] = False
+    is_help = bool({"-h", "--help"} & set(overrides))
+    parser.set_defaults_with_config(**(defaults if is_help else dict.fromkeys(known, SUPPRESS)))  # only what is given
     given, unknown = parser.parse_known_args(overrides)
     refuse_unknown(
         [name.lstrip("-").split("=")[0].replace("-", "_") for name in unknown[:1]], known, "The command line"
@@ -142,9 +145,6 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
             f"`env` is {environment!r}; expected environment variables, such as `env: {{WANDB_MODE: offline}}`."
         )
     os.environ.update({str(name): str(value) for name, value in environment.items()})
-    defaults: dict[str, Any] = {"lora_dropout": 0.0}
-    if not is_torch_bf16_gpu_available():
-        defaults["bf16"] = False
     if values.get("deepspeed") and find_spec("deepspeed") is None:
         raise UserError("`deepspeed` is on, and is not installed. `pip install deepspeed`, or leave the option out.")
     try:
