@@ -333,6 +333,34 @@ def test_a_tied_base_with_a_head_of_another_shape_is_refused(tmp_path, tied):
         run(edited(tied, tmp_path / "base", change), tmp_path / "jai")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "dare-linear", "density": 0.5},
+        {"weights": [[{"at": 0, "value": 1}, {"at": 1, "value": 0}], [{"at": 0, "value": 0}, {"at": 1, "value": 1}]]},
+    ],
+    ids=["random numbers by name", "weights by layer"],
+)
+def test_merged_copies_of_the_embeddings_stay_copies(tmp_path, tied, options):
+    """Else the two differ, and transformers would not tie them any more."""
+    other = edited(tied, tmp_path / "other", lambda tensors: tensors[EMBEDDINGS].mul_(2))
+    models = [
+        edited(run(base, tmp_path / f"jai {number}"), tmp_path / f"with head {number}", add_head())
+        for number, base in enumerate((tied, other))
+    ]
+    given = [str(model) for model in models]
+    if "method" in options:
+        options = options | {"base": given.pop(0)}
+    merge(MergeOptions(models=given, out=tmp_path / "out", **options))
+    result = load_file(tmp_path / "out" / WEIGHTS)
+    assert torch.equal(result["lm_head.weight"], result[EMBEDDINGS])
+    # A head of its own is merged by itself.
+    own = edited(models[1], tmp_path / "own", add_head(shift=1.0))
+    merge(MergeOptions(models=[*given[:-1], str(own)], out=tmp_path / "untied", **options))
+    result = load_file(tmp_path / "untied" / WEIGHTS)
+    assert not torch.equal(result["lm_head.weight"], result[EMBEDDINGS])
+
+
 # --- Slerp ---
 
 

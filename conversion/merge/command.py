@@ -84,7 +84,7 @@ def merge(options: MergeOptions, *, console: Console | None = None) -> None:
     checkpoint = PlannedCheckpoint(
         step="merge",
         out=options.out,
-        tensors=plan_merged_tensors(options, readers),
+        tensors=plan_merged_tensors(options, readers, ties_head=bool(inputs.first.config.get("tie_word_embeddings"))),
         options=options.recorded(),
         inputs=[*inputs.by_role],
         tokenizer=inputs.tokenizer_folder,

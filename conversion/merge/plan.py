@@ -17,6 +17,7 @@ from jai.conversion.merge import methods as merge_methods
 from jai.conversion.merge.curves import layer_of, value_for
 from jai.conversion.merge.methods import Passes
 from jai.conversion.merge.options import MergeOptions
+from jai.conversion.names import EMBEDDINGS, LM_HEAD
 from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
 
@@ -26,12 +27,16 @@ CHUNK = 1 << 19
 _SMALLEST_SUM = 1e-6
 
 
-def plan_merged_tensors(options: MergeOptions, readers: list[CheckpointReader]) -> list[PlannedTensor]:
+def plan_merged_tensors(
+    options: MergeOptions, readers: list[CheckpointReader], *, ties_head: bool = False
+) -> list[PlannedTensor]:
     """Every tensor of the output, in the order of the first model.
 
     Args:
         options: the merge.
         readers: the models' weights, before them the base's where the method has one.
+        ties_head: whether the configuration says that the head is the embeddings. Where all have a copy of them as
+            their head, it is merged as they are, though it has another name and another place in the depth.
 
     Raises:
         UserError: if at some layer all weights are 0 or cannot be normalised, or if they depend on the layer and no
@@ -44,11 +49,13 @@ def plan_merged_tensors(options: MergeOptions, readers: list[CheckpointReader]) 
             f"The weights depend on the layer, but no tensor of {first.name} is named after one ('layers.N.'). Give "
             "constant weights."
         )
+    ties_head = ties_head and EMBEDDINGS in first.shapes and not any(reader.has_untied_head for reader in readers)
     tensors = []
     for name, shape in first.shapes.items():
         dtype = getattr(torch, options.dtype) if options.dtype else first.dtypes[name]
-        values = [value_for(curve, name, layers) for curve in options.curves]
-        part = _formula(options, readers, name, values).part(name, dtype)
+        source = EMBEDDINGS if ties_head and name == LM_HEAD else name
+        values = [value_for(curve, source, layers) for curve in options.curves]
+        part = _formula(options, readers, source, values).part(source, dtype)
         tensors.append(PlannedTensor(name, shape, dtype, (part,)))
     return tensors
 
