@@ -206,6 +206,28 @@ def test_training_learns_and_stops_where_it_should(tokenizers, sentences):
     assert seen[2][1] < 0.8 * seen[0][1]
 
 
+def test_decay_ends_at_a_standstill(tokenizers, sentences):
+    """With decay the last step hardly moves a weight; without, it moves them as much as one in the middle."""
+    base, _ = tokenizers
+    ids = encode_stream(base, iter(sentences * 20), rows=40, context=16).ids
+    moved = {}
+    for decay in (False, True):
+        model = build_model(SHAPE, len(base), 16, seed=0)
+        weights, losses = [], []
+        train(
+            model,
+            ids,
+            replace(TRAINING, decay=decay, weight_decay=0.0),
+            [16, 20, 36, 40],
+            lambda rows, seconds: weights.append(model.lm_head.weight.detach().clone()),  # noqa: B023
+            on_step=lambda step, loss: losses.append((step, loss)),  # noqa: B023
+        )
+        assert [step for step, _ in losses] == list(range(1, 11))
+        moved[decay] = [(after - before).abs().max().item() for before, after in (weights[:2], weights[2:])]
+    assert moved[False][1] > 0.5 * moved[False][0]
+    assert moved[True][1] < 0.1 * moved[True][0]
+
+
 def test_extended_model_starts_at_the_mean_of_pieces(tokenizers):
     base, extended = tokenizers
     pieces = new_token_pieces(base.backend_tokenizer, extended.backend_tokenizer)
