@@ -45,7 +45,7 @@ VERBS: list[Verb] = []
 class _VerbCommand(TyperCommand):
     """A command whose usage line leaves out hidden arguments, as its help does."""
 
-    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
         shown = [each for each in self.get_params(ctx) if not getattr(each, "hidden", False)]
         return ["[OPTIONS]", *(piece for each in shown for piece in each.get_usage_pieces(ctx))]
 

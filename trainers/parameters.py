@@ -30,7 +30,7 @@ class TrainedParameters:
     quantized: int
 
 
-def count_parameters(base: BaseModel, lora: LoraConfig | None, model_args: ModelConfig) -> TrainedParameters:
+def count_trained_parameters(base: BaseModel, lora: LoraConfig | None, model_args: ModelConfig) -> TrainedParameters:
     """Count a model's parameters without reading its weights.
 
     Raises:

@@ -39,7 +39,7 @@ from jai.trainers.data import (
 )
 from jai.trainers.lora import lora_config, merge_adapter
 from jai.trainers.mixin import JaiTrainerMixin, prepare_liger
-from jai.trainers.parameters import count_parameters
+from jai.trainers.parameters import count_trained_parameters
 from jai.trainers.record import write_record
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.tokens import count_tokens
@@ -96,7 +96,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     loading = loading_arguments(arguments)
 
     _choose_packing(arguments.training, data)
-    parameters = count_parameters(base, lora, arguments.model)
+    parameters = count_trained_parameters(base, lora, arguments.model)
     if getattr(arguments.training, "assistant_only_loss", False):
         data = _without_unanswered(data, console)
     train_tokens, evaluation_tokens = count_tokens(data, base.tokenizer, arguments.training)
