@@ -2,7 +2,9 @@
 """Registration with transformers' Auto classes, so that a JAI folder loads without remote code.
 
 It costs nothing until transformers' Auto classes are imported: whoever imports them gets JAI's with them, whether `jai`
-was imported before or after. Importing transformers takes seconds and 400 MB, which `jai --help` must not.
+was imported before or after. Importing transformers takes seconds and 400 MB, which `jai --help` must not. Nor must
+`jai convert` import the models, which are half of that: every configuration of transformers imports the module of the
+Auto classes for models, so these are registered when one of its classes is first asked for.
 """
 
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def register_config() -> None:
@@ -34,17 +37,29 @@ def register_models() -> None:
             getattr(transformers, auto_class).register(JaiConfig, model_class, exist_ok=True)
 
 
+_MODELS = "transformers.models.auto.modeling_auto"
 # The modules of transformers that hold the Auto classes, and what is registered when they have been imported.
 REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_config,
-    "transformers.models.auto.modeling_auto": register_models,
+    _MODELS: register_models,
 }
 _registered: set[str] = set()
 
 
+class _ModuleOfModels(ModuleType):
+    """`modeling_auto`, which registers JAI's models when one of its classes or mappings is first asked for."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("AutoModel") or name.endswith("_MAPPING"):
+            self.__class__ = ModuleType
+            if not _WatchingLoader.under_way:
+                _register_what_is_imported()
+        return super().__getattribute__(name)
+
+
 def _register_what_is_imported() -> None:
     for module, register_one in REGISTRATIONS.items():
-        if module in sys.modules and module not in _registered:
+        if module in sys.modules and module not in _registered and type(sys.modules[module]) is not _ModuleOfModels:
             _registered.add(module)
             register_one()
 
@@ -72,6 +87,8 @@ class _WatchingLoader(Loader):
             self._loader.exec_module(module)
         finally:
             _WatchingLoader.under_way -= 1
+        if module.__name__ == _MODELS:
+            module.__class__ = _ModuleOfModels
         if not _WatchingLoader.under_way:
             _register_what_is_imported()
 

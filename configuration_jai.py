@@ -11,9 +11,35 @@ from typing import Any, ClassVar
 import transformers
 from huggingface_hub.dataclasses import strict
 from packaging import version
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+# The names of transformers' activations. To read them from `transformers.activations` imports 160 MB, which reading a
+# configuration has no need of.
+ACTIVATIONS = (
+    "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_python_tanh",
+    "gelu_pytorch_tanh",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "prelu",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "swish",
+    "tanh",
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_jai.JaiConfig",
@@ -296,8 +322,8 @@ class JaiConfig(PreTrainedConfig):
         self._check_heads()
         self._check_experts()
         self._check_ranges()
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` is {_shown(self.hidden_act)}; expected one of {', '.join(sorted(ACT2FN))}.")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"`hidden_act` is {_shown(self.hidden_act)}; expected one of {', '.join(ACTIVATIONS)}.")
         window = getattr(self, "sliding_window", None)
         if window is not None:
             raise ValueError(f"`sliding_window` is {window}, but JAI has no window (paper, section 3.2). Leave it out.")

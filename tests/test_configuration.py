@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from jai import JaiConfig, JaiForCausalLM, JaiForSequenceClassification, JaiModel
-from jai.configuration_jai import AUTO_MAP, plan_layers
+from jai.configuration_jai import ACTIVATIONS, AUTO_MAP, plan_layers
 from jai.modeling_jai import JaiRotaryEmbedding
 
 REFUSALS = (StrictDataclassError, ValueError)  # the kinds with which transformers refuses values
@@ -337,3 +337,10 @@ def test_a_configuration_is_read_without_the_model_and_its_code():
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert finished.stdout.strip() == "[]"
+
+
+def test_activations_are_those_of_transformers():
+    from transformers.activations import ACT2FN
+
+    assert set(ACTIVATIONS) <= set(ACT2FN)
+    assert all(isinstance(ACT2FN[name], torch.nn.Module) for name in ACTIVATIONS)

@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -428,6 +430,40 @@ def test_damage_beside_the_weights_is_found_before_they_are_written(base, dense,
     refused(lambda: run_convert(base, tmp_path / "out"), f"{message}", tmp_path)
     for verb in ("upcycle", "merge", "export"):
         refused(lambda verb=verb: JAI_VERBS[verb](dense, tmp_path / "out"), f"{name}.*{message}", tmp_path)
+
+
+# --- What it takes ---
+
+
+def test_conversion_imports_no_model(base, dense, tmp_path):
+    """Nor what models import, which is 170 MB. What is left is PyTorch (250 MB with a configuration) and tokenizers."""
+    code = f"""
+import sys
+from jai.cli import main
+for words in (
+    ["convert", {str(base)!r}, "converted", "--block-size", "2", "--block-repeats", "1,2,1", "--tokenizer",
+     {str(base)!r}, "--expert-init", "noise"],
+    ["inspect", "converted"],
+    ["merge", "merged", "--models", "converted", "converted"],
+    ["upcycle", {str(dense)!r}, "upcycled", "--expert-init", "noise"],
+    ["snapshot", {str(dense)!r}, "snapshot"],
+    ["export", {str(dense)!r}, "exported", "--to", "phi3"],
+):
+    sys.argv = ["jai", *words]
+    try:
+        main()
+    except SystemExit as exit_:
+        assert not exit_.code, words
+models = {{"jai.modeling_jai", "transformers.modeling_utils", "transformers.generation.utils", "torch._dynamo"}}
+print(sorted(models & sys.modules.keys()))
+# The largest that this program was; `ru_maxrss` is also the size of the process that started it.
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+    finished = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    *_, imported, kilobytes = finished.stdout.splitlines()
+    assert imported == "[]"
+    assert int(kilobytes) < 340_000
 
 
 # --- Where the output lies ---

@@ -55,11 +55,11 @@ def with_noise(
         total = squares = 0.0
         for chunk in reader.chunks(source):
             values = chunk.double()
-            total, squares = total + values.sum().item(), squares + values.square().sum().item()
+            total += values.sum().item()
+            squares += values.square_().sum().item()  # in place, as below: a chunk in fp64 is 32 MB
         std = relative_std * math.sqrt(max(squares - total * total / count, 0.0) / max(count - 1, 1))
         for number, chunk in enumerate(reader.chunks(source)):
-            noise = normal(f"{name}[{number}]", chunk.numel(), seed).view_as(chunk)
-            yield chunk.float() + std * noise
+            yield normal(f"{name}[{number}]", chunk.numel(), seed).view_as(chunk).mul_(std).add_(chunk)
 
     formula = f"{source} + noise({name}, relative std {relative_std:g}, seed {seed})"
     return Computed(count * dtype.itemsize, formula, make, (reader.file_of(source),))
