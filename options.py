@@ -196,6 +196,7 @@ def _in_range(option: Option, number: float) -> bool:
 def _shown(value: Any) -> str:
     """A value for a message: a few lines of YAML can make one that would fill the memory as text."""
     short = reprlib.Repr()
+    short.maxlevel = 3
     short.maxstring = short.maxlong = short.maxother = 200
     return short.repr(value)
 

@@ -484,7 +484,7 @@ def test_names_that_are_no_unicode(checkpoints):
         (b"[" * 100_000, "nested too deeply"),  # took 12 seconds
         (
             b"layers: [&a0 [x]" + b"".join(b", &a%d [*a%d, *a%d, *a%d]" % (n + 1, n, n, n) for n in range(40)) + b"]",
-            "layers is [['x'], [['x'], ['x'], ['x']], ",
+            "layers is [['x'], [['x'], ['x'], ['x']], [",
         ),
         (b"seed: &a [x, x]\n" + b"layers: &b [*a, *a, *a]\n", "seed is ['x', 'x']; expected a whole number"),
         (b"seed: " + b"9" * 4000 + b"x", "seed is '9999"),
