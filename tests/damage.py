@@ -78,6 +78,8 @@ def damages_of(file: str, content: bytes) -> st.SearchStrategy[Damage]:
     structured = _json_damages
     if file.endswith(".safetensors"):
         structured = _safetensors_damages
+    elif file.endswith(".jsonl"):
+        structured = _row_damages
     elif not file.endswith(".json"):
         structured = _byte_damages
     # Of ten, six by structure, three by bytes, one by place.
@@ -126,6 +128,23 @@ def _json_damages(file: str, content: bytes) -> st.SearchStrategy[Damage]:
     return changed_objects(json.loads(content)).map(
         lambda change: Damage(file, change[0], json.dumps(change[1], ensure_ascii=True).encode())
     )
+
+
+def _row_damages(file: str, content: bytes) -> st.SearchStrategy[Damage]:
+    return changed_rows([json.loads(line) for line in content.splitlines()]).map(
+        lambda change: Damage(file, change[0], change[1])
+    )
+
+
+def changed_rows(rows: list[Any]) -> st.SearchStrategy[tuple[str, bytes]]:
+    """Lines of JSON with one or two places changed: (what was done, the file)."""
+
+    def lines(change: tuple[str, Any]) -> tuple[str, bytes]:
+        text, changed = change
+        each = changed if isinstance(changed, list) else [changed]
+        return text, "".join(f"{json.dumps(row)}\n" for row in each).encode()
+
+    return changed_objects(rows).map(lines)
 
 
 @st.composite

@@ -6,11 +6,13 @@ time; `make test-slow` takes new ones, for JAI_FUZZ_SECONDS in all (600). The fi
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,20 +24,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
-from damage import VALUES, Damage, damages, damages_of, hard_linked
+from damage import VALUES, Damage, changed_rows, damages, damages_of, hard_linked
 from huggingface_hub import constants
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from pyarrow import Table
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from jai.cli.app import main
 from jai.cli.verb import VERBS, Verb
+from jai.errors import UserError
 from jai.files import work_folder
 from jai.options import Option, options_of
+from jai.trainers.arguments import JaiTrainingArguments, StageArguments
+from jai.trainers.data import DatasetType, load_training_data
 
 SECONDS = float(os.environ.get("JAI_FUZZ_SECONDS", "600"))
 HANG_SECONDS = 60  # an example takes a quarter of a second
@@ -212,6 +222,11 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, sentences) -> Path:
         ("convert", base, home / "plain", "--layers", "0-1", "--experts", "2"),
     ):
         assert run(*words).code == 0
+    (home / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "me/base", "r": 2}
+    (home / "adapter" / "adapter_config.json").write_text(json.dumps(adapter | {"target_modules": ["q_proj"]}))
+    weights = {f"base_model.model.model.layers.0.q_proj.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_file(weights, home / "adapter" / "adapter_model.safetensors")
     (home / "text.txt").write_text("".join(f"{sentence}\n\n" for sentence in sentences), encoding="utf-8")
     return home
 
@@ -239,6 +254,7 @@ WORKS = {
     "export": Work("plain", ("export", "DAMAGED", "OUT")),
     "inspect": Work("jai", ("inspect", "DAMAGED")),
     "publish": Work("jai", ("publish", "DAMAGED", "me/model", "--dry-run")),
+    "publish, adapter": Work("adapter", ("publish", "DAMAGED", "me/model", "--dry-run")),
 }
 EXAMPLES = {"convert": 80, "convert, shards": 40}
 
@@ -423,6 +439,108 @@ def fuzz_options(checkpoints: Path, figures: Figures, verb: Verb, seconds: float
     fuzz(lines(verb), lambda line: figures.add(check_line(checkpoints, line)), examples=20, seconds=seconds)
 
 
+# --- Text and training data ---
+
+TEXTS = ("text.txt", "text.jsonl", "text.jsonl.gz", "text.parquet")
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "messages": [{"messages": CHAT}, {"messages": [{"role": "system", "content": "ก"}, *CHAT]}],
+    "tools": [{"messages": CHAT, "tools": "[]", "chat_template_kwargs": {"x": 1}}, {"messages": CHAT, "tools": "[]"}],
+    "conversations": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 2,
+    "text": [{"text": "a"}, {"text": "ข"}],
+    "prompt, completion": [{"prompt": "a", "completion": "b"}, {"prompt": CHAT[:1], "completion": CHAT[1:]}][:1] * 2,
+    "chosen, rejected": [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2,
+    "preferred conversations": [{"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "no"}]}] * 2,
+}
+
+
+@pytest.fixture(scope="module")
+def texts(checkpoints, sentences) -> Path:
+    """A folder with the same text in each form that is read."""
+    folder = checkpoints / "texts"
+    folder.mkdir()
+    shutil.copyfile(checkpoints / "text.txt", folder / "text.txt")
+    lines = "".join(json.dumps({"text": sentence, "source": "x"}) + "\n" for sentence in sentences).encode()
+    (folder / "text.jsonl").write_bytes(lines)
+    (folder / "text.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+    parquet.write_table(Table.from_pylist([{"text": sentence} for sentence in sentences]), folder / "text.parquet")
+    return folder
+
+
+def check_text(checkpoints: Path, texts: Path, damage: Damage) -> Outcome:
+    with tempfile.TemporaryDirectory(dir=checkpoints) as folder:
+        out = Path(folder) / "out"
+        damaged = hard_linked(texts, Path(folder) / "damaged")
+        damage.lay_on(damaged)
+        words = ("--base", checkpoints / "base", "--out", out, "--vocab-size", "412")
+        outcome = run("tokenizer", "train", damaged / damage.file, *words)
+        check_outcome(outcome)
+        if outcome.code:
+            check_nothing_left(out)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(out)
+            assert len(tokenizer) == 412
+            assert tokenizer.decode(tokenizer("ก A")["input_ids"]) == "ก A"
+        return outcome
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_damaged_text(checkpoints, texts, figures, file):
+    fuzz_text(checkpoints, texts, figures, file, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 600)
+@pytest.mark.parametrize("file", TEXTS)
+def test_damaged_text_for_minutes(checkpoints, texts, figures, file):
+    fuzz_text(checkpoints, texts, figures, file, SECONDS / 8 / len(TEXTS))
+
+
+def fuzz_text(checkpoints: Path, texts: Path, figures: Figures, file: str, seconds: float | None) -> None:
+    def check(damage: Damage) -> None:
+        figures.add(check_text(checkpoints, texts, damage))
+
+    fuzz(damages_of(file, (texts / file).read_bytes()), check, examples=15, seconds=seconds)
+
+
+def check_rows(folder: Path, content: bytes, types: tuple[DatasetType, ...]) -> str:
+    """What `jai sft` and `jai dpo` say of rows before they load a model."""
+    with tempfile.TemporaryDirectory(dir=folder) as work, pytest.MonkeyPatch.context() as patch, no_hanging():
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(work) / "cache")
+        (path := Path(work) / "rows.jsonl").write_bytes(content)
+        config = DPOConfig if DatasetType.PREFERENCE in types else SFTConfig
+        script, training = ScriptArguments(dataset_name=str(path)), config(str(Path(work) / "out"), bf16=False)
+        try:
+            data = load_training_data(StageArguments(script, training, ModelConfig(), JaiTrainingArguments()), types)
+        except UserError as error:
+            return Outcome(1, "", f"Error: {error}").kind
+        assert data.rows
+        assert all(row[column] is not None for row in data.train for column in data.columns)
+        return "ok"
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_rows(tmp_path, figures, form):
+    fuzz_rows(tmp_path, figures, form, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 600)
+@pytest.mark.parametrize("form", ROWS)
+def test_rows_for_minutes(tmp_path, figures, form):
+    fuzz_rows(tmp_path, figures, form, SECONDS / 8 / len(ROWS))
+
+
+def fuzz_rows(folder: Path, figures: Figures, form: str, seconds: float | None) -> None:
+    preference = (DatasetType.PREFERENCE,)
+    types = preference if "chosen" in ROWS[form][0] else (DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION)
+
+    def check(change: tuple[str, bytes]) -> None:
+        figures.add(check_rows(folder, change[1], types))
+
+    fuzz(changed_rows(ROWS[form]), check, examples=8, seconds=seconds)
+
+
 # --- What was found by chance once, each of its kind ---
 
 
@@ -495,3 +613,20 @@ def test_yaml_that_would_take_for_ever_is_refused(checkpoints, text, message):
     assert outcome.code == 1
     assert message in outcome.err
     assert len(outcome.err) < 1000
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b"null\n", "row 1 is null"),  # ended the process
+        (b'\xef\xbb\xbf\n null\n{"text": "a"}\n', "row 1 is null"),
+        (b'{"conversations": 7}\n', "Row … of … (split train) cannot be trained on: `messages` is"),
+        (
+            b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'
+            b'{"conversations": [{"from": "human", "value": [1, 2]}, {"from": "gpt", "value": "b"}]}\n',
+            "cannot be read: cannot mix list",
+        ),
+    ],
+)
+def test_rows_that_fuzzing_found_are_refused(tmp_path, lines, message):
+    assert message.split()[-1] in check_rows(tmp_path, lines, (DatasetType.LANGUAGE_MODELING,))

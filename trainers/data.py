@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training data: found, loaded, and every row checked, before anything long begins."""
 
+import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -11,7 +14,7 @@ from typing import Any, TypeAlias
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from pyarrow import ArrowInvalid
+from pyarrow.lib import ArrowException
 from trl import ScriptArguments
 
 from jai.errors import UserError
@@ -91,7 +94,7 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
         first: dict[str, Any] = next(iter(train))
     except StopIteration:  # `load_dataset` raises it too, for an empty file
         raise UserError(f"The data {name} has no rows. Give a dataset with at least one example.") from None
-    except ArrowInvalid as error:  # of a stream, which is read here first
+    except ArrowException as error:  # of a stream, which is read here first
         raise _unreadable(name, error) from error
     evaluation = None
     if arguments.training.eval_strategy != "no":
@@ -122,6 +125,8 @@ def _load(name: str, script: ScriptArguments) -> Any:
         return load_from_disk(name)
     if (path / "state.json").exists():
         return {"train": load_from_disk(name)}
+    for file in [path] if path.is_file() else path.rglob("*.json*"):
+        _refuse_null_first(file)
     try:
         if path.is_file():
             return load_dataset(_BUILDERS[suffix], data_files=name, streaming=script.dataset_streaming)
@@ -134,6 +139,19 @@ def _load(name: str, script: ScriptArguments) -> Any:
         ) from error
     except (ConnectionError, ValueError) as error:
         raise UserError(f"The data {name} cannot be loaded: {error}") from error
+
+
+def _refuse_null_first(path: Path) -> None:
+    """Refuse a file of JSON lines that begins with `null`: pyarrow 26 dies of it, and the process too."""
+    if path.suffix not in (".json", ".jsonl", ".gz"):
+        return
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            beginning = file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip()
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(str(path), error) from error
+    if beginning.startswith(b"null"):
+        raise _unreadable(str(path), ValueError("row 1 is null"))
 
 
 def _unreadable(name: str, error: BaseException) -> UserError:
@@ -209,10 +227,14 @@ def _tidy(rows: AnyDataset, data: TrainingData, split: str) -> tuple[AnyDataset,
         )
     rows = rows.select_columns([*columns, *(column for column in _CHAT_EXTRAS if column in present)])
     if data.conversational:
-        example = next(iter(_example(rows, columns[0]) or [None]), None)
-        if isinstance(example, dict) and {"from", "value"} <= example.keys():
-            with PartialState().local_main_process_first():
-                rows = rows.map(_from_sharegpt, fn_kwargs={"columns": columns})
+        example = _example(rows, columns[0])
+        turn = example[0] if isinstance(example, list) and example else None
+        if isinstance(turn, dict) and {"from", "value"} <= turn.keys():
+            try:
+                with PartialState().local_main_process_first():
+                    rows = rows.map(_from_sharegpt, fn_kwargs={"columns": columns})
+            except ArrowException as error:  # values of several types, which JSON may have and Arrow not
+                raise _unreadable(data.name, error) from error
         if "conversations" in columns:
             rows, columns = rows.rename_column("conversations", "messages"), ("messages",)
     checked = replace(data, columns=columns)
