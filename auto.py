@@ -54,7 +54,7 @@ class _ModuleOfModels(ModuleType):
             self.__class__ = ModuleType
             if not _WatchingLoader.under_way:
                 _register_what_is_imported()
-        return super().__getattribute__(name)
+        return ModuleType.__getattribute__(self, name)  # not super(): this may be no longer its class
 
 
 def _register_what_is_imported() -> None:
