@@ -128,3 +128,38 @@ def test_a_hub_that_refuses_is_one_message(hub, tmp_path, fault):
     assert "Traceback" not in process.stderr
     assert hub.token not in process.stderr + process.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_does_not_take_an_index_for_the_weights(hub, tmp_path):
+    """A sharded repository's index is fetched with its configuration; of the shards only the headers are read."""
+    process = subprocess.run(
+        [sys.executable, "-m", "jai", "merge", str(tmp_path / "out"), "--models", "lab/base", "lab/base", "--dry-run"],
+        env=os.environ | hub.environment(),
+        cwd=hub.root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "Dry run: nothing was written" in process.stdout
+    assert not list(hub.root.glob("**/blobs/*.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_header_on_the_hub_is_one_message(hub, tmp_path):
+    """Read where it is, before anything is fetched or written."""
+    content = (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
+    first = sorted((tmp_path / "base").glob("*.safetensors"))[0]
+    first.write_bytes(len(content).to_bytes(8, "little") + content + b"0000")
+    HfApi(endpoint=hub.endpoint, token=hub.token).upload_file(
+        repo_id="lab/base", path_or_fileobj=first, path_in_repo=first.name
+    )
+    process = convert(hub, tmp_path / "out", "--stream")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    error = process.stderr.strip().splitlines()[-1]
+    assert error.startswith(f"Error: lab/base/{first.name} is no whole safetensors file")
+    assert "the bytes of b are 0 to 4, where 4 was expected" in error
+    assert not (tmp_path / "out").exists()
