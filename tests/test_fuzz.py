@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -432,11 +432,52 @@ def test_options(checkpoints, figures, verb):
 @pytest.mark.timeout(SECONDS + 600)
 @pytest.mark.parametrize("verb", FUZZED, ids=[verb.name for verb in FUZZED])
 def test_options_for_minutes(checkpoints, figures, verb):
-    fuzz_options(checkpoints, figures, verb, SECONDS / 4 / len(FUZZED))
+    fuzz_options(checkpoints, figures, verb, SECONDS * 0.15 / len(FUZZED))
 
 
 def fuzz_options(checkpoints: Path, figures: Figures, verb: Verb, seconds: float | None) -> None:
     fuzz(lines(verb), lambda line: figures.add(check_line(checkpoints, line)), examples=20, seconds=seconds)
+
+
+TRAINING = {"sft": (ScriptArguments, SFTConfig, ModelConfig, JaiTrainingArguments)}
+TRAINING["dpo"] = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments)
+
+
+@st.composite
+def training_lines(draw: st.DrawFn, verb: str) -> Line:
+    """Options of TRL and JAI without a model, so that none is taken."""
+    known = sorted({option.name for each in TRAINING[verb] for option in fields(each)} - {"model_name_or_path"})
+    names = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True))
+    values = {name: draw(st.sampled_from((*VALUES, *WORDS, *NUMBERS))) for name in names}
+    if draw(st.booleans()):
+        return Line((verb, "--config", "CONFIG"), yaml.safe_dump(values).encode(errors="surrogatepass"))
+    return Line((verb, *(word for name in names for word in (f"--{name}", shell_word(str(values[name]))))), None)
+
+
+@pytest.mark.parametrize("verb", TRAINING)
+def test_training_options(checkpoints, figures, verb):
+    fuzz_training_options(checkpoints, figures, verb, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 600)
+@pytest.mark.parametrize("verb", TRAINING)
+def test_training_options_for_minutes(checkpoints, figures, verb):
+    fuzz_training_options(checkpoints, figures, verb, SECONDS / 20)
+
+
+def fuzz_training_options(checkpoints: Path, figures: Figures, verb: str, seconds: float | None) -> None:
+    def check(line: Line) -> None:
+        environment = dict(os.environ)
+        try:
+            outcome = check_line(checkpoints, line)
+        finally:  # transformers' arguments write into it
+            os.environ.clear()
+            os.environ.update(environment)
+        assert outcome.code == 1 or "--help" in line.words
+        figures.add(outcome)
+
+    fuzz(training_lines(verb), check, examples=15, seconds=seconds)
 
 
 # --- Text and training data ---
