@@ -54,9 +54,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What tests have counted (`record_property("figures", …)`), a line each."""
     counted = [
         (report.nodeid.partition("::")[2], value)
-        for report in terminalreporter.getreports("passed")
+        for report in terminalreporter.getreports("")  # of what passes after a test: its fixtures have counted by then
         for name, value in report.user_properties
-        if name == "figures" and report.when == "call"
+        if name == "figures" and report.when == "teardown"
     ]
     if counted:
         terminalreporter.section("figures")

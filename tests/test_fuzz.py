@@ -182,7 +182,7 @@ def fuzz(strategy: st.SearchStrategy, check: Callable[[Any], None], *, examples:
         return
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        seed(time.time_ns())(some(50))()
+        seed(time.time_ns())(some(20))()
 
 
 @pytest.fixture(scope="module", autouse=True)
