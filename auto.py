@@ -51,7 +51,7 @@ class _ModuleOfModels(ModuleType):
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("AutoModel") or name.endswith("_MAPPING"):
-            self.__class__ = ModuleType
+            sys.modules[_MODELS].__class__ = ModuleType
             if not _WatchingLoader.under_way:
                 _register_what_is_imported()
         return ModuleType.__getattribute__(self, name)  # not super(): this may be no longer its class
