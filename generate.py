@@ -48,6 +48,8 @@ class GenerateOptions:
         check_values(self)
         if not self.prompt:
             raise UserError("The prompt is empty. Give some text.")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):  # what a shell makes of other bytes
+            raise UserError("The prompt is not UTF-8. Give it in UTF-8.")
 
 
 def generate(options: GenerateOptions, *, console: Console | None = None) -> str:

@@ -513,14 +513,14 @@ def check_text(checkpoints: Path, texts: Path, damage: Damage) -> Outcome:
         out = Path(folder) / "out"
         damaged = hard_linked(texts, Path(folder) / "damaged")
         damage.lay_on(damaged)
-        words = ("--base", checkpoints / "base", "--out", out, "--vocab-size", "412")
+        words = ("--base", checkpoints / "base", "--out", out, "--vocab-size", "420")
         outcome = run("tokenizer", "train", damaged / damage.file, *words)
         check_outcome(outcome)
         if outcome.code:
             check_nothing_left(out)
         else:
             tokenizer = AutoTokenizer.from_pretrained(out)
-            assert len(tokenizer) == 412
+            assert len(tokenizer) == 420
             assert tokenizer.decode(tokenizer("ก A")["input_ids"]) == "ก A"
         return outcome
 
@@ -624,6 +624,11 @@ def test_what_fuzzing_found_is_refused(checkpoints, name, file, change, message)
         (("export", "a" * 5000, "OUT"), "File name too long"),
         (("export", "the/plain", "a" * 5000), "File name too long"),
         (("publish", "a" * 5000, "me/model"), "File name too long"),
+        (
+            ("tokenizer", "train", "x", "--base", "the/base", "--out", "OUT", "--script", "inf"),
+            "no script that Unicode",
+        ),
+        (("generate", "the/jai", "\udcff"), "The prompt is not UTF-8"),
     ],
 )
 def test_lines_that_fuzzing_found_are_refused(checkpoints, words, message):
@@ -662,6 +667,7 @@ def test_yaml_that_would_take_for_ever_is_refused(checkpoints, text, message):
         (b"null\n", "row 1 is null"),  # ended the process
         (b'\xef\xbb\xbf\n null\n{"text": "a"}\n', "row 1 is null"),
         (b'{"conversations": 7}\n', "Row … of … (split train) cannot be trained on: `messages` is"),
+        (b'{"conversations": [{"from": [], "value": "a"}]}\n', "`messages` ha"),
         (
             b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'
             b'{"conversations": [{"from": "human", "value": [1, 2]}, {"from": "gpt", "value": "b"}]}\n',

@@ -30,7 +30,7 @@ def script_runs(script: str) -> regex.Pattern:
         if not regex.fullmatch(r"[A-Za-z][A-Za-z_ -]*", script):  # a brace would be read as more of the pattern
             raise regex.error("no name")
         return regex.compile(rf"{SPACE}?\p{{Script={script}}}+")
-    except regex.error as error:
+    except (regex.error, OverflowError) as error:
         raise UserError(
             f"{script!r} is no script that Unicode knows. Give a name such as Thai, Lao, Khmer or Myanmar."
         ) from error

@@ -254,7 +254,7 @@ def _from_sharegpt(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any
     def message(turn: Any) -> Any:
         if not isinstance(turn, dict) or "from" not in turn:
             return turn
-        return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        return {"role": _SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
 
     return {
         column: [message(turn) for turn in row[column]] if isinstance(row[column], list) else row[column]
