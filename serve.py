@@ -10,7 +10,6 @@ name leads to AutoModelForCausalLM, which finds both. A copy of this file runs w
 import sys
 from collections.abc import Sequence
 
-import transformers
 from transformers import AutoModelForCausalLM
 from transformers.cli.transformers import app
 
@@ -21,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: a model and the options of `transformers serve`; None is the command line.
     """
+    # Not at the top: what the imports there import puts another module in the place of `transformers`.
+    import transformers
+
     transformers.JaiForCausalLM = AutoModelForCausalLM  # type: ignore[attr-defined]
     app(["serve", *(sys.argv[1:] if arguments is None else arguments)], prog_name="jai")
 

@@ -716,7 +716,7 @@ def test_checkpoints_that_are_refused(checkpoint, chats, tmp_path, tiny_model, t
         sft.main(arguments(small, chats, "out"))
     tiny_tokenizer.save_pretrained(small)
     with pytest.raises(
-        UserError, match=r"ids up to \d+, but the model has a vocabulary of 99.*jai convert --tokenizer"
+        UserError, match=r"ids up to \d+, but the model has a vocabulary of 99.*jai convert BASE OUT --tokenizer"
     ):
         sft.main(arguments(small, chats, "out"))
     hollow = shutil.copytree(checkpoint, tmp_path / "hollow")
