@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verbs that make checkpoints of checkpoints, and the one that shows what a checkpoint is made of.
 
-Names are looked up before PyTorch is imported, which takes seconds.
+Before PyTorch is imported, which takes seconds, names are looked up; and so that its 260 MB are all that a conversion
+takes, tokenizers are read (`jai.conversion.inputs.tokenizer`).
 """
 
 from pathlib import Path
@@ -11,11 +12,13 @@ import typer
 from jai.cli.verb import verb
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.export.options import ExportOptions
+from jai.conversion.inputs.tokenizer import check_tokenizer_files, first_with_tokenizer, read_tokenizer_content
 from jai.conversion.inspect_options import PAPERS_JAI, InspectOptions
 from jai.conversion.merge.options import MergeOptions
 from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
 from jai.files import refuse_existing
 from jai.hub import local_folder
+from jai.tokenization.loading import has_tokenizer
 
 app = typer.Typer()
 
@@ -26,9 +29,13 @@ def convert(options: ConvertOptions) -> None:
 
     If it is interrupted, the same command resumes it."""
     _look_up(options.out, options.base, options.tokenizer)
+    from jai.conversion.convert.vocabulary import read_vocabulary
+
+    vocabulary = read_vocabulary(options)
+    _read_tokenizer(options.tokenizer or options.base)
     from jai.conversion.convert.command import convert
 
-    convert(options)
+    convert(options, vocabulary)
     if options.verify and not options.dry_run and not options.stream:
         # It imports the models, which the conversion itself has no need of: 230 MB.
         from jai.conversion.convert.verify import verify_conversion
@@ -43,6 +50,7 @@ def upcycle(options: UpcycleOptions) -> None:
     If it is interrupted, the same command resumes it."""
     named = {options.base_weights} - {"last", "first"}
     _look_up(options.out, options.dense, *options.snapshots, *named)
+    _read_tokenizer(options.dense)
     from jai.conversion.upcycle.command import upcycle
 
     upcycle(options)
@@ -65,6 +73,10 @@ def merge(options: MergeOptions) -> None:
 
     If it is interrupted, the same command resumes it."""
     _look_up(options.out, *options.models, options.base)
+    folders = [local_folder(name) for name in options.models]
+    for folder in [*folders, *([local_folder(options.base)] if options.base is not None else [])]:
+        read_tokenizer_content(folder)
+    _read_tokenizer(first_with_tokenizer(folders))
     from jai.conversion.merge.command import merge
 
     merge(options)
@@ -76,6 +88,7 @@ def export(options: ExportOptions) -> None:
 
     Serving engines need no code of JAI's for these. If it is interrupted, the same command resumes it."""
     _look_up(options.out, options.model)
+    _read_tokenizer(options.model)
     from jai.conversion.export.command import export
 
     export(options)
@@ -97,3 +110,10 @@ def _look_up(out: Path, *inputs: str | None) -> None:
     for name in inputs:
         if name is not None:
             local_folder(name)
+
+
+def _read_tokenizer(name: str | Path) -> None:
+    """Read the tokenizer that the output gets, for the check that comes when all is planned."""
+    folder = local_folder(name)
+    if has_tokenizer(folder):
+        check_tokenizer_files(folder)

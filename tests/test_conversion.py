@@ -249,7 +249,7 @@ def test_new_rows_do_not_depend_on_chunks_or_shards(
 ):
     options = {"tokenizer": str(extended_tokenizer), "init": init, "seed": 3}
     run(base_with_tokenizer, tmp_path / "one", **options)
-    monkeypatch.setattr("jai.conversion.convert.vocabulary._ROWS_CHUNK", 7)
+    monkeypatch.setattr("jai.conversion.convert.embedding_rows._ROWS_CHUNK", 7)
     run(base_with_tokenizer, tmp_path / "many", **options, max_shard_size=40_000)
     one, many = CheckpointReader(tmp_path / "one"), CheckpointReader(tmp_path / "many")
     assert len(many.files.names) > 5
@@ -575,16 +575,16 @@ MEDIUM = {
 }
 
 
-def test_phi3_medium_is_planned_without_its_weights(tmp_path, monkeypatch, capsys):
+def test_phi3_medium_is_planned_without_its_weights(tmp_path, capsys):
     """The dry run plans JAI-1 exactly, shard by shard, from a configuration alone."""
     base = tmp_path / "medium"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(MEDIUM))
     # A tokenizer of 64,000 entries, of which the last 31,936 are new.
     vocabulary = Vocabulary(64000, 32064, {id_: [id_ % 32000] for id_ in range(32064, 64000)})
-    monkeypatch.setattr("jai.conversion.convert.plan.plan_vocabulary", lambda *_: vocabulary)
-    config = convert(ConvertOptions(base=str(base), out=tmp_path / "jai", dry_run=True), console=Console(width=120))
-    plan = plan_conversion(ConvertOptions(base=str(base), out=tmp_path / "jai", dry_run=True))
+    options = ConvertOptions(base=str(base), out=tmp_path / "jai", dry_run=True)
+    config = convert(options, vocabulary, console=Console(width=120))
+    plan = plan_conversion(options, vocabulary)
     with torch.device("meta"):
         model = JaiForCausalLM(config)
     alphas = 6

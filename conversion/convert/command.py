@@ -27,11 +27,15 @@ from jai.files import refuse_existing
 _LISTED_TOKENS = 10
 
 
-def convert(options: ConvertOptions, *, console: Console | None = None) -> JaiConfig:
+def convert(
+    options: ConvertOptions, vocabulary: Vocabulary | None = None, *, console: Console | None = None
+) -> JaiConfig:
     """Convert a phi-3 checkpoint into a JAI checkpoint folder, complete for the Hub.
 
     Args:
         options: what to do. For a dry run the base may be a folder without weights.
+        vocabulary: what `read_vocabulary` gives for them; None reads it. Read before PyTorch is imported, it takes no
+            memory beside PyTorch's.
         console: where the plan and the progress are printed; None is standard output.
 
     Returns:
@@ -44,7 +48,7 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> JaiCo
     """
     console = console or Console()
     refuse_existing(options.out)
-    plan = plan_conversion(options)
+    plan = plan_conversion(options, vocabulary)
     checkpoint = PlannedCheckpoint(
         step="convert",
         out=options.out,

@@ -15,8 +15,9 @@ from transformers import GenerationConfig, Phi3Config
 
 from jai.configuration_jai import JaiConfig, plan_layers
 from jai.conversion import names
+from jai.conversion.convert.embedding_rows import embedding_parts
 from jai.conversion.convert.options import ConvertOptions
-from jai.conversion.convert.vocabulary import Vocabulary, embedding_parts, load_vocabulary, plan_vocabulary
+from jai.conversion.convert.vocabulary import Vocabulary, read_vocabulary
 from jai.conversion.inputs.checkpoint import Checkpoint
 from jai.conversion.inputs.config import load_generation_config
 from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
@@ -29,6 +30,7 @@ from jai.conversion.output.drawn import constant, drawn, with_noise
 from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
 from jai.files import work_folder
+from jai.tokenization.loading import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ class ConversionPlan:
         return sum(tensor.bytes for tensor in self.tensors)
 
 
-def plan_conversion(options: ConvertOptions) -> ConversionPlan:
+def plan_conversion(options: ConvertOptions, vocabulary: Vocabulary | None = None) -> ConversionPlan:
     """Check everything and plan every tensor.
 
     Args:
         options: what to do. For a dry run the base may lack its weights: their form follows from its configuration.
+        vocabulary: what `read_vocabulary` gives for them, where it is read already.
 
     Raises:
         UserError: for a base that is no phi-3, a plan that does not fit it, a tokenizer that does not extend its
@@ -78,12 +81,8 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     base_config = load_phi3_config(folder)
     reader = _open_base(options, folder)
     notes = reader.leave_out_leftovers() if reader else []
-    base_tokenizer = load_vocabulary(folder)
+    vocabulary = vocabulary or read_vocabulary(options)
     new_folder = resolve_checkpoint(options.tokenizer, weights=False) if options.tokenizer else None
-    tokenizer = load_vocabulary(new_folder) if new_folder else None
-    if new_folder and tokenizer is None:
-        raise UserError(f"{options.tokenizer} has no tokenizer files. Give a folder that save_pretrained wrote.")
-    vocabulary = plan_vocabulary(base_config.vocab_size, base_tokenizer, tokenizer, new_folder)
     _check_padding(base_config, vocabulary)
     is_untied = base_config.tie_word_embeddings and reader is not None and reader.has_untied_head
     if is_untied:
@@ -105,7 +104,7 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     return ConversionPlan(
         base=Checkpoint(options.base, folder, reader),
         base_config=base_config,
-        tokenizer_folder=new_folder or (folder if base_tokenizer else None),
+        tokenizer_folder=new_folder or (folder if has_tokenizer(folder) else None),
         generation=load_generation_config(folder),
         vocabulary=vocabulary,
         config=config,

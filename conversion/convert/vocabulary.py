@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of `embed_tokens` and `lm_head` for a tokenizer that extends the base's (paper, section 3.1.1)."""
+"""Where the rows of a tokenizer that extends the base's come from (paper, section 3.1.1). Imports no PyTorch."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from jai.conversion.convert.options import EmbeddingInit
-from jai.conversion.inputs.parts import Computed, Part
-from jai.conversion.inputs.reader import CheckpointReader
-from jai.conversion.output.drawn import normal
+from jai.conversion.convert.options import ConvertOptions, EmbeddingInit
+from jai.conversion.inputs.phi3 import load_phi3_config, read_phi3_config
 from jai.errors import UserError
+from jai.hub import local_folder
 from jai.tokenization.extend import new_token_pieces
 from jai.tokenization.loading import RECORD_FILE as TOKENIZER_RECORD_FILE
 from jai.tokenization.loading import has_tokenizer, load_backend_tokenizer
@@ -27,8 +23,6 @@ INIT_TEXTS: dict[EmbeddingInit, str] = {
     "mean-normed": "mean of their pieces' rows, as long as those are",
 }
 _NAMED = 5
-_ROWS_CHUNK = 256  # rows made at a time: 256 x 5120 in fp32 is 5 MB
-_ROWS_KEPT = 2048  # of the pieces, which are few: 2048 x 5120 in bf16 is 21 MB
 
 
 @dataclass(frozen=True)
@@ -67,8 +61,27 @@ class Vocabulary:
         return len(self.pieces) + len(self.without_pieces)
 
 
-def load_vocabulary(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder, or None where it has no tokenizer files. Runs no code from the folder."""
+def read_vocabulary(options: ConvertOptions) -> Vocabulary:
+    """Where the rows of a conversion come from, by the tokenizers of the base and of the output.
+
+    Raises:
+        UserError: for a base that is no phi-3, a tokenizer that is missing or damaged, and as `plan_vocabulary`.
+    """
+    folder = local_folder(options.base)
+    rows = read_phi3_config(folder).get("vocab_size")
+    if type(rows) is not int:
+        rows = load_phi3_config(folder).vocab_size  # the default, or an error that says what is wrong
+    base = _load_tokenizer(folder)
+    if options.tokenizer is None:
+        return plan_vocabulary(rows, base, None)
+    extended_folder = local_folder(options.tokenizer)
+    extended = _load_tokenizer(extended_folder)
+    if extended is None:
+        raise UserError(f"{options.tokenizer} has no tokenizer files. Give a folder that save_pretrained wrote.")
+    return plan_vocabulary(rows, base, extended, extended_folder)
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer | None:
     return load_backend_tokenizer(folder) if has_tokenizer(folder) else None
 
 
@@ -185,72 +198,3 @@ def _check_tokenizer_record(path: Path, pieces: dict[int, list[int]], surfaces: 
 
 def _token_text(token: tuple[str, list[int]] | None) -> str:
     return f"{token[0]!r} of the pieces {token[1]}" if token else "missing"
-
-
-def embedding_parts(
-    reader: CheckpointReader,
-    name: str,
-    vocabulary: Vocabulary,
-    init: EmbeddingInit,
-    seed: int,
-    dtype: torch.dtype,
-) -> tuple[Part, ...]:
-    """What `embed_tokens` or `lm_head` is made of: rows of the base as they are, and new rows between or after them."""
-    parts: list[Part] = []
-    kept = 0  # the first row that may be the base's
-    for ids in vocabulary.new_runs():
-        if kept < ids.start:
-            parts.append(reader.cast(name, dtype, kept, ids.start))
-        parts.append(_new_rows(reader, name, ids, vocabulary, init, seed, dtype))
-        kept = ids.stop
-    if kept < vocabulary.size:
-        parts.append(reader.cast(name, dtype, kept, vocabulary.size))
-    return tuple(parts)
-
-
-def _new_rows(
-    reader: CheckpointReader,
-    name: str,
-    ids: range,
-    vocabulary: Vocabulary,
-    init: EmbeddingInit,
-    seed: int,
-    dtype: torch.dtype,
-) -> Computed:
-    width = reader.shapes[name][1]
-
-    @cache
-    def moments() -> tuple[torch.Tensor, torch.Tensor]:
-        return _column_moments(reader, name, vocabulary.base_rows)
-
-    def make() -> Iterator[torch.Tensor]:
-        base_row = lru_cache(_ROWS_KEPT)(lambda id_: reader.rows(name, id_, id_ + 1))
-
-        def new_row(id_: int) -> torch.Tensor:
-            pieces = vocabulary.pieces.get(id_)
-            if pieces and init != "random":
-                return _merged_row(torch.cat([base_row(piece) for piece in pieces]).float(), init)
-            mean, std = moments()
-            return mean + std * normal(f"{name}.{id_}", width, seed)
-
-        for at in range(ids.start, ids.stop, _ROWS_CHUNK):
-            yield torch.stack([new_row(id_) for id_ in range(at, min(at + _ROWS_CHUNK, ids.stop))])
-
-    formula = f"{name}[{ids.start}:{ids.stop}]: {init} of {name} (seed {seed})"
-    return Computed(len(ids) * width * dtype.itemsize, formula, make, (reader.file_of(name),))
-
-
-def _column_moments(reader: CheckpointReader, name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each column over the base's rows, in fp32."""
-    total = squares = torch.zeros(reader.shapes[name][1], dtype=torch.float64)
-    for chunk in reader.chunks(name, 0, rows):
-        values = chunk.double()
-        total, squares = total + values.sum(dim=0), squares + values.square().sum(dim=0)
-    variance = (squares - total.square() / rows).clamp(min=0) / max(rows - 1, 1)
-    return (total / rows).float(), variance.sqrt().float()
-
-
-def _merged_row(pieces: torch.Tensor, init: EmbeddingInit) -> torch.Tensor:
-    """Mean of the pieces' rows; `mean-normed` has their mean norm, for averaging n unlike rows takes a root of n."""
-    mean = pieces.mean(dim=0)
-    return F.normalize(mean, dim=0) * pieces.norm(dim=1).mean() if init == "mean-normed" else mean

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of checkpoints: read in one way, and made into transformers' classes."""
+"""Configurations of checkpoints: read in one way, and made into transformers' classes, which import PyTorch."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
-
-from transformers import GenerationConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jai.errors import UserError
 from jai.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
 
 CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
 # Planning goes through layers and rows one by one, so a mistyped number would take all memory before anything fails.
 # The deepest models have some hundred layers, and the largest vocabularies some hundred thousand rows.
 _LARGEST = {"num_hidden_layers": 10_000, "vocab_size": 100_000_000}
 
-Config = TypeVar("Config", bound=PreTrainedConfig)
+Config = TypeVar("Config", bound="PreTrainedConfig")
 
 
 def read_config(folder: Path, remedy: str) -> dict[str, Any]:
@@ -69,6 +72,8 @@ def load_generation_config(folder: Path) -> GenerationConfig | None:
     if not os.path.lexists(path):
         return None
     read_json(path)  # transformers would wait for ever on a named pipe, and takes a list for settings
+    from transformers import GenerationConfig
+
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of every kind, by what is wrong

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of a merge: opened, and refused where they are not states of one model."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from jai.conversion.inputs.checkpoint import Checkpoint
 from jai.conversion.inputs.config import CONFIG_FILE, make_config, read_config
 from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
 from jai.conversion.inputs.reader import CheckpointReader
+from jai.conversion.inputs.tokenizer import TokenizerContent, read_tokenizer_content
 from jai.conversion.inputs.weight_files import has_all_weights, refuse_adapter
 from jai.errors import UserError
-from jai.files import read_json
-from jai.tokenization.loading import TOKENIZER_JSON
 
 # What two states of one model may have of their own: where they lie, how they are stored, how they were trained, how
 # they generate. None of it decides what a weight means.
@@ -47,12 +45,12 @@ class MergeInput(Checkpoint):
 
     Attributes:
         config: its configuration as transformers reads it, defaults filled in.
-        tokenizer: content of its `tokenizer.json`, None where it has none.
+        tokenizer: what its `tokenizer.json` holds, None where it has none.
         notes: what is unusual about its weights, for people.
     """
 
     config: dict[str, Any]
-    tokenizer: dict[str, Any] | None
+    tokenizer: TokenizerContent | None
     notes: list[str]
 
     @property
@@ -80,7 +78,8 @@ def open_input(name: str, downloads: Path, *, planned_only: bool) -> MergeInput:
         reader = CheckpointReader(folder)
     # No model that transformers knows has such names; one that it does not know may.
     notes = reader.leave_out_leftovers() if config["model_type"] in CONFIG_MAPPING else []
-    return MergeInput(name, folder, reader, config, _load_tokenizer(folder), [f"{name}: {note}" for note in notes])
+    tokenizer = read_tokenizer_content(folder)
+    return MergeInput(name, folder, reader, config, tokenizer, [f"{name}: {note}" for note in notes])
 
 
 def check_alike(first: MergeInput, other: MergeInput) -> None:
@@ -125,20 +124,19 @@ def _tensor_differences(first: CheckpointReader, other: CheckpointReader) -> lis
     ]
 
 
-def _tokenizer_differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What differs of two `tokenizer.json`, but for truncation and padding, which are settings of a run."""
-    keys = sorted((first.keys() | other.keys()) - {"truncation", "padding"})
-    return [_part_difference(key, first.get(key), other.get(key)) for key in keys if first.get(key) != other.get(key)]
+def _tokenizer_differences(first: TokenizerContent, other: TokenizerContent) -> list[str]:
+    return [
+        _model_difference(first, other) if part == "model" else f"its part {part!r}"
+        for part in sorted(first.parts.keys() | other.parts.keys())
+        if first.parts.get(part) != other.parts.get(part)
+    ]
 
 
-def _part_difference(key: str, first: Any, other: Any) -> str:
-    if key != "model" or not (isinstance(first, dict) and isinstance(other, dict)):
-        return f"its part {key!r}"
-    vocabularies = [part.get("vocab", {}) for part in (first, other)]
-    sizes = [len(vocabulary) for vocabulary in vocabularies]
-    if sizes[0] != sizes[1]:
-        return f"vocabularies of {sizes[0]:,} and {sizes[1]:,} entries"
-    return "other merges" if vocabularies[0] == vocabularies[1] else "vocabularies of one size with other entries"
+def _model_difference(first: TokenizerContent, other: TokenizerContent) -> str:
+    if first.entries != other.entries:
+        return f"vocabularies of {first.entries:,} and {other.entries:,} entries"
+    same = first.vocabulary == other.vocabulary
+    return "other merges" if same else "vocabularies of one size with other entries"
 
 
 def _load_config(folder: Path) -> dict[str, Any]:
@@ -150,8 +148,3 @@ def _load_config(folder: Path) -> dict[str, Any]:
         return content
     # Files of several years leave out what was a default then: transformers fills it in, where it knows the type.
     return make_config(CONFIG_MAPPING[model_type], content, folder).to_dict()
-
-
-def _load_tokenizer(folder: Path) -> dict[str, Any] | None:
-    path = folder / TOKENIZER_JSON
-    return read_json(path) if os.path.lexists(path) else None

@@ -20,6 +20,7 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion.inputs.config import CONFIG_FILE, GENERATION_CONFIG_FILE, load_generation_config, read_config
 from jai.conversion.inputs.jai import load_jai_config
 from jai.conversion.inputs.parts import Copied
+from jai.conversion.inputs.tokenizer import first_with_tokenizer
 from jai.conversion.inputs.values import dtype_names, is_rounded
 from jai.conversion.merge.checkpoints import MergeInput, check_alike, open_input
 from jai.conversion.merge.curves import Curve
@@ -57,7 +58,7 @@ class _MergeInputs:
     @property
     def tokenizer_folder(self) -> Path:
         """That of the first model that has a tokenizer."""
-        return next((model.folder for model in self.models if model.tokenizer), self.first.folder)
+        return first_with_tokenizer([model.folder for model in self.models])
 
 
 def merge(options: MergeOptions, *, console: Console | None = None) -> None:

@@ -14,13 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import GenerationConfig, PreTrainedConfig
 
-from jai.conversion.inputs.checkpoint import (
-    TOKENIZER_CONFIG_FILE,
-    Checkpoint,
-    check_tokenizer_files,
-    hashes_beside,
-    tokenizer_files,
-)
+from jai.conversion.inputs.checkpoint import Checkpoint, hashes_beside
+from jai.conversion.inputs.tokenizer import TOKENIZER_CONFIG_FILE, check_tokenizer_files, tokenizer_files
 from jai.conversion.names import EMBEDDINGS
 from jai.conversion.output.shards import compare_shards, write_shards
 from jai.conversion.output.tensors import PlannedTensor
