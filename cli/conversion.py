@@ -20,6 +20,9 @@ from jai.files import refuse_existing
 from jai.hub import local_folder
 from jai.tokenization.loading import has_tokenizer
 
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+_LARGE_BLOCK = 1 << 20  # bytes; values are computed in chunks of 4 to 32 MB
+
 app = typer.Typer()
 
 
@@ -28,7 +31,7 @@ def convert(options: ConvertOptions) -> None:
     """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts.
 
     If it is interrupted, the same command resumes it."""
-    _look_up(options.out, options.base, options.tokenizer)
+    _prepare(options.out, options.base, options.tokenizer)
     from jai.conversion.convert.vocabulary import read_vocabulary
 
     vocabulary = read_vocabulary(options)
@@ -49,7 +52,7 @@ def upcycle(options: UpcycleOptions) -> None:
 
     If it is interrupted, the same command resumes it."""
     named = {options.base_weights} - {"last", "first"}
-    _look_up(options.out, options.dense, *options.snapshots, *named)
+    _prepare(options.out, options.dense, *options.snapshots, *named)
     _read_tokenizer(options.dense)
     from jai.conversion.upcycle.command import upcycle
 
@@ -61,7 +64,7 @@ def snapshot(options: SnapshotOptions) -> None:
     """Keep only the FFN weights of a dense JAI, for jai upcycle.
 
     If it is interrupted, the same command resumes it."""
-    _look_up(options.out, options.checkpoint)
+    _prepare(options.out, options.checkpoint)
     from jai.conversion.upcycle.snapshot import snapshot
 
     snapshot(options)
@@ -72,7 +75,7 @@ def merge(options: MergeOptions) -> None:
     """Merge checkpoints of one architecture, with weights by layer.
 
     If it is interrupted, the same command resumes it."""
-    _look_up(options.out, *options.models, options.base)
+    _prepare(options.out, *options.models, options.base)
     folders = [local_folder(name) for name in options.models]
     for folder in [*folders, *([local_folder(options.base)] if options.base is not None else [])]:
         read_tokenizer_content(folder)
@@ -87,7 +90,7 @@ def export(options: ExportOptions) -> None:
     """Write a JAI without skip alphas as a Mixtral or a Phi-3.
 
     Serving engines need no code of JAI's for these. If it is interrupted, the same command resumes it."""
-    _look_up(options.out, options.model)
+    _prepare(options.out, options.model)
     _read_tokenizer(options.model)
     from jai.conversion.export.command import export
 
@@ -104,8 +107,9 @@ def inspect(options: InspectOptions) -> None:
     inspect(options)
 
 
-def _look_up(out: Path, *inputs: str | None) -> None:
-    """Refuse an output that is there already, and inputs that are not."""
+def _prepare(out: Path, *inputs: str | None) -> None:
+    """Refuse an output that is there already, and inputs that are not; and keep memory small."""
+    _give_back_large_blocks()
     refuse_existing(out)
     for name in inputs:
         if name is not None:
@@ -117,3 +121,16 @@ def _read_tokenizer(name: str | Path) -> None:
     folder = local_folder(name)
     if has_tokenizer(folder):
         check_tokenizer_files(folder)
+
+
+def _give_back_large_blocks() -> None:
+    """Let glibc give large blocks back to the system as soon as they are freed.
+
+    By itself it keeps them once some were freed, and chunks leave holes in the heaps of the threads: `--expert-init
+    noise` took 440 to 480 MB for 340, and a plain conversion 298 to 306 for 292, in as much time.
+    """
+    import ctypes  # here, for `jai --help` needs none
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS and musl have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
