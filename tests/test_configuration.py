@@ -163,7 +163,7 @@ REFUSED = [
 ABSURD = [
     ({"num_hidden_layers": 10**9}, "plans 7 layers. Give 7 or fewer"),
     ({"block_repeats": [10**9]}, "plans 1,000,000,000 layers. Plan at most 10,000"),
-    ({"block_repeats": [1] * 10**6}, "plans 1,000,000 layers"),
+    ({"block_repeats": [1] * 10**5}, "plans 100,000 layers"),
     ({"block_size": 10**12, "num_hidden_layers": 4}, "plans 7,000,000,000,000 layers"),
     ({"vocab_size": 10**12}, "`vocab_size` is 1000000000000; expected a number from 1 to 16,777,216"),
     ({"num_experts": 10**9}, "`num_local_experts` is 1000000000"),
