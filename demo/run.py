@@ -45,7 +45,7 @@ from jai.version import __version__
 QUIET = Console(quiet=True)
 REPO_ID = "demo/jai-tiny"
 QUESTION = "2 + 3 = ?"
-BASE_STEPS = 360
+BASE_STEPS = 200
 QUICK_BASE_STEPS, QUICK_STEPS = 20, 6
 BASE_VOCABULARY = 1536
 VOCABULARY = 2304
