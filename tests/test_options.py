@@ -105,8 +105,10 @@ def command_line(verb: Verb, values: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture
-def received(monkeypatch):
+def received(monkeypatch, tmp_path):
     """Run a command line without the verb's work, and give the options object that the verb was called with."""
+
+    monkeypatch.chdir(tmp_path)  # where no earlier output lies
 
     def run(verb: Verb, words: list[str]) -> Any:
         calls: list[Any] = []
