@@ -201,7 +201,7 @@ class UnfinishedFolder:
         journal = read_json(self._journal, remedy)
         if not isinstance(finished := journal.get("finished"), dict) or "identity" not in journal:
             raise UserError(f"{self._journal} is no journal of an unfinished folder. {remedy}")
-        changes = list(_differences(journal["identity"], json.loads(json.dumps(self._identity))))
+        changes = list(differences(journal["identity"], json.loads(json.dumps(self._identity))))
         if changes:
             more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
             raise UserError(
@@ -259,7 +259,7 @@ def resumable_folder(out: Path, identity: dict[str, Any]) -> Iterator[Unfinished
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         job.work.mkdir(exist_ok=True)
-        lock = _lock(job.work, out)
+        lock = lock_folder(job.work, out)
     except OSError as error:
         raise UserError(f"Cannot write to {out.parent}: {error.strerror}. Give a folder that you may write.") from error
     try:
@@ -325,8 +325,19 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
             raise UserError(f"The input {folder} lies where {out} is made. Give another output, or move the input.")
 
 
-def _lock(work: Path, out: Path) -> int:
-    """Lock a work folder for this process; the lock ends with the process, however that ends."""
+def lock_folder(work: Path, out: Path) -> int:
+    """Lock a folder for this process; the lock ends with the process, however that ends.
+
+    Args:
+        work: the folder; the file `lock` in it is what is locked, and may be removed before the lock is closed.
+        out: what is being made, for the message.
+
+    Returns:
+        The descriptor to close.
+
+    Raises:
+        UserError: if another process has the lock.
+    """
     while True:
         path = work / "lock"
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -346,10 +357,11 @@ def _lock(work: Path, out: Path) -> int:
         work.mkdir(exist_ok=True)
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """What differs between two JSON values, a sentence each: "seed was 0 and is 1"."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() | new.keys():
-            yield from _differences(old.get(key), new.get(key), f"{path} {key}".strip())
+            yield from differences(old.get(key), new.get(key), f"{path} {key}".strip())
     elif old != new:
         yield f"{path} was {json.dumps(old, ensure_ascii=False)} and is {json.dumps(new, ensure_ascii=False)}"
 

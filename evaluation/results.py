@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of evaluations: outcomes of items, figures with their intervals, and the folder of a run.
+
+A run is all that was measured of one model under one set of conditions. Its folder holds `items.jsonl`, a line for each
+outcome, written as they come, and `results.json`, which says what was measured, how, and the figures. A run that was
+stopped is gone on with: what is in the folder is not measured again.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jai.errors import UserError
+from jai.files import differences, lock_folder, read_json
+
+RESULTS_FILE = "results.json"
+ITEMS_FILE = "items.jsonl"
+_LOCK = "lock"  # the file that `lock_folder` locks; a killed run leaves it behind
+LEVEL = 0.95  # of intervals
+RESAMPLES = 1000  # the ends of an interval then vary by about 4 % of its width with the seed
+_FLIPS = 10_000  # of a paired test: its smallest p is 1e-4
+_CHUNK = 2_000_000  # numbers that a bootstrap draws at a time: 16 MB
+
+
+class ItemKey(NamedTuple):
+    """What tells an outcome from others."""
+
+    suite: str
+    task: str
+    metric: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One outcome.
+
+    Attributes:
+        suite, task: what it belongs to.
+        id: of the question, the same in every run on the same data.
+        metric: what the score is, such as "acc".
+        score: from 0 to 1, or in the metric's unit; None where none could be had, such as for a verdict that no one can
+            read. Figures count these and leave them out.
+        group: items of one group stand or fall together, such as questions on one paragraph or one question in two
+            languages. It is looked for in all tasks of a figure, so it needs a name that no other group has.
+        texts: what a reader wants to see, by name, such as the prompt and the answer.
+    """
+
+    suite: str
+    task: str
+    id: str
+    metric: str
+    score: float | None
+    group: str | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> ItemKey:
+        return ItemKey(self.suite, self.task, self.metric, self.id)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its interval.
+
+    Attributes:
+        suite: what it belongs to.
+        name: of the task, or of the mean over several.
+        metric: what it is the mean of.
+        value: the mean.
+        low, high: ends of the interval of `LEVEL`.
+        items: how many outcomes it is the mean of.
+        unscored: how many more have no score.
+        higher_is_better: which way is up.
+    """
+
+    suite: str
+    name: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    items: int
+    unscored: int = 0
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """What lies between two runs on the same items, second minus first.
+
+    Attributes:
+        value: difference of the figures.
+        low, high: ends of its interval of `LEVEL`.
+        p_value: share of random swaps of the two runs' outcomes, by group, that set them at least as far apart.
+        items: how many outcomes both have.
+        unpaired: how many only one has.
+    """
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    items: int
+    unpaired: int
+
+
+# --- Means and their intervals ---
+
+
+@dataclass(frozen=True)
+class _Clusters:
+    """Scores added up by the units that are drawn.
+
+    Attributes:
+        sums, counts: of the scores, (clusters, tasks).
+        strata: the clusters of each set that is drawn from by itself.
+        weights: of the tasks' means, (tasks,); None is the mean over all items.
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+    strata: list[np.ndarray]
+    weights: np.ndarray | None
+
+    def value(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The mean of (..., tasks) sums and counts; NaN where a task that counts has no item."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if self.weights is None:
+                return sums.sum(-1) / counts.sum(-1)
+            return (sums / counts * self.weights).sum(-1)
+
+    def mean(self) -> float:
+        return float(self.value(self.sums.sum(0), self.counts.sum(0)))
+
+    def interval(self, seed: int) -> tuple[float, float]:
+        """Ends of the percentile bootstrap's interval."""
+        rng = np.random.default_rng(seed)
+        tasks = self.sums.shape[1]
+        sums, counts = np.zeros((RESAMPLES, tasks)), np.zeros((RESAMPLES, tasks))
+        for stratum in self.strata:
+            size = len(stratum)
+            step = max(1, _CHUNK // size)
+            for begin in range(0, RESAMPLES, step):
+                some = slice(begin, min(begin + step, RESAMPLES))
+                drawn = stratum[rng.integers(0, size, (some.stop - begin, size))]
+                for task in np.flatnonzero(self.counts[stratum[0]]):
+                    sums[some, task] += self.sums[drawn, task].sum(1)
+                    counts[some, task] += self.counts[drawn, task].sum(1)
+        tail = (1 - LEVEL) / 2
+        low, high = np.nanquantile(self.value(sums, counts), [tail, 1 - tail])
+        return float(low), float(high)
+
+    def p_value(self, seed: int) -> float:
+        """Of the hypothesis that a cluster's scores are as likely to be their negatives (a sign-flip test)."""
+        rng = np.random.default_rng(seed)
+        observed = abs(self.mean())
+        counts = self.counts.sum(0)
+        at_least, step = 0, max(1, _CHUNK // len(self.sums))
+        for begin in range(0, _FLIPS, step):
+            signs = rng.integers(0, 2, (min(step, _FLIPS - begin), len(self.sums)), dtype=np.int8) * 2.0 - 1
+            at_least += int((abs(self.value(signs @ self.sums, counts)) >= observed - 1e-12).sum())
+        return (at_least + 1) / (_FLIPS + 1)
+
+
+def _clusters(items: Sequence[Item], weights: Mapping[str, float] | None) -> _Clusters:
+    """Group the items. Clusters that lie in the same tasks are a stratum: each task keeps its size when it is drawn."""
+    tasks = {task: number for number, task in enumerate(weights or dict.fromkeys(item.task for item in items))}
+    numbers: dict[tuple[str, ...], int] = {}
+    cluster_of = [
+        numbers.setdefault((item.group,) if item.group is not None else (item.task, item.id), len(numbers))
+        for item in items
+    ]
+    sums, counts = np.zeros((len(numbers), len(tasks))), np.zeros((len(numbers), len(tasks)))
+    for item, cluster in zip(items, cluster_of):
+        if item.score is not None:
+            sums[cluster, tasks[item.task]] += item.score
+            counts[cluster, tasks[item.task]] += 1
+    strata = defaultdict(list)
+    for cluster, is_in in enumerate(counts > 0):
+        if is_in.any():
+            strata[tuple(is_in)].append(cluster)
+    shares = None if weights is None else np.array(list(weights.values()))
+    return _Clusters(sums, counts, [np.array(each) for each in strata.values()], shares)
+
+
+def mean_figure(
+    items: Sequence[Item],
+    *,
+    suite: str,
+    name: str,
+    metric: str,
+    weights: Mapping[str, float] | None = None,
+    higher_is_better: bool = True,
+    seed: int = 0,
+) -> Figure | None:
+    """The mean of items with the interval of a percentile bootstrap that draws whole groups, within each task.
+
+    Args:
+        items: outcomes, each once.
+        suite, name, metric, higher_is_better: of the figure.
+        weights: the weight of each task's mean; None is the mean over all items, whatever their tasks.
+        seed: of the draws.
+
+    Returns:
+        The figure, None where no item, or none of a task with a weight, has a score.
+    """
+    scored = sum(item.score is not None for item in items)
+    clusters = _clusters(items, weights)
+    if not scored or math.isnan(value := clusters.mean()):
+        return None
+    low, high = clusters.interval(seed)
+    return Figure(suite, name, metric, value, low, high, scored, len(items) - scored, higher_is_better)
+
+
+def paired_difference(
+    first: Sequence[Item], second: Sequence[Item], *, weights: Mapping[str, float] | None = None, seed: int = 0
+) -> PairedDifference | None:
+    """Compare two runs item by item.
+
+    Args:
+        first, second: outcomes of the same figure in both.
+        weights: as of `mean_figure`.
+        seed: of the draws.
+
+    Returns:
+        The difference over what both have a score for; None where that is nothing.
+    """
+    mine = {item.key: item for item in first if item.score is not None}
+    theirs = {item.key: item for item in second if item.score is not None}
+    both = [
+        dataclasses.replace(item, score=item.score - mine[key].score)  # type: ignore[operator]
+        for key, item in theirs.items()
+        if key in mine
+    ]
+    clusters = _clusters(both, weights)
+    if not both or math.isnan(value := clusters.mean()):
+        return None
+    low, high = clusters.interval(seed)
+    return PairedDifference(value, low, high, clusters.p_value(seed), len(both), len(mine.keys() ^ theirs.keys()))
+
+
+# --- Runs ---
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """How a task was measured.
+
+    Attributes:
+        suite, task: its names.
+        version: of the task's definition.
+        prompt_hash: SHA-256 of all that the model was asked, in the order of the items.
+        shots: examples before each question.
+        data: Hub id, or path, of the questions.
+        judge: id of the model that judged, None where none did.
+        judge_prompt_hash: SHA-256 of what the judge is told.
+    """
+
+    suite: str
+    task: str
+    version: str
+    prompt_hash: str
+    shots: int = 0
+    data: str = ""
+    judge: str | None = None
+    judge_prompt_hash: str | None = None
+
+
+@dataclass
+class EvaluationResults:
+    """The content of `results.json`.
+
+    Attributes:
+        model: folder or Hub id.
+        revision: commit of the Hub, or a hash of a folder's weights.
+        conditions: all else that decides the outcomes, such as the limit and the backend, as JSON.
+        seeds: by what they are for.
+        versions: of packages, by name.
+        tasks: what was measured.
+        figures: the numbers.
+        notes: what a reader of the figures must know.
+        finished: whether all that was asked for was measured.
+    """
+
+    model: str
+    revision: str
+    conditions: dict[str, Any] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    tasks: list[TaskRecord] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    finished: bool = False
+
+
+class EvaluationRun:
+    """The folder of a run while it is written; `open_run` makes it.
+
+    Attributes:
+        folder: where it lies.
+        results: what was measured; whoever measures adds to its lists, and `save`s.
+        items: outcomes by their keys.
+    """
+
+    def __init__(self, folder: Path, results: EvaluationResults, items: Iterable[Item]):
+        self.folder = folder
+        self.results = results
+        self.items = {item.key: item for item in items}
+
+    def add(self, items: Iterable[Item]) -> None:
+        """Keep outcomes, on the disk when this returns. One that is there already stays as it is."""
+        new = [item for item in items if item.key not in self.items]
+        with (self.folder / ITEMS_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(_line(item) for item in new)
+        self.items.update({item.key: item for item in new})
+
+    def of(self, suite: str, *, task: str | None = None, metric: str | None = None) -> list[Item]:
+        """Outcomes of a suite, in the order in which they came; of one task and one metric where these are given."""
+        return [
+            item
+            for item in self.items.values()
+            if item.suite == suite and task in (None, item.task) and metric in (None, item.metric)
+        ]
+
+    def replace_figures(self, suite: str, figures: Iterable[Figure]) -> None:
+        """Set a suite's figures."""
+        others = [each for each in self.results.figures if each.suite != suite]
+        self.results.figures = [*others, *figures]
+
+    def replace_task(self, record: TaskRecord) -> None:
+        """Set how a task was measured."""
+        others = [each for each in self.results.tasks if (each.suite, each.task) != (record.suite, record.task)]
+        self.results.tasks = [*others, record]
+
+    def save(self) -> None:
+        """Write `results.json`, whole or not at all."""
+        content = json.dumps(dataclasses.asdict(self.results), indent=2, ensure_ascii=False)
+        _write_whole(self.folder / RESULTS_FILE, content + "\n")
+
+    def finish(self) -> None:
+        """Order the items, and mark the run as finished: its files are then those of a run that was never stopped."""
+        self.items = dict(sorted(self.items.items(), key=lambda pair: _order(pair[0])))
+        _write_whole(self.folder / ITEMS_FILE, "".join(map(_line, self.items.values())))
+        self.results.tasks.sort(key=lambda each: (each.suite, each.task))
+        self.results.figures.sort(key=lambda each: each.suite)
+        self.results.finished = True
+        self.save()
+
+
+@contextmanager
+def open_run(
+    folder: Path, *, model: str, revision: str, conditions: Mapping[str, Any] | None = None
+) -> Iterator[EvaluationRun]:
+    """Begin a run in a folder, or go on with the one that is there. What was added stays, however the block ends.
+
+    Args:
+        folder: of the run.
+        model, revision, conditions: as of `EvaluationResults`; a run that is there must have the same.
+
+    Raises:
+        UserError: if the folder cannot be written, is being written by another process, holds something else than a
+            run, or holds a run of another model or under other conditions.
+    """
+    if not (folder / RESULTS_FILE).exists() and not _is_free(folder):
+        raise UserError(f"{folder} exists already and is no evaluation. Give another output folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder, folder)
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror}. Give a folder that you may write.") from error
+    try:
+        asked = EvaluationResults(model, revision, json.loads(json.dumps(dict(conditions or {}))))
+        if (folder / RESULTS_FILE).exists():
+            results, items = read_run(folder)
+            _refuse_other(folder, results, asked)
+            results.finished = False
+        else:
+            results, items = asked, []
+        run = EvaluationRun(folder, results, items)
+        run.save()
+        _cut_torn_line(folder / ITEMS_FILE)
+        yield run
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def read_run(folder: Path) -> tuple[EvaluationResults, list[Item]]:
+    """The results and the items of a run; a last line that was cut off when the run was killed is left out.
+
+    Raises:
+        UserError: if there is no run, or a file of it is damaged, naming the file and the line.
+    """
+    path = folder / RESULTS_FILE
+    remedy = "Give the folder of a run of `jai eval`."
+    content = read_json(path, remedy)
+    try:
+        results = EvaluationResults(**content)
+        results.tasks = [TaskRecord(**each) for each in content["tasks"]]
+        results.figures = [Figure(**each) for each in content["figures"]]
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} is no record of an evaluation ({error}). {remedy}") from None
+    return results, list(_read_items(folder / ITEMS_FILE))
+
+
+def _read_items(path: Path) -> Iterator[Item]:
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            item = Item(**json.loads(line))
+            if item.score is not None and not math.isfinite(item.score):
+                raise ValueError(f"the score is {item.score}")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}, is no outcome ({error}). Remove the line, or the folder."
+            ) from None
+        yield item
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off what a killed run wrote of its last line, for the next line to begin on its own."""
+    if path.exists():
+        content = path.read_bytes()
+        if len(content) > (whole := content.rfind(b"\n") + 1):
+            os.truncate(path, whole)
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and all(each.name == _LOCK for each in folder.iterdir()))
+
+
+def _refuse_other(folder: Path, found: EvaluationResults, asked: EvaluationResults) -> None:
+    old, new = ({"model": each.model, "revision": each.revision, **each.conditions} for each in (found, asked))
+    if changes := sorted(differences(old, new)):
+        raise UserError(
+            f"{folder} holds another evaluation: {'; '.join(changes[:3])}. Give the same again to go on with it, or "
+            "another output folder."
+        )
+
+
+def _line(item: Item) -> str:
+    values = {name: value for name, value in dataclasses.asdict(item).items() if value or name == "score"}
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _order(key: ItemKey) -> tuple[str, str, str, int, str]:
+    """Ids that are numbers in the order of their values."""
+    return key.suite, key.task, key.metric, len(key.id), key.id
+
+
+def _write_whole(path: Path, content: str) -> None:
+    partial = path.with_suffix(".new")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
