@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -415,8 +416,100 @@ class TestChat:
         assert is_chat_template_stop_token_trained(tokenizer)
 
     def test_unknown_role_is_refused(self, tokenizer):
-        with pytest.raises(Exception, match="has the role 'tool'"):
-            tokenizer.apply_chat_template([{"role": "tool", "content": "42"}])
+        with pytest.raises(Exception, match="has the role 'robot'"):
+            tokenizer.apply_chat_template([{"role": "robot", "content": "42"}])
+
+    @pytest.fixture
+    def spans(self, tokenizer) -> Callable[..., tuple[str, list[str]]]:
+        """A chat as text, and the parts of it that the loss is on, by the mask that TRL takes."""
+
+        def render(messages, **kwargs) -> tuple[str, list[str]]:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+            encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **kwargs)
+            offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            found: list[list[int]] = []
+            for (start, end), masked, before in zip(
+                offsets, encoded["assistant_masks"], [0, *encoded["assistant_masks"]], strict=False
+            ):
+                if masked and not before:
+                    found.append([start, end])
+                elif masked:
+                    found[-1][1] = end
+            return text, [text[start:end].rstrip("\n") for start, end in found]  # phi-3's special tokens take it in
+
+        return render
+
+    def test_tools_are_listed_called_and_answered(self, spans):
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "เชียงใหม่", "days": 2}}}
+        tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+        chat = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "ฝนตกไหม"},
+            {"role": "assistant", "content": "Let me look.", "tool_calls": [call, call]},
+            {"role": "tool", "content": "rain", "name": "weather"},
+            {"role": "tool", "content": "sun"},
+            {"role": "assistant", "content": "ตก"},
+        ]
+        text, trained = spans(chat, tools=[tool])
+        written = '<tool_call>\n{"name": "weather", "arguments": {"city": "เชียงใหม่", "days": 2}}\n</tool_call>'
+        assert trained == [f"Let me look.\n{written}\n{written}<|end|>", "ตก<|end|>\n<|endoftext|>"]
+        listed, _, rest = text.partition("<|end|>")
+        assert listed.startswith("<|system|>\nBe brief.\n\n# Tools")
+        assert f"<tools>\n{json.dumps(tool)}\n</tools>" in listed
+        assert rest.count("<|system|>") == 0
+        results = "<|user|>\n<tool_response>\nrain\n</tool_response>\n<tool_response>\nsun\n</tool_response><|end|>\n"
+        assert text.count(results) == 1
+        # As OpenAI's client has it: arguments are JSON, and a call has no content.
+        call = {"id": "1", "function": {"name": "weather", "arguments": '{"city": "x"}'}}
+        _, trained = spans([chat[1], {"role": "assistant", "content": None, "tool_calls": [call]}])
+        assert trained == [
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "x"}}\n</tool_call><|end|>'
+        ]  # and no end of text: the result is to come
+
+    def test_thoughts_are_kept_in_the_last_turn_alone(self, spans):
+        first = {"role": "assistant", "content": "<think>\nหนึ่งบวกหนึ่ง\n</think>\n\n2"}
+        separate = {"role": "assistant", "content": "2", "reasoning_content": "หนึ่งบวกหนึ่ง"}
+        ask = [{"role": "user", "content": "1+1"}, {"role": "user", "content": "2+2"}]
+        for thinking in (first, separate):
+            text, trained = spans([ask[0], thinking])
+            assert text == "<|user|>\n1+1<|end|>\n<|assistant|>\n" + first["content"] + "<|end|>\n<|endoftext|>"
+            assert trained == [first["content"] + "<|end|>\n<|endoftext|>"]
+            # In the history it is gone, and what is left of its turn is no example of an answer.
+            text, trained = spans([ask[0], thinking, ask[1], {"role": "assistant", "content": "4"}])
+            assert "<think>" not in text
+            assert "<|assistant|>\n2<|end|>" in text
+            assert trained == ["4<|end|>\n<|endoftext|>"]
+            # Between the calls of one answer it stays.
+            call = {"function": {"name": "add", "arguments": {}}}
+            text, trained = spans([ask[0], {**thinking, "tool_calls": [call]}, {"role": "tool", "content": "2"}, first])
+            assert text.count("<think>") == len(trained) == 2
+
+    def test_thinking_can_be_switched_off(self, tokenizer, spans):
+        closed = "<|assistant|>\n<think>\n\n</think>\n\n"
+        ask = [{"role": "user", "content": "1+1"}]
+        prompt, _ = spans(ask, add_generation_prompt=True, enable_thinking=False)
+        assert prompt.endswith(closed)
+        answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\n2"}
+        text, trained = spans([*ask, answer], enable_thinking=False)
+        assert text.startswith(prompt)
+        assert trained == ["2<|end|>\n<|endoftext|>"]
+        for kwargs in ({}, {"enable_thinking": True}):
+            assert spans(ask, add_generation_prompt=True, **kwargs)[0].endswith("<|end|>\n<|assistant|>\n")
+
+    @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+    def test_turns_can_be_left_out_of_the_loss(self, spans, mark):
+        chat = [dict(message) for message in CHATS[0]]
+        before, both = spans(chat)
+        chat[1] |= mark
+        assert spans(chat) == (before, both[1:])
+        chat[3] |= mark
+        assert spans(chat) == (before, [])
+        chat[1] |= {"weight": 1, "train": True}
+        assert spans(chat) == (before, both[:1])
+
+    def test_content_in_parts_is_its_text(self, spans):
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        assert spans([{"role": "user", "content": parts}]) == spans([{"role": "user", "content": "ab"}])
 
 
 class TestTrain:
