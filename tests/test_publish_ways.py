@@ -370,7 +370,7 @@ def test_a_quantized_checkpoint(kind, tiny_model, quantizers, hub, push, tmp_pat
 def test_a_quantized_checkpoint_without_its_library(folder, push):
     """By its configuration alone: what loads it is named."""
     path = folder / "config.json"
-    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantization = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
-    with pytest.raises(UserError, match=r"cannot be checked here: ImportError.*bitsandbytes"):
+    with pytest.raises(UserError, match=r"cannot be checked here: ImportError.*hqq"):
         push(folder, forward=True)
