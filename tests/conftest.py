@@ -14,6 +14,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from huggingface_hub.utils import _http, disable_progress_bars
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from jai import JaiConfig, JaiForCausalLM
+from jai.files import sha256
+from jai.hub_card import publish as publishing
+from jai.hub_card.check import CheckReport, check_checkpoint, check_files
 from loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
@@ -243,6 +247,31 @@ def nobody_logged_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's retries at once: it would wait 23 seconds in all."""
     monkeypatch.setattr(_http, "time", types.SimpleNamespace(sleep=lambda _: None))
+
+
+@pytest.fixture(scope="session")
+def known_checks() -> dict[tuple, CheckReport]:
+    """What clean processes found until now, by the bytes that they loaded."""
+    return {}
+
+
+@pytest.fixture
+def checked_once(known_checks: dict[tuple, CheckReport], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CheckReport]:
+    """`check_checkpoint`, which loads the same bytes once, however often they are pushed: a process takes 5 seconds."""
+
+    def digests(folder: Path) -> tuple[tuple[str, str], ...]:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+        return tuple((path.relative_to(folder).as_posix(), sha256(path)) for path in paths)
+
+    def check(folder: Path, *, forward=True, base=None, source=False, source_base=None) -> CheckReport:
+        loaded = (digests(folder), forward, base and digests(base), source, source_base)
+        if loaded not in known_checks:
+            options = {"forward": forward, "base": base, "source": source, "source_base": source_base}
+            known_checks[loaded] = check_checkpoint(folder, **options)
+        return replace(known_checks[loaded], contents=check_files(folder))
+
+    monkeypatch.setattr(publishing, "check_checkpoint", check)
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ BASE = "microsoft/Phi-3-medium-4k-instruct"
 INPUT_IDS = [[5, 6, 7, 8, 9]]
 README = "---\nlicense: mit\n---\n# A card\n"
 
-pytestmark = pytest.mark.usefixtures("nobody_logged_in")
+pytestmark = pytest.mark.usefixtures("nobody_logged_in", "checked_once")
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,9 @@ def changed_config(folder: Path, **values) -> None:
 # The check
 
 
-def test_the_clean_process_computes_the_same(checkpoint):
-    report = check_checkpoint(checkpoint)
+def test_the_clean_process_computes_the_same(checkpoint, checked_once):
+    report = checked_once(checkpoint, source=True)
+    assert report.difference == 0
     model = JaiForCausalLM.from_pretrained(checkpoint)
     assert report.parameters == sum(p.numel() for p in model.parameters())
     assert (report.dtype, report.auto_class) == ("float32", "AutoModelForCausalLM")
@@ -405,8 +406,8 @@ def test_sizes_for_people():
 
 
 PULL = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+import json, os, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 repo, revision, input_ids, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, trust_remote_code=True)
@@ -421,11 +422,18 @@ with torch.no_grad():
         "text": generate("ประเทศไทย", max_new_tokens=5, do_sample=False)[0]["generated_text"],
     }
 torch.save(found, out)
-model.push_to_hub("loopback/again")
+model.push_to_hub("loopback/again", private=True)
+token = os.environ.pop("HF_TOKEN")
+try:
+    AutoConfig.from_pretrained("loopback/again", trust_remote_code=True)
+except OSError as error:
+    print(f"refused: {error}")
+again = AutoModelForCausalLM.from_pretrained("loopback/again", trust_remote_code=True, token=token)
+print(sum(p.numel() for p in again.parameters()))
 """
 
 
-@pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+@pytest.mark.parametrize("xet", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["xet", "lfs"])
 def test_published_and_pulled_by_a_stranger(xet, checkpoint, tiny_tokenizer, tmp_path, monkeypatch, run_as_stranger):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     with LoopbackHub(tmp_path / "hub", xet=xet) as hub:
@@ -445,7 +453,11 @@ def test_published_and_pulled_by_a_stranger(xet, checkpoint, tiny_tokenizer, tmp
         arguments = (REPO, result.commit, json.dumps(INPUT_IDS), str(tmp_path / "pulled.pt"))
         pulled = run_as_stranger(PULL, hub.environment(), *arguments)
         assert pulled.returncode == 0, pulled.stderr
-        # And what was loaded that way can be pushed on, code and all.
+        # And what was loaded that way can be pushed on, code and all: privately, for those who have a token.
+        said = pulled.stdout.strip().splitlines()
+        assert any(line.startswith("refused: ") for line in said)
+        assert int(said[-1]) == sum(t.numel() for t in load_file(checkpoint / "model.safetensors").values())
+        assert hub.repo("loopback/again").private
         again = hub.repo("loopback/again").head().files
         assert {"modeling_jai.py", "configuration_jai.py", "model.safetensors"} <= set(again)
         config = json.loads(hub.content("loopback/again", "config.json"))
@@ -461,35 +473,6 @@ def test_published_and_pulled_by_a_stranger(xet, checkpoint, tiny_tokenizer, tmp
         assert torch.equal(model(torch.tensor(INPUT_IDS)).logits, found["logits"])
     assert found["ids"] == tiny_tokenizer("ประเทศไทย and the river").input_ids
     assert found["text"].startswith("ประเทศไทย")
-
-
-def test_a_private_repository_and_a_users_own_push(hub, tiny_model, run_as_stranger):
-    code = """
-import sys
-from transformers import AutoConfig, AutoModelForCausalLM
-try:
-    AutoConfig.from_pretrained("loopback/secret", trust_remote_code=True)
-except OSError as error:
-    print(f"refused: {error}")
-model = AutoModelForCausalLM.from_pretrained("loopback/secret", trust_remote_code=True, token=sys.argv[1])
-print(sum(p.numel() for p in model.parameters()))
-"""
-    model = tiny_model(block_repeats=[1, 2, 1])
-    folder = hub.root / "model"
-    model.save_pretrained(folder)
-    push = (
-        "import sys; del sys.modules['jai']; from jai import JaiForCausalLM\n"
-        "JaiForCausalLM.from_pretrained(sys.argv[1]).push_to_hub('secret', private=True)"
-    )
-    pushed = run_as_stranger(push, hub.environment(), str(folder))
-    assert pushed.returncode == 0, pushed.stderr
-    assert hub.repo("loopback/secret").private
-    anonymous = {key: value for key, value in hub.environment().items() if key != "HF_TOKEN"}
-    pulled = run_as_stranger(code, anonymous, hub.token)
-    assert pulled.returncode == 0, pulled.stderr
-    first, second = pulled.stdout.strip().split("\n")[0], pulled.stdout.strip().split("\n")[-1]
-    assert first.startswith("refused")
-    assert int(second) == sum(p.numel() for p in model.parameters())
 
 
 def test_a_new_upload_replaces_the_old_one_whole(folder, hub, api):
@@ -675,28 +658,35 @@ def test_tokens_in_the_wrong_place(folder, hub):
     assert token not in card_files(folder)["README.md"]
 
 
-def test_no_token_in_any_log(folder, hub, tmp_path, run_as_stranger):
-    """At the client's most talkative, through a failure and a success, with the token in the environment."""
-    code = """
+TALKATIVE = """
 import logging, sys, traceback
 logging.basicConfig(level=logging.DEBUG)
 from huggingface_hub.utils import logging as hub_logging
 hub_logging.set_verbosity_debug()
 del sys.modules["jai"]
+from jai import JaiForCausalLM
 from jai.hub_card.options import PublishOptions
 from jai.hub_card.publish import publish
+
 folder, repo = sys.argv[1:]
 for attempt in ("somebody-else/x", repo):
     try:
         print(publish(PublishOptions(folder=folder, repo_id=attempt, forward=False)))
     except Exception:
         traceback.print_exc()
+JaiForCausalLM.from_pretrained(folder).push_to_hub("secret", private=True)
 """
+
+
+def test_no_token_in_any_log(folder, hub, run_as_stranger):
+    """At the client's most talkative: `publish` fails and succeeds, then a user pushes by themselves."""
     environment = {**hub.environment(), "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "RUST_LOG": "debug"}
-    run = run_as_stranger(code, environment, str(folder), REPO)
+    run = run_as_stranger(TALKATIVE, environment, str(folder), REPO)
     assert run.returncode == 0, run.stderr
     assert "may not write to somebody-else/x" in run.stderr
     assert "PublishResult" in run.stdout
+    assert hub.repo("loopback/secret").private
+    assert {"model.safetensors", "modeling_jai.py"} <= hub.repo("loopback/secret").head().files.keys()
     assert "curl -X" in run.stderr  # it was talkative indeed
     secrets = [hub.token, "xet_write_", "xet_read_"]
     for secret in secrets:
