@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -115,3 +116,21 @@ def register() -> None:
     if not any(isinstance(finder, _WatchingFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WatchingFinder())
     _register_what_is_imported()
+
+
+def causal_model_class(folder: Path, *, trust_remote_code: bool) -> Any:
+    """What loads the model: with `trust_remote_code` the checkpoint's own class, where it brings one.
+
+    `AutoModelForCausalLM` takes a registered class, as the installed package's is, whatever `trust_remote_code` says
+    (transformers 5.17 to 5.23).
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    from jai.files import read_json  # here, for `import jai` needs none
+
+    config = folder / "config.json"
+    brought = read_json(config).get("auto_map", {}) if trust_remote_code and config.exists() else {}
+    if "AutoModelForCausalLM" in brought:
+        return get_class_from_dynamic_module(brought["AutoModelForCausalLM"], folder)
+    return AutoModelForCausalLM

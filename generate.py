@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import regex
 
+from jai.auto import causal_model_class
 from jai.errors import UserError
 from jai.files import read_json
 from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
@@ -231,7 +232,7 @@ def _load_model(folder: Path, options: GenerateOptions) -> PreTrainedModel:
     import torch
 
     try:
-        model_class = _model_class(folder, trust_remote_code=options.trust_remote_code)
+        model_class = causal_model_class(folder, trust_remote_code=options.trust_remote_code)
         return model_class.from_pretrained(
             folder,
             trust_remote_code=options.trust_remote_code,
@@ -242,19 +243,3 @@ def _load_model(folder: Path, options: GenerateOptions) -> PreTrainedModel:
     except Exception as error:  # of many kinds: OSError, ValueError, JSON's, safetensors', KeyError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{options.model} cannot be loaded: {reason}") from error
-
-
-def _model_class(folder: Path, *, trust_remote_code: bool) -> Any:
-    """What loads the model: with `trust_remote_code` the checkpoint's own class, where it brings one.
-
-    `AutoModelForCausalLM` takes a registered class, as the installed package's is, whatever `trust_remote_code` says
-    (transformers 5.17 to 5.23).
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    config = folder / "config.json"
-    brought = read_json(config).get("auto_map", {}) if trust_remote_code and config.exists() else {}
-    if "AutoModelForCausalLM" in brought:
-        return get_class_from_dynamic_module(brought["AutoModelForCausalLM"], folder)
-    return AutoModelForCausalLM

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from jai.cli import conversion, hub, tokenizer, training, use
+from jai.cli import conversion, evaluation, hub, tokenizer, training, use
 from jai.errors import UserError
 from jai.version import __version__
 
@@ -17,6 +17,7 @@ EXTRA_OF = {
     "datasets": "train",
     "fastapi": "serving",
     "fontTools": "tokenizer",
+    "lm_eval": "eval",
     "matplotlib": "tokenizer",
     "openai": "serving",
     "peft": "train",
@@ -24,7 +25,7 @@ EXTRA_OF = {
     "trl": "train",
     "uvicorn": "serving",
 }
-_EXTRA_OF_VERB = {"demo": "demo", "tokenizer": "tokenizer"}
+_EXTRA_OF_VERB = {"demo": "demo", "eval": "eval", "tokenizer": "tokenizer"}
 
 app = typer.Typer(
     name="jai",
@@ -36,6 +37,7 @@ app = typer.Typer(
     "jai demo runs all of it on tiny models.",
 )
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(evaluation.app, name="eval")
 for group in (conversion, training, use, hub):
     app.add_typer(group.app)
 

@@ -388,7 +388,8 @@ def open_run(
             results, items = asked, []
         run = EvaluationRun(folder, results, items)
         run.save()
-        _cut_torn_line(folder / ITEMS_FILE)
+        for path in folder.glob("*.jsonl"):
+            _cut_torn_line(path)
         yield run
     finally:
         (folder / _LOCK).unlink(missing_ok=True)
@@ -413,11 +414,14 @@ def read_run(folder: Path) -> tuple[EvaluationResults, list[Item]]:
     return results, list(_read_items(folder / ITEMS_FILE))
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is written a line at a time, but for a last one that was cut off; none where it is not
+    there."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
 def _read_items(path: Path) -> Iterator[Item]:
-    if not path.exists():
-        return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             item = Item(**json.loads(line))
             if item.score is not None and not math.isfinite(item.score):
@@ -431,10 +435,9 @@ def _read_items(path: Path) -> Iterator[Item]:
 
 def _cut_torn_line(path: Path) -> None:
     """Cut off what a killed run wrote of its last line, for the next line to begin on its own."""
-    if path.exists():
-        content = path.read_bytes()
-        if len(content) > (whole := content.rfind(b"\n") + 1):
-            os.truncate(path, whole)
+    size = sum(len(line) + 1 for line in whole_lines(path))
+    if path.stat().st_size > size:
+        os.truncate(path, size)
 
 
 def _is_free(folder: Path) -> bool:

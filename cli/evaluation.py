@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai eval`: a group of verbs, in which a first word that is no verb is the checkpoint to measure."""
+
+import os
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from jai.cli.verb import verb
+from jai.evaluation.options import EvalOptions
+from jai.evaluation.suites import read_suite, read_suites, suite_names
+
+_MEASURE = "run"
+
+
+class _EvalGroup(TyperGroup):
+    """Takes `jai eval CKPT …` for `jai eval run CKPT …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = [_MEASURE, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_EvalGroup, no_args_is_help=True, help="Measure checkpoints; jai eval CKPT is jai eval run CKPT.")
+
+
+@verb(app, EvalOptions, name=_MEASURE, group=("eval",), config="eval.yaml")
+def evaluate(options: EvalOptions) -> None:
+    """Measure a checkpoint with suites of tasks, with error bars.
+
+    If it is interrupted, the same command goes on."""
+    suites = read_suites(options.suite)
+    if not suites:
+        _list_suites()
+        return
+    options.check()
+    # tqdm reads it when it is imported; lm-eval shows a bar for each task, and there is one of ours.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from jai.evaluation.command import evaluate_suites
+
+    evaluate_suites(options, suites)
+
+
+def _list_suites() -> None:
+    typer.echo("Give one or more with --suite:\n")
+    for name in suite_names():
+        suite = read_suite(name)
+        typer.echo(f"{name:<22} {suite.title}")

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose answers are kept as they come, so that a run that was killed goes on without asking them again."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, TemplateLM
+
+from jai.evaluation.results import whole_lines
+
+_BATCHES = 8  # of one call of the model; what a killed run loses at most
+ANSWERS_FILE = "answers.jsonl"
+
+
+class KeptAnswers(LM):
+    """Asks a model in batches of a like length, and keeps its answers in a file.
+
+    What is asked together does not depend on what is known already: a batch that was not finished is asked again as a
+    whole, so a run that was stopped gets the same answers to the last bit as one that was not. Sampled answers are
+    kept, too, but a run that goes on draws the others anew.
+
+    Args:
+        lm: the model.
+        path: the file.
+        batch_size: sequences that the model takes at a time.
+        tell: called with the number of requests that are answered, and with all of them.
+    """
+
+    def __init__(self, lm: LM, path: Path, batch_size: int, tell: Callable[[int, int], None] = lambda *_: None):
+        super().__init__()
+        self._lm = lm
+        self._path = path
+        self._chunk = batch_size * _BATCHES
+        self._known = {key: answer for line in whole_lines(path) for key, answer in [json.loads(line)]}
+        self._quietly = {"disable_tqdm": True} if isinstance(lm, TemplateLM) else {}
+        self.tell = tell
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._lm.tokenizer_name
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self._lm.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return [(float(value), bool(is_greedy)) for value, is_greedy in self._answers("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self._answers("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return self._answers("generate_until", requests)
+
+    def _answers(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
+        seen: Counter[str] = Counter()
+        keys = []
+        for request in requests:
+            text = json.dumps([kind, request.args], ensure_ascii=False, default=str)
+            keys.append(hashlib.sha256(f"{seen[text]} {text}".encode()).hexdigest())
+            seen[text] += 1  # a question that is asked several times has as many answers
+        done = 0
+        for chunk in self._chunks(requests):
+            if any(keys[index] not in self._known for index in chunk):
+                answers = getattr(self._lm, kind)([requests[index] for index in chunk], **self._quietly)
+                self._keep([(keys[index], answer) for index, answer in zip(chunk, answers, strict=True)])
+            done += len(chunk)
+            self.tell(done, len(requests))
+        return [self._known[key] for key in keys]
+
+    def _chunks(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
+        """Numbers of requests, the longest first; those with one context, as a question's choices, stay together."""
+        by_context: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_context.setdefault(str(request.args[0]), []).append(index)
+        chunk: list[int] = []
+        for context in sorted(by_context, key=lambda context: (-len(context), context)):
+            chunk += by_context[context]
+            if len(chunk) >= self._chunk:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def _keep(self, answers: Sequence[tuple[str, Any]]) -> None:
+        new = [(key, answer) for key, answer in answers if key not in self._known]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in new)
+        # As they are read: a run that goes on then has the same values.
+        self._known.update(json.loads(json.dumps(new)))

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A suite measured by lm-eval: outcomes of items from its samples, and figures from these."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.evaluator import evaluate
+
+from jai.errors import UserError
+from jai.evaluation.kept_answers import KeptAnswers
+from jai.evaluation.results import EvaluationRun, Figure, Item, TaskRecord, mean_figure
+from jai.evaluation.suites import Suite, SuiteMean, SuiteTask
+from jai.evaluation.tasks import TaskLoader
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+_NO_SCORE = -1.0  # RULER's, for the lengths that an item does not have
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """A suite with its tasks loaded.
+
+    Attributes:
+        suite: the suite.
+        tasks: the tasks of each row, by its label.
+    """
+
+    suite: Suite
+    tasks: Mapping[str, Sequence["Task"]]
+
+    @property
+    def task_count(self) -> int:
+        """How many tasks all rows have."""
+        return sum(map(len, self.tasks.values()))
+
+
+def plan_suite(suite: Suite, loader: TaskLoader) -> SuitePlan:
+    """Load a suite's tasks with their data.
+
+    Raises:
+        UserError: as `TaskLoader.load`; if two rows have a task in common, or a task lacks a metric or a filter.
+    """
+    tasks: dict[str, list[Task]] = {}
+    owners: dict[str, str] = {}
+    for row in suite.tasks:
+        tasks[row.label] = loader.load(row.task, shots=row.shots, settings=row.settings)
+        for task in tasks[row.label]:
+            other = owners.setdefault(task.task_name, row.label)
+            if other != row.label:
+                raise UserError(f"In {suite.name}, the rows {other!r} and {row.label!r} have {task.task_name!r} both.")
+    return SuitePlan(suite, tasks)
+
+
+def measure_suite(
+    plan: SuitePlan,
+    model: KeptAnswers,
+    run: EvaluationRun,
+    *,
+    limit: int | None,
+    seed: int,
+    tell: Callable[[str], None],
+) -> list[Figure]:
+    """Ask a suite's questions, keep the outcomes, and set the suite's figures.
+
+    Args:
+        plan: the suite.
+        model: what answers.
+        run: where outcomes go.
+        limit: questions of each task, None for all.
+        seed: of sampling and of the intervals.
+        tell: called with the name of each task as it begins.
+
+    Returns:
+        The figures.
+
+    Raises:
+        UserError: if a task does not give what the suite takes of it.
+    """
+    suite = plan.suite
+    higher: dict[tuple[str, str], bool] = {}
+    for row in suite.tasks:
+        for task in plan.tasks[row.label]:
+            tell(task.task_name)
+            higher |= _measure_task(suite, row, task, model, run, limit=limit, seed=seed)
+            run.save()
+    figures = list(_figures(plan, run, higher, seed))
+    run.replace_figures(suite.name, figures)
+    run.save()
+    return figures
+
+
+def _measure_task(
+    suite: Suite,
+    row: SuiteTask,
+    task: "Task",
+    model: KeptAnswers,
+    run: EvaluationRun,
+    *,
+    limit: int | None,
+    seed: int,
+) -> dict[tuple[str, str], bool]:
+    from transformers import set_seed
+
+    set_seed(seed)
+    name = task.task_name
+    results = evaluate(
+        lm=model,
+        task_dict={"tasks": {name: task}},
+        limit=limit,
+        bootstrap_iters=0,
+        apply_chat_template=suite.chat,
+        fewshot_as_multiturn=suite.chat,
+        confirm_run_unsafe_code=suite.runs_code,
+    )
+    found = results["samples"][name]
+    reading = row.filter or (found[0]["filter"] if found else "none")
+    samples = [sample for sample in found if sample["filter"] == reading]
+    if not samples:
+        raise UserError(f"The task {name} has no filter {reading!r}. It has {sorted({s['filter'] for s in found})}.")
+    for metric in row.metrics:
+        items = [item for sample in samples for item in _items(suite, row, name, metric, sample)]
+        _check_mean(items, row.scale, name, metric, results["results"][name].get(f"{metric},{reading}"))
+        run.add(items)
+    run.replace_task(_record(suite, task, samples))
+    _note_left_out(task, run)
+    higher = results["higher_is_better"].get(name, {})
+    return {(name, metric): higher.get(metric) is not False for metric in row.metrics}
+
+
+def _items(suite: Suite, row: SuiteTask, task: str, metric: str, sample: Mapping[str, Any]) -> Iterator[Item]:
+    if metric not in sample:
+        raise UserError(f"The task {task} has no metric {metric!r}. It has: {', '.join(sample['metrics'])}.")
+    value, name = sample[metric], str(sample["doc_id"])
+    group = _group(row, task, sample["doc"])
+    parts = value if isinstance(value, list) else [value]
+    for number, part in enumerate(parts):
+        if part == _NO_SCORE:
+            continue
+        if not isinstance(part, bool | int | float) or not math.isfinite(part):
+            raise UserError(
+                f"The metric {metric!r} of {task} gives {part!r} for an item; a suite takes a mean of numbers."
+            )
+        yield Item(
+            suite.name,
+            task,
+            f"{name}.{number}" if isinstance(value, list) else name,
+            metric,
+            float(part) * row.scale,
+            group if not isinstance(value, list) or group else f"{task}:{name}",
+            _texts(sample),
+        )
+
+
+def _group(row: SuiteTask, task: str, doc: Mapping[str, Any]) -> str | None:
+    if row.group_by is None:
+        return None
+    if row.group_by not in doc:
+        raise UserError(f"The task {task} has no column {row.group_by!r} to group by. It has: {', '.join(doc)}.")
+    return f"{row.group_by}:{hashlib.sha256(str(doc[row.group_by]).encode()).hexdigest()[:16]}"
+
+
+def _texts(sample: Mapping[str, Any]) -> dict[str, str]:
+    """What was expected and what was answered: of choices, the one with the highest log-likelihood."""
+    answers = sample["filtered_resps"]
+    if all(isinstance(answer, list | tuple) and len(answer) == 2 for answer in answers):
+        choices = [str(arguments[1]).strip() for arguments in sample["arguments"]]
+        best = max(range(len(answers)), key=lambda index: answers[index][0])
+        target = sample["target"]
+        expected = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else str(target)
+        return {"expected": expected, "answer": choices[best]}
+    return {"expected": str(sample["target"]), "answer": "\n".join(str(each[0]) for each in sample["resps"])}
+
+
+def _check_mean(items: Sequence[Item], scale: float, task: str, metric: str, theirs: Any) -> None:
+    """Refuse a metric that lm-eval does not take the mean of: its figure would be another than lm-eval's."""
+    scores = [item.score for item in items if item.score is not None]
+    if not scores or not isinstance(theirs, int | float):
+        return
+    if abs(sum(scores) / len(scores) - theirs * scale) > 1e-9 * max(1.0, abs(theirs * scale)):
+        raise UserError(f"The metric {metric!r} of {task} is no mean over its items, so a suite cannot take it.")
+
+
+def _record(suite: Suite, task: "Task", samples: Sequence[Mapping[str, Any]]) -> TaskRecord:
+    asked = json.dumps([sample["arguments"] for sample in samples], ensure_ascii=False, default=str)
+    config = task.config
+    return TaskRecord(
+        suite=suite.name,
+        task=task.task_name,
+        version=str(task.VERSION),
+        prompt_hash=hashlib.sha256(asked.encode()).hexdigest(),
+        shots=config.num_fewshot or 0,
+        data=" ".join(filter(None, (config.dataset_path, config.dataset_name))),
+    )
+
+
+def _note_left_out(task: "Task", run: EvaluationRun) -> None:
+    """Say how many rows a task leaves out of what it is given."""
+    config = task.config
+    split = config.test_split or config.validation_split
+    rows = len(task.dataset[split]) if split and getattr(task, "dataset", None) is not None else 0
+    left_out = rows - len(task.eval_docs)
+    if left_out > 0:
+        note = f"{task.task_name} leaves out {left_out} of the {rows} rows of its data."
+        if note not in run.results.notes:
+            run.results.notes.append(note)
+
+
+# --- Figures ---
+
+
+def _figures(
+    plan: SuitePlan, run: EvaluationRun, higher: Mapping[tuple[str, str], bool], seed: int
+) -> Iterator[Figure]:
+    """Of each task, of each row with several tasks, and of each mean."""
+    for row in plan.suite.tasks:
+        tasks = [task.task_name for task in plan.tasks[row.label]]
+        for metric in row.metrics:
+            is_higher = higher[tasks[0], metric]
+            for task in tasks if len(tasks) > 1 else []:
+                yield from _figure(plan, run, task, metric, {task: metric}, None, is_higher, seed)
+            weights = _weights(plan, row, 1.0) if row.mean == "tasks" else None
+            yield from _figure(plan, run, row.label, metric, dict.fromkeys(tasks, metric), weights, is_higher, seed)
+    for mean in plan.suite.means:
+        yield from _mean(plan, run, mean, seed)
+
+
+def _mean(plan: SuitePlan, run: EvaluationRun, mean: SuiteMean, seed: int) -> Iterator[Figure]:
+    rows = plan.suite.rows_of(mean)
+    metric_of = {task.task_name: mean.metric or row.metric for row in rows for task in plan.tasks[row.label]}
+    weights = None
+    if mean.over == "tasks":
+        weights = {task: weight for row in rows for task, weight in _weights(plan, row, 1 / len(rows), run).items()}
+    metrics = sorted(set(metric_of.values()))
+    yield from _figure(plan, run, mean.name, " / ".join(metrics), metric_of, weights, True, seed)
+
+
+def _weights(plan: SuitePlan, row: SuiteTask, total: float, run: EvaluationRun | None = None) -> dict[str, float]:
+    """Weights of a row's tasks, which add up to `total`: all the same, or by their items."""
+    tasks = [task.task_name for task in plan.tasks[row.label]]
+    if row.mean == "tasks" or run is None:
+        return dict.fromkeys(tasks, total / len(tasks))
+    counts = {
+        task: sum(item.score is not None for item in run.of(plan.suite.name, task=task, metric=row.metric))
+        for task in tasks
+    }
+    return {task: total * count / sum(counts.values()) for task, count in counts.items()}
+
+
+def _figure(
+    plan: SuitePlan,
+    run: EvaluationRun,
+    name: str,
+    metric: str,
+    metric_of: Mapping[str, str],
+    weights: Mapping[str, float] | None,
+    higher_is_better: bool,
+    seed: int,
+) -> Iterator[Figure]:
+    suite = plan.suite.name
+    items = [item for task, each in metric_of.items() for item in run.of(suite, task=task, metric=each)]
+    figure = mean_figure(
+        items,
+        suite=suite,
+        name=name,
+        metric=metric,
+        weights=weights,
+        higher_is_better=higher_is_better,
+        seed=seed,
+    )
+    if figure is not None:
+        yield figure

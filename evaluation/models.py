@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What answers: lm-eval's model classes for a checkpoint or a server."""
+
+import hashlib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import LM
+
+from jai.auto import causal_model_class
+from jai.errors import UserError
+from jai.evaluation.options import EvalOptions
+from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
+from jai.provenance import file_hashes
+from jai.tokenization.loading import load_tokenizer
+
+
+def load_answering_model(options: EvalOptions, *, chat: bool) -> LM:
+    """The model that the options name.
+
+    Args:
+        options: of the command line.
+        chat: whether it is asked in its chat form; a server has another address for that.
+
+    Raises:
+        UserError: if it cannot be loaded, or what runs it is not installed.
+    """
+    if options.backend == "openai":
+        return _server(options, chat=chat)
+    folder = local_folder(options.model, [*METADATA_PATTERNS, WEIGHTS_PATTERN])
+    return _vllm(options, folder) if options.backend == "vllm" else _transformers(options, folder)
+
+
+def revision_of(options: EvalOptions) -> str:
+    """What tells the weights from others: the Hub's commit, a hash of a folder's files, a server's address."""
+    if options.backend == "openai":
+        return str(options.base_url)
+    folder = local_folder(options.model, [*METADATA_PATTERNS, WEIGHTS_PATTERN])
+    if not Path(options.model).is_dir():
+        return folder.name  # in the Hub's cache: snapshots/COMMIT
+    names = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")]
+    hashes = file_hashes(path for path in names if path.name != "evaluation.json")  # which evaluations write
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def _transformers(options: EvalOptions, folder: Path) -> LM:
+    import torch
+
+    from jai.evaluation.prefix_sharing import PrefixSharingLM
+
+    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model_class = causal_model_class(folder, trust_remote_code=options.trust_remote_code)
+        model = model_class.from_pretrained(
+            folder,
+            trust_remote_code=options.trust_remote_code,
+            dtype=options.dtype,
+            device_map="auto" if options.parallelize else device,
+            use_safetensors=True,
+        )
+    except Exception as error:  # of many kinds: OSError, ValueError, JSON's, safetensors', KeyError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{options.model} cannot be loaded: {reason}") from error
+    return PrefixSharingLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=options.max_length
+    )
+
+
+def _vllm(options: EvalOptions, folder: Path) -> LM:
+    if find_spec("vllm") is None:
+        raise UserError("--backend vllm needs the package vllm, which is not installed. Install it: pip install vllm")
+    from lm_eval.models.vllm_causallms import VLLM
+
+    return VLLM(
+        pretrained=str(folder),
+        dtype=options.dtype,
+        seed=options.seed,
+        batch_size="auto",
+        max_model_len=options.max_length,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _server(options: EvalOptions, *, chat: bool) -> LM:
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+    shared: dict[str, Any] = {
+        "model": options.model,
+        "num_concurrent": options.batch_size,
+        "seed": options.seed,
+        **({"max_length": options.max_length} if options.max_length else {}),
+    }
+    address = str(options.base_url).rstrip("/")
+    if chat:
+        return LocalChatCompletion(base_url=f"{address}/chat/completions", **shared)
+    if options.tokenizer is None:
+        raise UserError("Log-likelihoods from a server need --tokenizer, with which the questions are cut into tokens.")
+    return LocalCompletionsAPI(
+        base_url=f"{address}/completions",
+        tokenizer=str(local_folder(options.tokenizer)),
+        tokenizer_backend="huggingface",
+        **shared,
+    )

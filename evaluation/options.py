@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `jai eval` takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jai.errors import UserError
+from jai.options import argument, check_values, option
+
+
+@dataclass(kw_only=True)
+class EvalOptions:
+    """What `jai eval CKPT` takes."""
+
+    model: str = argument("CKPT", help="Folder or Hub id of a checkpoint; with --backend openai, the server's model.")
+    suite: list[str] = option(
+        [],
+        help="Suites to measure: names, or paths of suite files. Without any, the suites are listed.",
+        metavar="NAME",
+        spread=True,
+    )
+    out: Path | None = option(
+        None,
+        help="Folder of the run; one that is there already is gone on with.",
+        metavar="DIR",
+        shown_default="eval/ and the checkpoint's name",
+    )
+    limit: int | None = option(None, help="Measure only the first questions of each task.", at_least=1)
+    data: Path | None = option(
+        None,
+        help="Folder with data sets as JSON Lines, used in place of the Hub's (docs/evaluation.md says which names).",
+        metavar="DIR",
+    )
+    backend: Literal["hf", "vllm", "openai"] = option(
+        "hf", help="What runs the model: transformers, vLLM, or a server with an OpenAI-compatible API."
+    )
+    base_url: str | None = option(
+        None, help="Address of the server's API, such as http://127.0.0.1:8000/v1.", metavar="URL"
+    )
+    tokenizer: str | None = option(
+        None, help="Folder or Hub id of the tokenizer that counts for --backend openai.", metavar="NAME"
+    )
+    batch_size: int = option(8, help="Sequences in a batch.", at_least=1)
+    device: str | None = option(None, help="Such as cuda:1 or cpu.", shown_default="a GPU where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="Type of the weights; auto is that of the checkpoint."
+    )
+    parallelize: bool = option(False, help="Spread the model over all GPUs.")
+    max_length: int | None = option(
+        None,
+        help="Longest input in tokens; what is longer loses its beginning.",
+        at_least=2,
+        shown_default="what the model can take",
+    )
+    seed: int = option(0, help="Seed of sampling, and of the intervals.", at_least=0, at_most=2**32 - 1)
+    include_path: Path | None = option(None, help="Folder with more lm-eval tasks.", metavar="DIR")
+    allow_code_execution: bool = option(
+        False, help="Run the programs that the model writes, on this machine. The suite code needs it."
+    )
+    trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before anything heavy is imported.
+
+        Raises:
+            UserError: for folders that are not there, and options that do not go together.
+        """
+        if self.backend == "openai" and not self.base_url:
+            raise UserError("--backend openai needs --base-url, such as http://127.0.0.1:8000/v1.")
+        if self.base_url and self.backend != "openai":
+            raise UserError(f"--base-url is for --backend openai; the backend is {self.backend}.")
+        for flag, folder in (("--data", self.data), ("--include-path", self.include_path)):
+            if folder is not None and not folder.is_dir():
+                raise UserError(f"{flag} {folder} is no folder. Give one that exists.")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return self.out or Path("eval") / self.model.strip("/").replace("/", "--")
