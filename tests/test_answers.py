@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Final answers: found where they stand, and right or wrong, in Thai, English and LaTeX."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jai.evaluation.answers import ANY_FORM, STATED_FORMS, AnswerForm, final_answer, is_right_answer, same_answer
+from jai.evaluation.quantities import read_quantity, with_one_notation
+
+RIGHT_FOR_42 = [
+    r"\boxed{๔๒}",
+    r"\boxed{42}",
+    r"\boxed{42.00}",
+    r"\boxed{42\text{ บาท}}",
+    r"\boxed{\text{42 km}}",
+    r"\boxed{\frac{84}{2}}",
+    r"\boxed{\dfrac{84}{2}}",
+    r"\boxed{x=42}",
+    r"\boxed{x = 40 + 2 = 42}",
+    r"\boxed{{42}}",
+    r"\[\boxed{42}\]",
+    r"\fbox{42}",
+    r"\boxed{42\%}",
+    r"\boxed{42^\circ}",
+    r"\boxed{4.2\times 10^{1}}",
+    r"\boxed{2\cdot 21}",
+    r"\boxed{\sqrt{1764}}",
+    r"\boxed{41} เดี๋ยวก่อน \boxed{42}",
+    r"ได้ 42 ดังนั้น \boxed{4",  # a box that is never closed holds nothing; the number before it stands
+    r"The final answer is: $\boxed{42}$",
+    "42 บาท",
+    "42บาท",
+    "42.",
+    "+42",
+    "４２",
+    "๔๒",
+    "๔๒.๐๐ บาท",
+    "4\u200b2 บาท",
+    "\u200bคำตอบคือ\u200b 42",
+    "คำตอบคือ 42",
+    "คำตอบคือ ๔๒ บาท",
+    "ค\u0e33ตอบคือ 42",
+    "ค\u0e4d\u0e32ตอบคือ 42",
+    "คำตอบคือ **42** บาท",
+    "คำตอบคือ “42”",
+    "คำตอบคือ 42 ค่ะ",
+    "คำตอบคือ 42 ครับ.",
+    "คำตอบคือ 42.-",
+    "คำตอบคือ ฿42",
+    "คำตอบคือ $42",
+    r"คำตอบคือ \$42",
+    r"คำตอบคือ $42$",
+    "คำตอบคือ 42 บาท เพราะ 40+2=42 ไม่ใช่ 43",
+    "คำตอบสุดท้ายคือ: 42",
+    "คำตอบของโจทย์ข้อนี้คือ 42",
+    "คำตอบ: 42 บาทถ้วน",
+    "คำตอบคือ 84/2",
+    "ดังนั้นคำตอบคือ 6 × 7 = 42 บาท",
+    "ตอบ 42 บาท",
+    "ตอบ: ๔๒",
+    "จึงตอบว่า 42",
+    "The answer is 42.",
+    "The answer is 42, because 6*7=42. I also looked at 43.",
+    r"The answer is \(42\)",
+    "The answer is 4.2e1",
+    "Answer: 42",
+    "**Answer:** 42",
+    "**Final Answer**: $42$",
+    "Answer:\n42",
+    "#### 42",
+    "40 + 2 = 42\n#### 42 ",
+    "Total = 42 apples",
+    "ดังนั้นได้ 6×7 = 42 บาทค่ะ",
+    "<think>41</think>42",
+    "อาจเป็น 41</think>คำตอบคือ 42",
+    "<think>\\boxed{41}</think>คำตอบคือ 42",
+]
+WRONG_FOR_42 = [
+    "",
+    "420",
+    "142",
+    "4.2",
+    "0.42",
+    "42.5",
+    "-42",
+    "−42",
+    "-42 บาท",
+    "คำตอบคือ -42",
+    "คำตอบคือ 43 ไม่ใช่ 42",
+    "คำตอบคือ 42 หรือ 43",
+    "คำตอบคือ 42 ไม่ใช่หรือ",
+    "คำตอบคือ 42-43",
+    "คำตอบคือ 42 ล้าน",
+    "คำตอบคือ 42 พัน",
+    "คำตอบคือไม่ทราบ",
+    "The answer is not 42",
+    "42 แล้วลด 2 บาท เหลือ 40",
+    "42/2",
+    "1/42",
+    "4,2",
+    "42,00",
+    "4 2",
+    "4²",
+    "42²",
+    r"\boxed{}",
+    r"\boxed{42",
+    r"\boxed{42} แล้วเปลี่ยนเป็น \boxed{43}",
+    r"คำตอบคือ 42 \boxed{43}",  # a box counts more
+    r"\boxed{42x}",
+    r"\boxed{2x=42}",
+    r"\boxed{42^2}",
+    r"\boxed{42,43}",
+    r"\boxed{(4,2)}",
+    r"\boxed{4\ 2}",
+    r"\boxed{42\pm 1}",
+    "<think>42</think>",
+    "<think>42",
+    "<think>คำตอบคือ 42</think>ไม่รู้",
+    r"<think>\boxed{42}</think>ไม่รู้",
+    "<think>a</think>42<think>b",
+]
+
+
+@pytest.mark.parametrize("gold", ["42", "๔๒", "42 ", "42.0", r"$42$"])
+@pytest.mark.parametrize("text", RIGHT_FOR_42)
+def test_right_answers(text, gold):
+    assert is_right_answer(text, gold)
+
+
+@pytest.mark.parametrize("text", WRONG_FOR_42)
+def test_wrong_answers(text):
+    assert not is_right_answer(text, "42")
+
+
+def test_every_right_answer_is_wrong_for_its_negation():
+    assert not [text for text in RIGHT_FOR_42 if is_right_answer(text, "-42") or is_right_answer(text, "43")]
+
+
+@pytest.mark.parametrize("gold", ["42 บาท", "๔๒ บาท", "฿42", "42 baht", "42.-", "4,200 สตางค์"])
+def test_a_unit_of_the_gold_counts_where_the_answer_has_one(gold):
+    assert is_right_answer("คำตอบคือ 42 บาท", gold)
+    assert not is_right_answer("คำตอบคือ 42 ดอลลาร์", gold)
+    assert not is_right_answer("คำตอบคือ 43 บาท", gold)
+    assert is_right_answer("คำตอบคือ 42", "42 บาท")
+
+
+def test_a_number_of_the_question_is_no_answer():
+    question = "มีส้ม 42 ผล ให้ไป 2 ผล เหลือกี่ผล"
+    assert not is_right_answer(f"โจทย์ถามว่า {question}\nฉันไม่รู้", "2", question=question)
+    assert is_right_answer(f"{question}\n40 ผล", "40", question=question)
+    assert not is_right_answer("ฉันไม่รู้", "42", question="คำตอบคือ 42 ใช่ไหม")
+
+
+def test_the_form_that_counts():
+    reply = "คำตอบคือ 1\n#### 2\n" + r"\boxed{3} 4"
+    assert final_answer(reply).form is AnswerForm.BOXED
+    assert [final_answer(reply, forms=[form]).text for form in ANY_FORM] == ["3", "2", "1", "4"]
+    assert final_answer("ได้ 42 บาท", forms=STATED_FORMS) is None
+    assert final_answer("ได้ 42 บาท").form is AnswerForm.LAST_NUMBER
+    assert final_answer("ไม่มี") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("50 - 8", "8"),
+        ("40-42", "42"),
+        ("= -42", "-42"),
+        ("(-42)", "-42"),
+        ("1,234,567.50 บาท", "1,234,567.50"),
+        ("12,34", "34"),
+        ("0.5.", "0.5"),
+        ("3/4 ของทั้งหมด", "3/4"),
+        ("ร้อยละ 42 %", "42 %"),
+        ("ข้อ 1.5", "1.5"),
+    ],
+)
+def test_last_number(text, expected):
+    assert final_answer(text).text == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1,234", "1234"),
+        ("๑,๒๓๔.๕๐ บาท", "1234.5"),
+        ("1{,}234", "1234"),
+        (r"1\,234", "1,234"),
+        ("0.5", "1/2"),
+        ("½", "0.5"),
+        ("1½", "1.5"),
+        ("1 1/2", "3/2"),
+        (r"1\frac12", "1.5"),
+        ("-1/2", r"-\frac{1}{2}"),
+        (".5", "0.50"),
+        ("50%", "0.5"),
+        ("50 เปอร์เซ็นต์", "50%"),
+        ("50", "50%"),
+        ("10^{3}", "1000"),
+        ("2 หมื่น", "20000"),
+        ("2 ล้านบาท", "2,000,000"),
+        ("1.5 million dollars", "$1,500,000"),
+        ("100 สตางค์", "1 บาท"),
+        ("1.5 km", "1500 m"),
+        ("42 กม.", "42 km"),
+        ("42 ตร.ม.", "42 m^2"),
+        ("42 m²", "42 ตารางเมตร"),
+        ("x² + 10⁻", "x^2 + 10⁻"),
+        ("2 ชั่วโมง", "120 นาที"),
+        ("18 ดอลลาร์", "$18"),
+        (r"\$18.00", "18"),
+        (r"\frac{\sqrt{3}}{2}", r"\frac{1}{2}\sqrt{3}"),
+        (r"5\sqrt{2}", r"\sqrt{50}"),
+        ("x^2+2x+1", "(x+1)^2"),
+        (r"\{1,2\}", r"\{2,1\}"),
+        ("(1,2)", "(1, 2)"),
+        (r"\left(1, 2\right)", "(1,2)"),
+        (r"\pi/2", r"\frac{\pi}{2}"),
+        ("x=1", "x=1"),
+        ("กรุงเทพฯ", "กรุงเทพ"),
+        ("น\u0e49\u0e4d\u0e32", "น\u0e49\u0e33"),
+        ("ก.", "ก"),
+        (r"\text{(C)}", "(C)"),
+        ("No.", "no"),
+    ],
+)
+def test_same_both_ways(one, other):
+    assert same_answer(one, other)
+    assert same_answer(other, one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("42 km", "42 m"),
+        ("42 นาที", "42 ชั่วโมง"),
+        ("42 บาท", "42 ดอลลาร์"),
+        ("100 สตางค์", "1"),
+        ("2 ล้าน", "2"),
+        ("0.33", "1/3"),
+        ("1,23", "123"),
+        ("0.42%", "42%"),
+        ("4²", "42"),
+        ("(1,2)", "(2,1)"),
+        ("[0,1]", "(0,1)"),
+        ("x", "y"),
+        ("x=1", "x=2"),
+        ("5 or 6", "5"),
+        ("กรุงเทพ", "เชียงใหม่"),
+        ("มาก", "มากๆ"),
+        ("A", "B"),
+        ("", ""),
+        ("1/0", "1"),
+    ],
+)
+def test_different_both_ways(one, other):
+    assert not same_answer(one, other)
+    assert not same_answer(other, one)
+
+
+@pytest.mark.parametrize(
+    "tower", ["9^{9^{9^9}}", "10^{99999999}", "9^99999", "1000000!", "9**9**9", "1e999999999", "9" * 100_000]
+)
+@pytest.mark.timeout(30)
+def test_an_answer_that_would_take_for_ever_to_compute_is_wrong_at_once(tower):
+    assert not same_answer(tower, "1")
+    assert not is_right_answer(rf"\boxed{{{tower}}}", r"\sqrt{2}")
+
+
+def test_formulae_are_compared_in_threads_too():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(same_answer("(x+1)^2", "x^2+2x+1")))
+    thread.start()
+    thread.join()
+    assert results == [True]
+
+
+def test_without_math_verify_formulae_are_compared_as_text_and_that_is_said():
+    script = """
+import sys
+sys.modules["math_verify"] = None
+from jai.evaluation.answers import same_answer
+print(same_answer("42 บาท", "๔๒"), same_answer("x + 1", "x+1"), same_answer("1+x", "x+1"), same_answer("y+1", "x+1"))
+print("torch" in sys.modules, "lm_eval" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "False", "False", "False", "False"]
+    assert done.stderr.count("pip install 'jai-llm[eval]'") == 1
+
+
+# --- Any text ---
+
+PIECES = st.sampled_from(
+    [
+        *("\\boxed{", "{", "}", "\\", "$", "\\(", "\\)", "####", "\n", " ", "=", "^", "_", "/", ",", ".", "-", "%", "**"),
+        *("คำตอบคือ", "ตอบ", "The answer is", "42", "๔๒", "1e9", "½", "บาท", "km", "ล้าน", "\\frac", "\\text{", "\u200b"),
+        *("<think>", "</think>", "\u0e4d\u0e32", "ๆ", "汉", "x", "\\sqrt", "!", "(", ")", "[", "\ud800", "\x00"),
+    ]
+)
+ANY_TEXT = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=14).map("".join))
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+def test_no_text_is_too_odd(text, gold, question):
+    found = final_answer(text, question=question)
+    assert isinstance(is_right_answer(text, gold, question=question), bool)
+    assert found is None or isinstance(found.text, str)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(-(10**7), 10**7),
+    st.integers(-(10**7), 10**7),
+    st.sampled_from(["{}", "{} บาท", "คำตอบคือ {}", r"\boxed{{{}}}", "#### {}", "ตอบ {} km", "The answer is {}."]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_number_is_right_for_itself_alone(number, other, form, in_thai, grouped):
+    written = f"{number:,}" if grouped else str(number)
+    if in_thai:
+        written = written.translate({ord("0") + value: 0x0E50 + value for value in range(10)})
+    assert is_right_answer(form.format(written), str(other)) == (number == other)
+    assert is_right_answer(form.format(written), str(number))
+
+
+@given(ANY_TEXT)
+def test_one_notation_is_the_notation_of_itself(text):
+    once = with_one_notation(text)
+    assert with_one_notation(with_one_notation(once)) == with_one_notation(once)
+    read_quantity(once)
