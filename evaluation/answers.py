@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Final answers: where a text gives one, and whether it is the right one.
 
-TRL's and math-verify's own graders take `\boxed{๔๒}`, `42 บาท` and `คำตอบคือ 42` for wrong where 42 is right. Here text gets
-one notation first (digits of every script, invisible characters, Thai look-alikes, LaTeX); numbers are compared exactly,
-with their units where both have one; math-verify decides on the formulae that are left.
+TRL's and math-verify's own graders take `\boxed{๔๒}`, `42 บาท` and `คำตอบคือ 42` for wrong where 42 is right. Here text
+gets one notation first (digits of every script, invisible characters, Thai look-alikes, LaTeX); numbers are compared
+exactly, with their units where both have one; math-verify decides on the formulae that are left.
 """
 
 import logging
@@ -80,8 +80,11 @@ def same_answer(answer: str, gold: str) -> bool:
     """Whether two answers are the same: as numbers with units, as text, or as formulae.
 
     Numbers are compared exactly: 0.5 is 1/2, but 0.33 is not 1/3. A unit counts where both have one that is known
-    (100 สตางค์ is 1 บาท, 42 km is not 42 m). 42 % is 42, and 0.42 as well.
+    (100 สตางค์ is 1 บาท, 42 km is not 42 m). 42 % is 42, and 0.42 as well. What is longer than 1,000 characters is no
+    answer.
     """
+    if max(len(answer), len(gold)) > _LONGEST_ANSWER:
+        return False
     answer, gold = _bare(with_one_notation(answer)), _bare(with_one_notation(gold))
     if not answer or not gold:
         return False
@@ -94,6 +97,8 @@ def same_answer(answer: str, gold: str) -> bool:
         return same_quantity(mine, theirs)
     return _skeleton(answer) == _skeleton(gold) or _same_formula(answer, gold)
 
+
+_LONGEST_ANSWER = 1000  # characters
 
 # --- Where the answer stands ---
 

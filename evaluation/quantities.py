@@ -144,14 +144,17 @@ class Quantity:
 
 
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-_POWER_OF_TEN = r"(?:[eE](?P<e>[-+]?\d{1,4})|\s*[×*]\s*10\s*\^\s*(?:\{\s*(?P<braced>[-+]?\d{1,4})\s*\}|(?P<bare>[-+]?\d{1,4})))"
+_POWER_OF_TEN = (
+    r"(?:[eE](?P<e>[-+]?\d{1,4})|\s*[×*]\s*10\s*\^\s*(?:\{\s*(?P<braced>[-+]?\d{1,4})\s*\}|(?P<bare>[-+]?\d{1,4})))"
+)
 _SYMBOL_BEFORE = r"[$฿€£¥]|usd(?![a-z])|thb(?![a-z])"
 _QUANTITY = re.compile(
     rf"""
     (?P<sign>[-+])? \s* (?P<before>{_SYMBOL_BEFORE})? \s* (?P<inner_sign>[-+])? \s*
     (?:
         (?: (?P<whole>\d+) \s* )? \\frac \s*
-        (?: \{{ \s* (?P<top>{_UNSIGNED}) \s* \}} \s* \{{ \s* (?P<bottom>{_UNSIGNED}) \s* \}} | (?P<top_digit>\d) \s* (?P<bottom_digit>\d) )
+        (?: \{{ \s* (?P<top>{_UNSIGNED}) \s* \}} \s* \{{ \s* (?P<bottom>{_UNSIGNED}) \s* \}}
+          | (?P<top_digit>\d) \s* (?P<bottom_digit>\d) )
       | (?: (?P<mixed>\d+) \s+ )? (?P<numerator>{_UNSIGNED}) \s? / \s? (?P<denominator>{_UNSIGNED})
       | (?P<number>{_UNSIGNED}) {_POWER_OF_TEN}?
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text as its reader sees it: look-alikes made one, invisible characters removed, and a thought told from its answer."""
+"""Text as its reader sees it: one form of look-alikes, nothing invisible, and a thought told from its answer."""
 
 import unicodedata
 from dataclasses import dataclass

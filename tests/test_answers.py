@@ -126,7 +126,7 @@ WRONG_FOR_42 = [
 ]
 
 
-@pytest.mark.parametrize("gold", ["42", "๔๒", "42 ", "42.0", r"$42$"])
+@pytest.mark.parametrize("gold", ["42", "๔๒.๐", r"$42$"])
 @pytest.mark.parametrize("text", RIGHT_FOR_42)
 def test_right_answers(text, gold):
     assert is_right_answer(text, gold)
@@ -272,6 +272,31 @@ def test_an_answer_that_would_take_for_ever_to_compute_is_wrong_at_once(tower):
     assert not is_right_answer(rf"\boxed{{{tower}}}", r"\sqrt{2}")
 
 
+@pytest.mark.timeout(60)
+def test_a_degenerate_reply_takes_no_time():
+    pieces = (
+        "คำตอบคือ",
+        "ตอบ 4",
+        "answer is \\(",
+        "\\boxed{",
+        "{",
+        "$",
+        "\\(",
+        "1",
+        "1,",
+        ".",
+        "1/",
+        "#### 4\n",
+        "^ ",
+        " ",
+        "ฯ",
+    )
+    for piece in (*pieces, "<think>", "</think>", "=", "-", "1 ", "**", "\\text{"):
+        assert not is_right_answer(piece * 20_000, "42")
+        assert not is_right_answer(f"\\boxed{{{piece * 20_000}}}", "42")
+        assert not is_right_answer(f"คำตอบคือ {piece * 200}", "42")
+
+
 def test_formulae_are_compared_in_threads_too():
     results = []
     thread = threading.Thread(target=lambda: results.append(same_answer("(x+1)^2", "x^2+2x+1")))
@@ -297,7 +322,27 @@ print("torch" in sys.modules, "lm_eval" in sys.modules)
 
 PIECES = st.sampled_from(
     [
-        *("\\boxed{", "{", "}", "\\", "$", "\\(", "\\)", "####", "\n", " ", "=", "^", "_", "/", ",", ".", "-", "%", "**"),
+        *(
+            "\\boxed{",
+            "{",
+            "}",
+            "\\",
+            "$",
+            "\\(",
+            "\\)",
+            "####",
+            "\n",
+            " ",
+            "=",
+            "^",
+            "_",
+            "/",
+            ",",
+            ".",
+            "-",
+            "%",
+            "**",
+        ),
         *("คำตอบคือ", "ตอบ", "The answer is", "42", "๔๒", "1e9", "½", "บาท", "km", "ล้าน", "\\frac", "\\text{", "\u200b"),
         *("<think>", "</think>", "\u0e4d\u0e32", "ๆ", "汉", "x", "\\sqrt", "!", "(", ")", "[", "\ud800", "\x00"),
     ]
@@ -305,7 +350,7 @@ PIECES = st.sampled_from(
 ANY_TEXT = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=14).map("".join))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
 def test_no_text_is_too_odd(text, gold, question):
     found = final_answer(text, question=question)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language accuracy and think accuracy."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jai
+from jai.errors import UserError
+from jai.evaluation.language import LanguageFault, ThinkFault, count_form_faults, language_fault, think_fault
+from jai.evaluation.text import plain_text, split_thought
+
+THAI = "คำตอบคือสี่สิบสอง"
+OTHER, MORE, NONE = LanguageFault.OTHER_SCRIPT, LanguageFault.MORE_LATIN, LanguageFault.NONE_OF_ITS_OWN
+
+CASES = [  # text, what is wrong with it in Thai, and in English
+    (THAI, None, OTHER),
+    ("The answer is forty-two.", NONE, None),
+    ("42", None, None),
+    (r"\boxed{42}", None, None),
+    ("", LanguageFault.BLANK, LanguageFault.BLANK),
+    (" \u200b\n", LanguageFault.BLANK, LanguageFault.BLANK),
+    # other scripts
+    (f"{THAI} 四十二", OTHER, OTHER),
+    (f"{THAI} сорок", OTHER, OTHER),
+    (f"{THAI} 四", OTHER, OTHER),
+    ("The answer is 四十二", OTHER, OTHER),
+    (f"{THAI} かな", OTHER, OTHER),
+    (f"{THAI} 한국", OTHER, OTHER),
+    (f"{THAI} ລາວ", OTHER, OTHER),
+    ("ν\u03afκη " + THAI, OTHER, OTHER),  # a word in Greek
+    (f"มุม θ กับ α-linolenic {THAI}", None, OTHER),  # symbols
+    (f"10 µm {THAI}", None, OTHER),
+    # Latin in Thai
+    (f"{THAI} ใช้ PyTorch กับ NumPy", None, OTHER),
+    ("ใช้ PyTorch กับ NumPy and Transformers", MORE, OTHER),
+    ("ไทย abc", None, OTHER),  # as many as Thai ones
+    ("ไทย abcd", MORE, OTHER),
+    # code, formulae, addresses
+    (f"{THAI}\n```python\nprint('hello world, this is a long program')\n```", None, OTHER),
+    (f"{THAI}\n```python\nprint('cut off, and 四十二 in a comment", None, OTHER),
+    (f"{THAI} `torch.nn.functional.scaled_dot_product_attention()`", None, OTHER),
+    (f"{THAI} import numpy as np and then call numpy", MORE, OTHER),
+    (rf"{THAI} $\alpha + \beta = abcdefghijklmnopqrstuvwxyz$", None, OTHER),
+    (rf"{THAI} \[\frac{{abcdefghijklm}}{{nopqrstuvwxyz}}\]", None, OTHER),
+    (rf"{THAI} $x = 四$", OTHER, OTHER),
+    (f"{THAI} ราคา $5 กับ 四十二 $6", OTHER, OTHER),
+    (f"{THAI} https://huggingface.co/docs/transformers/main/en/index", None, OTHER),
+    ("ดู www.example.com/四 สวัสดี", OTHER, OTHER),  # the address ends where ASCII does
+    (f"{THAI} someone.with.a.long.name@example.co.th", None, OTHER),
+    (f"{THAI} <a class=something-that-is-long>", None, OTHER),
+    # quoted names
+    (f'{THAI} "The Lord of the Rings: The Return of the King"', None, OTHER),
+    (f"{THAI} “四十二”", None, OTHER),
+    (f"{THAI} 《四十二》", None, OTHER),
+    (f"{THAI} 'The Lord of the Rings: The Two Towers'", None, OTHER),
+    (f"{THAI} “{'四' * 100}”", OTHER, OTHER),  # longer than a name
+    ('"The Lord of the Rings"', NONE, None),  # nothing but the quote
+    ("“四十二”", OTHER, OTHER),
+    ("It's what the user's asked for", NONE, None),
+    (f"It is called “{THAI}” there.", MORE, None),
+    # thoughts
+    (f"<think>想一想, let me think about it for long</think>{THAI}", None, OTHER),
+    (f"let me think</think>{THAI}", None, OTHER),
+    (f"<think>{THAI}</think>The answer is 42.", NONE, None),
+    (f"<think>{THAI}", LanguageFault.BLANK, LanguageFault.BLANK),
+    (f"<think>{THAI}</think>", LanguageFault.BLANK, LanguageFault.BLANK),
+    # look-alikes
+    ("น\u0e49\u0e33", None, OTHER),
+    ("น\u0e4d\u0e49\u0e32", None, OTHER),
+    ("ๆ", None, OTHER),
+    ("๔๒", None, None),
+    ("\u200bไทย\u200b", None, OTHER),
+    ("ไทa", None, OTHER),
+    ("ไทяย", OTHER, OTHER),  # a Cyrillic letter in the middle
+]
+
+
+@pytest.mark.parametrize(("text", "in_thai", "in_english"), CASES)
+def test_language(text, in_thai, in_english):
+    assert language_fault(text, "th") == in_thai
+    assert language_fault(text, "en") == in_english
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("<think>ก</think>ข", None),
+        ("<think>\nก\n</think>\n\nข", None),
+        ("ก</think>ข", None),
+        ("<think>四</think>ข", None),
+        ("ข", ThinkFault.NO_THOUGHT),
+        ("", ThinkFault.NO_THOUGHT),
+        ("<think>ก", ThinkFault.NOT_CLOSED),
+        ("<think>", ThinkFault.NOT_CLOSED),
+        ("<think></think>ข", ThinkFault.BLANK_THOUGHT),
+        ("<think> \u200b\n</think>ข", ThinkFault.BLANK_THOUGHT),
+        ("</think>ข", ThinkFault.BLANK_THOUGHT),
+        ("<think>ก</think>", ThinkFault.NO_ANSWER),
+        ("<think>ก</think>\n\u200b", ThinkFault.NO_ANSWER),
+        ("ข<think>ก</think>ค", ThinkFault.SEVERAL),
+        ("<think>ก</think>ข<think>ค</think>ง", ThinkFault.SEVERAL),
+        ("<think>ก</think>ข<think>ค", ThinkFault.SEVERAL),
+        ("<think>ก</think>ข</think>ค", ThinkFault.SEVERAL),
+        ("<think><think>ก</think>ข", ThinkFault.SEVERAL),
+        ("< think>ก</ think>ข", ThinkFault.NO_THOUGHT),
+    ],
+)
+def test_thinking(text, fault):
+    assert think_fault(text) == fault
+
+
+def test_another_language_is_refused():
+    with pytest.raises(UserError, match="'de'; expected one of th, en"):
+        language_fault("Hallo", "de")
+
+
+def test_accuracies_are_shares_of_the_replies():
+    counts = count_form_faults([f"<think>a</think>{THAI}", THAI, "四", ""], "th")
+    assert counts.replies == 4
+    assert counts.language == {OTHER: 1, LanguageFault.BLANK: 1}
+    assert counts.think == {ThinkFault.NO_THOUGHT: 3}
+    assert (counts.language_accuracy, counts.think_accuracy) == (0.5, 0.25)
+
+
+def test_the_table_of_cases_in_the_documentation():
+    page = (Path(jai.__file__).parent / "docs/evaluation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `` (.+?) `` \| (yes|no) \| (yes|no) \| (yes|no) \|", page, re.MULTILINE)
+    assert len(rows) >= 12
+    for reply, thai, english, think in rows:
+        text = reply.replace("⏎", "\n")
+        verdicts = (language_fault(text, "th"), language_fault(text, "en"), think_fault(text))
+        assert tuple("no" if fault else "yes" for fault in verdicts) == (thai, english, think), reply
+
+
+PIECES = st.sampled_from(
+    ["<think>", "</think>", "```", "`", "$", "\\(", "\\)", '"', "“", "”", "\n", " ", "ไทย", "abc", "四", "θ", "http://"]
+)
+ANY_TEXT = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=14).map("".join))
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANY_TEXT)
+def test_no_text_is_too_odd(text):
+    for language in ("th", "en"):
+        assert isinstance(language_fault(text, language), LanguageFault | None)
+    if think_fault(text) is None:
+        assert split_thought(text).answer.strip()
+        assert language_fault(text, "th") is not LanguageFault.BLANK
+    if language_fault(text, "th") is None:
+        assert language_fault(f"{text} 四 и", "th") is not None or "`" in text  # an open quote of code takes it in
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANY_TEXT)
+def test_plain_text_is_plain(text):
+    assert plain_text(plain_text(plain_text(text))) == plain_text(plain_text(text))
+
+
+@pytest.mark.timeout(20)
+def test_a_degenerate_reply_takes_no_time():
+    for piece in ("`", "$", "$ ", "\\(", '"', "“a", "<a ", "a.", "<think>", "www.", "\\begin{a}", "a@b", "'"):
+        language_fault(piece * 30_000, "th")
+        think_fault(piece * 30_000)
