@@ -73,7 +73,8 @@ def thai_sentences(text: str) -> list[str]:
     from pythainlp.tokenize import sent_tokenize
 
     parts = (part for part in _THAI_SENTENCE_END.split(text) if part.strip())
-    return [sentence for part in parts for sentence in sent_tokenize(part, engine="thaisum") if thai_words(sentence)]
+    sentences = (sentence for part in parts for sentence in sent_tokenize(part, engine="thaisum"))
+    return [sentence for sentence in map(str, sentences) if thai_words(sentence)]  # typed as strings or lists
 
 
 def thai_occurrences(phrase: str, text: str) -> int:

@@ -196,7 +196,7 @@ def _instruction(instruction_set: InstructionSet, type_: str, given: Mapping[str
 def _arguments_of(check: Check) -> dict[str, tuple[Any, bool]]:
     """Kind of each argument, without None, and whether it must be given."""
     hints = {name: hint for name, hint in get_type_hints(check).items() if name not in ("text", "return")}
-    defaults = check.__kwdefaults__ or {}  # type: ignore[attr-defined]
+    defaults = check.__kwdefaults__ or {}
     return {name: (_without_null(hint), name not in defaults) for name, hint in hints.items()}
 
 
