@@ -16,9 +16,9 @@ from jai.evaluation.instructions.counting import (
     ABBREVIATIONS,
     detect_language,
     english_sentences,
+    split_thai_words,
     thai_occurrences,
     thai_sentences,
-    thai_words,
 )
 from jai.evaluation.instructions.scoring import (
     InstructionVerdict,
@@ -345,8 +345,8 @@ def test_nulls_and_whole_floats_of_tables_are_taken():
 
 
 def test_thai_is_counted_as_it_is_read():
-    assert thai_words("มากๆ") == thai_words("มาก ๆ") == ["มาก", "ๆ"]
-    assert len(thai_words("ราคา 2,500.50 บาท (ลด 10%)")) == 5
+    assert split_thai_words("มากๆ") == split_thai_words("มาก ๆ") == ["มาก", "ๆ"]
+    assert len(split_thai_words("ราคา 2,500.50 บาท (ลด 10%)")) == 5
     assert thai_sentences("") == thai_sentences(" \n ...") == []
     assert len(thai_sentences("ร้านเปิดแล้ว. คนเยอะมาก. กทม. ร้อน")) == 3
     assert thai_occurrences("ไทย", "คนไทย ไทยแลนด์ ไท") == 2

@@ -18,11 +18,11 @@ from jai.evaluation.instructions.counting import (
     detect_language,
     english_sentences,
     english_tokens,
-    english_words,
+    split_english_words,
+    split_thai_words,
     thai_occurrences,
     thai_positions,
     thai_sentences,
-    thai_words,
 )
 from jai.evaluation.text import plain_text, with_ascii_digits
 
@@ -171,7 +171,7 @@ def _has_english_option(text: str) -> bool:
 
 
 def _has_words(text: str, *, num_words: int, relation: Relation) -> bool:
-    return _compare(len(english_words(text)), relation, num_words)
+    return _compare(len(split_english_words(text)), relation, num_words)
 
 
 def _has_sentences(text: str, *, num_sentences: int, relation: Relation) -> bool:
@@ -232,7 +232,7 @@ def _has_thai_option(text: str) -> bool:
 
 
 def _has_thai_words(text: str, *, num_words: int, relation: Relation) -> bool:
-    return _compare(len(thai_words(text)), relation, num_words)
+    return _compare(len(split_thai_words(text)), relation, num_words)
 
 
 def _has_thai_sentences(text: str, *, num_sentences: int, relation: Relation, divider: str | None = None) -> bool:

@@ -28,7 +28,7 @@ fri sat sun
 ABBREVIATIONS = frozenset(_ABBREVIATIONS.split())
 
 
-def english_words(text: str) -> list[str]:
+def split_english_words(text: str) -> list[str]:
     """Runs of letters, digits and underscores."""
     return regex.findall(r"\w+", text)  # as NLTK reads it: vowel signs belong to their words
 
@@ -63,7 +63,7 @@ def _treebank() -> Any:
 _THAI_SENTENCE_END = re.compile(r"\n|(?<=[!?])\s|(?<=[\u0e00-\u0e7f]{4}\.)\s")
 
 
-def thai_words(text: str) -> list[str]:
+def split_thai_words(text: str) -> list[str]:
     """Words of the text, whatever their script; signs and spaces are none. ๆ is one: it is read as a word."""
     return [token for token in _thai_tokens(text) if any(each.isalnum() for each in token)]
 
@@ -74,7 +74,7 @@ def thai_sentences(text: str) -> list[str]:
 
     parts = (part for part in _THAI_SENTENCE_END.split(text) if part.strip())
     sentences = (sentence for part in parts for sentence in sent_tokenize(part, engine="thaisum"))
-    return [sentence for sentence in map(str, sentences) if thai_words(sentence)]  # typed as strings or lists
+    return [sentence for sentence in map(str, sentences) if split_thai_words(sentence)]  # typed as strings or lists
 
 
 def thai_occurrences(phrase: str, text: str) -> int:
