@@ -178,7 +178,9 @@ def test_the_key_is_written_nowhere(client_of, monkeypatch, tmp_path):
     with ChatEndpoint(lambda request, before: f"Your key is {KEY}.", key=KEY) as server:
         client = client_of(server, key_variable="JUDGE_KEY")
         assert KEY not in client.ask([request_of("a")])[0].text
-    assert KEY.encode() not in (tmp_path / "replies.sqlite").read_bytes()
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"Your key is" in written
+    assert KEY.encode() not in written
     assert KEY not in repr(client.endpoint) + client.summary()
 
 
