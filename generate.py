@@ -17,13 +17,13 @@ from jai.files import read_json
 from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
 from jai.options import argument, check_values, option
 from jai.tokenization.loading import load_tokenizer, tokenizer_folder
+from jai.tokenization.stops import stop_ids
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
-    from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-END_OF_TURN = "<|end|>"  # of phi-3's chat form
 _LAST_CLUSTER = regex.compile(r"\X\Z")
 _UNFINISHED = "\ufffd"  # what decoders make of bytes that are no character yet
 
@@ -110,18 +110,6 @@ def generate(options: GenerateOptions, *, console: Console | None = None) -> str
     console.print()
     (text,) = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
-
-
-def stop_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids at which a generation ends: those of the checkpoint's generation config, and the tokenizer's.
-
-    The tokenizer's are its end of text and, in phi-3's chat form, `<|end|>`. Either source may lack one: a base's
-    configuration names the end of text alone, a tokenizer knows nothing of a third token that a trainer added.
-    """
-    configured = generation_config.eos_token_id if generation_config else None
-    configured = [configured] if isinstance(configured, int) else configured or []
-    ids = [*configured, tokenizer.eos_token_id, tokenizer.get_vocab().get(END_OF_TURN)]
-    return sorted({id_ for id_ in ids if id_ is not None})
 
 
 class ClusterStreamer:

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from jai.cli.verb import verb
 from jai.evaluation.options import EvalOptions
-from jai.evaluation.suites import read_suite, read_suites, suite_names
+from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
 
 _MEASURE = "run"
 
@@ -36,6 +36,8 @@ def evaluate(options: EvalOptions) -> None:
         _list_suites()
         return
     options.check()
+    if any(isinstance(suite, JudgedSuite) for suite in suites):
+        options.check_judge()
     # tqdm reads it when it is imported; lm-eval shows a bar for each task, and there is one of ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from jai.evaluation.command import evaluate_suites

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from jai.demo.results import Answer
-from jai.generate import stop_ids
 from jai.router_load import router_load
 from jai.small_model import bits_per_character
+from jai.tokenization.stops import stop_ids
 
 
 class MeasuredModel:

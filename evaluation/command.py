@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jai eval CKPT`: measure suites on a model, and keep what comes."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jai.errors import UserError
+from jai.evaluation.judged.command import JudgedPlan, measure_judged, plan_judged
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.measure import SuitePlan, measure_suite, plan_suite
 from jai.evaluation.models import load_answering_model, revision_of
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.results import EvaluationRun, Figure, open_run
-from jai.evaluation.suites import Suite
+from jai.evaluation.suites import JudgedSuite, Suite
 from jai.evaluation.tasks import TaskLoader
 from jai.files import print_next
 from jai.provenance import versions
@@ -20,7 +22,9 @@ from jai.provenance import versions
 _PACKAGES = ("lm-eval", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
-def evaluate_suites(options: EvalOptions, suites: list[Suite], *, console: Console | None = None) -> EvaluationRun:
+def evaluate_suites(
+    options: EvalOptions, suites: list[Suite | JudgedSuite], *, console: Console | None = None
+) -> EvaluationRun:
     """Measure suites on a model; what a run in the same folder has measured already is taken from there.
 
     Args:
@@ -37,7 +41,7 @@ def evaluate_suites(options: EvalOptions, suites: list[Suite], *, console: Conso
     """
     console = console or Console()
     for suite in suites:
-        if suite.runs_code and not options.allow_code_execution:
+        if isinstance(suite, Suite) and suite.runs_code and not options.allow_code_execution:
             raise UserError(
                 f"The suite {suite.name} runs programs that the model writes. Allow it with --allow-code-execution, on "
                 "a machine that has nothing to lose."
@@ -50,22 +54,41 @@ def evaluate_suites(options: EvalOptions, suites: list[Suite], *, console: Conso
         "seed": options.seed,
     }
     _quiet_bars()
-    plans = [plan_suite(suite, _loader(options, suite)) for suite in suites]
+    plans = [
+        plan_judged(suite, options) if isinstance(suite, JudgedSuite) else plan_suite(suite, _loader(options, suite))
+        for suite in suites
+    ]
     with open_run(options.folder, model=options.model, revision=revision_of(options), conditions=conditions) as run:
         run.results.versions = versions(*_PACKAGES)
         run.results.seeds = {"sampling": options.seed, "bootstrap": options.seed}
-        models: dict[bool, KeptAnswers] = {}
+        models = _Models(options, run.folder)
         for plan in plans:
-            chat = plan.suite.chat if options.backend == "openai" else False
-            if chat not in models:
-                lm = load_answering_model(options, chat=plan.suite.chat)
-                models[chat] = KeptAnswers(lm, run.folder / ANSWERS_FILE, options.batch_size)
-            figures = _measure(plan, models[chat], run, options, console)
+            if isinstance(plan, JudgedPlan):
+                figures = measure_judged(plan, run, options, lambda: models.load(chat=True), console)
+            else:
+                figures = _measure(plan, models.load(chat=plan.suite.chat), run, options, console)
             _print_figures(plan.suite, figures, console)
         run.finish()
     console.print(f"The run is in {run.folder}.", markup=False, highlight=False, soft_wrap=True)
     print_next(console, ["jai", "eval", "compare", run.folder])
     return run
+
+
+class _Models:
+    """What answers, loaded when it is first asked."""
+
+    def __init__(self, options: EvalOptions, folder: Path):
+        self._options = options
+        self._folder = folder
+        self._loaded: dict[bool, KeptAnswers] = {}
+
+    def load(self, *, chat: bool) -> KeptAnswers:
+        """The model; a server has another address for chats, a checkpoint is the same."""
+        key = chat and self._options.backend == "openai"
+        if key not in self._loaded:
+            lm = load_answering_model(self._options, chat=chat)
+            self._loaded[key] = KeptAnswers(lm, self._folder / ANSWERS_FILE, self._options.batch_size)
+        return self._loaded[key]
 
 
 def _quiet_bars() -> None:
@@ -108,7 +131,7 @@ def _measure(
         return measure_suite(plan, model, run, limit=options.limit, seed=options.seed, tell=begin)
 
 
-def _print_figures(suite: Suite, figures: list[Figure], console: Console) -> None:
+def _print_figures(suite: Suite | JudgedSuite, figures: list[Figure], console: Console) -> None:
     from rich.table import Table
 
     table = Table("", "metric", "score", "95 %", "items", title=suite.title, title_justify="left", box=None)

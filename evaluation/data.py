@@ -12,12 +12,14 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jai.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+Parsed = TypeVar("Parsed")
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 _OPENTHAIGPT = (
@@ -126,9 +128,9 @@ def local_split(folder: Path, source: DataSource) -> "Dataset | None":
         UserError: if the file is damaged, or a row lacks a column, naming the file and the line.
     """
     known = KNOWN_FILES.get(source)
-    if known is not None and (path := _file(folder / known.name)) is not None:
+    if known is not None and (path := rows_file(folder / known.name)) is not None:
         rows = list(read_rows(path, known.columns, known.convert))
-    elif (path := _file(folder.joinpath(*filter(None, (source.path, source.config)), source.split))) is not None:
+    elif (path := rows_file(folder.joinpath(*filter(None, (source.path, source.config)), source.split))) is not None:
         rows = list(read_rows(path))
     else:
         return None
@@ -162,6 +164,29 @@ def read_rows(
     Raises:
         UserError: if the file or a row is damaged, or a row lacks a column, naming the file and the line.
     """
+    wanted = columns
+
+    def checked(row: Mapping[str, Any]) -> dict[str, Any]:
+        nonlocal wanted
+        wanted = tuple(row) if wanted is None else wanted
+        missing = [name for name in wanted if name not in row]
+        if missing:
+            raise ValueError(f"without {missing[0]!r}")
+        return convert(row)
+
+    return parsed_rows(path, checked)
+
+
+def parsed_rows(path: Path, parse: Callable[[Mapping[str, Any]], Parsed]) -> Iterator[Parsed]:
+    """What is made of the rows of a file of JSON Lines, gzipped where its name ends in .gz; empty lines are no rows.
+
+    Args:
+        path: the file.
+        parse: is given each row; it raises ValueError, TypeError, KeyError or AttributeError for one that is wrong.
+
+    Raises:
+        UserError: if the file or a row is damaged, or a row is wrong, naming the file and the line.
+    """
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -170,11 +195,7 @@ def read_rows(
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if not isinstance(row, dict):
                         raise ValueError("no JSON object")
-                    columns = columns or tuple(row)
-                    missing = [name for name in columns if name not in row]
-                    if missing:
-                        raise ValueError(f"without {missing[0]!r}")
-                    yield convert(row)
+                    yield parse(row)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged after line {number} ({error}). Fetch it again.") from None
     except OSError as error:
@@ -185,5 +206,6 @@ def read_rows(
         ) from None
 
 
-def _file(stem: Path) -> Path | None:
+def rows_file(stem: Path) -> Path | None:
+    """The file of rows of this name, which may be gzipped; None where there is none."""
     return next((path for suffix in _SUFFIXES if (path := stem.with_name(stem.name + suffix)).is_file()), None)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from jai.errors import UserError
+from jai.evaluation.progress import counted_progress
 from jai.evaluation.reply_cache import ChatReply, ChatRequest, ReplyCache
 from jai.provenance import redact
 
@@ -161,7 +162,7 @@ class CostEstimate:
         replies = "replies of any length" if self.reply_tokens is None else f"at most {self.reply_tokens:,} of replies"
         price = "" if self.price is None else f", at most {_money(self.price)}"
         return (
-            f"{self.requests:,} requests, {self.cached:,} of them answered already; about {self.prompt_tokens:,} "
+            f"{_number(self.requests, 'request')}, {self.cached:,} answered already; about {self.prompt_tokens:,} "
             f"tokens of prompts and {replies}{price}"
         )
 
@@ -182,7 +183,7 @@ class EndpointClient:
     Args:
         endpoint: where and how.
         cache: where replies are kept.
-        console: where progress is shown; None shows none.
+        console: where estimates and progress are shown; None shows none.
 
     Attributes:
         counts: what came of all requests so far.
@@ -228,6 +229,9 @@ class EndpointClient:
                 self.counts.add(known, cached=True)
         missing = {key: each for key, each in zip(keys, requests) if key not in outcomes}
         if missing:
+            if self._console is not None:
+                announced = f"  {what} ({self.endpoint.model}): {self.estimate(requests)}"
+                self._console.print(announced, markup=False, highlight=False, soft_wrap=True)
             outcomes |= self._ask_missing(missing, what)
         return [outcomes[key] for key in keys]
 
@@ -235,7 +239,8 @@ class EndpointClient:
         """What came of all requests, in a few lines."""
         counts = self.counts
         lines = [
-            f"{counts.replies:,} replies in {counts.tries:,} tries, {counts.cached:,} from the cache, "
+            f"{_number(counts.replies, 'reply', 'replies')} in {_number(counts.tries, 'try', 'tries')}, "
+            f"{counts.cached:,} from the cache, "
             f"{counts.failed:,} failed; {counts.prompt_tokens:,} tokens read, {counts.reply_tokens:,} written"
             + ("" if self.endpoint.prices is None else f", {_money(self._price())}")
         ]
@@ -270,12 +275,12 @@ class EndpointClient:
             timeout=self.endpoint.timeout,
             max_retries=0,
         ) as client:
-            with _Progress(self._console, what, len(missing)) as progress:
+            with counted_progress(self._console, what, len(missing)) as tell:
 
                 async def work() -> None:
                     for key, request in waiting:
                         outcomes[key] = await self._outcome(client, key, request)
-                        progress.advance()
+                        tell(len(outcomes))
 
                 workers = [asyncio.ensure_future(work()) for _ in range(min(self.endpoint.concurrency, len(missing)))]
                 try:
@@ -324,7 +329,7 @@ class EndpointClient:
             number = "A request" if self.counts.failed == 1 else f"{self.counts.failed} requests"
             raise UserError(
                 f"{number} to {self.endpoint.model} at {self.endpoint.url} failed{allowed}; the last one after "
-                f"{attempts} {'try' if attempts == 1 else 'tries'}: {problem.text}"
+                f"{_number(attempts, 'try', 'tries')}: {problem.text}"
             )
         return FailedRequest(problem.text)
 
@@ -465,33 +470,10 @@ def _asked_pause(headers: Any) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
+def _number(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def _money(amount: float) -> str:
     """In the currency of the prices."""
     return f"{amount:,.2f}" if amount >= 0.01 or amount == 0 else f"{amount:.4f}"
-
-
-class _Progress:
-    """A bar with the time left, where there is a console."""
-
-    def __init__(self, console: "Console | None", what: str, total: int):
-        self._what, self._total = what, total
-        self._bar: Any = None
-        if console is not None:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=console, transient=True)
-
-    def __enter__(self) -> "_Progress":
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(self._what, total=self._total)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task)

@@ -29,11 +29,14 @@ class KeptAnswers(LM):
         path: the file.
         batch_size: sequences that the model takes at a time.
         tell: called with the number of requests that are answered, and with all of them.
+
+    Attributes:
+        lm, tell: as given.
     """
 
     def __init__(self, lm: LM, path: Path, batch_size: int, tell: Callable[[int, int], None] = lambda *_: None):
         super().__init__()
-        self._lm = lm
+        self.lm = lm
         self._path = path
         self._chunk = batch_size * _BATCHES
         self._known = {key: answer for line in whole_lines(path) for key, answer in [json.loads(line)]}
@@ -42,10 +45,10 @@ class KeptAnswers(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self._lm.tokenizer_name
+        return self.lm.tokenizer_name
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self._lm.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+        return self.lm.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return [(float(value), bool(is_greedy)) for value, is_greedy in self._answers("loglikelihood", requests)]
@@ -66,7 +69,7 @@ class KeptAnswers(LM):
         done = 0
         for chunk in self._chunks(requests):
             if any(keys[index] not in self._known for index in chunk):
-                answers = getattr(self._lm, kind)([requests[index] for index in chunk], **self._quietly)
+                answers = getattr(self.lm, kind)([requests[index] for index in chunk], **self._quietly)
                 self._keep([(keys[index], answer) for index, answer in zip(chunk, answers, strict=True)])
             done += len(chunk)
             self.tell(done, len(requests))

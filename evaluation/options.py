@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from jai.errors import UserError
+from jai.evaluation.judged.options import JudgeOptions
 from jai.options import argument, check_values, option
 
 
 @dataclass(kw_only=True)
-class EvalOptions:
+class EvalOptions(JudgeOptions):
     """What `jai eval CKPT` takes."""
 
     model: str = argument("CKPT", help="Folder or Hub id of a checkpoint; with --backend openai, the server's model.")

@@ -337,6 +337,17 @@ class EvaluationRun:
         others = [each for each in self.results.figures if each.suite != suite]
         self.results.figures = [*others, *figures]
 
+    def replace_items(self, suite: str, items: Iterable[Item]) -> None:
+        """Set a suite's outcomes, where all of them are found anew from what was asked before."""
+        others = {key: item for key, item in self.items.items() if item.suite != suite}
+        self.items = others | {item.key: item for item in items}
+        _write_whole(self.folder / ITEMS_FILE, "".join(map(_line, self.items.values())))
+
+    def replace_notes(self, suite: str, notes: Iterable[str]) -> None:
+        """Set what a reader of a suite's figures must know."""
+        others = [each for each in self.results.notes if not each.startswith(f"{suite}: ")]
+        self.results.notes = [*others, *(f"{suite}: {note}" for note in notes)]
+
     def replace_task(self, record: TaskRecord) -> None:
         """Set how a task was measured."""
         others = [each for each in self.results.tasks if (each.suite, each.task) != (record.suite, record.task)]

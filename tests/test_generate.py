@@ -19,7 +19,8 @@ from rich.console import Console
 from transformers import GenerationConfig
 
 from jai.errors import UserError
-from jai.generate import ClusterStreamer, GenerateOptions, generate, stop_ids
+from jai.generate import ClusterStreamer, GenerateOptions, generate
+from jai.tokenization.stops import stop_ids
 
 TEXTS = (
     "สวัสดีครับ ผมชื่อน้ำ hello ฉันที่ก็ ฎฏ",

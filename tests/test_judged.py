@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import jai.evaluation.judged
+import jai.evaluation.suites
 from chat_endpoint import Answer, ChatEndpoint
 from jai.errors import UserError
 from jai.evaluation.endpoint import Endpoint, EndpointClient
@@ -457,7 +457,7 @@ def test_answers_are_written_and_read(tmp_path):
 
 
 def test_our_questions_are_whole():
-    path = Path(jai.evaluation.judged.__file__).parent / "hall_bench_small.jsonl"
+    path = Path(jai.evaluation.suites.__file__).parent / "hall_bench_small.jsonl"
     questions = [fact_question(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     check_questions(questions, path.name)
     assert len(questions) == 26

@@ -15,10 +15,10 @@ from jai.hub import local_folder
 from jai.provenance import Step, read_step
 from jai.tokenization.chat import with_chat_template
 from jai.tokenization.loading import load_tokenizer
+from jai.tokenization.stops import END_OF_TURN
 from jai.trainers.arguments import TrlConfig
 from jai.trainers.data import TrainingData
 
-END_OF_TURN = "<|end|>"
 _CHAT_TOKENS = ("<|user|>", "<|assistant|>", END_OF_TURN)
 
 

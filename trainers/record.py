@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from jai.configuration_jai import AUTO_MAP
 from jai.provenance import chain, file_hashes, input_of, versions, write_step
+from jai.tokenization.stops import END_OF_TURN
 from jai.trainers.arguments import StageArguments
-from jai.trainers.base_model import END_OF_TURN, BaseModel
+from jai.trainers.base_model import BaseModel
 from jai.trainers.data import TrainingData
 
 LOGS_FOLDER = "training_logs"

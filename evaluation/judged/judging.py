@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from jai.evaluation.endpoint import EndpointClient, FailedRequest
+from jai.evaluation.judged.options import JUDGE_PARAMETERS
 from jai.evaluation.judged.prompts import JudgePrompt
 from jai.evaluation.reply_cache import ChatRequest
 
 Verdict = TypeVar("Verdict")
-
-JUDGE_PARAMETERS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 2048}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from jai.evaluation.judged.hall_bench import (
     hall_bench_figures,
     hall_bench_items,
 )
-from jai.evaluation.judged.judging import JUDGE_PARAMETERS, Judgement, judge_cases
+from jai.evaluation.judged.judging import Judgement, judge_cases
 from jai.evaluation.judged.mt_bench import GRADING_PROMPTS, grading_cases, mt_bench_figures, mt_bench_items
+from jai.evaluation.judged.options import JUDGE_PARAMETERS
 from jai.evaluation.judged.prompts import prompts_hash
 from jai.evaluation.judged.questions import ChatQuestion, FactQuestion
 from jai.evaluation.reply_cache import ChatRequest
@@ -45,7 +46,8 @@ class Judge:
         Raises:
             UserError: as `EndpointClient.ask`.
         """
-        self.client.ask([ChatRequest([{"role": "user", "content": _PROBE}], self.parameters)], "Asking the judge")
+        quiet = EndpointClient(self.client.endpoint, self.client.cache)
+        quiet.ask([ChatRequest([{"role": "user", "content": _PROBE}], self.parameters)])
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from jai.errors import UserError
 from jai.options import check_values, option, options_of, read_yaml, refuse_unknown
 
 MeanOver = Literal["items", "tasks"]
+CRITERION_NAMES = ("facts", "fluency")
 _FOLDER = Path(__file__).parent
 
 
@@ -101,12 +102,45 @@ class Suite:
                     )
 
 
+@dataclass(kw_only=True)
+class JudgedSuite:
+    """Questions whose answers a model judges.
+
+    Attributes:
+        place: folder of the suite's file.
+    """
+
+    name: str = option(help="Of the suite; that of its file, where it is not given.")
+    title: str = option(help="For people.")
+    about: str = option(help="What it measures, and what a reader of its figures must know.")
+    language: str | None = option(None, help="th or en; none for several.")
+    judged: Literal["mt-bench", "hall-bench"] = option(
+        help="How: answers graded turn by turn from 1 to 10, or found right and fluent or not."
+    )
+    criteria: list[str] = option([], help="Of hall-bench: facts, fluency or both.")
+    file: str = option(help="Name of the questions' file, without .jsonl or .jsonl.gz, in the folder of --data.")
+    beside: str | None = option(None, help="File of questions that lies beside the suite's.")
+    dataset: str | None = option(None, help="Hub id of the questions.")
+    split: str = option("train", help="Of the data set on the Hub.")
+    questions: int | None = option(None, help="How many the published set has.", at_least=1)
+    place: Path = Path()
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.judged == "hall-bench" and not self.criteria:
+            raise UserError("it has no criteria. Give facts, fluency or both.")
+        if self.judged == "mt-bench" and self.criteria:
+            raise UserError("criteria are for hall-bench.")
+        if unknown := [each for each in self.criteria if each not in CRITERION_NAMES]:
+            raise UserError(f"criteria has {unknown[0]!r}; expected some of {', '.join(CRITERION_NAMES)}.")
+
+
 def suite_names() -> list[str]:
     """Names of the suites that come with the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def read_suite(name: str) -> Suite:
+def read_suite(name: str) -> Suite | JudgedSuite:
     """A suite by its name, or from a file of one's own.
 
     Args:
@@ -122,12 +156,15 @@ def read_suite(name: str) -> Suite:
         )
     content = read_yaml(path)
     try:
-        return _entry(Suite, {"name": path.stem, **content}, "the suite")
+        suite = _entry(JudgedSuite if "judged" in content else Suite, {"name": path.stem, **content}, "the suite")
+        if isinstance(suite, JudgedSuite):
+            suite.place = path.parent
+        return suite
     except UserError as error:
         raise UserError(f"In {path}, {error}") from None
 
 
-def read_suites(names: Sequence[str]) -> list[Suite]:
+def read_suites(names: Sequence[str]) -> list[Suite | JudgedSuite]:
     """Suites, each once.
 
     Raises:

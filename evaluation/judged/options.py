@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What judged suites take from the command line."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jai.errors import UserError
+from jai.options import option
+
+if TYPE_CHECKING:
+    from jai.evaluation.endpoint import Endpoint
+
+JUDGE_PARAMETERS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 2048}
+
+
+@dataclass(kw_only=True)
+class JudgeOptions:
+    """Who judges, and how."""
+
+    judge_url: str | None = option(
+        None,
+        help="Address of an OpenAI-compatible API with a judge, such as https://api.openai.com/v1. Judged suites need "
+        "it.",
+        metavar="URL",
+    )
+    judge_model: str | None = option(None, help="Id of the judge there, such as gpt-4o-2024-08-06.", metavar="ID")
+    judge_key: str = option(
+        "OPENAI_API_KEY", help="Environment variable that holds the judge's key.", metavar="VARIABLE"
+    )
+    judge_parameters: list[str] = option(
+        [],
+        help="Parameter of the judge, beside or in place of temperature=0 and max_tokens=2048; null leaves one out. "
+        "May be repeated.",
+        metavar="NAME=JSON",
+    )
+    judge_concurrency: int = option(8, help="Requests to the judge at a time.", at_least=1)
+    judge_timeout: float = option(120.0, help="Seconds to wait for a judgement.", above=0)
+    judge_attempts: int = option(6, help="How often a request to the judge is tried.", at_least=1)
+    judge_max_failed: int = option(
+        0, help="Judgements that may fail for good; with more, all of it stops, and what came is kept.", at_least=0
+    )
+    judge_price: list[float] = option(
+        [],
+        help="Price of a million tokens that the judge reads, and of a million that it writes; the cost is then "
+        "estimated before it is asked.",
+        at_least=0,
+    )
+    repeats: int = option(
+        1, help="How often everything is judged; with 2 and more, the agreement is shown.", at_least=1
+    )
+    max_answer_tokens: int = option(
+        1024, help="Longest answer to a question of a judged suite, in tokens. MT-Bench's is 1024.", at_least=1
+    )
+
+    def check_judge(self) -> None:
+        """Refuse to judge without a judge, before anything heavy is imported.
+
+        Raises:
+            UserError: saying what is missing or wrong.
+        """
+        if not self.judge_url or not self.judge_model:
+            missing = "--judge-model" if self.judge_url else "--judge-url"
+            raise UserError(
+                f"A judged suite needs a judge, but {missing} is not given. Give the address of an OpenAI-compatible "
+                "API and the id of a model there: --judge-url https://api.openai.com/v1 --judge-model "
+                "gpt-4o-2024-08-06."
+            )
+        if len(self.judge_price) not in (0, 2):
+            raise UserError(
+                f"judge_price has {len(self.judge_price)} numbers; expected two, the price of a million tokens read "
+                "and of a million written, such as 2.5,10."
+            )
+        self.parameters_of_judge()
+        self.endpoint_of_judge()
+
+    def endpoint_of_judge(self) -> "Endpoint":
+        """Where the judge is asked.
+
+        Raises:
+            UserError: if the address is none.
+        """
+        from jai.evaluation.endpoint import Endpoint
+
+        return Endpoint(
+            url=str(self.judge_url),
+            model=str(self.judge_model),
+            key_variable=self.judge_key,
+            concurrency=self.judge_concurrency,
+            timeout=self.judge_timeout,
+            attempts=self.judge_attempts,
+            max_failed=self.judge_max_failed,
+            prices=(self.judge_price[0], self.judge_price[1]) if self.judge_price else None,
+        )
+
+    def parameters_of_judge(self) -> dict[str, Any]:
+        """Parameters of the judge's sampling.
+
+        Raises:
+            UserError: if one is no NAME=JSON.
+        """
+        parameters = dict(JUDGE_PARAMETERS)
+        for text in self.judge_parameters:
+            name, equals, value = text.partition("=")
+            try:
+                if not name.strip() or not equals:
+                    raise ValueError
+                parameters[name.strip()] = json.loads(value)
+            except ValueError:
+                raise UserError(
+                    f"judge_parameters has {text!r}; expected NAME=JSON, such as temperature=1 or "
+                    'reasoning_effort="low".'
+                ) from None
+        return {name: value for name, value in parameters.items() if value is not None}

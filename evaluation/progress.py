@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a work is, and the time that it has left."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextmanager
+def counted_progress(console: "Console | None", what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar while the block runs; nothing where there is no console, or it is no terminal.
+
+    Args:
+        console: where.
+        what: name of the work.
+        total: how much it is.
+
+    Yields:
+        A function that is told how much is done.
+    """
+    if console is None or not console.is_terminal:
+        yield lambda done: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

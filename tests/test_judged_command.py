@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai eval` with judged suites: a tiny checkpoint or a server answers, a server on this machine judges."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from chat_endpoint import Answer, ChatEndpoint
+from jai.errors import UserError
+from jai.evaluation.command import evaluate_suites
+from jai.evaluation.endpoint import Endpoint
+from jai.evaluation.judged.prompts import FACTS
+from jai.evaluation.options import EvalOptions
+from jai.evaluation.results import read_run
+from jai.evaluation.suites import JudgedSuite, read_suites
+
+ANSWER = re.compile(r"\[Begin: (answer[^\]]*)\]\n(.*?)\n\[End: \1\]", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
+    """A JAI that knows nothing, in phi-3's chat form."""
+    tokenizer = tiny_tokenizer
+    model = tiny_model(
+        vocab_size=len(tokenizer),
+        block_repeats=[1, 1],
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=512,
+    )
+    folder = tmp_path_factory.mktemp("judged") / "tiny-jai"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder with three questions of MT-Bench's form and of JAI-Hall-Bench's."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    chats = [
+        {"question_id": number, "category": category, "turns": [f"{category}?", "And then?"], "reference": ["a", "b"]}
+        for number, category in enumerate(["math", "writing", "stem"])
+    ]
+    facts = [{"id": number, "question": f"ข้อ {number}", "facts": f"จริง {number}"} for number in range(3)]
+    for name, rows in (("mt_bench_th", chats), ("hall_bench_298", facts), ("hall_bench", facts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluate(*suites: str, judge: ChatEndpoint, **options) -> tuple[str, EvalOptions]:
+    """Run `jai eval`; gives what it prints, and the options."""
+    values = {"judge_url": judge.url, "judge_model": "judge", "max_answer_tokens": 8, "judge_attempts": 1, **options}
+    given = EvalOptions(suite=list(suites), **values)
+    given.check()
+    given.check_judge()
+    output = io.StringIO()
+    evaluate_suites(given, read_suites(given.suite), console=Console(file=output, width=200))
+    return output.getvalue(), given
+
+
+def always(text: str):
+    return lambda request, before: text
+
+
+def test_a_checkpoint_is_judged(checkpoint, data, tmp_path):
+    with ChatEndpoint(always("Hm. [[7]]"), model="judge-2025") as judge:
+        printed, options = evaluate(
+            "mt-bench-th", judge=judge, model=str(checkpoint), data=data, out=tmp_path / "run", judge_price=[2.5, 10]
+        )
+    results, items = read_run(options.folder)
+    assert results.finished
+    assert [(figure.name, figure.value, figure.items) for figure in results.figures][:3] == [
+        ("all turns", 7.0, 6),
+        ("first turn", 7.0, 3),
+        ("second turn", 7.0, 3),
+    ]
+    assert {(task.judge, task.data, task.version) for task in results.tasks} == {("judge", "mt_bench_th.jsonl", "1")}
+    assert {task.task for task in results.tasks} == {item.task for item in items} == {"math", "writing", "stem"}
+    assert all(task.judge_prompt_hash and task.prompt_hash for task in results.tasks)
+    assert "mt-bench-th: The judge calls itself judge-2025." in results.notes
+    assert "mt-bench-th: 3 questions of mt_bench_th.jsonl; the published set has 91." in results.notes
+    # The cost is known before: six judgements of at most 2,048 tokens each, at 10 a million.
+    assert re.search(
+        r"if every answer is as long as may be: 6 requests, 0 answered already; .* at most 0\.1\d", printed
+    )
+    assert re.search(r"Judging \(judge\): 6 requests, 0 answered already", printed)
+    assert "Judge: 6 replies in 6 tries" in printed
+    answers = [json.loads(line) for line in (options.folder / "answers-mt-bench-th.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in answers] == ["0", "1", "2"]
+    assert all(len(row["answers"]) == 2 for row in answers)
+    asked = [request["messages"][1]["content"] for request in judge.asked if len(request["messages"]) == 2]
+    shown = {match[2] for prompt in asked for match in ANSWER.finditer(prompt)}
+    assert shown == {answer for row in answers for answer in row["answers"]}
+
+
+def test_a_run_that_is_there_costs_nothing(checkpoint, data, tmp_path):
+    with ChatEndpoint(always("[[true]]")) as judge:
+        run = {"judge": judge, "model": str(checkpoint), "data": data, "out": tmp_path / "run"}
+        evaluate("hall-bench-298", **run)
+        asked = len(judge.asked)
+        before = (tmp_path / "run" / "items.jsonl").read_text()
+        printed, _ = evaluate("hall-bench-298", **run)
+        assert len(judge.asked) == asked == 4  # three facts and a probe
+        assert (tmp_path / "run" / "items.jsonl").read_text() == before
+        assert "Judge: 0 replies in 0 tries, 3 from the cache" in printed
+        with pytest.raises(UserError, match="holds hall-bench-298 as judge judged it; the judge is now other"):
+            evaluate("hall-bench-298", **run, judge_model="other")
+
+
+def test_a_judge_that_stops_answering(checkpoint, data, tmp_path):
+    """What came is kept, and the same command asks for the rest."""
+    with ChatEndpoint(lambda request, before: Answer(status=401) if len(judge.asked) == 5 else "[[true]]") as judge:
+        run = {"judge": judge, "model": str(checkpoint), "data": data, "out": tmp_path / "run", "judge_concurrency": 1}
+        with pytest.raises(UserError, match=r"3 of the 6 replies came and are kept in .*replies\.sqlite"):
+            evaluate("hall-bench", **run)
+        assert not read_run(tmp_path / "run")[0].finished
+        evaluate("hall-bench", **run)
+    prompts = list(map(json.dumps, judge.asked))
+    assert sorted(prompts.count(prompt) for prompt in set(prompts)) == [1] * 6 + [2]  # the one that was refused
+    figures = {(figure.name, figure.metric): figure.value for figure in read_run(tmp_path / "run")[0].figures}
+    assert figures == {("all questions", metric): 1.0 for metric in ("correct", "facts", "fluency")}
+
+
+def test_a_wrong_key_is_found_before_the_model_answers(data, tmp_path):
+    with ChatEndpoint(always("[[7]]"), key="sk-right") as judge, pytest.raises(UserError, match="without a key"):
+        evaluate(
+            "mt-bench-th",
+            judge=judge,
+            model="no/such-model",
+            data=data,
+            out=tmp_path / "run",
+            backend="openai",
+            base_url="http://127.0.0.1:9/v1",
+            judge_key="NO_SUCH_KEY",
+        )
+
+
+def test_a_server_answers_and_ours_are_there(tmp_path):
+    """Our own questions need no data; the judge finds facts right and Thai clumsy."""
+    with (
+        ChatEndpoint(lambda request, before: "คำตอบ") as model,
+        ChatEndpoint(
+            lambda request, before: (
+                "[[true]]" if request["messages"][0]["content"].startswith(FACTS.instructions) else "[[false]]"
+            )
+        ) as judge,
+    ):
+        printed, options = evaluate(
+            "hall-bench-small", judge=judge, model="tiny", out=tmp_path / "run", backend="openai", base_url=model.url
+        )
+    assert len(model.asked) == 26
+    assert {request["model"] for request in model.asked} == {"tiny"}
+    figures = {(figure.name, figure.metric): figure.value for figure in read_run(options.folder)[0].figures}
+    assert figures["all questions", "facts"] == 1
+    assert figures["all questions", "fluency"] == figures["all questions", "correct"] == 0
+    assert figures["wrong assumption", "correct"] == 0
+    assert "Answers: 26 replies in 26 tries" in printed
+
+
+def test_options_reach_the_judge(data, tmp_path):
+    with ChatEndpoint(always("x")) as model, ChatEndpoint(always("[[true]]")) as judge:
+        _, options = evaluate(
+            "hall-bench-298",
+            judge=judge,
+            model="tiny",
+            data=data,
+            out=tmp_path / "run",
+            backend="openai",
+            base_url=model.url,
+            limit=2,
+            repeats=3,
+            max_answer_tokens=77,
+            judge_parameters=["temperature=1", "max_tokens=null", 'reasoning_effort="low"'],
+            judge_timeout=9.0,
+            judge_attempts=3,
+            judge_concurrency=2,
+            judge_max_failed=5,
+            judge_key="JUDGE_KEY",
+            judge_price=[1, 2],
+        )
+    assert len(judge.asked) == 7
+    assert {request["temperature"] for request in judge.asked} == {1}
+    assert not any("max_tokens" in request for request in judge.asked)
+    assert {request["reasoning_effort"] for request in judge.asked} == {"low"}
+    assert {request["max_tokens"] for request in model.asked} == {77}
+    assert options.endpoint_of_judge() == Endpoint(
+        url=judge.url,
+        model="judge",
+        key_variable="JUDGE_KEY",
+        concurrency=2,
+        timeout=9.0,
+        attempts=3,
+        max_failed=5,
+        prices=(1.0, 2.0),
+    )
+    results, items = read_run(options.folder)
+    assert "hall-bench-298: Everything was judged 3 times; a score is the mean." in results.notes
+    assert {item.score for item in items if item.metric == "agreement"} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--judge-url is not given"),
+        ({"judge_url": "https://host/v1"}, "--judge-model is not given"),
+        ({"judge_url": "host", "judge_model": "m"}, "is no address of an endpoint"),
+        ({"judge_url": "https://host/v1", "judge_model": "m", "judge_price": [1.0]}, "judge_price has 1 numbers"),
+        ({"judge_url": "https://host/v1", "judge_model": "m", "judge_parameters": ["x"]}, "expected NAME=JSON"),
+        ({"judge_url": "https://host/v1", "judge_model": "m", "judge_parameters": ["x={"]}, "expected NAME=JSON"),
+    ],
+)
+def test_a_judge_is_needed(options, message):
+    with pytest.raises(UserError, match=message):
+        EvalOptions(model="m", **options).check_judge()
+
+
+def test_malformed_questions_are_named_by_file_and_line(data, tmp_path):
+    with (data / "mt_bench_th.jsonl").open("a") as file:
+        file.write('\n{"question_id": 9, "turns": []}\n')
+    with ChatEndpoint(always("[[7]]")) as judge:
+        with pytest.raises(UserError, match=r"mt_bench_th\.jsonl, line 5, .*`turns` is no list of texts"):
+            evaluate("mt-bench-th", judge=judge, model="m", data=data, out=tmp_path / "run")
+        with pytest.raises(UserError, match=r"questions of hall-bench are not published\. Put yours"):
+            evaluate("hall-bench", judge=judge, model="m", out=tmp_path / "run")
+        assert judge.asked == []
+
+
+def test_a_checkpoint_without_a_chat_template(checkpoint, data, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare)
+    (bare / "chat_template.jinja").unlink()
+    with ChatEndpoint(always("[[7]]")) as judge, pytest.raises(UserError, match="has no chat template, which a judged"):
+        evaluate("mt-bench-th", judge=judge, model=str(bare), data=data, out=tmp_path / "run")
+
+
+def test_prompts_that_are_cut_are_counted(checkpoint, data, tmp_path):
+    with ChatEndpoint(always("[[7]]")) as judge:
+        run = {"judge": judge, "model": str(checkpoint), "data": data, "out": tmp_path / "run", "max_length": 20}
+        _, options = evaluate("mt-bench-th", **run)
+        assert any("prompts were longer than the model takes" in note for note in read_run(options.folder)[0].notes)
+        with pytest.raises(
+            UserError, match=r"takes 20 tokens, and an answer may have 20: .* smaller --max-answer-tokens"
+        ):
+            evaluate("mt-bench-th", **{**run, "out": tmp_path / "other", "max_answer_tokens": 20})
+
+
+def test_suites_of_ones_own(tmp_path, data):
+    (tmp_path / "mine.jsonl").write_text('{"id": 1, "question": "ใคร", "answer": "เขา"}\n')
+    (tmp_path / "mine.yaml").write_text(
+        "title: Mine\nabout: Mine.\njudged: hall-bench\ncriteria: [facts]\nfile: x\nbeside: mine.jsonl\n"
+    )
+    with ChatEndpoint(always("x")) as model, ChatEndpoint(always("[[false]]")) as judge:
+        run = {"model": "tiny", "out": tmp_path / "run", "backend": "openai", "base_url": model.url}
+        _, options = evaluate(str(tmp_path / "mine.yaml"), judge=judge, **run)
+    assert [figure.value for figure in read_run(options.folder)[0].figures] == [0.0]
+    for line, message in (("criteria: [taste]", "'taste'; expected some of facts, fluency"), ("", "has no criteria")):
+        (tmp_path / "bad.yaml").write_text(f"title: x\nabout: x\njudged: hall-bench\nfile: x\n{line}\n")
+        with pytest.raises(UserError, match=message):
+            read_suites([str(tmp_path / "bad.yaml")])
+
+
+def test_the_papers_suites_ask_what_its_tables_do():
+    """Table 11 judges facts alone, Table 13 both."""
+    suites = {name: suite for name in ("hall-bench-298", "hall-bench", "mt-bench-th") for suite in read_suites([name])}
+    assert all(isinstance(suite, JudgedSuite) for suite in suites.values())
+    assert (suites["hall-bench-298"].criteria, suites["hall-bench-298"].questions) == (["facts"], 298)
+    assert (suites["hall-bench"].criteria, suites["hall-bench"].questions) == (["facts", "fluency"], 1298)
+    assert suites["mt-bench-th"].dataset == "ThaiLLM-Leaderboard/mt-bench-thai"
+
+
+@pytest.mark.slow
+def test_the_shared_mt_bench_killed_and_gone_on_with(checkpoint, shared_data, tmp_path):
+    """All eighty questions on the command line; SIGKILL in the middle of the judging."""
+    with ChatEndpoint(lambda request, before: Answer("[[5]]", delay=0.05)) as judge:
+        command = [sys.executable, "-m", "jai", "eval", str(checkpoint), "--suite", "mt-bench-en"]
+        command += ["--data", str(shared_data / "eval"), "--out", str(tmp_path / "run"), "--max-answer-tokens", "8"]
+        command += ["--judge-url", judge.url, "--judge-model", "judge", "--judge-concurrency", "2"]
+        process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
+        while len(judge.asked) < 40:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        subprocess.run(command, check=True, env=os.environ, stdout=subprocess.DEVNULL)
+    prompts = list(map(json.dumps, judge.asked))
+    assert len(set(prompts)) == 161
+    assert len(prompts) <= 163
+    results, items = read_run(tmp_path / "run")
+    assert results.finished
+    assert results.figures[0].value == 5
+    assert len(items) == 160
