@@ -115,7 +115,7 @@ def value_of(outcome, name: str, metric: str) -> float:
         ("[[-3]]", None),
         ("[[nan]]", None),
         ("[[rating]]", None),
-        ("<think>Surely [[9]]", 9),
+        ("<think>Surely [[9]]", None),
         ("", None),
         ("[[", None),
     ],

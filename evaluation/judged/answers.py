@@ -10,6 +10,7 @@ from typing import Any
 from jai.evaluation.endpoint import FailedRequest
 from jai.evaluation.judged.questions import ChatQuestion
 from jai.evaluation.reply_cache import ChatReply, ChatRequest
+from jai.evaluation.text import split_thought
 
 # Asks a model; gives a reply or a failure to each request, in order. The second argument names the work for people.
 Asker = Callable[[Sequence[ChatRequest], str], Sequence[ChatReply | FailedRequest]]
@@ -26,7 +27,6 @@ _TEMPERATURES = {
     "humanities": 0.1,
 }
 _OTHER_TEMPERATURE = 0.7
-_THOUGHT_OPENING, _THOUGHT_CLOSING = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,12 @@ def answer_chats(
             requests.append(ChatRequest(messages, parameters))
         for number, reply in zip(asked, ask(requests, f"Answering, turn {turn + 1}")):
             if isinstance(reply, ChatReply):
-                answers[number].append(without_thought(reply.text))
+                answers[number].append(split_thought(reply.text).answer.strip())
     return [ChatAnswers(question.id, tuple(given)) for question, given in zip(questions, answers)]
 
 
 def _temperature(question: ChatQuestion) -> float:
     return _TEMPERATURES.get((question.category or "").lower(), _OTHER_TEMPERATURE)
-
-
-def without_thought(text: str) -> str:
-    """The answer after a thought; nothing where the thought does not end."""
-    _, closing, answer = text.rpartition(_THOUGHT_CLOSING)
-    return "" if _THOUGHT_OPENING in answer else (answer if closing else text).strip()
 
 
 def write_answers(path: Path, questions: Iterable[ChatQuestion], answers: Iterable[ChatAnswers]) -> None:

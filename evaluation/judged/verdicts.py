@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import TypeVar
 
+from jai.evaluation.text import split_thought
+
 _BRACKETS = re.compile(r"\[\[\s*([^\[\]]{1,20}?)\s*\]\]")
-_THOUGHT_END = "</think>"
 _LOWEST, _HIGHEST = 1.0, 10.0
 
 Verdict = TypeVar("Verdict")
@@ -42,7 +43,7 @@ def _grade(word: str) -> float | None:
 
 def _only_one(reply: str, read: Callable[[str], Verdict | None]) -> Verdict | None:
     """The verdict that the reply gives after any thought. Brackets that hold something else do not count."""
-    words = _BRACKETS.findall(reply.rpartition(_THOUGHT_END)[2])
+    words = _BRACKETS.findall(split_thought(reply).answer)
     found = {verdict for word in words if (verdict := read(word.lower())) is not None}
     return found.pop() if len(found) == 1 else None
 
