@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from jai.cli import conversion, evaluation, hub, tokenizer, training, use
+from jai.cli import conversion, evaluation, hub, packing, tokenizer, training, use
 from jai.errors import UserError
 from jai.version import __version__
 
@@ -38,7 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evaluation.app, name="eval")
-for group in (conversion, training, use, hub):
+for group in (conversion, packing, training, use, hub):
     app.add_typer(group.app)
 
 

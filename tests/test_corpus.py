@@ -23,7 +23,7 @@ from jai import cli
 from jai.errors import UserError
 from jai.files import parse_size
 from jai.tokenization import corpus
-from jai.tokenization.corpus import TextFile, draw_sample, open_sources, sample_table
+from jai.tokenization.corpus import Document, TextFile, draw_sample, open_sources, sample_table
 from jai.tokenization.loading import RECORD_FILE
 from jai.tokenization.options import TrainTokenizerOptions
 from jai.tokenization.phi3_style import train_phi3_style
@@ -119,7 +119,7 @@ class TestReading:
         pq.write_table(pa.table({"text": THAI[:2], "source": ["law", None]}), tmp_path / "a.parquet")
         for name in ("a.jsonl", "a.parquet"):
             (source,) = open_sources([tmp_path / name])
-            assert list(source.parts[0].read()) == [(THAI[0], "law"), (THAI[1], None)]
+            assert list(source.parts[0].read()) == [Document(THAI[0], "law"), Document(THAI[1], None)]
 
     def test_parquet_takes_large_strings_and_leaves_other_columns_alone(self, tmp_path):
         table = pa.table(

@@ -39,6 +39,7 @@ COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {
 REQUIRED: dict[str, dict[str, Any]] = {
     "upcycle": {"snapshots": ["a", "b"]},
     "merge": {"models": ["a", "b"]},
+    "pack": {"config": Path("corpus.yaml")},
     "tokenizer train": {"base": "base", "out": Path("out")},
     "tokenizer report": {"text": ["text"]},
     "tokenizer ablate": {"config": Path("comparison.yaml")},

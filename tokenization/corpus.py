@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to learn a tokenizer from: files, folders and Hub datasets, read once and sampled evenly by document."""
+"""Text to learn from: files, folders and Hub datasets, read once; and a sample of it, drawn evenly by document."""
 
 import codecs
 import gzip
 import heapq
 import json
+import math
 import re
 import time
 import zlib
@@ -34,10 +35,47 @@ _PIECE = 2**20  # characters: the most that is in memory of a .txt file
 
 
 class Document(NamedTuple):
-    """A text, and where it comes from if the file says so (a string in its field `source`)."""
+    """A text, and what its row says of it.
+
+    Attributes:
+        text: the text.
+        source: where it comes from, if the row says so (a string in its field `source`).
+        quality: its score, where a column of scores was asked for.
+        translations: the texts of the other columns, where such were asked for.
+    """
 
     text: str
     source: str | None = None
+    quality: float | None = None
+    translations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns (fields of JSON) of a row are read.
+
+    Attributes:
+        text: holds the text.
+        quality: holds a number, its score; None where none is read.
+        translations: hold the same text in other languages.
+    """
+
+    text: str = "text"
+    quality: str | None = None
+    translations: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All columns that must hold text."""
+        return (self.text, *self.translations)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """All columns that must be there."""
+        return (*self.texts, *([self.quality] if self.quality else []))
+
+
+TEXT_COLUMN = Columns()
 
 
 @dataclass
@@ -84,12 +122,14 @@ class TextFile:
     Attributes:
         path: where it lies.
         name: how records name it: its path below the folder that was given.
+        columns: what is read of a row; a .txt file has only text.
         figures: what was found and sampled, filled in while it is read.
         sha256: hash of the file, filled in when it has been read.
     """
 
     path: Path
     name: str
+    columns: Columns = TEXT_COLUMN
     figures: Figures = field(default_factory=Figures)
     sha256: str | None = None
 
@@ -99,10 +139,17 @@ class TextFile:
         Raises:
             UserError: if the file is damaged, is not UTF-8, or has a line or row without a text.
         """
+        yield from self.read_once()
+        try:
+            self.sha256 = sha256(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+
+    def read_once(self) -> Iterator[Document]:
+        """As `read`, without reading the file a second time for its hash."""
         readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
         try:
-            yield from readers[_suffix(self.path)](self.path)
-            self.sha256 = sha256(self.path)
+            yield from readers[_suffix(self.path)](self.path, self.columns)
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from error
 
@@ -122,6 +169,7 @@ class HubDataset:
         split: `train` if none was given.
         revision: the commit that is read.
         rows: the stream.
+        columns: what is read of a row.
         figures: what was found and sampled, filled in while it is read.
     """
 
@@ -131,6 +179,7 @@ class HubDataset:
     split: str
     revision: str | None
     rows: "IterableDataset"
+    columns: Columns = TEXT_COLUMN
     figures: Figures = field(default_factory=Figures)
 
     def read(self) -> Iterator[Document]:
@@ -139,8 +188,15 @@ class HubDataset:
         Raises:
             UserError: if the Hub does not give a row, or a row has no text.
         """
-        rows = iter(self.rows)
-        number = 0
+        return self.read_from(0)
+
+    def read_from(self, number: int) -> Iterator[Document]:
+        """Its documents from the one of that number on, counted from 0; of Parquet, earlier files are not fetched.
+
+        Raises:
+            UserError: as `read`.
+        """
+        rows = iter(self.rows.skip(number) if number else self.rows)
         while True:
             number += 1
             try:
@@ -152,12 +208,13 @@ class HubDataset:
                     f"{self.name} could not be read at row {number}: {_reason(error)}. Check the network, or give "
                     "another dataset."
                 ) from error
-            if not isinstance(text := row.get("text"), str):
-                raise UserError(
-                    f"{self.name}, row {number} has no string `text` (columns: {', '.join(row)}). Give a dataset "
-                    "with a column `text`."
-                )
-            yield Document(text, _string(row.get("source")))
+            for column in self.columns.texts:
+                if not isinstance(row.get(column), str):
+                    raise UserError(
+                        f"{self.name}, row {number} has no string `{column}` (columns: {', '.join(row)}). Give a "
+                        f"dataset with a column `{column}`."
+                    )
+            yield _document(row, self.columns, f"{self.name}, row {number}")
 
     def record(self) -> dict[str, Any]:
         """For a JSON record."""
@@ -196,16 +253,20 @@ class Source:
         return f"{self.name} ({len(files):,} file{'s' * (len(files) != 1)}, {size}{left_out})"
 
 
-def open_sources(texts: Iterable[str | Path]) -> list[Source]:
+def open_sources(
+    texts: Iterable[str | Path], columns: Columns = TEXT_COLUMN, revision: str | None = None
+) -> list[Source]:
     """Find what arguments name. A path that exists wins over a Hub dataset of that name.
 
     Args:
         texts: files, folders, or Hub datasets as `owner/name`, `owner/name:split` or `owner/name:config:split`.
+        columns: what is read of a row.
+        revision: commit, branch or tag of Hub datasets; None is the default branch.
 
     Raises:
         UserError: if one does not exist, has an unknown ending or no `text`, is given twice, or is refused by the Hub.
     """
-    sources = [_open_source(str(text)) for text in texts]
+    sources = [_open_source(str(text), columns, revision) for text in texts]
     if not sources:
         raise UserError(f"No text was given. {WHAT_TO_GIVE}.")
     seen = set()
@@ -304,26 +365,26 @@ def _with_progress(parts: Sequence[TextFile | HubDataset]) -> Iterator[tuple[int
                 yield index, document
 
 
-def _open_source(name: str) -> Source:
+def _open_source(name: str, columns: Columns, revision: str | None) -> Source:
     path = Path(name)
     if path.is_dir():
-        return _open_folder(name, path)
+        return _open_folder(name, path, columns)
     if path.is_file():
         if _suffix(path) not in SUFFIXES:
             raise UserError(f"{name} has an unknown ending. {WHAT_TO_GIVE}.")
-        return Source(name, [TextFile(path, path.name)])
+        return Source(name, [TextFile(path, path.name, columns)])
     hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?::([^:]+))?(?::([^:]+))?", name, re.ASCII)
     if _suffix(path) in SUFFIXES or not hub:
         raise UserError(f"{name} does not exist: there is no such file or folder. {WHAT_TO_GIVE}.")
     repo_id, first, second = hub.groups()
     config, split = (first, second) if second else (None, first or "train")
-    return Source(name, [_open_dataset(name, repo_id, config, split)])
+    return Source(name, [_open_dataset(name, repo_id, config, split, columns, revision)])
 
 
-def _open_folder(name: str, folder: Path) -> Source:
+def _open_folder(name: str, folder: Path, columns: Columns) -> Source:
     below = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
     files = [
-        TextFile(path, str(Path(folder.absolute().name, path.relative_to(folder))))
+        TextFile(path, str(Path(folder.absolute().name, path.relative_to(folder))), columns)
         for path in below
         if _suffix(path) in SUFFIXES
         and path.is_file()
@@ -334,13 +395,15 @@ def _open_folder(name: str, folder: Path) -> Source:
     return Source(name, files, left_out=len(below) - len(files))
 
 
-def _open_dataset(name: str, repo_id: str, config: str | None, split: str) -> HubDataset:
+def _open_dataset(
+    name: str, repo_id: str, config: str | None, split: str, columns: Columns, revision: str | None
+) -> HubDataset:
     from datasets import load_dataset  # it takes a second, and files do not need it
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        revision = HfApi().dataset_info(repo_id).sha
+        revision = HfApi().dataset_info(repo_id, revision=revision).sha
         rows = load_dataset(repo_id, config, split=split, streaming=True, revision=revision)
     except Exception as error:  # of many kinds: the client's, the file format's, the split's
         reason = _reason(error)
@@ -353,11 +416,14 @@ def _open_dataset(name: str, repo_id: str, config: str | None, split: str) -> Hu
             "dataset is private or gated."
         ) from error
     if rows.features is not None:
-        if getattr(rows.features.get("text"), "dtype", None) not in ("string", "large_string"):
-            columns = ", ".join(f"{column} ({getattr(kind, 'dtype', kind)})" for column, kind in rows.features.items())
-            raise UserError(f"{name} has no string column `text`, but: {columns}. Give a dataset that has one.")
-        rows = rows.select_columns(["text"])
-    return HubDataset(name, repo_id, config, split, revision, rows)
+        present = ", ".join(f"{column} ({getattr(kind, 'dtype', kind)})" for column, kind in rows.features.items())
+        for column in columns.texts:
+            if getattr(rows.features.get(column), "dtype", None) not in ("string", "large_string"):
+                raise UserError(f"{name} has no string column `{column}`, but: {present}. Give a dataset that has one.")
+        if columns.quality is not None and columns.quality not in rows.features:
+            raise UserError(f"{name} has no column `{columns.quality}`, but: {present}. Give one that has a score.")
+        rows = rows.select_columns(list(columns.named))
+    return HubDataset(name, repo_id, config, split, revision, rows, columns)
 
 
 def _suffix(path: Path) -> str:
@@ -373,7 +439,30 @@ def _string(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _read_txt(path: Path) -> Iterator[Document]:
+def _document(row: dict[str, Any], columns: Columns, where: str) -> Document:
+    """A document of a row whose texts are strings.
+
+    Raises:
+        UserError: if its score is no number, or a text is none that UTF-8 can write; `where` says which row it is.
+    """
+    texts = [row[column] for column in columns.texts]
+    for text in texts:
+        if half := _HALF_A_PAIR.search(text):
+            raise UserError(
+                f"{where} holds {half[0]!r}, half of a surrogate pair, which no UTF-8 text can. Mend or drop the line."
+            )
+    quality = row.get(columns.quality) if columns.quality else None
+    if columns.quality and (type(quality) not in (int, float) or not math.isfinite(quality)):
+        raise UserError(f"{where}: `{columns.quality}` is {quality!r}; expected a number. Mend or drop the row.")
+    return Document(texts[0], _string(row.get("source")), quality, tuple(texts[1:]))
+
+
+def _read_txt(path: Path, columns: Columns) -> Iterator[Document]:
+    if columns != TEXT_COLUMN:
+        raise UserError(
+            f"{path} is plain text, which has no columns, but {', '.join(columns.named)} were asked for. Give .jsonl, "
+            ".jsonl.gz or .parquet."
+        )
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             carried = ""
@@ -399,7 +488,7 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
+def _read_jsonl(path: Path, columns: Columns) -> Iterator[Document]:
     number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
@@ -407,30 +496,25 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    yield _json_document(path, number, line)
+                    yield _json_document(path, number, line, columns)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is a damaged gzip file after line {number}: {error}. Fetch it again.") from error
 
 
-def _json_document(path: Path, number: int, line: bytes) -> Document:
+def _json_document(path: Path, number: int, line: bytes, columns: Columns) -> Document:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number} is not UTF-8: {error.reason}. Convert the file to UTF-8.") from error
     except (ValueError, RecursionError):
         value = None
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f"{path}, line {number}: not a JSON object with a string `text`. Mend the line.")
-    if half := _HALF_A_PAIR.search(text):
-        raise UserError(
-            f"{path}, line {number} holds {half[0]!r}, half of a surrogate pair, which no UTF-8 text can. Mend or drop "
-            "the line."
-        )
-    return Document(text, _string(value.get("source")))
+    for column in columns.texts:
+        if not isinstance(value, dict) or not isinstance(value.get(column), str):
+            raise UserError(f"{path}, line {number}: not a JSON object with a string `{column}`. Mend the line.")
+    return _document(value, columns, f"{path}, line {number}")
 
 
-def _read_parquet(path: Path) -> Iterator[Document]:
+def _read_parquet(path: Path, columns: Columns) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -439,17 +523,25 @@ def _read_parquet(path: Path) -> Iterator[Document]:
         # Buffered, because a row group may be as large as the file.
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
-            kind = file.schema_arrow.field("text").type if names.count("text") == 1 else None
-            if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                found = f"its `text` is {kind}" if kind else f"its columns are: {', '.join(names)}"
-                raise UserError(f"{path} has no string column `text`; {found}. Give a file that has one.")
-            columns = [name for name in ("text", "source") if names.count(name) == 1]
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for text, *source in zip(*map(batch.column, columns)):
+            for column in columns.texts:
+                kind = file.schema_arrow.field(column).type if names.count(column) == 1 else None
+                if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                    found = f"its `{column}` is {kind}" if kind else f"its columns are: {', '.join(names)}"
+                    raise UserError(f"{path} has no string column `{column}`; {found}. Give a file that has one.")
+            if columns.quality is not None and names.count(columns.quality) != 1:
+                raise UserError(f"{path} has no column `{columns.quality}`; its columns are: {', '.join(names)}.")
+            read = [
+                *columns.named,
+                *(["source"] if names.count("source") == 1 and "source" not in columns.named else []),
+            ]
+            for batch in file.iter_batches(batch_size=1024, columns=read):
+                for cells in zip(*(batch.column(name) for name in read)):
                     number += 1
-                    if not text.is_valid:
-                        raise UserError(f"{path}, row {number} has no `text`. Mend or drop the row.")
-                    yield Document(text.as_py(), _string(source[0].as_py()) if source else None)
+                    row = {name: cell.as_py() for name, cell in zip(read, cells)}
+                    for column in columns.texts:
+                        if row[column] is None:
+                            raise UserError(f"{path}, row {number} has no `{column}`. Mend or drop the row.")
+                    yield _document(row, columns, f"{path}, row {number}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, row {number} is not UTF-8: {error.reason}. Convert the text to UTF-8.") from error
     except (pa.ArrowException, OSError) as error:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sequences of a plan as tensors, for a PyTorch `DataLoader` or a transformers `Trainer`."""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from jai.pretraining.plan import SequencePlan
+
+IGNORED = -100  # the label on which there is no loss
+
+
+class PackedSequences(Dataset):
+    """The sequences of a plan by number, all of the same length: a batch is a stack of them.
+
+    Read in the order of the numbers (a sequential sampler) it is the same run on however many ranks: Accelerate gives
+    each rank every n-th batch of that order. Each item has, as int64 of shape `(context,)`:
+
+    - `input_ids`
+    - `position_ids`: where documents are isolated they begin anew with each, which is how transformers' attention keeps
+      them apart (give no `attention_mask`); else they count through.
+    - `labels`: `input_ids`, but -100 on padding and, where documents are isolated, on the first token of each, which no
+      token before it may predict. They are not shifted: models of transformers shift them.
+    - `language_ids`: index in `plan.languages` of each token's language, -1 on padding.
+    """
+
+    def __init__(self, plan: SequencePlan):
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return self.plan.sequences
+
+    def __getitem__(self, sequence: int) -> dict[str, torch.Tensor]:
+        plan = self.plan
+        pieces = plan.pieces(sequence)
+        lengths = pieces.lengths
+        begins = np.cumsum(lengths) - lengths
+        ids = np.empty(plan.context, np.int64)
+        columns = zip(*(each.tolist() for each in (pieces.source, pieces.document, pieces.start, pieces.stop, begins)))
+        for source, document, start, stop, begin in columns:
+            tokens = plan.sources[source].read(document, start, stop) if source >= 0 else plan.corpus.eos_token_id
+            ids[begin : begin + stop - start] = tokens
+        positions = np.arange(plan.context)
+        labels = ids.copy()
+        if plan.is_isolated:
+            positions -= np.repeat(begins, lengths)
+            labels[begins] = IGNORED
+        languages = plan.language_ids(pieces)
+        labels[np.repeat(languages < 0, lengths)] = IGNORED
+        arrays = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": labels,
+            "language_ids": np.repeat(languages, lengths),
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens every sequence of a run holds: a function of packed text, a seed and the sequence's number.
+
+Step s of a run with B sequences a step trains on the sequences from s·B until before (s+1)·B, on however many ranks; so
+a run goes on anywhere, on other hardware, without reading what came before. Sequences are planned in blocks of about
+17 million tokens: where a block of each source begins is a formula (`mixture.py`), which documents lie there is
+looked up (`order.py`), and how they share sequences is decided within the block (`packing.py`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from jai.errors import UserError
+from jai.pretraining.config import CorpusConfig, WhenDry
+from jai.pretraining.mixture import Mixture, language_shares
+from jai.pretraining.order import Pieces, Recent, SourceOrder, random_bits, shuffled
+from jai.pretraining.packing import LanguageMixer, Placement, best_fit, one_after_another
+from jai.pretraining.shards import PackedCorpus
+
+Strategy = Literal["isolated", "concatenated", "xlda", "paired-isolated"]
+
+# At 4,096 tokens, best fit cuts 3.8 % of the shared text's documents in blocks of 2^22, and 2.0 % in these.
+BLOCK_TOKENS = 2**24
+DEFAULT_RHO = 0.5  # ours: Trillion-7B's report has no number
+_ORDER, _SEQUENCES, _LANGUAGES = 1, 2, 3  # what random bits of a block are for
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """How much of a source is used.
+
+    Attributes:
+        weight: its share of the tokens, against the others'; None where sizes decide.
+        epochs: how often its tokens are used at most.
+        keep_best: share of its documents, the best by score.
+    """
+
+    weight: float | None = None
+    epochs: float = 1.0
+    keep_best: float = 1.0
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of each source is used: what `jai pack` recorded, or another configuration says.
+
+    Attributes:
+        sources: by name; sources of the corpus that are not named are not used.
+        alpha, beta: of equation 2, in place of weights.
+        when_dry: what happens when a source is used up.
+    """
+
+    sources: dict[str, SourceShare]
+    alpha: float | None = None
+    beta: dict[str, float] | None = None
+    when_dry: WhenDry = "error"
+
+    @classmethod
+    def packed(cls, corpus: PackedCorpus) -> "Shares":
+        """What the configuration said when the corpus was packed."""
+        sources = {source.name: SourceShare(**source.entry.mixture) for source in corpus.sources}
+        return cls(sources, **corpus.shares)
+
+    @classmethod
+    def configured(cls, config: CorpusConfig) -> "Shares":
+        """What a configuration says; what its text is does not matter here."""
+        sources = {each.name: SourceShare(each.weight, each.epochs, each.keep_best) for each in config.sources}
+        return cls(sources, config.alpha, config.beta, config.when_dry)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The sequences of a block: pieces in order, and where each sequence's begin (and the last one's end)."""
+
+    pieces: Pieces
+    offsets: np.ndarray
+
+
+class SequencePlan:
+    """The sequences of a run.
+
+    Args:
+        corpus: the packed text.
+        context: tokens of a sequence.
+        strategy: how documents share sequences.
+            isolated: documents stay whole where they can (best fit), and do not see each other.
+            concatenated: they follow each other, and see what comes before them.
+            xlda: every sequence holds two languages and more, and documents see what comes before them.
+            paired-isolated: the same sequences as xlda, in which documents do not see each other.
+        seed: of all that is random.
+        rho: probability that the next document is of another language; xlda and paired-isolated only.
+        shares: how much of each source; None is what the configuration said when the corpus was packed.
+
+    Attributes:
+        sequences: how many there are: as many as the sources last for.
+        is_isolated: whether documents do not see each other.
+        languages: those that `language_ids` count, in order.
+
+    Raises:
+        UserError: for shares that do not fit the corpus, no tokens, or too little text for the strategy.
+    """
+
+    def __init__(
+        self,
+        corpus: PackedCorpus,
+        context: int,
+        *,
+        strategy: Strategy = "isolated",
+        seed: int = 0,
+        rho: float = DEFAULT_RHO,
+        shares: Shares | None = None,
+    ):
+        if strategy not in get_args(Strategy):
+            raise UserError(f"The strategy is {strategy!r}; expected one of {', '.join(get_args(Strategy))}.")
+        if context < 2:
+            raise UserError(f"The context is {context}; a sequence needs 2 tokens or more, of which one is predicted.")
+        if not 0 <= rho <= 1:
+            raise UserError(f"rho is {rho}; expected a probability, from 0 to 1.")
+        self.corpus, self.context, self.strategy, self.seed, self.rho = corpus, context, strategy, seed, rho
+        self.shares = shares or Shares.packed(corpus)
+        self.is_isolated = strategy in ("isolated", "paired-isolated")
+        self.languages = corpus.languages
+        used = _used_sources(corpus, self.shares)
+        self.sources = [source for source in corpus.sources if source.name in used]
+        self.orders = [SourceOrder(source, seed, used[source.name].keep_best) for source in self.sources]
+        self.mixture = self._mixture([used[source.name] for source in self.sources])
+        # Which of all languages a source's are, for its documents in turn.
+        self._language_ids = [
+            np.array([self.languages.index(language) for language in source.entry.languages]) for source in self.sources
+        ]
+        self._blocks: Recent[_Block] = Recent(4)
+        self.sequences = self._sequences_of_two_languages() if self._mixes_languages else self.mixture.sequences
+        if not self.sequences:
+            raise UserError(
+                f"The text in {corpus.folder} is not enough for one sequence of {context:,} tokens by these shares. "
+                "Give more text, or a shorter context."
+            )
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    @property
+    def _mixes_languages(self) -> bool:
+        return self.strategy in ("xlda", "paired-isolated")
+
+    def pieces(self, sequence: int) -> Pieces:
+        """What a sequence holds, in order; `source` counts in `self.sources`, and -1 is padding.
+
+        Raises:
+            UserError: if there is no such sequence.
+        """
+        if not 0 <= sequence < self.sequences:
+            raise UserError(
+                f"There is no sequence {sequence:,}: the text lasts for {self.sequences:,}{self._why_it_ends()}."
+            )
+        number, index = self.mixture.place(sequence)
+        block = self._block(number)
+        return block.pieces[block.offsets[index] : block.offsets[index + 1]]
+
+    def language_ids(self, pieces: Pieces) -> np.ndarray:
+        """Index in `self.languages` of each piece's language; -1 for padding."""
+        found = np.full(len(pieces), -1)
+        for index, ids in enumerate(self._language_ids):
+            which = pieces.source == index
+            found[which] = ids[pieces.document[which] % len(ids)]
+        return found
+
+    def tokens_seen(self, sequences: int) -> dict[str, int]:
+        """Tokens of each source in the first so many sequences, padding left out."""
+        if sequences >= self.sequences:
+            ends = [stop for _, stop in self.mixture.block(self.mixture.blocks - 1).ranges]
+            return dict(zip((source.name for source in self.sources), ends))
+        number, index = self.mixture.place(sequences)
+        seen = np.array([start for start, _ in self.mixture.block(number).ranges])
+        if index:
+            block = self._block(number)
+            pieces = block.pieces[: block.offsets[index]]
+            is_text = pieces.source >= 0
+            seen += np.bincount(pieces.source[is_text], pieces.lengths[is_text], len(seen)).astype(np.int64)
+        return dict(zip((source.name for source in self.sources), seen.tolist()))
+
+    def check_lasts(self, sequences: int) -> None:
+        """Refuse a run that is longer than the text.
+
+        Raises:
+            UserError: naming the source that is used up first, and when.
+        """
+        if sequences > self.sequences:
+            raise UserError(
+                f"The run takes {sequences:,} sequences of {self.context:,} tokens, and the text lasts for "
+                f"{self.sequences:,}{self._why_it_ends()}. Train for fewer steps, allow more `epochs` of it, give it a "
+                "smaller weight, or set `when_dry: renormalize`, which goes on with the other sources."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides every sequence, as JSON: a resumed run must have the same."""
+        return {
+            "content_sha256": self.corpus.content_sha256,
+            "context": self.context,
+            "strategy": self.strategy,
+            "seed": self.seed,
+            "rho": self.rho if self._mixes_languages else None,
+            "tokens": {order.source.name: order.tokens for order in self.orders},
+            "limits": self.mixture.limits,
+            "shares": {name: [each.weight, each.epochs, each.keep_best] for name, each in self.shares.sources.items()},
+            "alpha": self.shares.alpha,
+            "beta": self.shares.beta,
+            "when_dry": self.shares.when_dry,
+        }
+
+    def _why_it_ends(self) -> str:
+        if self.shares.when_dry == "renormalize" or not self.mixture.dry:
+            return ", all of it together"
+        names = ", ".join(self.sources[dry.source].name for dry in self.mixture.dry)
+        return f"; then {names} is used up"
+
+    def _mixture(self, used: list[SourceShare]) -> Mixture:
+        limits = [int(order.tokens * share.epochs) for order, share in zip(self.orders, used)]
+        if self.shares.alpha is not None and self.shares.beta is not None:
+            weights: list[float] | None = self._weights_by_language(self.shares.alpha, self.shares.beta)
+        else:
+            given = [share.weight for share in used if share.weight is not None]
+            weights = given if len(given) == len(used) else None
+        block_sequences = max(1, BLOCK_TOKENS // self.context)
+        # A last sequence that is half padding could not hold two languages.
+        fill_last = self._mixes_languages
+        return Mixture(limits, weights, self.context, block_sequences, self.shares.when_dry, fill_last)
+
+    def _weights_by_language(self, alpha: float, beta: dict[str, float]) -> list[float]:
+        """Equation 2; sources of one language share as their sizes are."""
+        languages = [source.entry.languages[0] for source in self.sources]
+        sizes: dict[str, int] = {}
+        for language, order in zip(languages, self.orders):
+            sizes[language] = sizes.get(language, 0) + order.tokens
+        shares = language_shares(sizes, alpha, beta)
+        return [shares[language] * order.tokens / sizes[language] for language, order in zip(languages, self.orders)]
+
+    def _sequences_of_two_languages(self) -> int:
+        """How many sequences there are before only one language is left."""
+        names = {language for source in self.sources for language in source.entry.languages}
+        if len(names) < 2:
+            raise UserError(
+                f"The strategy {self.strategy} needs text of two languages or more; all of it is {', '.join(names)}. "
+                "Add a source, or choose another strategy."
+            )
+        for first_sequence, block in self.mixture.stretches[: self.mixture.blocks]:
+            tokens = self.mixture.block(block)
+            by_language = np.zeros(len(self.languages))
+            for ids, (start, stop) in zip(self._language_ids, tokens.ranges):
+                by_language[ids] += (stop - start) / len(ids)  # parallel texts are about as long as each other
+            if by_language.max() > tokens.sequences * (self.context - 1):
+                if first_sequence:
+                    return first_sequence
+                raise UserError(
+                    f"With these shares, the second language of a sequence of {self.context:,} tokens would have less "
+                    f"than one token. Give a language other than {self.languages[int(by_language.argmax())]} more."
+                )
+        return self.mixture.sequences
+
+    def _block(self, number: int) -> _Block:
+        return self._blocks.get(number, lambda: self._plan_block(number))
+
+    def _plan_block(self, number: int) -> _Block:
+        tokens = self.mixture.block(number)
+        pieces = self._pieces_of(tokens.ranges)
+        if self.strategy == "isolated":
+            placement = best_fit(pieces.lengths, self.context, tokens.sequences)
+        else:
+            pieces = self._shuffle_rows(pieces, number)
+            if self._mixes_languages:
+                placement = self._mix(pieces, number, tokens.sequences)
+            else:
+                placement = one_after_another(pieces.lengths, self.context)
+        return self._in_sequences(pieces, placement, number, tokens.sequences)
+
+    def _pieces_of(self, ranges: list[tuple[int, int]]) -> Pieces:
+        columns = []
+        for index, (order, (start, stop)) in enumerate(zip(self.orders, ranges)):
+            document, begin, end = order.pieces(start, stop)
+            columns.append((np.full(len(document), index), document, begin, end))
+        return Pieces(*map(np.concatenate, zip(*columns)))
+
+    def _rows(self, pieces: Pieces) -> np.ndarray:
+        """A number for each piece, the same for parallel documents that follow each other and for nothing else."""
+        widths = np.array([len(source.entry.languages) for source in self.sources])[pieces.source]
+        row = pieces.document // widths
+        begins = (np.diff(row, prepend=-1) != 0) | (np.diff(pieces.source, prepend=-1) != 0) | (widths == 1)
+        return np.cumsum(begins) - 1
+
+    def _shuffle_rows(self, pieces: Pieces, number: int) -> Pieces:
+        rows = self._rows(pieces)
+        place = np.argsort(shuffled(int(rows[-1]) + 1, self.seed, _ORDER, number))
+        return pieces[np.argsort(place[rows], kind="stable")]
+
+    def _mix(self, pieces: Pieces, number: int, sequences: int) -> Placement:
+        rows = self._rows(pieces)
+        is_parallel = np.bincount(rows)[rows] > 1
+        mixer = LanguageMixer(
+            pieces.lengths,
+            self.language_ids(pieces),
+            np.where(is_parallel, rows, -1),
+            self.context,
+            sequences,
+            self.rho,
+            _uniform(self.seed, _LANGUAGES, number),
+        )
+        return mixer.mix()
+
+    def _in_sequences(self, pieces: Pieces, placement: Placement, number: int, sequences: int) -> _Block:
+        """The sequences in the order in which they are trained on; the one that is not full, if any, is padded."""
+        chosen = pieces[placement.item]
+        start = chosen.start + placement.start
+        placed = Pieces(chosen.source, chosen.document, start, chosen.start + placement.stop)
+        sequence = shuffled(sequences, self.seed, _SEQUENCES, number)[placement.sequence]
+        filled = np.bincount(sequence, placed.lengths, sequences).astype(np.int64)
+        short = np.flatnonzero(filled < self.context)
+        nothing = np.zeros_like(short)
+        padding = Pieces(nothing - 1, nothing, nothing, self.context - filled[short])
+        sequence = np.concatenate([sequence, short])
+        order = np.argsort(sequence, kind="stable")
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(sequence, minlength=sequences))])
+        return _Block(_joined(placed, padding)[order], offsets)
+
+
+def _joined(first: Pieces, second: Pieces) -> Pieces:
+    names = ("source", "document", "start", "stop")
+    return Pieces(*(np.concatenate([getattr(first, name), getattr(second, name)]) for name in names))
+
+
+def _uniform(*key: int) -> Iterator[float]:
+    """Numbers from 0 to below 1 that the key decides."""
+    bits = random_bits(*key)
+    while True:
+        yield from ((bits.random_raw(1024) >> np.uint64(11)) * 2.0**-53).tolist()
+
+
+def _used_sources(corpus: PackedCorpus, shares: Shares) -> dict[str, SourceShare]:
+    packed = {source.name: source for source in corpus.sources}
+    for name, share in shares.sources.items():
+        if name not in packed:
+            raise UserError(
+                f"The source {name} is not in {corpus.folder}, which has {', '.join(packed)}. Pack it too, or leave it "
+                "out of the mixture."
+            )
+        if share.keep_best < 1 and not packed[name].entry.has_quality:
+            raise UserError(
+                f"The best {share.keep_best:.0%} of {name} are asked for, but it was packed without scores. Pack it "
+                "with a `quality_column`."
+            )
+    return shares.sources

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai pack`: what is in the shards, whatever kills it, and what is refused."""
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from rich.console import Console
+
+from jai.errors import UserError
+from jai.files import work_folder
+from jai.pretraining.config import corpus_config, read_corpus_config
+from jai.pretraining.options import PackOptions
+from jai.pretraining.pack import pack_corpus
+from jai.pretraining.plan import SequencePlan, Shares
+from jai.pretraining.shards import INDEX_FILE, PackedCorpus
+from jai.tokenization.loading import load_tokenizer
+
+LONG = "ประเทศไทย " * 300
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, tiny_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def documents(sentences, count: int) -> list[str]:
+    return [f"{number} {sentences[number % len(sentences)]}" * (1 + number % 3) for number in range(count)]
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path, tokenizer, sentences):
+    """Three sources of every kind: two files with scores, a Parquet file, and parallel texts."""
+    texts = documents(sentences, 40)
+    folder = tmp_path / "thai"
+    folder.mkdir()
+    rows = [{"content": text, "score": float(number)} for number, text in enumerate(texts)]
+    write_jsonl(folder / "a.jsonl.gz", [*rows[:10], {"content": " \n", "score": 1.0}, *rows[10:20]])
+    write_jsonl(folder / "b.jsonl", rows[20:])
+    pq.write_table(pa.table({"text": [*texts[:20], LONG]}), tmp_path / "english.parquet")
+    pairs = [{"en": f"{text} a", "th": f"{text} b"} for text in texts[:10]]
+    write_jsonl(tmp_path / "pairs.jsonl", [*pairs, {"en": "alone", "th": ""}])
+    config = {
+        "tokenizer": str(tokenizer),
+        "sources": [
+            {"name": "thai", "text": str(folder), "language": "th", "column": "content", "quality_column": "score"},
+            {"name": "english", "text": [str(tmp_path / "english.parquet")], "language": "en", "licence": "CC0-1.0"},
+            {"name": "pairs", "text": str(tmp_path / "pairs.jsonl"), "parallel": {"en": "en", "th": "th"}},
+        ],
+    }
+    (tmp_path / "corpus.yaml").write_text(yaml.safe_dump(config))
+    expected = {
+        "thai": texts,
+        "english": [*texts[:20], LONG],
+        "pairs": [pair[language] for pair in pairs for language in ("en", "th")],
+    }
+    return tmp_path / "corpus.yaml", expected
+
+
+def pack(config: Path, out: Path, **options) -> PackedCorpus:
+    console = Console(quiet=True)
+    return PackedCorpus.open(pack_corpus(PackOptions(out=out, config=config, **{"workers": 1} | options), console))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files by name but for the records of the files that were read, which hold times."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".tokens", ".ends", ".quality")
+    }
+
+
+class TestContent:
+    def test_tokens_are_the_tokenizers(self, corpus, tmp_path, tokenizer):
+        config, expected = corpus
+        packed = pack(config, tmp_path / "out", shard_tokens=700)
+        loaded = load_tokenizer(tokenizer)
+        assert packed.dtype == np.dtype("<u2")
+        assert packed.languages == ["en", "th"]
+        for source in packed.sources:
+            read = [source.read(number).tolist() for number in range(source.documents)]
+            assert read == [[*loaded(text)["input_ids"], loaded.eos_token_id] for text in expected[source.name]]
+            assert source.lengths(0, source.documents).tolist() == [*map(len, read)]
+            assert source.tokens == sum(map(len, read)) == sum(shard.tokens for shard in source.entry.shards)
+            assert source.entry.bytes == sum(len(text.encode()) for text in expected[source.name])
+            assert [source.tokens_before(number) for number in range(3)] == [0, len(read[0]), len(read[0] + read[1])]
+        thai, english, pairs = packed.sources
+        assert len(thai.entry.shards) > 2
+        assert thai.quality(0, 40).tolist() == [*map(float, range(40))]
+        assert (thai.entry.empty, english.entry.empty, pairs.entry.empty) == (1, 0, 1)
+        assert english.entry.licence == "CC0-1.0"
+        assert english.read(20, 3, 6).tolist() == english.read(20)[3:6].tolist()
+        packed.verify()
+        packed.check_tokenizer("again", loaded)
+
+    def test_the_same_whatever_the_processes(self, corpus, tmp_path):
+        config, _ = corpus
+        one = pack(config, tmp_path / "one", shard_tokens=700)
+        two = pack(config, tmp_path / "two", shard_tokens=700, workers=2)
+        assert one.content_sha256 == two.content_sha256
+        assert contents(one.folder) == contents(two.folder)
+        other = pack(config, tmp_path / "other", shard_tokens=10**6)
+        assert [source.tokens for source in other.sources] == [source.tokens for source in one.sources]
+
+    def test_text_that_spells_a_special_token_stays_text(self, tmp_path, tokenizer):
+        eos = load_tokenizer(tokenizer).eos_token
+        write_jsonl(tmp_path / "a.jsonl", [{"text": f"before{eos}after"}])
+        source = {"name": "a", "text": str(tmp_path / "a.jsonl"), "language": "en"}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"tokenizer": str(tokenizer), "sources": [source]}))
+        packed = pack(tmp_path / "c.yaml", tmp_path / "out")
+        assert packed.sources[0].read(0).tolist().count(packed.eos_token_id) == 1
+
+    def test_a_plan_over_it(self, corpus, tmp_path):
+        config, _ = corpus
+        packed = pack(config, tmp_path / "out")
+        plan = SequencePlan(packed, 64, strategy="xlda", shares=Shares.configured(read_corpus_config(config)))
+        assert sum(plan.tokens_seen(plan.sequences).values()) == plan.sequences * 64
+
+
+class TestInterruption:
+    def interrupted(self, config: Path, out: Path, shards: int) -> None:
+        """Run the verb and kill it when so many shards are finished."""
+        words = [sys.executable, "-m", "jai", "pack", str(out), "--config", str(config), "--shard-tokens", "2000"]
+        process = subprocess.Popen([*words, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        journal = work_folder(out) / "journal.json"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if (
+                journal.exists()
+                and sum(name.endswith(".json") for name in json.loads(journal.read_text())["finished"]) >= shards
+            ):
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    @pytest.fixture
+    def long_corpus(self, tmp_path, tokenizer, sentences):
+        for name in ("a.jsonl", "b.jsonl.gz"):
+            write_jsonl(tmp_path / name, [{"text": text} for text in documents(sentences, 3000)])
+        source = {"name": "a", "text": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")], "language": "th"}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"tokenizer": str(tokenizer), "sources": [source]}))
+        return tmp_path / "c.yaml"
+
+    def test_killed_it_goes_on(self, long_corpus, tmp_path):
+        whole = pack(long_corpus, tmp_path / "whole", shard_tokens=2000)
+        out = tmp_path / "out"
+        self.interrupted(long_corpus, out, 5)
+        assert not out.exists()
+        finished = {path.name: path.stat().st_mtime_ns for path in (work_folder(out) / "files").glob("*.tokens")}
+        assert len(finished) >= 5
+        resumed = pack(long_corpus, out, shard_tokens=2000)
+        assert contents(out) == contents(whole.folder)
+        assert resumed.content_sha256 == whole.content_sha256
+        kept = [name for name, time_ in finished.items() if (out / name).stat().st_mtime_ns == time_]
+        assert len(kept) >= 5
+        assert not work_folder(out).exists()
+
+    def test_other_text_is_not_mixed_in(self, long_corpus, tmp_path):
+        out = tmp_path / "out"
+        self.interrupted(long_corpus, out, 3)
+        original = (tmp_path / "a.jsonl").read_text()
+        (tmp_path / "a.jsonl").write_text("".join(original.splitlines(keepends=True)[1:]))
+        with pytest.raises(UserError, match=r"a\.jsonl is not what it was when a part of it was packed"):
+            pack(long_corpus, out, shard_tokens=2000)
+        (tmp_path / "a.jsonl").write_text(original)  # with another time of change: what counts is what was read
+        assert pack(long_corpus, out, shard_tokens=2000).sources[0].documents == 6000
+
+    def test_a_mended_line_is_gone_on_behind(self, long_corpus, tmp_path):
+        path = tmp_path / "a.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([*lines[:2500], "{broken\n", *lines[2500:]]))
+        with pytest.raises(UserError, match=r"a\.jsonl, line 2501: not a JSON object with a string `text`"):
+            pack(long_corpus, tmp_path / "out", shard_tokens=2000)
+        kept = {
+            path.name: path.stat().st_mtime_ns for path in (work_folder(tmp_path / "out") / "files").glob("*.tokens")
+        }
+        path.write_text("".join(lines))
+        packed = pack(long_corpus, tmp_path / "out", shard_tokens=2000)
+        assert packed.sources[0].documents == 6000
+        assert sum((packed.folder / name).stat().st_mtime_ns == time_ for name, time_ in kept.items()) > 5
+
+    def test_its_processes_end_with_it(self, long_corpus, tmp_path):
+        words = [
+            "pack",
+            str(tmp_path / "out"),
+            "--config",
+            str(long_corpus),
+            "--shard-tokens",
+            "2000",
+            "--workers",
+            "2",
+        ]
+        process = subprocess.Popen([sys.executable, "-m", "jai", *words], stdout=subprocess.DEVNULL)
+        children: list[int] = []
+        while process.poll() is None and len(children) < 2:
+            children = [
+                int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            ]
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(children) >= 2
+        assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"sources": []}, "has no sources"),
+            ({"sources": "a"}, "`sources` is 'a'"),
+            ({"sources": ["a"]}, "Source 1 is 'a'"),
+            ({"sourcez": []}, "option 'sourcez', which does not exist. Did you mean 'sources'"),
+            ({"sources": [{"name": "a", "text": "a", "langauge": "th"}]}, "Did you mean 'language'"),
+            ({"sources": [{"text": "a", "language": "th"}]}, "source 1 lacks `name`"),
+            ({"sources": [{"name": "a b", "text": "a", "language": "th"}]}, "'a b' names files"),
+            ({"sources": [{"name": "a", "text": "a"}]}, "needs either `language` or `parallel`"),
+            ({"sources": [{"name": "a", "language": "th"}] * 2}, "two sources of the name 'a'"),
+            ({"sources": [{"name": "a", "parallel": {"en": "en"}}]}, "expected two or more columns by language"),
+            ({"sources": [{"name": "a", "language": "th", "keep_best": 0.5}]}, "has no `quality_column`"),
+            ({"sources": [{"name": "a", "language": "th", "epochs": 0}]}, "epochs is 0; expected a number above 0"),
+            ({"sources": [{"name": "a", "language": False}]}, "language is False; expected text"),
+            ({"alpha": 0.5}, "alpha is given without beta"),
+            ({"alpha": 0.5, "beta": {"th": 0.9}}, "beta sums to 0.9; it must sum to 1"),
+            ({"alpha": 0.5, "beta": {"en": 1.0}}, "beta has en; the sources' languages are th"),
+            ({"alpha": 0.5, "beta": {"th": "1"}}, "expected shares by language"),
+            ({"alpha": 1.5, "beta": {"th": 1.0}}, "alpha is 1.5; expected a number from 0 up to 1"),
+            ({"when_dry": "stop"}, "when_dry is 'stop'; expected one of error, renormalize"),
+        ],
+    )
+    def test_configurations(self, changes, message):
+        values = {"sources": [{"name": "a", "text": "a", "language": "th"}]} | changes
+        with pytest.raises(UserError, match=message):
+            corpus_config(values)
+
+    def test_shares_given_twice_or_in_part(self):
+        first, second = ({"name": name, "language": "th", "weight": 1.0} for name in "ab")
+        with pytest.raises(UserError, match="The source a has a weight and b has none"):
+            corpus_config({"sources": [first, second | {"weight": None}]})
+        with pytest.raises(UserError, match="Both weights and alpha with beta"):
+            corpus_config({"sources": [first, second], "alpha": 1, "beta": {"th": 1}})
+
+    def test_missing_text_columns_and_scores(self, corpus, tmp_path):
+        config, _ = corpus
+        values = yaml.safe_load(config.read_text())
+        thai = values["sources"][0]
+        for changes, message in [
+            ({"text": str(tmp_path / "nowhere.jsonl")}, "The source thai: .*nowhere.jsonl does not exist"),
+            ({"column": "body"}, r"a\.jsonl\.gz, line 1: not a JSON object with a string `body`"),
+            ({"quality_column": "stars"}, r"a\.jsonl\.gz, line 1: `stars` is None; expected a number"),
+        ]:
+            config.write_text(yaml.safe_dump(values | {"sources": [thai | changes]}))
+            with pytest.raises(UserError, match=message):
+                pack(config, tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+            assert not work_folder(tmp_path / "out").exists()
+
+    def test_no_text_at_all(self, tmp_path, tokenizer):
+        write_jsonl(tmp_path / "a.jsonl", [{"text": ""}, {"text": "\n"}])
+        source = {"name": "a", "text": str(tmp_path / "a.jsonl"), "language": "en"}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"tokenizer": str(tokenizer), "sources": [source]}))
+        with pytest.raises(UserError, match="The source a has no text: 2 rows, all of them empty"):
+            pack(tmp_path / "c.yaml", tmp_path / "out")
+
+    def test_damaged_shards(self, corpus, tmp_path, tokenizer, sentences):
+        config, _ = corpus
+        folder = pack(config, tmp_path / "out", shard_tokens=700).folder
+        middle = folder / "thai-00001.tokens"
+        content = middle.read_bytes()
+        middle.write_bytes(content[:-2])
+        with pytest.raises(
+            UserError, match=rf"thai-00001\.tokens has {len(content) - 2:,} bytes; expected {len(content):,}"
+        ):
+            PackedCorpus.open(folder)
+        middle.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(UserError, match=r"thai-00001\.tokens is damaged"):
+            PackedCorpus.open(folder).verify()
+        middle.unlink()
+        with pytest.raises(UserError, match=r"thai-00001\.tokens cannot be read: No such file"):
+            PackedCorpus.open(folder)
+        middle.write_bytes(content)
+        packed = PackedCorpus.open(folder)
+        middle.unlink()  # while it is trained on
+        with pytest.raises(UserError, match=r"thai-00001\.tokens cannot be read"):
+            [packed.sources[0].read(number) for number in range(40)]
+        index = json.loads((folder / INDEX_FILE).read_text())
+        (folder / INDEX_FILE).write_text(json.dumps(index | {"format": 2}))
+        with pytest.raises(UserError, match="has the format 2; this version of JAI reads 1"):
+            PackedCorpus.open(folder)
+        del index["sources"][0]["shards"]
+        (folder / INDEX_FILE).write_text(json.dumps(index))
+        with pytest.raises(UserError, match="is no index of packed text"):
+            PackedCorpus.open(folder)
+        with pytest.raises(UserError, match="is no folder of packed text"):
+            PackedCorpus.open(tmp_path)
+
+    def test_another_tokenizer(self, corpus, tmp_path, sentences):
+        from jai.tokenization.phi3_style import train_phi3_style
+
+        config, _ = corpus
+        packed = pack(config, tmp_path / "out")
+        other = train_phi3_style(sentences * 4, vocab_size=401)
+        with pytest.raises(UserError, match=r"packed with the tokenizer .* which is not that of other"):
+            packed.check_tokenizer("other", other)
