@@ -3,7 +3,7 @@
 
 import gzip
 import json
-import signal
+import os
 import subprocess
 import sys
 import time
@@ -81,9 +81,7 @@ def pack(config: Path, out: Path, **options) -> PackedCorpus:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Files by name but for the records of the files that were read, which hold times."""
-    return {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".tokens", ".ends", ".quality")
-    }
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
 
 
 class TestContent:
@@ -134,92 +132,82 @@ class TestContent:
 
 
 class TestInterruption:
-    def interrupted(self, config: Path, out: Path, shards: int) -> None:
-        """Run the verb and kill it when so many shards are finished."""
-        words = [sys.executable, "-m", "jai", "pack", str(out), "--config", str(config), "--shard-tokens", "2000"]
-        process = subprocess.Popen([*words, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        journal = work_folder(out) / "journal.json"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if (
-                journal.exists()
-                and sum(name.endswith(".json") for name in json.loads(journal.read_text())["finished"]) >= shards
-            ):
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    SHARD = 3000  # tokens
 
     @pytest.fixture
     def long_corpus(self, tmp_path, tokenizer, sentences):
+        """Some 30 shards of two files."""
         for name in ("a.jsonl", "b.jsonl.gz"):
-            write_jsonl(tmp_path / name, [{"text": text} for text in documents(sentences, 3000)])
+            write_jsonl(tmp_path / name, [{"text": text} for text in documents(sentences, 600)])
         source = {"name": "a", "text": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")], "language": "th"}
         (tmp_path / "c.yaml").write_text(yaml.safe_dump({"tokenizer": str(tokenizer), "sources": [source]}))
         return tmp_path / "c.yaml"
 
     def test_killed_it_goes_on(self, long_corpus, tmp_path):
-        whole = pack(long_corpus, tmp_path / "whole", shard_tokens=2000)
+        whole = pack(long_corpus, tmp_path / "whole", shard_tokens=self.SHARD)
         out = tmp_path / "out"
-        self.interrupted(long_corpus, out, 5)
-        assert not out.exists()
-        finished = {path.name: path.stat().st_mtime_ns for path in (work_folder(out) / "files").glob("*.tokens")}
-        assert len(finished) >= 5
-        resumed = pack(long_corpus, out, shard_tokens=2000)
-        assert contents(out) == contents(whole.folder)
-        assert resumed.content_sha256 == whole.content_sha256
-        kept = [name for name, time_ in finished.items() if (out / name).stat().st_mtime_ns == time_]
-        assert len(kept) >= 5
-        assert not work_folder(out).exists()
-
-    def test_other_text_is_not_mixed_in(self, long_corpus, tmp_path):
-        out = tmp_path / "out"
-        self.interrupted(long_corpus, out, 3)
-        original = (tmp_path / "a.jsonl").read_text()
-        (tmp_path / "a.jsonl").write_text("".join(original.splitlines(keepends=True)[1:]))
-        with pytest.raises(UserError, match=r"a\.jsonl is not what it was when a part of it was packed"):
-            pack(long_corpus, out, shard_tokens=2000)
-        (tmp_path / "a.jsonl").write_text(original)  # with another time of change: what counts is what was read
-        assert pack(long_corpus, out, shard_tokens=2000).sources[0].documents == 6000
-
-    def test_a_mended_line_is_gone_on_behind(self, long_corpus, tmp_path):
-        path = tmp_path / "a.jsonl"
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join([*lines[:2500], "{broken\n", *lines[2500:]]))
-        with pytest.raises(UserError, match=r"a\.jsonl, line 2501: not a JSON object with a string `text`"):
-            pack(long_corpus, tmp_path / "out", shard_tokens=2000)
-        kept = {
-            path.name: path.stat().st_mtime_ns for path in (work_folder(tmp_path / "out") / "files").glob("*.tokens")
-        }
-        path.write_text("".join(lines))
-        packed = pack(long_corpus, tmp_path / "out", shard_tokens=2000)
-        assert packed.sources[0].documents == 6000
-        assert sum((packed.folder / name).stat().st_mtime_ns == time_ for name, time_ in kept.items()) > 5
-
-    def test_its_processes_end_with_it(self, long_corpus, tmp_path):
-        words = [
-            "pack",
-            str(tmp_path / "out"),
-            "--config",
-            str(long_corpus),
-            "--shard-tokens",
-            "2000",
-            "--workers",
-            "2",
-        ]
-        process = subprocess.Popen([sys.executable, "-m", "jai", *words], stdout=subprocess.DEVNULL)
-        children: list[int] = []
-        while process.poll() is None and len(children) < 2:
-            children = [
-                int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            ]
+        words = ["pack", out, "--config", long_corpus, "--shard-tokens", self.SHARD, "--workers", 2]
+        command = [sys.executable, "-m", "jai", *map(str, words)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        journal = work_folder(out) / "journal.json"
+        while process.poll() is None:
+            if journal.exists() and journal.read_text().count(".tokens") > 6:
+                break
+            time.sleep(0.002)
+        children = children_of(process.pid)
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        assert not out.exists()
+        finished = {path.name: path.stat().st_mtime_ns for path in (work_folder(out) / "files").glob("*.tokens")}
+        assert len(finished) > 5
+
+        resumed = pack(long_corpus, out, shard_tokens=self.SHARD)
+        assert contents(out) == contents(whole.folder)
+        assert resumed.content_sha256 == whole.content_sha256
+        assert sum((out / name).stat().st_mtime_ns == time_ for name, time_ in finished.items()) > 5
+        assert not work_folder(out).exists()
         assert len(children) >= 2
-        assert not any(Path(f"/proc/{child}").exists() for child in children)
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < deadline, "processes of a pool have outlived what was killed"
+            time.sleep(0.05)
+
+    def test_behind_a_broken_line_that_is_mended(self, long_corpus, tmp_path):
+        path, out = tmp_path / "a.jsonl", tmp_path / "out"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([*lines[:500], "{broken\n", *lines[500:]]))
+        with pytest.raises(UserError, match=r"a\.jsonl, line 501: not a JSON object with a string `text`"):
+            pack(long_corpus, out, shard_tokens=self.SHARD)
+        kept = {path.name: path.stat().st_mtime_ns for path in (work_folder(out) / "files").glob("*.tokens")}
+        path.write_text("".join(lines[1:]))
+        with pytest.raises(UserError, match=r"a\.jsonl is not what it was when a part of it was packed"):
+            pack(long_corpus, out, shard_tokens=self.SHARD)
+        path.write_text("".join(lines))
+        packed = pack(long_corpus, out, shard_tokens=self.SHARD)
+        assert packed.sources[0].documents == 1200
+        assert sum((out / name).stat().st_mtime_ns == time_ for name, time_ in kept.items()) > 5
+
+    def test_a_file_that_was_read_to_its_end_must_be_the_same(self, long_corpus, tmp_path):
+        second, out = tmp_path / "b.jsonl.gz", tmp_path / "out"
+        content = second.read_bytes()
+        second.write_bytes(content[:-40])
+        with pytest.raises(UserError, match=r"b\.jsonl\.gz is a damaged gzip file after line \d+"):
+            pack(long_corpus, out, shard_tokens=self.SHARD)
+        second.write_bytes(content)
+        os.utime(tmp_path / "a.jsonl", ns=(0, 0))
+        with pytest.raises(UserError, match=r"a\.jsonl is not what it was"):
+            pack(long_corpus, out, shard_tokens=self.SHARD)
+
+    def test_other_options_are_refused(self, long_corpus, tmp_path):
+        (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "{broken\n")
+        with pytest.raises(UserError, match="line 601"):
+            pack(long_corpus, tmp_path / "out", shard_tokens=self.SHARD)
+        with pytest.raises(UserError, match="with other inputs or options: shard_tokens was 3000 and is 4000"):
+            pack(long_corpus, tmp_path / "out", shard_tokens=4000)
+
+
+def children_of(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 class TestRefusals:
