@@ -103,7 +103,9 @@ def _quiet_bars() -> None:
 def _loader(options: EvalOptions, suite: Suite) -> TaskLoader:
     metadata: dict[str, Any] = dict(suite.metadata or {})
     if options.backend != "openai":
-        metadata["pretrained"] = options.model  # RULER counts tokens with it
+        metadata["pretrained"] = options.model  # what long contexts are counted with
+    if options.data is not None:
+        metadata["haystack_folder"] = str(options.data)
     if options.tokenizer is not None:
         metadata["tokenizer"] = options.tokenizer
     return TaskLoader(include_path=options.include_path, data=options.data, metadata=metadata)

@@ -2,8 +2,9 @@
 """Questions of Thai examinations in one form, from the forms in which they are published: a question, its choices, and
 the number of the right one, from 0. The task files in `evaluation/tasks` name these functions."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,3 +82,11 @@ def numbered_choices(text: str) -> list[str]:
         marks.append(mark)
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     return [text[mark.end() : end].strip() for mark, end in zip(marks, ends)]
+
+
+def truthful_results(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Share of the probability of all answers that the true ones have: TruthfulQA's MC2, as lm-eval has it."""
+    values = [value for value, _ in results]
+    shares = [math.exp(value - max(values)) for value in values]
+    true = sum(share for share, label in zip(shares, doc["mc2_targets"]["labels"]) if label == 1)
+    return {"acc": true / sum(shares)}

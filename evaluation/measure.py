@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.evaluator import evaluate
@@ -13,13 +14,13 @@ from lm_eval.evaluator import evaluate
 from jai.errors import UserError
 from jai.evaluation.kept_answers import KeptAnswers
 from jai.evaluation.results import EvaluationRun, Figure, Item, TaskRecord, mean_figure
-from jai.evaluation.suites import Suite, SuiteMean, SuiteTask
+from jai.evaluation.suites import MeanOver, Suite, SuiteMean, SuiteTask
 from jai.evaluation.tasks import TaskLoader
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-_NO_SCORE = -1.0  # RULER's, for the lengths that an item does not have
+_NO_SCORE = -1.0  # of lm-eval's RULER, for the lengths that an item does not have
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ def _measure_task(
     if not samples:
         raise UserError(f"The task {name} has no filter {reading!r}. It has {sorted({s['filter'] for s in found})}.")
     for metric in row.metrics:
-        items = [item for sample in samples for item in _items(suite, row, name, metric, sample)]
+        scored = [sample for sample in samples if metric in sample]
+        if not scored:
+            raise UserError(f"The task {name} has no metric {metric!r}. It has: {', '.join(_metrics(samples))}.")
+        items = [item for sample in scored for item in _items(suite, row, name, metric, sample)]
         _check_mean(items, row.scale, name, metric, results["results"][name].get(f"{metric},{reading}"))
         run.add(items)
     run.replace_task(_record(suite, task, samples))
@@ -134,8 +138,6 @@ def _measure_task(
 
 
 def _items(suite: Suite, row: SuiteTask, task: str, metric: str, sample: Mapping[str, Any]) -> Iterator[Item]:
-    if metric not in sample:
-        raise UserError(f"The task {task} has no metric {metric!r}. It has: {', '.join(sample['metrics'])}.")
     value, name = sample[metric], str(sample["doc_id"])
     group = _group(row, task, sample["doc"])
     parts = value if isinstance(value, list) else [value]
@@ -155,6 +157,10 @@ def _items(suite: Suite, row: SuiteTask, task: str, metric: str, sample: Mapping
             group if not isinstance(value, list) or group else f"{task}:{name}",
             _texts(sample),
         )
+
+
+def _metrics(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted({metric for sample in samples for metric in sample["metrics"]})
 
 
 def _group(row: SuiteTask, task: str, doc: Mapping[str, Any]) -> str | None:
@@ -214,62 +220,78 @@ def _note_left_out(task: "Task", run: EvaluationRun) -> None:
 # --- Figures ---
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Outcomes of a task by one metric, and their weight in a mean over tasks."""
+
+    task: str
+    metric: str
+    weight: float
+
+
 def _figures(
     plan: SuitePlan, run: EvaluationRun, higher: Mapping[tuple[str, str], bool], seed: int
 ) -> Iterator[Figure]:
     """Of each task, of each row with several tasks, and of each mean."""
+    figure_of = partial(_figure, plan.suite.name, run, seed)
     for row in plan.suite.tasks:
         tasks = [task.task_name for task in plan.tasks[row.label]]
         for metric in row.metrics:
-            is_higher = higher[tasks[0], metric]
+            is_higher = higher.get((tasks[0], metric), True)
             for task in tasks if len(tasks) > 1 else []:
-                yield from _figure(plan, run, task, metric, {task: metric}, None, is_higher, seed)
-            weights = _weights(plan, row, 1.0) if row.mean == "tasks" else None
-            yield from _figure(plan, run, row.label, metric, dict.fromkeys(tasks, metric), weights, is_higher, seed)
+                yield from figure_of(task, metric, [_Part(task, metric, 1.0)], "items", is_higher)
+            parts = [_Part(task, metric, 1 / len(tasks)) for task in tasks]
+            yield from figure_of(row.label, metric, parts, row.mean, is_higher)
     for mean in plan.suite.means:
-        yield from _mean(plan, run, mean, seed)
+        parts = list(_parts_of_mean(plan, run, mean))
+        metric = " / ".join(dict.fromkeys(part.metric for part in parts))
+        yield from figure_of(mean.name, metric, parts, mean.over, True)
 
 
-def _mean(plan: SuitePlan, run: EvaluationRun, mean: SuiteMean, seed: int) -> Iterator[Figure]:
+def _parts_of_mean(plan: SuitePlan, run: EvaluationRun, mean: SuiteMean) -> Iterator[_Part]:
     rows = plan.suite.rows_of(mean)
-    metric_of = {task.task_name: mean.metric or row.metric for row in rows for task in plan.tasks[row.label]}
-    weights = None
-    if mean.over == "tasks":
-        weights = {task: weight for row in rows for task, weight in _weights(plan, row, 1 / len(rows), run).items()}
-    metrics = sorted(set(metric_of.values()))
-    yield from _figure(plan, run, mean.name, " / ".join(metrics), metric_of, weights, True, seed)
+    for row in rows:
+        metrics = mean.metrics or [row.metric]
+        for metric in metrics:
+            weights = _weights_in_row(plan, run, row, metric)
+            for task, weight in weights.items():
+                yield _Part(task, metric, weight / len(metrics) / len(rows))
 
 
-def _weights(plan: SuitePlan, row: SuiteTask, total: float, run: EvaluationRun | None = None) -> dict[str, float]:
-    """Weights of a row's tasks, which add up to `total`: all the same, or by their items."""
+def _weights_in_row(plan: SuitePlan, run: EvaluationRun, row: SuiteTask, metric: str) -> dict[str, float]:
+    """Weights of a row's tasks in its mean, which add up to 1: all the same, or by their items."""
     tasks = [task.task_name for task in plan.tasks[row.label]]
-    if row.mean == "tasks" or run is None:
-        return dict.fromkeys(tasks, total / len(tasks))
+    if row.mean == "tasks":
+        return dict.fromkeys(tasks, 1 / len(tasks))
     counts = {
-        task: sum(item.score is not None for item in run.of(plan.suite.name, task=task, metric=row.metric))
+        task: sum(item.score is not None for item in run.of(plan.suite.name, task=task, metric=metric))
         for task in tasks
     }
-    return {task: total * count / sum(counts.values()) for task, count in counts.items()}
+    return {task: count / max(1, sum(counts.values())) for task, count in counts.items()}
 
 
 def _figure(
-    plan: SuitePlan,
+    suite: str,
     run: EvaluationRun,
+    seed: int,
     name: str,
     metric: str,
-    metric_of: Mapping[str, str],
-    weights: Mapping[str, float] | None,
+    parts: Sequence[_Part],
+    over: MeanOver,
     higher_is_better: bool,
-    seed: int,
 ) -> Iterator[Figure]:
-    suite = plan.suite.name
-    items = [item for task, each in metric_of.items() for item in run.of(suite, task=task, metric=each)]
+    """The figure of some parts, none where they have no outcomes."""
+    items = [
+        replace(item, task=f"{part.task} {part.metric}")
+        for part in parts
+        for item in run.of(suite, task=part.task, metric=part.metric)
+    ]
     figure = mean_figure(
         items,
         suite=suite,
         name=name,
         metric=metric,
-        weights=weights,
+        weights={f"{part.task} {part.metric}": part.weight for part in parts} if over == "tasks" else None,
         higher_is_better=higher_is_better,
         seed=seed,
     )

@@ -65,7 +65,11 @@ def _transformers(options: EvalOptions, folder: Path) -> LM:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{options.model} cannot be loaded: {reason}") from error
     return PrefixSharingLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=options.max_length
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=options.batch_size,
+        max_length=options.max_length,
     )
 
 

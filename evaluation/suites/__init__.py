@@ -53,7 +53,7 @@ class SuiteMean:
     name: str = option(help="Of the figure.")
     over: MeanOver = option("tasks", help="The rows' means, or all their items.")
     rows: list[str] = option([], help="Labels of the rows; none is all.")
-    metric: str | None = option(None, help="Another metric than the rows' own.")
+    metrics: list[str] = option([], help="Other metrics than the rows' own; of several, the mean over all.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -96,9 +96,9 @@ class Suite:
                 if label not in labels:
                     raise UserError(f"the mean {mean.name!r} is over {label!r}, which is no row.")
             for row in self.rows_of(mean):
-                if mean.metric is not None and mean.metric not in row.metrics:
+                if missing := sorted(set(mean.metrics) - set(row.metrics)):
                     raise UserError(
-                        f"the mean {mean.name!r} takes {mean.metric!r}, which the row {row.label!r} does not have."
+                        f"the mean {mean.name!r} takes {missing[0]!r}, which the row {row.label!r} does not have."
                     )
 
 

@@ -107,7 +107,8 @@ class TaskLoader:
         from lm_eval.defaults import DEFAULT_OTHER_SEED
 
         config = {**self._config(name), **settings}
-        local = self._local_settings(config, shots) if self.data is not None else {}
+        makes_its_own = "custom_dataset" in config
+        local = {} if self.data is None or makes_its_own else self._local_settings(config, shots)
         # A task by itself takes no settings beside those of its file; as a member of a group it does.
         alone = {"group": f"{name} alone", "task": [{**settings, **local, "task": name}]}
         manager = self._manager_of(name)
