@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from jai.cli.verb import verb
+from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
 
@@ -43,6 +44,17 @@ def evaluate(options: EvalOptions) -> None:
     from jai.evaluation.command import evaluate_suites
 
     evaluate_suites(options, suites)
+
+
+@verb(app, PairwiseOptions, group=("eval",))
+def pairwise(options: PairwiseOptions) -> None:
+    """Compare two models' answers to the same questions, judged in both orders.
+
+    If it is interrupted, the same command goes on."""
+    options.check_judge()
+    from jai.evaluation.judged.side_by_side import compare_answers
+
+    compare_answers(options)
 
 
 def _list_suites() -> None:

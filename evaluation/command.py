@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jai.errors import UserError
+from jai.evaluation.figure_table import print_figures
 from jai.evaluation.judged.command import JudgedPlan, measure_judged, plan_judged
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.measure import SuitePlan, measure_suite, plan_suite
@@ -55,7 +56,9 @@ def evaluate_suites(
     }
     _quiet_bars()
     plans = [
-        plan_judged(suite, options) if isinstance(suite, JudgedSuite) else plan_suite(suite, _loader(options, suite))
+        plan_judged(suite, data=options.data, limit=options.limit)
+        if isinstance(suite, JudgedSuite)
+        else plan_suite(suite, _loader(options, suite))
         for suite in suites
     ]
     with open_run(options.folder, model=options.model, revision=revision_of(options), conditions=conditions) as run:
@@ -67,7 +70,7 @@ def evaluate_suites(
                 figures = measure_judged(plan, run, options, lambda: models.load(chat=True), console)
             else:
                 figures = _measure(plan, models.load(chat=plan.suite.chat), run, options, console)
-            _print_figures(plan.suite, figures, console)
+            print_figures(plan.suite.title, figures, console)
         run.finish()
     console.print(f"The run is in {run.folder}.", markup=False, highlight=False, soft_wrap=True)
     print_next(console, ["jai", "eval", "compare", run.folder])
@@ -131,18 +134,3 @@ def _measure(
 
         model.tell = lambda done, total: progress.update(current, completed=done, total=total)
         return measure_suite(plan, model, run, limit=options.limit, seed=options.seed, tell=begin)
-
-
-def _print_figures(suite: Suite | JudgedSuite, figures: list[Figure], console: Console) -> None:
-    from rich.table import Table
-
-    table = Table("", "metric", "score", "95 %", "items", title=suite.title, title_justify="left", box=None)
-    for figure in figures:
-        table.add_row(
-            figure.name,
-            figure.metric,
-            f"{figure.value:.4f}",
-            f"{figure.low:.4f}–{figure.high:.4f}",
-            str(figure.items) + (f" (+{figure.unscored} without a score)" if figure.unscored else ""),
-        )
-    console.print(table)

@@ -54,6 +54,9 @@ class EvalOptions(JudgeOptions):
         at_least=2,
         shown_default="what the model can take",
     )
+    max_answer_tokens: int = option(
+        1024, help="Longest answer to a question of a judged suite, in tokens. MT-Bench's is 1024.", at_least=1
+    )
     seed: int = option(0, help="Seed of sampling, and of the intervals.", at_least=0, at_most=2**32 - 1)
     include_path: Path | None = option(None, help="Folder with more lm-eval tasks.", metavar="DIR")
     allow_code_execution: bool = option(

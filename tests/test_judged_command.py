@@ -18,7 +18,9 @@ from chat_endpoint import Answer, ChatEndpoint
 from jai.errors import UserError
 from jai.evaluation.command import evaluate_suites
 from jai.evaluation.endpoint import Endpoint
+from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.judged.prompts import FACTS
+from jai.evaluation.judged.side_by_side import compare_answers
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.results import read_run
 from jai.evaluation.suites import JudgedSuite, read_suites
@@ -279,6 +281,70 @@ def test_the_papers_suites_ask_what_its_tables_do():
     assert (suites["hall-bench-298"].criteria, suites["hall-bench-298"].questions) == (["facts"], 298)
     assert (suites["hall-bench"].criteria, suites["hall-bench"].questions) == (["facts", "fluency"], 1298)
     assert suites["mt-bench-th"].dataset == "ThaiLLM-Leaderboard/mt-bench-thai"
+
+
+# --- Two files of answers side by side ---
+
+
+@pytest.fixture
+def answer_files(tmp_path) -> tuple[Path, Path]:
+    """Answers of two models; the second one did not answer question 2."""
+    files = (tmp_path / "first.jsonl", tmp_path / "second.jsonl")
+    for path, said, count in zip(files, ("good", "bad"), (3, 2)):
+        rows = [{"id": str(number), "answers": [f"{said} {number}", f"{said} then"]} for number in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+def compare(first: Path, second: Path, judge: ChatEndpoint, **options):
+    output = io.StringIO()
+    given = PairwiseOptions(first=first, second=second, judge_url=judge.url, judge_model="judge", **options)
+    run = compare_answers(given, console=Console(file=output, width=200))
+    return output.getvalue(), run
+
+
+def test_two_files_are_compared_in_both_orders(answer_files, data, tmp_path):
+    def prefers_good(request: dict, before: int) -> str:
+        answers = [text for _, text in ANSWER.findall(request["messages"][1]["content"])]
+        last_of_a = answers[len(answers) // 2 - 1]
+        return "[[A]]" if last_of_a.startswith("good") else "[[B]]"
+
+    with ChatEndpoint(prefers_good) as judge:
+        printed, run = compare(*answer_files, judge, data=data, out=tmp_path / "pair")
+        assert len(judge.asked) == 8
+        compare(*answer_files, judge, data=data, out=tmp_path / "pair")
+        assert len(judge.asked) == 8
+        with pytest.raises(UserError, match="holds another evaluation: judge"):
+            compare_answers(
+                PairwiseOptions(
+                    first=answer_files[0],
+                    second=answer_files[1],
+                    judge_url=judge.url,
+                    judge_model="x",
+                    data=data,
+                    out=tmp_path / "pair",
+                )
+            )
+    figures = {(figure.name, figure.metric): figure.value for figure in run.results.figures}
+    assert figures["all turns", "win"] == 1
+    assert figures["judge", "consistent"] == 1
+    assert "mt-bench-th-pairwise: 2 of 6 turns lack an answer in one of the files and were not compared." in printed
+    assert read_run(tmp_path / "pair")[0].tasks[0].judge == "judge"
+
+
+def test_files_that_cannot_be_compared(answer_files, data, tmp_path):
+    first, second = answer_files
+    with ChatEndpoint(always("[[A]]")) as judge:
+        with pytest.raises(UserError, match="has no conversations to compare"):
+            compare(first, second, judge, data=data, suite="hall-bench-small")
+        with pytest.raises(UserError, match=r"nothing\.jsonl does not exist"):
+            compare(tmp_path / "nothing.jsonl", second, judge, data=data)
+        second.write_text('{"id": 99, "answers": ["x"]}\n')
+        with pytest.raises(UserError, match="have no answers to the same questions"):
+            compare(first, second, judge, data=data, out=tmp_path / "pair")
+        second.write_text('{"id": 0, "answers": ["x"]}\n{"id": 1}\n')
+        with pytest.raises(UserError, match=r"second\.jsonl, line 2, .*list of texts `answers`"):
+            compare(first, second, judge, data=data, out=tmp_path / "pair")
 
 
 @pytest.mark.slow

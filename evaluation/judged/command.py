@@ -51,21 +51,25 @@ class JudgedPlan:
         return self.chats or self.facts
 
 
-def plan_judged(suite: JudgedSuite, options: EvalOptions) -> JudgedPlan:
-    """Find and read a suite's questions: in the folder of --data, beside the suite's file, or on the Hub.
+def plan_judged(suite: JudgedSuite, *, data: Path | None, limit: int | None) -> JudgedPlan:
+    """Find and read a suite's questions: in a folder, beside the suite's file, or on the Hub.
+
+    Args:
+        suite: the suite.
+        data: the folder of --data.
+        limit: how many of the first questions; None is all.
 
     Raises:
         UserError: if there are none, or one is malformed, naming the file and the line.
     """
-    path = rows_file(options.data / suite.file) if options.data else None
+    path = rows_file(data / suite.file) if data else None
     if path is None and suite.beside:
         path = suite.place / suite.beside
-    limit = options.limit
     if suite.judged == "mt-bench":
-        data, chats = _read(suite, path, chat_question)
-        return JudgedPlan(suite, data, chats=chats[:limit])
-    data, facts = _read(suite, path, fact_question)
-    return JudgedPlan(suite, data, facts=facts[:limit])
+        source, chats = _read(suite, path, chat_question)
+        return JudgedPlan(suite, source, chats=chats[:limit])
+    source, facts = _read(suite, path, fact_question)
+    return JudgedPlan(suite, source, facts=facts[:limit])
 
 
 def _read(

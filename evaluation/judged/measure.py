@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A judged suite from its questions to its outcomes: the model answers, then the judge reads."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +17,7 @@ from jai.evaluation.judged.judging import Judgement, judge_cases
 from jai.evaluation.judged.mt_bench import GRADING_PROMPTS, grading_cases, mt_bench_figures, mt_bench_items
 from jai.evaluation.judged.options import JUDGE_PARAMETERS
 from jai.evaluation.judged.prompts import prompts_hash
-from jai.evaluation.judged.questions import ChatQuestion, FactQuestion
+from jai.evaluation.judged.questions import ChatQuestion, FactQuestion, questions_hash
 from jai.evaluation.reply_cache import ChatRequest
 from jai.evaluation.results import Figure, Item
 
@@ -111,7 +109,7 @@ def measure_mt_bench(
         items=items,
         figures=mt_bench_figures(suite, items, seed),
         answers=answers,
-        prompt_hash=_hash(question.turns for question in questions),
+        prompt_hash=questions_hash(questions),
         judge_prompt_hash=prompts_hash(GRADING_PROMPTS),
         unanswered=sum(len(question.turns) for question in questions) - len(cases),
         without_reference=sum(question.lacks_reference for question in questions),
@@ -154,7 +152,7 @@ def measure_hall_bench(
         items=items,
         figures=hall_bench_figures(suite, items, criteria, seed),
         answers=answers,
-        prompt_hash=_hash(question.question for question in questions),
+        prompt_hash=questions_hash(questions),
         judge_prompt_hash=prompts_hash([CRITERIA[criterion] for criterion in criteria]),
         unanswered=sum(text is None for text in texts),
         **_counts(judgements),
@@ -166,7 +164,3 @@ def _counts(judgements: Sequence[Judgement]) -> dict[str, int]:
         "unreadable": sum(each.unreadable for each in judgements),
         "failed": sum(each.failed for each in judgements),
     }
-
-
-def _hash(asked: Any) -> str:
-    return hashlib.sha256(json.dumps(list(asked), ensure_ascii=False).encode()).hexdigest()

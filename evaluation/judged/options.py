@@ -4,10 +4,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jai.errors import UserError
-from jai.options import option
+from jai.options import argument, check_values, option
 
 if TYPE_CHECKING:
     from jai.evaluation.endpoint import Endpoint
@@ -49,9 +50,6 @@ class JudgeOptions:
     )
     repeats: int = option(
         1, help="How often everything is judged; with 2 and more, the agreement is shown.", at_least=1
-    )
-    max_answer_tokens: int = option(
-        1024, help="Longest answer to a question of a judged suite, in tokens. MT-Bench's is 1024.", at_least=1
     )
 
     def check_judge(self) -> None:
@@ -113,3 +111,29 @@ class JudgeOptions:
                     'reasoning_effort="low".'
                 ) from None
         return {name: value for name, value in parameters.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class PairwiseOptions(JudgeOptions):
+    """What `jai eval pairwise` takes."""
+
+    first: Path = argument("FIRST", help="Answers of a model, such as eval/NAME/answers-mt-bench-th.jsonl.")
+    second: Path = argument("SECOND", help="Answers of another one to the same questions.")
+    suite: str = option("mt-bench-th", help="Suite that has the questions.", metavar="NAME")
+    out: Path | None = option(
+        None,
+        help="Folder of the comparison; one that is there already is gone on with.",
+        metavar="DIR",
+        shown_default="eval/pairwise",
+    )
+    data: Path | None = option(None, help="Folder with the questions, in place of the Hub.", metavar="DIR")
+    limit: int | None = option(None, help="Compare only the answers to the first questions.", at_least=1)
+    seed: int = option(0, help="Seed of the intervals.", at_least=0, at_most=2**32 - 1)
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the comparison."""
+        return self.out or Path("eval") / "pairwise"

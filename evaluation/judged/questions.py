@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions of judged suites."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +112,12 @@ def check_questions(questions: Sequence[ChatQuestion | FactQuestion], place: str
     id_, count = counts.most_common(1)[0]
     if count > 1:
         raise UserError(f"{place} has the id {id_} {count} times. Give each question its own.")
+
+
+def questions_hash(questions: Sequence[ChatQuestion | FactQuestion]) -> str:
+    """SHA-256 of all that is asked, in its order."""
+    asked = [each.turns if isinstance(each, ChatQuestion) else each.question for each in questions]
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
 
 
 def _id(row: Mapping[str, Any]) -> str:
