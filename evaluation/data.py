@@ -11,10 +11,12 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jai.errors import UserError
+from jai.evaluation.instructions.scoring import instruction_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,6 +86,12 @@ def _mgsm_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"question": row["question"], "answer": None, "answer_number": int(row["answer"].replace(",", ""))}
 
 
+def _instruction_row(language: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as it is. A type or an argument that no check can take is refused here, where file and line are known."""
+    instruction_row(row, language)
+    return dict(row)
+
+
 def _known_files() -> dict[DataSource, KnownFile]:
     exam = ("question", "choices", "answer")
     onet = ("instruction", "input", "result", "isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")
@@ -115,6 +123,12 @@ def _known_files() -> dict[DataSource, KnownFile]:
                 f"mgsm_{language}", ("question", "answer"), _mgsm_row
             ),
         }
+    known[DataSource("aisingapore/Instruction-Following-IFEval", None, "th")] = KnownFile(
+        "ifeval_th", ("id", "prompts", "metadata", "kwargs"), partial(_instruction_row, "th")
+    )
+    known[DataSource("google/IFEval", None, "train")] = KnownFile(
+        "ifeval_en", ("key", "prompt", "instruction_id_list", "kwargs"), partial(_instruction_row, "en")
+    )
     return known
 
 

@@ -6,15 +6,18 @@ instruction a prompt, has `id`, `prompts`, `metadata.subcategory` and `kwargs`.
 """
 
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jai.errors import UserError
 from jai.evaluation.instructions.checks import INSTRUCTION_SETS, Check, InstructionSet
 from jai.evaluation.instructions.counting import check_language_code
 from jai.evaluation.text import split_thought
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _SEA_SENTENCE_DIVIDER = "***"  # which each of its prompts on the number of sentences asks for
 
@@ -150,11 +153,6 @@ def instruction_row(row: Mapping[str, Any], language: str) -> InstructionRow:
     return InstructionRow(str(key), prompt, tuple(instructions))
 
 
-def read_instruction_rows(rows: Iterable[Mapping[str, Any]], language: str) -> list[InstructionRow]:
-    """All rows of data; see `instruction_row`."""
-    return [instruction_row(row, language) for row in rows]
-
-
 def _google_form(row: Mapping[str, Any]) -> tuple[str, list[str], list[Mapping[str, Any]]]:
     names, arguments = row["instruction_id_list"], row["kwargs"]
     if len(names) != len(arguments):
@@ -226,3 +224,37 @@ def _argument(type_: str, name: str, kind: Any, value: Any, instruction_set: Ins
             return [instruction_set.normalize(each) for each in value]
         expected = "a list of words"
     raise ValueError(f"{name} of {type_} is {value!r}; expected {expected}.")
+
+
+# --- As lm-eval's tasks take them (evaluation/tasks/ifeval) ---
+
+
+def english_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, bool | list[bool]]:
+    """The scores of a reply by lm-eval's names of the four figures."""
+    return _scores(doc, results[0], "en")
+
+
+def thai_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, bool | list[bool]]:
+    """The scores of a reply by lm-eval's names of the four figures."""
+    return _scores(doc, results[0], "th")
+
+
+def _scores(doc: Mapping[str, Any], reply: str, language: str) -> dict[str, bool | list[bool]]:
+    verdict = judge_instructions(instruction_row(doc, language), reply)
+    return {
+        "prompt_level_strict_acc": all(verdict.strict),
+        "inst_level_strict_acc": list(verdict.strict),
+        "prompt_level_loose_acc": all(verdict.loose),
+        "inst_level_loose_acc": list(verdict.loose),
+    }
+
+
+def mean_of_lists(lists: Sequence[Sequence[bool]]) -> float:
+    """The mean over all entries."""
+    return _instruction_level([tuple(each) for each in lists])
+
+
+def with_thai_types(dataset: "Dataset") -> "Dataset":
+    """The rows in google/IFEval's form of which every instruction has a meaning in Thai."""
+    known = INSTRUCTION_SETS["th"].checks.keys()
+    return dataset.filter(lambda row: all(name in known for name in row["instruction_id_list"]))

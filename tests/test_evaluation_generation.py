@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suites of generated answers (IFEval, final answers): an oracle's text gets everything, its negation nothing."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lm_eval.api.model import LM
+from test_instructions import oracle
+
+from jai.errors import UserError
+from jai.evaluation.instructions.scoring import instruction_row
+from jai.evaluation.kept_answers import KeptAnswers
+from jai.evaluation.measure import measure_suite, plan_suite
+from jai.evaluation.results import open_run
+from jai.evaluation.suites import read_suite
+from jai.evaluation.tasks import TASKS_FOLDER, TaskLoader
+
+SHARED = Path(__file__).parents[2] / "shared/data/eval"
+needs_shared_data = pytest.mark.skipif(
+    not SHARED.exists(), reason=f"{SHARED} is not there: it is no part of the repository"
+)
+STRICT, LOOSE = ("prompt_level_strict_acc", "inst_level_strict_acc"), ("prompt_level_loose_acc", "inst_level_loose_acc")
+
+
+class KnowingModel(LM):
+    """Gives the reply that it knows to a question that contains a text; in the chat form the question is the prompt."""
+
+    def __init__(self, replies: dict[str, str]):
+        super().__init__()
+        self.replies = replies
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        return chat_history[-1]["content"]
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "none"
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests):
+        raise NotImplementedError
+
+    def generate_until(self, requests, **_):
+        return [next(reply for text, reply in self.replies.items() if text in each.args[0]) for each in requests]
+
+
+@pytest.fixture
+def measured(tmp_path):
+    def measure(suite: str, data: Path, replies: dict[str, str], limit: int | None = None) -> dict:
+        plan = plan_suite(read_suite(suite), TaskLoader(data=data))
+        number = len(list(tmp_path.iterdir()))
+        with open_run(tmp_path / f"run {number}", model="oracle", revision="0") as run:
+            model = KeptAnswers(KnowingModel(replies), run.folder / "answers.jsonl", 8)
+            figures = measure_suite(plan, model, run, limit=limit, seed=0, tell=lambda name: None)
+        return {(figure.name, figure.metric): figure for figure in figures}
+
+    return measure
+
+
+def values(figures: dict) -> dict:
+    return {key: round(figure.value, 9) for key, figure in figures.items()}
+
+
+def rows_of(path: Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@needs_shared_data
+def test_thai_ifeval(measured):
+    follows, fails = {}, {}
+    for row in rows_of(SHARED / "ifeval_th.jsonl.gz"):
+        (instruction,) = instruction_row(row, "th").instructions
+        prompt = row["prompts"][0]["text"]
+        follows[prompt], fails[prompt] = oracle(instruction.type, dict(instruction.arguments))
+    metrics = [("ifeval_th", metric) for metric in (*STRICT, *LOOSE)]
+    right = measured("ifeval-th", SHARED, follows)
+    assert values(right) | dict.fromkeys(metrics, 1) == values(right)
+    assert {right[key].items for key in metrics} == {105}
+    known = dict(list(follows.items())[:21])
+    some = values(measured("ifeval-th", SHARED, fails | known))
+    assert [some["ifeval_th", metric] for metric in STRICT] == [round(21 / 105, 9)] * 2
+    assert "Table 13" in read_suite("ifeval-th").title
+
+
+ENGLISH_ROWS = [
+    {
+        "key": 1,
+        "prompt": "Say it in quotes, without commas.",
+        "instruction_id_list": ["startend:quotation", "punctuation:no_comma"],
+        "kwargs": [{}, {}],
+    },
+    {
+        "key": 2,
+        "prompt": "Two bullets.",
+        "instruction_id_list": ["detectable_format:number_bullet_lists"],
+        "kwargs": [{"num_bullets": 2}],
+    },
+]
+
+
+def test_english_ifeval(measured, tmp_path):
+    write_rows(tmp_path / "data/google/IFEval/train.jsonl", ENGLISH_ROWS)
+    replies = {"Say it": 'Sure:\n"a b"', "Two bullets": "* a\n* b"}
+    figures = values(measured("ifeval-en", tmp_path / "data", replies))
+    assert [figures["ifeval_en", metric] for metric in STRICT] == [0.5, round(2 / 3, 9)]
+    assert [figures["ifeval_en", metric] for metric in LOOSE] == [1, 1]
+
+
+TWO = {"kwargs": [{"num_bullets": "2"}]}  # which should be a number
+
+
+def test_a_malformed_row_is_named_by_file_and_line(measured, tmp_path):
+    text_for_number = ENGLISH_ROWS[1] | {"kwargs": [{"num_bullets": "2"}]}
+    write_rows(tmp_path / "data/ifeval_en.jsonl", [ENGLISH_ROWS[0], text_for_number])
+    with pytest.raises(UserError, match=r"ifeval_en.jsonl, line 2.*num_bullets.*'2'; expected a whole number"):
+        measured("ifeval-en", tmp_path / "data", {})
+
+
+def test_typhoons_rows_without_a_thai_meaning_are_left_out(tmp_path):
+    capital = {"instruction_id_list": ["change_case:english_capital"], "kwargs": [{}]}
+    write_rows(tmp_path / "scb10x/ifeval-th/train.jsonl", [*ENGLISH_ROWS, ENGLISH_ROWS[0] | capital])
+    (task,) = TaskLoader(data=tmp_path).load("ifeval_th_typhoon")
+    assert [doc["key"] for doc in task.eval_docs] == [1, 2]
+
+
+@needs_shared_data
+def test_final_answers_of_the_shared_problems(measured):
+    def replies(form: str, language: str) -> dict[str, str]:
+        return {row["question"]: form.format(row["answer"]) for row in rows_of(SHARED / f"mgsm_{language}.jsonl.gz")}
+
+    figures = measured(
+        "mgsm", SHARED, replies("<think>ลองดู</think>คำตอบคือ {} บาท", "th") | replies("The answer is {} dollars.", "en")
+    )
+    found = values(figures)
+    for language in ("th", "en"):
+        for metric in ("exact_match", "stated_match", "language_acc"):
+            assert found[f"mgsm_final_{language}", metric] == 1
+    assert (found["mgsm_final_th", "think_acc"], found["mgsm_final_en", "think_acc"]) == (1, 0)
+    assert found["mean", "exact_match"] == 1
+    assert figures["mgsm_final_th", "exact_match"].items == 250
+    found = values(measured("mgsm", SHARED, replies("คำตอบคือ -{}", "th") | replies("ได้ {} เหรียญ", "en"), limit=50))
+    assert found["mgsm_final_th", "exact_match"] == found["mgsm_final_th", "stated_match"] == 0
+    assert (found["mgsm_final_en", "exact_match"], found["mgsm_final_en", "stated_match"]) == (1, 0)
+    assert (found["mgsm_final_th", "language_acc"], found["mgsm_final_en", "language_acc"]) == (1, 0)
+
+
+PROBLEMS = [("โจทย์หนึ่ง", r"\frac{1}{2}"), ("โจทย์สอง", "042"), ("โจทย์สาม", r"\left( 3, \frac{\pi}{2} \right)")]
+
+
+def test_math_and_aime_in_the_columns_of_the_hub(measured, tmp_path):
+    data = tmp_path / "data"
+    lower = [{"problem": problem, "answer": gold, "solution": "…"} for problem, gold in PROBLEMS]
+    upper = [{"Problem": problem, "Answer": gold, "ID": "1"} for problem, gold in PROBLEMS]
+    mgsm = [{"question": problem, "answer": None, "answer_number": 42} for problem, _ in PROBLEMS]
+    for language in ("th", "en"):
+        write_rows(data / f"juletxara/mgsm/{language}/test.jsonl", mgsm)
+    for path in ("HuggingFaceH4/MATH-500/test", "iapp/math-500-th/test", "iapp/aime_2024-th/train"):
+        write_rows(data / f"{path}.jsonl", lower)
+    write_rows(data / "Maxwell-Jia/AIME_2024/train.jsonl", upper)
+    replies = {"หนึ่ง": r"ได้ \boxed{0.5}", "สอง": "คำตอบคือ ๔๒", "สาม": r"\boxed{(3,\pi/2)}"}
+    found = values(measured("reasoning", data, replies))
+    for task in ("math500_final_th", "math500_final_en", "aime24_final_th", "aime24_final_en"):
+        assert found[task, "exact_match"] == 1
+    assert found["mgsm_final_th", "exact_match"] == round(1 / 3, 9)
+    assert found["mean", "exact_match"] == round((4 + 2 / 3) / 6, 9)
+
+
+def test_a_problem_without_an_answer_is_one_error(measured, tmp_path):
+    write_rows(tmp_path / "data/math-ai/aime25/test.jsonl", [{"problem": "p", "solution": "s"}])
+    with pytest.raises(UserError, match=r"aime25_final_en.*answer_number, answer, Answer"):
+        TaskLoader(data=tmp_path / "data").load("aime25_final_en")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["ifeval_en", "math500_final_en"])
+def test_plain_lm_eval_takes_the_task_files(tmp_path, task):
+    """With its own command line; the data, which the Hub has, is given as a file by a file that includes ours."""
+    rows = ENGLISH_ROWS if task == "ifeval_en" else [{"problem": "p", "answer": "lol"}, {"problem": "q", "answer": "1"}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    (source,) = TASKS_FOLDER.rglob(f"{task}.yaml")
+    split = {"ifeval_en": "train", "math500_final_en": "test"}[task]
+    (tmp_path / "mine.yaml").write_text(
+        f"include: {source}\ntask: mine\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{{split}: {tmp_path / 'rows.jsonl'}}}}}\n"
+    )
+    out = tmp_path / "out"
+    words = ["run", "--model", "dummy", "--tasks", "mine", "--include_path", str(tmp_path), "--output_path", str(out)]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # else it asks for `json` on the Hub, and waits
+    subprocess.run([sys.executable, "-m", "lm_eval", *words], check=True, cwd=tmp_path, env=offline)
+    (results,) = out.rglob("results_*.json")
+    scores = json.loads(results.read_text())["results"]["mine"]
+    if task == "ifeval_en":  # lm-eval's dummy says "lol"
+        assert scores["prompt_level_strict_acc,none"] == 0
+        assert scores["inst_level_strict_acc,none"] == pytest.approx(1 / 3)
+    else:
+        assert scores["exact_match,none"] == 0  # no answer is stated, and there is no number
+        assert scores["language_acc,none"] == 1
