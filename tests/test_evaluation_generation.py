@@ -92,6 +92,7 @@ def test_thai_ifeval(measured):
     known = dict(list(follows.items())[:21])
     some = values(measured("ifeval-th", SHARED, fails | known))
     assert [some["ifeval_th", metric] for metric in STRICT] == [round(21 / 105, 9)] * 2
+    assert some["mean of the strict two", " / ".join(STRICT)] == round(21 / 105, 9)
     assert "Table 13" in read_suite("ifeval-th").title
 
 
@@ -117,6 +118,7 @@ def test_english_ifeval(measured, tmp_path):
     figures = values(measured("ifeval-en", tmp_path / "data", replies))
     assert [figures["ifeval_en", metric] for metric in STRICT] == [0.5, round(2 / 3, 9)]
     assert [figures["ifeval_en", metric] for metric in LOOSE] == [1, 1]
+    assert figures["mean of the strict two", " / ".join(STRICT)] == round((1 / 2 + 2 / 3) / 2, 9)
 
 
 TWO = {"kwargs": [{"num_bullets": "2"}]}  # which should be a number
@@ -149,6 +151,7 @@ def test_final_answers_of_the_shared_problems(measured):
         for metric in ("exact_match", "stated_match", "language_acc"):
             assert found[f"mgsm_final_{language}", metric] == 1
     assert (found["mgsm_final_th", "think_acc"], found["mgsm_final_en", "think_acc"]) == (1, 0)
+    assert (found["language accuracy", "language_acc"], found["think accuracy", "think_acc"]) == (1, 0.5)
     assert found["mean", "exact_match"] == 1
     assert figures["mgsm_final_th", "exact_match"].items == 250
     found = values(measured("mgsm", SHARED, replies("คำตอบคือ -{}", "th") | replies("ได้ {} เหรียญ", "en"), limit=50))
