@@ -51,7 +51,7 @@ class JaiRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.float()
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
+        return self.weight.to(hidden_states.dtype) * x.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -208,7 +208,8 @@ class JaiTopKRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits `(T, E)`, weights `(T, K)` and expert ids `(T, K)`."""
-        logits_TE = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        x_TH = hidden_states.reshape(-1, self.hidden_dim)
+        logits_TE = F.linear(x_TH, self.weight.to(x_TH.dtype))  # it may be trained in fp32 beside weights in bf16
         weights_TK, ids_TK = logits_TE.float().softmax(dim=-1).topk(self.top_k, dim=-1)
         return logits_TE, weights_TK / weights_TK.sum(dim=-1, keepdim=True), ids_TK
 
@@ -284,9 +285,10 @@ class JaiDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """`hidden_states` and `anchor` are `(B, S, H)`; only the first layer of a later copy reads the anchor."""
         if self.skip_alpha is not None:
-            hidden_states = hidden_states + self.skip_alpha * anchor
+            alpha = self.skip_alpha.to(hidden_states.dtype)  # it may be trained in fp32 beside weights in bf16
+            hidden_states = hidden_states + alpha * anchor
             if self.skip_alpha_normalize:
-                hidden_states = hidden_states / (1 + self.skip_alpha)
+                hidden_states = hidden_states / (1 + alpha)
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             self.input_layernorm(hidden_states),

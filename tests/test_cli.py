@@ -66,7 +66,7 @@ def test_training_verbs_show_trls_help(jai, verb):
     code, out, _ = jai(verb, "--help")
     assert code == 0
     assert "--learning_rate" in out
-    assert "--lora_targets" in out
+    assert "--trainable" in out
 
 
 def test_version(jai):

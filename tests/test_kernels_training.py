@@ -57,7 +57,7 @@ KERNELS = ("--experts_implementation", "jai_fused", "--linear_cross_entropy", "t
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_the_kernels_train_the_same(checkpoint, texts, tmp_path, monkeypatch, lora):
     monkeypatch.chdir(tmp_path)
-    more = ("--use_peft", "--lora_targets", "both", "--lora_r", "4", "--merge_adapter", "true") if lora else ()
+    more = ("--use_peft", "--lora_r", "4", "--merge_adapter", "true") if lora else ()
     expected = run(checkpoint, texts, tmp_path / "expected", *more)
     calls: list[str] = []
     for module, name in ((register, "fused_experts"), (causal_lm, "linear_token_figures")):

@@ -33,6 +33,7 @@ from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
 from jai.trainers.dpo import JaiDPOTrainer
 from jai.trainers.lora import lora_config, merge_adapter
 from jai.trainers.monitor import RouterMonitor
+from jai.trainers.parts import select_parts
 from jai.trainers.sft import JaiSFTConfig, JaiSFTTrainer
 from jai.trainers.stage import run_as_script
 
@@ -284,8 +285,9 @@ def test_gradient_checkpointing_changes_nothing(checkpoint, chats, reentrant):
 # --- LoRA
 
 
-def build_lora_trainer(checkpoint: Path, chats: Path, out: Path, **options: Any) -> JaiSFTTrainer:
+def build_lora_trainer(checkpoint: Path, chats: Path, out: Path, names: list[str]) -> JaiSFTTrainer:
     model = load(checkpoint)
+    parts = select_parts(names, model, None)
     model_args = ModelConfig(use_peft=True, lora_r=4, lora_dropout=0.0)
     return JaiSFTTrainer(
         model,
@@ -295,27 +297,28 @@ def build_lora_trainer(checkpoint: Path, chats: Path, out: Path, **options: Any)
         ),
         train_dataset=Dataset.from_json(str(chats)),
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
-        peft_config=lora_config(model_args, JaiTrainingArguments(**options), model.config),
+        peft_config=lora_config(model_args, parts, model),
+        parts=parts,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("options", "trained"),
+    ("parts", "trained"),
     [
-        ({"lora_targets": "attention"}, {"self_attn"}),
-        ({"lora_targets": "experts"}, {"experts"}),
-        ({"lora_targets": "both"}, {"self_attn", "experts"}),
-        ({"lora_targets": "both", "lora_router": True}, {"self_attn", "experts", "gate"}),
+        (["attention"], {"self_attn"}),
+        (["experts"], {"experts"}),
+        (["attention", "experts"], {"self_attn", "experts"}),
+        (["attention", "experts", "router", "alphas"], {"self_attn", "experts", "gate", "skip_alpha"}),
     ],
-    ids=["attention", "experts", "both", "router"],
+    ids="+".join,
 )
-def test_lora_trains_what_it_says_and_comes_back(checkpoint, chats, tmp_path, options, trained):
-    trainer = build_lora_trainer(checkpoint, chats, tmp_path / "adapter", **options)
+def test_lora_trains_what_it_says_and_comes_back(checkpoint, chats, tmp_path, parts, trained):
+    trainer = build_lora_trainer(checkpoint, chats, tmp_path / "adapter", parts)
     names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-    parts = {part for name in names for part in ("self_attn", "experts", "gate", "norm", "skip_alpha") if part in name}
-    assert parts == trained
-    modules = {"self_attn": 4 * 2, "experts": 2 * 2, "gate": 1}
-    assert len(names) == LAYERS * sum(modules[part] for part in trained)
+    kinds = {part for name in names for part in ("self_attn", "experts", "gate", "norm", "skip_alpha") if part in name}
+    assert kinds == trained
+    modules = {"self_attn": 4 * 2 * LAYERS, "experts": 2 * 2 * LAYERS, "gate": LAYERS, "skip_alpha": 4}
+    assert len(names) == sum(modules[part] for part in trained)
 
     base = logits_of(load(checkpoint))
     trainer.train()
@@ -331,7 +334,7 @@ def test_lora_trains_what_it_says_and_comes_back(checkpoint, chats, tmp_path, op
 
 
 def test_lora_stage_leaves_an_adapter_or_with_merging_a_checkpoint(checkpoint, chats, preferences):
-    options = {"use_peft": True, "lora_targets": "both", "lora_r": 2, "learning_rate": 0.1}
+    options = {"use_peft": True, "lora_r": 2, "learning_rate": 0.1}
     adapter = sft.main(arguments(checkpoint, chats, "adapter", **options))
     assert not (adapter / "model.safetensors").exists()
     assert read_step(adapter)["options"]["lora_r"] == 2
@@ -346,19 +349,19 @@ def test_lora_stage_leaves_an_adapter_or_with_merging_a_checkpoint(checkpoint, c
     assert log_of(aligned)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_lora_on_a_dense_jai_takes_in_its_mlp(tiny_config):
-    model_args = ModelConfig(use_peft=True, lora_dropout=0.0)
-    config = lora_config(model_args, JaiTrainingArguments(), tiny_config(num_local_experts=1))
-    assert {"q_proj", "gate_proj", "down_proj"} <= config.target_modules
-    with pytest.raises(UserError, match=r"dense.*lora_targets: attention"):
-        lora_config(model_args, JaiTrainingArguments(lora_targets="experts"), tiny_config(num_local_experts=1))
+def test_the_experts_of_a_dense_jai_are_its_mlp(tiny_model):
+    model = tiny_model(num_local_experts=1)
+    config = lora_config(ModelConfig(use_peft=True), select_parts(["attention", "experts"], model, None), model)
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_lora_targets_given_by_hand_stand(tiny_config):
+def test_lora_targets_given_by_hand_stand(tiny_model):
+    model = tiny_model()
     model_args = ModelConfig(use_peft=True, lora_target_modules=["v_proj", "o_proj"])
-    config = lora_config(model_args, JaiTrainingArguments(lora_targets="both"), tiny_config())
+    config = lora_config(model_args, select_parts(["router"], model, None), model)
     assert config.target_modules == {"v_proj", "o_proj"}
     assert config.target_parameters is None
+    assert config.modules_to_save == ["mlp.gate"]
 
 
 def test_peft_knows_the_default_targets_of_a_jai(tiny_model):
@@ -370,21 +373,17 @@ def test_peft_knows_the_default_targets_of_a_jai(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("model_options", "options", "message"),
+    ("options", "message"),
     [
-        ({"use_peft": True}, {"lora_targets": "both"}, r"`lora_dropout` is 0.05.*Set it to 0.0"),
-        (
-            {"use_peft": True, "lora_dropout": 0.0, "use_dora": True},
-            {"lora_targets": "experts"},
-            r"`use_dora` is True.*Set it to false",
-        ),
-        ({}, {"merge_adapter": True}, r"`merge_adapter` is on.*`use_peft: true`"),
-        ({}, {"lora_router": True}, r"`lora_router` is on.*`use_peft: true`"),
+        ({"lora_dropout": 0.05}, r"`lora_dropout` is 0.05.*Set it to 0.0"),
+        ({"use_dora": True}, r"`use_dora` is True.*Set it to false"),
     ],
 )
-def test_lora_options_that_do_not_fit_are_refused(tiny_config, model_options, options, message):
+def test_lora_options_that_do_not_fit_experts_are_refused(tiny_model, options, message):
+    model = tiny_model()
+    model_args = ModelConfig(**{"use_peft": True, "lora_dropout": 0.0, **options})
     with pytest.raises(UserError, match=message):
-        lora_config(ModelConfig(**model_options), JaiTrainingArguments(**options), tiny_config())
+        lora_config(model_args, select_parts(["experts"], model, None), model)
 
 
 # --- what is logged
@@ -641,7 +640,7 @@ def test_recipes_parse(recipe, options, tmp_path):
         (["--config=broken.yaml"], r"not valid YAML"),
         (["--lerning_rate", "1"], r"Did you mean 'learning_rate'"),
         (["--max_steps", "many"], r"--max_steps.*invalid int value: 'many'"),
-        (["--lora_targets", "all"], r"invalid choice: 'all'"),
+        (["--lora_task_type", "CAUSAL", "--trainable", "some"], r"`trainable` names 'some'; expected some of all, "),
         (["--bf16", "true"], r"without a GPU give `bf16: false`"),
         ([], r"No model is given"),
         (["--model_name_or_path", "MODEL"], r"No training data is given"),

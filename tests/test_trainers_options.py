@@ -19,7 +19,8 @@ from jai.errors import UserError
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments, parse_arguments
 from jai.trainers.base_model import BaseModel
 from jai.trainers.checks import check_options, check_options_with_model
-from jai.trainers.parameters import count_trained_parameters
+from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
+from jai.trainers.parts import select_parts
 from jai.trainers.sft import JaiSFTConfig
 
 SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments)
@@ -234,6 +235,11 @@ def base_model(config, name: str = "base") -> BaseModel:
     return BaseModel(name, Path(), {"revision": "main", "trust_remote_code": False}, config, None, None)
 
 
+def count(base: BaseModel, model_args: ModelConfig, lora: LoraConfig | None = None) -> TrainedParameters:
+    model = empty_model(base)
+    return count_trained_parameters(model, base, select_parts(["all"], model, None), lora, model_args)
+
+
 FOUR_BITS = ModelConfig(load_in_4bit=True, use_peft=True)
 
 
@@ -253,7 +259,7 @@ def test_four_bits_are_refused_where_experts_would_stay(tiny_config, kind):
     experts = 4 * 3 * 32 * 48
     total = layers * (attention + experts + 4 * 32 + 2 * 32) + 2 * 99 * 32 + 32 + alphas
     with pytest.raises(UserError) as error:
-        count_trained_parameters(base_model(config), None, FOUR_BITS)
+        count(base_model(config), FOUR_BITS)
     assert f"leave {1 - layers * attention / total:.0%} of base as it is" in str(error.value)
     assert f"the experts ({layers * experts / total:.0%} of the parameters)" in str(error.value)
 
@@ -267,9 +273,8 @@ def test_four_bits_of_a_dense_model_are_counted(tiny_config, kind):
             vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=7, num_attention_heads=4,
             num_key_value_heads=2, pad_token_id=0,
         )  # fmt: skip
-    counted = count_trained_parameters(base_model(config), None, FOUR_BITS)
-    assert counted.quantized == 7 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)
-    assert count_trained_parameters(base_model(config), None, ModelConfig()).quantized == 0
+    assert count(base_model(config), FOUR_BITS).quantized == 7 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)
+    assert count(base_model(config), ModelConfig()).quantized == 0
 
 
 @pytest.mark.parametrize(
@@ -285,7 +290,7 @@ def test_four_bits_of_a_dense_model_are_counted(tiny_config, kind):
 )
 def test_lora_targets_that_match_nothing_are_refused(tiny_config, targets, message):
     with pytest.raises(UserError, match=message):
-        count_trained_parameters(base_model(tiny_config()), LoraConfig(**targets), ModelConfig())
+        count(base_model(tiny_config()), ModelConfig(), LoraConfig(**targets))
 
 
 def test_label_smoothing_that_would_drop_the_balance_of_experts_is_refused(tiny_config):

@@ -2,6 +2,7 @@
 """What a stage is about to do, printed before it begins."""
 
 import math
+from collections.abc import Iterable, Iterator
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -12,9 +13,13 @@ from transformers import SchedulerType
 
 from jai.trainers.arguments import StageArguments, TrlConfig
 from jai.trainers.base_model import BaseModel
+from jai.trainers.chosen_parts import recorded_new_rows, untaught
 from jai.trainers.data import DatasetType, TrainingData
 from jai.trainers.parameters import TrainedParameters
+from jai.trainers.parts import EMBEDDINGS, KIND_TEXTS, NEW_ROWS
 from jai.trainers.tokens import TokenCount
+
+_NAMED = 12  # targets of LoRA; of single layers there may be hundreds
 
 
 def estimate_steps(training_args: TrlConfig, rows: int | None, tokens: TokenCount) -> int | None:
@@ -65,7 +70,9 @@ def print_plan(
     table.add_row("model", model_name)
     table.add_row("code", code)
     table.add_row("parameters", f"{parameters.total:,}, of which {trained}")
-    table.add_row("adapter", escape(_adapter(lora, base)))
+    table.add_row("adapter", escape(_adapter(lora)))
+    for label, line in _parts(arguments, base, parameters):
+        table.add_row(label, line)
     table.add_row("data", f"{data_name}: {_size(data.rows, train_tokens)}; {_sequences(training_args)}")
     if training_args.max_length:
         table.add_row("cut off", _cut(train_tokens, training_args, data))
@@ -88,14 +95,52 @@ def print_plan(
     console.print(table)
 
 
-def _adapter(lora: LoraConfig | None, base: BaseModel) -> str:
+def _adapter(lora: LoraConfig | None) -> str:
     if lora is None:
-        return "none: every weight is trained"
+        return "none"
     targets = [*sorted(_names(lora.target_modules)), *(lora.target_parameters or [])]
-    if targets == ["all-linear"] and getattr(base.config, "num_local_experts", 1) > 1:
-        targets = ["all-linear (attention alone: the experts are no linear layers, see `lora_targets`)"]
-    whole = f"; whole: {', '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
-    return f"LoRA, rank {lora.r}, on {', '.join(targets)}{whole}"
+    named = ", ".join(targets[:_NAMED]) + (f" and {len(targets) - _NAMED} more" if len(targets) > _NAMED else "")
+    return f"LoRA, rank {lora.r}, on {named}"
+
+
+def _parts(arguments: StageArguments, base: BaseModel, parameters: TrainedParameters) -> Iterator[tuple[str, str]]:
+    """What learns, what does not, and a warning where conversion made something that nothing teaches."""
+    label = "learns"
+    for each in parameters.kinds:
+        if each.trained:
+            if each.by_lora:
+                how = f"{each.trained:,} of LoRA for {each.total:,}"
+            else:
+                how = (
+                    f"{each.trained:,}, in full"
+                    if each.trained == each.total
+                    else f"{each.trained:,} of {each.total:,}, in full"
+                )
+            yield label, f"{KIND_TEXTS[each.kind]}: {how}"
+            label = ""
+    frozen = [f"{KIND_TEXTS[each.kind]} {each.total:,}" for each in parameters.kinds if each.total and not each.trained]
+    yield "frozen", ", ".join(frozen) or "nothing"
+    if left := untaught(parameters.kinds, base.made_by):
+        yield (
+            "",
+            f"[bold yellow]{_listed(KIND_TEXTS[kind] for kind in left)} stay as conversion made them[/]: no stage has "
+            f"taught them yet. Name them in `trainable`: {', '.join(left)}",
+        )
+    rows_are_frozen = not any(each.trained for each in parameters.kinds if each.kind in (NEW_ROWS, EMBEDDINGS))
+    if base.is_jai and rows_are_frozen and recorded_new_rows(base.made_by) is None:
+        yield (
+            "",
+            "[bold yellow]rows of new tokens, if there are any, are frozen[/]: no record says which they are. Name "
+            "them with `new_row_ids`, as in 32064-63999",
+        )
+    partial = [KIND_TEXTS[each.kind] for each in parameters.kinds if each.is_partial]
+    if partial and arguments.training.weight_decay:
+        yield "", f"without weight decay, because parts of them are frozen: {', '.join(partial)}"
+
+
+def _listed(words: Iterable[str]) -> str:
+    *before, last = words
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def _names(targets: str | set[str] | list[str] | None) -> list[str]:

@@ -17,10 +17,9 @@ from jai.errors import UserError
 from jai.options import refuse_unknown
 from jai.trainers.config_file import read_config_file
 from jai.trainers.field_values import read_field
+from jai.trainers.parts import PART_TEXTS, check_part_names, read_entries
 
 TrlConfig: TypeAlias = SFTConfig | DPOConfig
-
-LORA_TARGETS = ("attention", "experts", "both")
 
 
 @dataclass
@@ -29,17 +28,36 @@ class JaiTrainingArguments:
 
     _argument_group_name = "options of JAI's own"
 
-    lora_targets: str = field(
-        default="attention",
+    trainable: list[str] | None = field(
+        default=None,
         metadata={
-            "help": "What LoRA adapts when `use_peft` is on and neither `lora_target_modules` nor "
-            "`lora_target_parameters` is given: the projections of attention (and the MLP of a dense model), the "
-            "experts, or both.",
-            "choices": list(LORA_TARGETS),
+            "help": "The parts that learn, by name; all else stays as it is, to the bit. "
+            + "; ".join(f"`{name}`: {text}" for name, text in PART_TEXTS.items())
+            + ". With `use_peft`, projections and experts learn through LoRA and the others in full. Default: all; "
+            "with `use_peft` attention, experts, router, alphas and new_rows, as far as the model has them."
         },
     )
-    lora_router: bool = field(
-        default=False, metadata={"help": "With `use_peft`: also train the routers, whole, beside the adapters."}
+    new_row_ids: str | None = field(
+        default=None,
+        metadata={
+            "help": "Ids of the tokens whose rows are `new_rows`, such as 32064-63999. Default: those that "
+            "`jai convert` recorded."
+        },
+    )
+    max_position_embeddings: int | None = field(
+        default=None,
+        metadata={
+            "help": "The context, in tokens, that the model is trained for; written into the checkpoint's "
+            "configuration. Default: the model's."
+        },
+    )
+    rope_theta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Base of RoPE, written into the checkpoint's configuration. Another one than the model's breaks "
+            "what it does until it is trained with it; the paper goes from 10,000 to 1,000,000 with the long context. "
+            "Default: the model's."
+        },
     )
     merge_adapter: bool = field(
         default=False,
@@ -77,8 +95,13 @@ class JaiTrainingArguments:
     )
 
     def __post_init__(self):
-        if self.lora_targets not in LORA_TARGETS:
-            raise UserError(f"`lora_targets` is {self.lora_targets!r}; expected one of {', '.join(LORA_TARGETS)}.")
+        check_part_names(self.trainable or ())
+        if self.trainable == []:
+            raise UserError(
+                "`trainable` is an empty list, so that nothing would learn. Name some parts, or leave it out."
+            )
+        if self.new_row_ids is not None:
+            read_entries(self.new_row_ids, "new_row_ids")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that cannot work, refused before the model is loaded: ranges, packages that are missing, contradictions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from typing import Any
 
@@ -119,6 +119,10 @@ def check_options(arguments: StageArguments) -> None:
         raise UserError(f"`f_divergence_type` is {divergence!r}; expected one of {', '.join(_DPO_DIVERGENCES)}.")
     if getattr(arguments.training, "packing", False) and arguments.training.max_length is None:
         raise UserError("`packing` fills sequences of `max_length` tokens, and `max_length` is null. Give a number.")
+    if arguments.jai.merge_adapter and not arguments.model.use_peft:
+        raise UserError(
+            "`merge_adapter` is on, but there is no adapter: set `use_peft: true` as well, or leave it out."
+        )
     _check_trackers(arguments)
     _check_optimizer(arguments)
     _check_attention(arguments)
@@ -175,6 +179,33 @@ def _check_quantization(arguments: StageArguments) -> None:
 def _require(module: str, package: str, setting: str, alternative: str) -> None:
     if find_spec(module) is None:
         raise UserError(f"{setting}, which needs {package}. `pip install {package}`, or {alternative}.")
+
+
+# They mix the entries of a matrix, or use gradients before the backward pass has ended.
+_OPTIMIZERS_OF_WHOLE_MATRICES = ("galore", "apollo", "lomo")
+
+
+def check_partial_training(arguments: StageArguments, partial: Collection[str]) -> None:
+    """Refuse what would move the frozen entries of parameters of which others learn.
+
+    Args:
+        arguments: the run's.
+        partial: names of these parameters.
+
+    Raises:
+        UserError: for an optimiser that mixes entries, and for DeepSpeed, which keeps gradients out of reach.
+    """
+    if not partial:
+        return
+    name = str(getattr(arguments.training.optim, "value", arguments.training.optim))
+    obstacle = f"`optim` is {name}" if any(part in name for part in _OPTIMIZERS_OF_WHOLE_MATRICES) else ""
+    if arguments.training.deepspeed:
+        obstacle = "`deepspeed` is on"
+    if obstacle:
+        raise UserError(
+            f"{obstacle}, and {next(iter(partial))} is to learn in part, which that cannot do. Train whole parts "
+            "(attention, experts, router, alphas, new_layers), or take `optim: adamw_torch` on one GPU, DDP or FSDP2."
+        )
 
 
 def check_options_with_model(arguments: StageArguments, config: PreTrainedConfig) -> None:

@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What JAI adds to any of transformers' trainers."""
 
+from pathlib import Path
 from typing import Any, cast
 
+import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
 from jai.errors import UserError
 from jai.trainers.monitor import ReadablePrinter, ReadableProgress, RouterMonitor
+from jai.trainers.parts import TrainableParts
+from jai.trainers.trainable import (
+    ADAPTER_WEIGHTS,
+    TrainedModel,
+    add_to_adapter,
+    alphas_follow_adapter,
+    train_parts,
+)
 
 
 def prepare_liger() -> None:
@@ -31,14 +42,28 @@ class JaiTrainerMixin(Trainer):
 
     Skip alphas are not weight-decayed; router statistics and alphas are in the logs (`router_statistics=False` leaves
     them out). `use_liger_kernel` applies to a JAI. `linear_cross_entropy=True` computes the head and its loss by our
-    kernels.
+    kernels. `parts` (`jai.trainers.parts.select_parts`) says what learns; None leaves it as it is.
     """
 
     # Whether the loss is a plain mean over tokens, so that its gradient can be computed in the forward pass.
     weighs_tokens_alike = False
 
-    def __init__(self, *args: Any, router_statistics: bool = True, linear_cross_entropy: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        router_statistics: bool = True,
+        linear_cross_entropy: bool = False,
+        parts: TrainableParts | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
+        self._trained = TrainedModel() if parts is None else train_parts(model, parts)
+        if self._trained.alphas:
+            alphas_follow_adapter(cast(PeftModel, model), self._trained)
+        checkpointing = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
+        if checkpointing.get("use_reentrant") and parts is not None:
+            model.enable_input_require_grads()  # it finds gradients only through inputs that have some
         if self.args.use_liger_kernel:
             prepare_liger()
         if linear_cross_entropy:  # after TRL, which puts its own head in place when the trainer is made
@@ -55,8 +80,30 @@ class JaiTrainerMixin(Trainer):
                 self.add_callback(ours)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The parameters that weight decay applies to: none of the skip alphas, whose zero means "no skip"."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("skip_alpha")]
+        """The parameters that weight decay applies to.
+
+        None of the skip alphas, whose zero means "no skip", nor of those with frozen entries, which it would change.
+        """
+        parameters = dict(model.named_parameters())
+        return [
+            name
+            for name in super().get_decay_parameter_names(model)
+            if not name.endswith("skip_alpha") and not self._trained.is_partial(parameters[name])
+        ]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A forward and a backward pass, after which entries that do not learn have no gradient."""
+        loss = super().training_step(*args, **kwargs)
+        self._trained.clear_frozen_gradients()
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, or its adapter, whose file then also holds the skip alphas that learn."""
+        super().save_model(output_dir, _internal_call)
+        alphas = self._trained.alpha_values()  # on all ranks
+        folder = Path(str(output_dir or self.args.output_dir))
+        if alphas and self.args.should_save and (folder / ADAPTER_WEIGHTS).exists():
+            add_to_adapter(folder, alphas)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._router_monitor is not None and "loss" in logs:  # a training step, not an evaluation or the summary

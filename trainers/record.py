@@ -14,7 +14,9 @@ from jai.provenance import chain, file_hashes, input_of, versions, write_step
 from jai.tokenization.stops import END_OF_TURN
 from jai.trainers.arguments import StageArguments
 from jai.trainers.base_model import BaseModel
+from jai.trainers.chosen_parts import TRAINED_PARTS
 from jai.trainers.data import TrainingData
+from jai.trainers.parameters import TrainedParameters
 
 LOGS_FOLDER = "training_logs"
 
@@ -45,6 +47,7 @@ _RECORDED_TRAINING = (
     "fp16",
     "seed",
 )
+_RECORDED_JAI = ("trainable", "new_row_ids", "max_position_embeddings", "rope_theta")
 _RECORDED_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "use_dora")
 
 
@@ -54,6 +57,7 @@ def write_record(
     arguments: StageArguments,
     base: BaseModel,
     data: TrainingData,
+    parameters: TrainedParameters,
     logs: list[dict[str, Any]],
     steps: int,
     metrics: dict[str, float],
@@ -66,6 +70,7 @@ def write_record(
         arguments: the run's.
         base: the checkpoint that the stage started from; its history and the logs of its training come along.
         data: what was trained on.
+        parameters: what learnt.
         logs: all that the trainer logged.
         steps: optimiser steps that were made.
         metrics: what `train` returned.
@@ -92,6 +97,7 @@ def write_record(
         "inputs": [input_of("model", base.name, files=files, made_by=base.made_by)],
         "dataset": {"name": Path(data.name).name if Path(data.name).exists() else data.name, "rows": data.rows},
         "options": _recorded_options(arguments),
+        "result": {TRAINED_PARTS: [each.kind for each in parameters.kinds if each.trained]},
         "metrics": {**metrics, **(evaluations[-1] if evaluations else {})},
         "steps": steps,
         "hardware": {
@@ -105,11 +111,11 @@ def write_record(
 
 
 def _recorded_options(arguments: StageArguments) -> dict[str, Any]:
-    training, model, jai = arguments.training, arguments.model, arguments.jai
+    training, model = arguments.training, arguments.model
     options = {name: getattr(training, name) for name in _RECORDED_TRAINING if hasattr(training, name)}
+    options |= {name: value for name in _RECORDED_JAI if (value := getattr(arguments.jai, name)) is not None}
     if model.use_peft:
         options |= {name: getattr(model, name) for name in _RECORDED_LORA}
-        options |= {"lora_targets": jai.lora_targets, "lora_router": jai.lora_router}
     return options
 
 

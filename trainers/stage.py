@@ -29,7 +29,8 @@ from jai.trainers.arguments import (
     resume_point,
 )
 from jai.trainers.base_model import BaseModel, open_base_model, prepare_chat
-from jai.trainers.checks import check_options, check_options_with_model
+from jai.trainers.checks import check_options, check_options_with_model, check_partial_training
+from jai.trainers.chosen_parts import choose_parts
 from jai.trainers.data import (
     DatasetType,
     TrainingData,
@@ -39,7 +40,8 @@ from jai.trainers.data import (
 )
 from jai.trainers.lora import lora_config, merge_adapter
 from jai.trainers.mixin import JaiTrainerMixin, prepare_liger
-from jai.trainers.parameters import count_trained_parameters
+from jai.trainers.parameters import count_trained_parameters, empty_model
+from jai.trainers.parts import TrainableParts
 from jai.trainers.record import write_record
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.tokens import count_tokens
@@ -92,22 +94,27 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     check_options_with_model(arguments, base.config)
     data = load_training_data(arguments, stage.dataset_types)
     prepare_chat(base, data, arguments.training)
-    lora = lora_config(arguments.model, arguments.jai, base.config)
+    model = empty_model(base)
+    parts = choose_parts(arguments.jai, arguments.model, base, model)
+    lora = lora_config(arguments.model, parts, model)
+    check_partial_training(arguments, parts.masked(lora is not None))
     loading = loading_arguments(arguments)
 
     _choose_packing(arguments.training, data)
-    parameters = count_trained_parameters(base, lora, arguments.model)
+    parameters = count_trained_parameters(model, base, parts, lora, arguments.model)
     if getattr(arguments.training, "assistant_only_loss", False):
         data = _without_unanswered(data, console)
     train_tokens, evaluation_tokens = count_tokens(data, base.tokenizer, arguments.training)
 
     step, title = ("pretrain", "Continued pre-training") if data.is_plain_text else (stage.verb, stage.title)
     print_plan(console, title, arguments, base, data, lora, parameters, train_tokens, evaluation_tokens)
-    trainer = _build(stage, arguments, base, data, lora, loading, console)
+    trainer = _build(stage, arguments, base, data, parts, lora, loading, console)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     out = _save(trainer, arguments, base, console)
     if trainer.is_world_process_zero():
-        write_record(out, step, arguments, base, data, trainer.state.log_history, trainer.state.global_step, metrics)
+        write_record(
+            out, step, arguments, base, data, parameters, trainer.state.log_history, trainer.state.global_step, metrics
+        )
         _say_what_is_next(out, step, arguments, base, console)
     if arguments.training.push_to_hub:
         trainer.push_to_hub(dataset_name=data.name)
@@ -148,6 +155,7 @@ def _build(
     arguments: StageArguments,
     base: BaseModel,
     data: TrainingData,
+    parts: TrainableParts,
     lora: LoraConfig | None,
     loading: dict[str, Any],
     console: Console,
@@ -167,6 +175,7 @@ def _build(
             peft_config=lora,
             router_statistics=arguments.jai.router_statistics,
             linear_cross_entropy=arguments.jai.linear_cross_entropy,
+            parts=parts,
             callbacks=[SnapshotCallback(snapshot_steps)] if snapshot_steps else None,
         )
     if data.rows is not None:
@@ -256,7 +265,7 @@ def _say_what_is_next(out: Path, step: str, arguments: StageArguments, base: Bas
     if arguments.model.use_peft and not arguments.jai.merge_adapter:
         console.print(f"[bold green]Adapter written to[/] {shown} (for {escape(base.name)})")
         console.print(
-            f"[bold]AutoModelForCausalLM.from_pretrained({escape(repr(str(out)))})[/] loads it with its model; "
+            f"[bold]peft.AutoPeftModelForCausalLM.from_pretrained({escape(repr(str(out)))})[/] loads it on its model; "
             "`--merge_adapter true` makes a full checkpoint, which the next stage needs."
         )
         print_next(console, ["jai", "publish", out, "OWNER/NAME", "--base", "OWNER/BASE"])

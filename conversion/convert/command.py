@@ -60,6 +60,7 @@ def convert(
             "layers": len(plan.config.layer_plan),
             "vocab_size": plan.vocabulary.size,
             "new_rows": plan.vocabulary.new_rows,
+            "new_row_ids": ",".join(f"{run[0]}-{run[-1]}" for run in plan.vocabulary.new_runs()),  # for `new_rows`
             "new_rows_without_pieces": plan.vocabulary.without_pieces,
         },
         max_shard_bytes=options.max_shard_size,

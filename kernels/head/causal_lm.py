@@ -77,7 +77,7 @@ def use_linear_cross_entropy(
             f"{type(inner).__name__} changes its logits ({', '.join(changes)} in its config), which the linear "
             "cross-entropy does not do. Leave the model as it is."
         )
-    _head(inner)
+    _head_weight(inner)
     before = inner.forward
     _check_trl(before, temperature)
     names = [name for name in inspect.signature(type(inner).forward).parameters if name != "self"]
@@ -112,8 +112,8 @@ def _forward(
         kwargs["output_router_logits"] = True
     outputs = model.base_model(**kwargs, return_dict=True)
 
-    head = _head(model)
-    weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight  # FSDP2
+    weight = _head_weight(model)
+    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight  # FSDP2
     if weight.shape[0] != config.vocab_size:
         raise ValueError(
             f"The head's weight has {weight.shape[0]} rows here and the vocabulary {config.vocab_size} entries: it is "
@@ -162,17 +162,19 @@ def _forward(
     return result if as_dict else result.to_tuple()
 
 
-def _head(model: PreTrainedModel) -> torch.nn.Linear:
+def _head_weight(model: PreTrainedModel) -> torch.Tensor:
     head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point():
+    # PEFT's wrappers for rows (`trainable_token_indices`) and whole modules give the weight with what they train.
+    linear = getattr(head, "original_module", head)
+    if not isinstance(linear, torch.nn.Linear) or not linear.weight.is_floating_point():
         given = "nothing" if head is None else f"{type(head).__module__}.{type(head).__name__}"
         raise ValueError(
             f"The output embeddings of {type(model).__name__} are {given}; expected an nn.Linear with floating-point "
-            "weights. An adapter on the head (PEFT) or a quantised head would be ignored: leave lm_head out of them."
+            "weights. LoRA on the head (PEFT) or a quantised head would be ignored: leave lm_head out of them."
         )
-    if head.bias is not None:
+    if linear.bias is not None:
         raise ValueError(f"The head of {type(model).__name__} has a bias, which this loss leaves out: do not use it.")
-    return head
+    return cast(torch.Tensor, cast(torch.nn.Module, head).weight)
 
 
 def _check_trl(forward: Any, temperature: float) -> None:
