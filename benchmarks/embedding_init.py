@@ -31,7 +31,8 @@ from jai.conversion.convert.options import ConvertOptions
 from jai.demo.base import train_base
 from jai.demo.text.corpus import build_text
 from jai.modeling_jai import JaiForCausalLM
-from jai.small_model import Training, bits_per_character, train
+from jai.small_model import bits_per_character, train
+from jai.small_model_options import Training
 from jai.tokenization.extend import extend_tokenizer
 from jai.tokenization.phi3_style import train_phi3_style
 

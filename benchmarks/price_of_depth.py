@@ -44,7 +44,8 @@ from jai import JaiForCausalLM
 from jai.errors import UserError
 from jai.files import new_folder, sha256
 from jai.router_load import router_load
-from jai.small_model import ModelShape, Training, bits_per_character, build_model, flops_per_token, train
+from jai.small_model import bits_per_character, build_model, flops_per_token, train
+from jai.small_model_options import ModelShape, Training
 from jai.tokenization.ablation.text import encode, encode_stream, reading_order, split_text
 from jai.tokenization.corpus import open_sources
 from jai.tokenization.extend import extend_tokenizer

@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from jai.cli import conversion, evaluation, hub, packing, tokenizer, training, use
+from jai.cli.verb import PlainGroup
 from jai.errors import UserError
 from jai.version import __version__
 
@@ -29,6 +30,7 @@ _EXTRA_OF_VERB = {"demo": "demo", "eval": "eval", "tokenizer": "tokenizer"}
 
 app = typer.Typer(
     name="jai",
+    cls=PlainGroup,
     help="Grow phi-3 into a Thai-centric mixture of experts, fine-tune it with TRL, and publish it to the Hub.",
     no_args_is_help=True,
     rich_markup_mode=None,  # its tables cut option names short at 80 columns

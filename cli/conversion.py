@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verbs that make checkpoints of checkpoints, and the one that shows what a checkpoint is made of.
 
-Before PyTorch is imported, which takes seconds, names are looked up; and so that its 260 MB are all that a conversion
-takes, tokenizers are read (`jai.conversion.inputs.tokenizer`).
+Before PyTorch is imported, which takes seconds, the files of all inputs are looked at; and so that its 260 MB are all
+that a conversion takes, tokenizers are read (`jai.conversion.inputs.tokenizer`).
 """
 
 from pathlib import Path
@@ -12,7 +12,19 @@ import typer
 from jai.cli.verb import verb
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.export.options import ExportOptions
-from jai.conversion.inputs.tokenizer import check_tokenizer_files, first_with_tokenizer, read_tokenizer_content
+from jai.conversion.inputs.first_look import (
+    look_at_checkpoint,
+    read_any_config,
+    read_jai_config,
+    read_jai_or_snapshot_config,
+)
+from jai.conversion.inputs.phi3 import read_phi3_config
+from jai.conversion.inputs.tokenizer import (
+    check_tokenizer_files,
+    check_tokenizer_json,
+    first_with_tokenizer,
+    read_tokenizer_content,
+)
 from jai.conversion.inspect_options import PAPERS_JAI, InspectOptions
 from jai.conversion.merge.options import MergeOptions
 from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
@@ -31,7 +43,10 @@ def convert(options: ConvertOptions) -> None:
     """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts.
 
     If it is interrupted, the same command resumes it."""
-    _prepare(options.out, options.base, options.tokenizer)
+    _prepare(options.out)
+    look_at_checkpoint(options.base, read_phi3_config, needs_weights=not options.dry_run)
+    if options.tokenizer is not None:
+        check_tokenizer_json(local_folder(options.tokenizer))
     from jai.conversion.convert.vocabulary import read_vocabulary
 
     vocabulary = read_vocabulary(options)
@@ -52,7 +67,9 @@ def upcycle(options: UpcycleOptions) -> None:
 
     If it is interrupted, the same command resumes it."""
     named = {options.base_weights} - {"last", "first"}
-    _prepare(options.out, options.dense, *options.snapshots, *named)
+    _prepare(options.out)
+    for name in (options.dense, *options.snapshots, *sorted(named)):
+        look_at_checkpoint(name, read_jai_or_snapshot_config, needs_weights=not options.dry_run)
     _read_tokenizer(options.dense)
     from jai.conversion.upcycle.command import upcycle
 
@@ -64,7 +81,8 @@ def snapshot(options: SnapshotOptions) -> None:
     """Keep only the FFN weights of a dense JAI, for jai upcycle.
 
     If it is interrupted, the same command resumes it."""
-    _prepare(options.out, options.checkpoint)
+    _prepare(options.out)
+    look_at_checkpoint(options.checkpoint, read_jai_or_snapshot_config)
     from jai.conversion.upcycle.snapshot import snapshot
 
     snapshot(options)
@@ -75,11 +93,12 @@ def merge(options: MergeOptions) -> None:
     """Merge checkpoints of one architecture, with weights by layer.
 
     If it is interrupted, the same command resumes it."""
-    _prepare(options.out, *options.models, options.base)
-    folders = [local_folder(name) for name in options.models]
-    for folder in [*folders, *([local_folder(options.base)] if options.base is not None else [])]:
+    _prepare(options.out)
+    names = [*options.models, *([options.base] if options.base is not None else [])]
+    folders = [look_at_checkpoint(name, read_any_config, needs_weights=not options.dry_run) for name in names]
+    for folder in folders:
         read_tokenizer_content(folder)
-    _read_tokenizer(first_with_tokenizer(folders))
+    _read_tokenizer(first_with_tokenizer(folders[: len(options.models)]))
     from jai.conversion.merge.command import merge
 
     merge(options)
@@ -90,7 +109,8 @@ def export(options: ExportOptions) -> None:
     """Write a JAI without skip alphas as a Mixtral or a Phi-3.
 
     Serving engines need no code of JAI's for these. If it is interrupted, the same command resumes it."""
-    _prepare(options.out, options.model)
+    _prepare(options.out)
+    look_at_checkpoint(options.model, read_jai_config)
     _read_tokenizer(options.model)
     from jai.conversion.export.command import export
 
@@ -101,19 +121,16 @@ def export(options: ExportOptions) -> None:
 def inspect(options: InspectOptions) -> None:
     """Show the layer plan, the parameters and the memory they take."""
     if options.model != PAPERS_JAI:
-        local_folder(options.model)
+        look_at_checkpoint(options.model, read_jai_config, needs_weights=False)
     from jai.conversion.inspect_checkpoint import inspect
 
     inspect(options)
 
 
-def _prepare(out: Path, *inputs: str | None) -> None:
-    """Refuse an output that is there already, and inputs that are not; and keep memory small."""
+def _prepare(out: Path) -> None:
+    """Refuse an output that is there already, and keep memory small."""
     _give_back_large_blocks()
     refuse_existing(out)
-    for name in inputs:
-        if name is not None:
-            local_folder(name)
 
 
 def _read_tokenizer(name: str | Path) -> None:

@@ -3,11 +3,10 @@
 
 import typer
 
-from jai.cli.verb import verb
-from jai.options import read_yaml
+from jai.cli.verb import PlainGroup, verb
 from jai.tokenization.options import AblateOptions, ReportTokenizersOptions, TrainTokenizerOptions
 
-app = typer.Typer(help="Extend phi-3's vocabulary.", no_args_is_help=True)
+app = typer.Typer(cls=PlainGroup, help="Extend phi-3's vocabulary.", no_args_is_help=True)
 
 
 @verb(app, TrainTokenizerOptions, name="train", group=("tokenizer",))
@@ -35,8 +34,9 @@ def ablate(options: AblateOptions) -> None:
     """Train a small phi-3 with each tokenizer and compare them.
 
     The measure is bits per character of held-out text. If it is interrupted, the same command resumes it."""
-    read_yaml(options.config)  # before PyTorch is imported, which takes seconds
-    from jai.tokenization.ablation.command import ablate
     from jai.tokenization.ablation.config import read_ablation_config
 
-    ablate(read_ablation_config(options.config, options.base, options.texts), options.out, options.workers)
+    config = read_ablation_config(options.config, options.base, options.texts)
+    from jai.tokenization.ablation.command import ablate  # PyTorch, which takes seconds
+
+    ablate(config, options.out, options.workers)

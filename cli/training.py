@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verbs that train; their options are TRL's and JAI's own.
 
-The configuration file is looked at before TRL and PyTorch are imported, which takes seconds.
+The configuration file, the model, the data and the output folder are looked at before TRL and PyTorch are imported,
+which takes seconds.
 """
 
 import typer
 
 from jai.cli.verb import PASS_THROUGH
-from jai.trainers.config_file import read_config_file
+from jai.trainers.first_look import look_at_arguments
 
 app = typer.Typer()
 
@@ -17,7 +18,7 @@ def sft(context: typer.Context) -> None:
     """Fine-tune on chats or plain text with TRL's SFTTrainer.
 
     Give --config FILE, then any of TRL's options."""
-    read_config_file(context.args)
+    look_at_arguments(context.args)
     from jai.trainers.sft import main as run
 
     run(context.args)
@@ -28,7 +29,7 @@ def dpo(context: typer.Context) -> None:
     """Align with preference pairs, using TRL's DPOTrainer.
 
     Give --config FILE, then any of TRL's options."""
-    read_config_file(context.args)
+    look_at_arguments(context.args)
     from jai.trainers.dpo import main as run
 
     run(context.args)

@@ -4,11 +4,12 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from jai.errors import UserError
 from jai.options import Option, Size, default_text, expected_text, option_text_parser, options_of, read_options_file
@@ -42,7 +43,35 @@ class Verb:
 VERBS: list[Verb] = []
 
 
-class _VerbCommand(TyperCommand):
+class _PlainValues:
+    """Commands and groups that leave values as they are given, for the options read them.
+
+    typer makes a pydantic model of each parameter, given or not: 0.1 s of processor time and 10 MB, which no error is
+    worth. Nothing public turns that off (typer 0.29).
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters = super().get_params(ctx)  # type: ignore[misc]
+        for each in parameters:
+            if "process_value" not in vars(each):
+                each.process_value = partial(_given_value, each, each.process_value)
+        return parameters
+
+
+def _given_value(parameter: Any, process_value: Callable[[Any, Any], Any], context: Any, value: Any) -> Any:
+    is_missing = parameter.required and parameter.value_is_missing(value)
+    if is_missing or isinstance(value, bool):  # flags are no trouble, and it says best what is missing
+        return process_value(context, value)
+    if value is None and (parameter.multiple or parameter.nargs == -1):
+        value = ()
+    return parameter.callback(context, parameter, value) if parameter.callback else value
+
+
+class PlainGroup(_PlainValues, TyperGroup):
+    """The program, or a group of verbs."""
+
+
+class _VerbCommand(_PlainValues, TyperCommand):
     """A command whose usage line leaves out hidden arguments, as its help does."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -88,7 +117,7 @@ def _read(registered: Verb, given: dict[str, Any]) -> Any:
     for each in options_of(options).values():
         if each.info.spread:
             given[each.name] = [*(given[each.name] or ()), *(given.pop(_rest_name(each)) or ())] or None
-    values = read_options_file(file, options) if file else {}
+    values = read_options_file(Path(file), options) if file is not None else {}
     values |= {name: _from_text(options_of(options)[name], value) for name, value in given.items() if value is not None}
     missing = [each for each in options_of(options).values() if each.default is MISSING and each.name not in values]
     if missing:
@@ -97,10 +126,11 @@ def _read(registered: Verb, given: dict[str, Any]) -> Any:
 
 
 def _from_text(option: Option, value: Any) -> Any:
-    if not _is_text(option):
-        return value
+    """The value of an option from the command line's text; of what is checked once it is made, the text itself."""
     try:
-        return option_text_parser(option)(value)
+        if _is_text(option):
+            return option_text_parser(option)(value)
+        return option.kind(value) if option.kind in (int, float) else value
     except ValueError:
         raise UserError(
             f"{option.flag} is {value!r}; expected {expected_text(option, on_command_line=True)}."

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
-from jai.small_model import Training, train
+from jai.small_model import train
+from jai.small_model_options import Training
 
 CONTEXT = 128
 BATCH = 8

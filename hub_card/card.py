@@ -13,8 +13,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from jai.configuration_jai import JaiConfig
+from jai.conversion.inputs.header import StoredTensor
 from jai.conversion.inputs.jai import load_jai_config
-from jai.conversion.inputs.reader import StoredTensor
 from jai.conversion.inspect_checkpoint import count_parameters
 from jai.conversion.names import skip_alpha_name
 from jai.errors import UserError

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a checkpoint folder to a repository on the Hub, in one commit or not at all."""
 
+from __future__ import annotations
+
 import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING
 
 from jai.errors import UserError
 from jai.hub import is_hub_id
@@ -17,6 +17,9 @@ from jai.hub_card.contents import ADAPTER_CONFIG, Contents, Kind, read_contents,
 from jai.hub_card.options import PublishOptions
 from jai.hub_card.readme import README, check_metadata, written_by_hand
 from jai.provenance import holds_token, redact
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _PEFT_README = "# Model Card for Model ID"  # what PEFT leaves beside an adapter: a form to fill in
 
@@ -75,9 +78,12 @@ def publish(
     Raises:
         UserError: with one message for whatever went wrong; no token is ever part of it.
     """
-    console = console or Console()
     checked = _check_folder(options, token)
-    from huggingface_hub import constants  # after the errors that need none of it
+    # After the errors that need none of it.
+    from huggingface_hub import constants
+    from rich.console import Console
+
+    console = console or Console()
 
     endpoint = endpoint or constants.ENDPOINT
     contents, url = checked.contents, f"{endpoint}/{options.repo_id}"
@@ -109,6 +115,7 @@ def _publish_checked(
 ) -> PublishResult:
     # The Hub's client takes 0.2 seconds to import; what is wrong with the folder has been said without it.
     from huggingface_hub import HfApi
+    from rich.markup import escape
 
     from jai.hub_card import hub_repo
 
@@ -264,6 +271,8 @@ def _own_readme(contents: Contents) -> str | None:
 
 
 def _print_plan(console: Console, options: PublishOptions, checked: _Checked, url: str) -> None:
+    from rich.markup import escape
+
     contents = checked.contents
     kept = {name: size for name, size in contents.kept.items() if name != README}
     target = "a pull request" if options.create_pr else options.revision

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from jai.conversion.inputs.reader import StoredTensor, stored_tensors
-from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE, LocalFiles, weight_map
+from jai.conversion.inputs.header import StoredTensor, read_header, stored_tensors
+from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE, weight_files, weight_map
 from jai.errors import UserError
 
 
@@ -21,8 +21,8 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{folder} has both {WEIGHTS_FILE} and {INDEX_FILE}, and transformers would load the former. Remove the "
             "one that is old."
         )
-    files = LocalFiles(folder)
-    return stored_tensors({name: files.header(name) for name in files.names}, files.place, weight_map(folder))
+    headers = {path.name: read_header(path) for path in weight_files(folder)}
+    return stored_tensors(headers, str(folder), weight_map(folder))
 
 
 def read_number(folder: Path, name: str, tensor: StoredTensor) -> float:

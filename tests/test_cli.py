@@ -110,7 +110,6 @@ def test_convert_with_yaml_and_overrides(jai, tmp_path, tiny_phi3):
         (["convert", "BASE", "BASE"], "exists already"),
         (["inspect", "BASE"], "not 'jai'"),
         (["generate", "BASE", ""], "The prompt is empty"),
-        (["sft", "--no_such_option", "1"], "no_such_option"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_1(jai, tmp_path, tiny_phi3, arguments, message):

@@ -8,10 +8,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from hypothesis import example, given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from jai.errors import UserError
 from jai.files import check_is_file, new_folder, print_next, read_json, resumable_folder
+from jai.hub import is_hub_id
 
 
 def make_folder(path: Path) -> None:
@@ -91,3 +96,22 @@ def test_ctrl_c_says_that_nothing_was_kept_where_nothing_was(tmp_path, capsys, m
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
     assert "Nothing was kept." in capsys.readouterr().err
+
+
+@given(st.text(alphabet="aZ09_-./é ก\n", max_size=12) | st.text(max_size=8))
+@example("a" * 96)
+@example("a" * 97)
+@example("a" * 96 + "/" + "b" * 96)
+@example("owner/name.git")
+@example("owner.git/name")
+@example("a--b/c")
+@example("owner/name\n")
+@example("")
+def test_hub_ids_are_those_of_the_hubs_client(name):
+    """Which rules the pattern has, so that a wrong name is refused without the client."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not is_hub_id(name)
+    else:
+        assert is_hub_id(name)

@@ -20,14 +20,13 @@ from jai.cli.app import app as jai_app
 from jai.errors import UserError
 from jai.small_model import (
     HeadLoss,
-    ModelShape,
-    Training,
     bits_per_character,
     build_model,
     extend_model,
     flops_per_token,
     train,
 )
+from jai.small_model_options import ModelShape, Training
 from jai.tokenization.ablation import command as module
 from jai.tokenization.ablation.command import ablate, readout_rows
 from jai.tokenization.ablation.config import AblationConfig, Arm, Language, read_ablation_config

@@ -130,14 +130,14 @@ class TestRefused:
     @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null", b'{"model": 3}', b"\xff\xfe", b"[" * 100_000])
     def test_no_tokenizer_json(self, load, copied, content):
         (copied / "tokenizer.json").write_bytes(content)
-        with pytest.raises(UserError, match="no tokenizer that can be loaded"):
+        with pytest.raises(UserError, match=r"no tokenizer that can be loaded|tokenizer\w*\.json (is|holds) "):
             load(copied)
 
     @BOTH
     @pytest.mark.parametrize("content", [b"[]", b"\xff", b"{", b'{"added_tokens_decoder": {"x": 1}}', b"[" * 100_000])
     def test_no_configuration(self, load, copied, content):
         (copied / "tokenizer_config.json").write_bytes(content)
-        with pytest.raises(UserError, match="no tokenizer that can be loaded"):
+        with pytest.raises(UserError, match=r"no tokenizer that can be loaded|tokenizer\w*\.json (is|holds) "):
             load(copied)
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

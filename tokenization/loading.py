@@ -18,6 +18,7 @@ TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
 RECORD_FILE = "tokenizer_training.json"  # what `jai tokenizer train` made of what
 # One of these holds the vocabulary (GPT-2's is in vocab.json, BERT's in vocab.txt); all else beside it are settings.
 _VOCABULARY_FILES = (TOKENIZER_JSON, SENTENCEPIECE_MODEL, "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_JSON_FILES = (TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _LONGEST_REASON = 300
 _ADVICE = "Give a folder that `save_pretrained` wrote, or a Hub id (owner/name)."
 
@@ -110,7 +111,9 @@ def tokenizer_folder(name: str | Path, revision: str | None = None) -> Path:
             f"tokenizer's files beside the model's, or name another tokenizer. {_ADVICE}"
         )
     for path in folder.iterdir():
-        if path.suffix in (".json", ".model", ".txt", ".jinja"):
+        if path.name in _JSON_FILES:
+            read_json(path)  # libraries take seconds to be imported, and say less of what is wrong
+        elif path.suffix in (".json", ".model", ".txt", ".jinja"):
             check_is_file(path)
     return folder
 

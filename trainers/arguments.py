@@ -17,6 +17,7 @@ from jai.errors import UserError
 from jai.options import refuse_unknown
 from jai.trainers.config_file import read_config_file
 from jai.trainers.field_values import read_field
+from jai.trainers.first_look import refuse_used_output
 from jai.trainers.parts import PART_TEXTS, check_part_names, read_entries
 
 TrlConfig: TypeAlias = SFTConfig | DPOConfig
@@ -190,11 +191,7 @@ def resume_point(training_args: TrlConfig) -> str | None:
     out = Path(str(training_args.output_dir))
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
-        if out.is_dir() and any(out.iterdir()):
-            raise UserError(
-                f"{out} exists already and is not empty. Give another `output_dir`, remove this one, or continue the "
-                "run in it with `--resume_from_checkpoint true`."
-            )
+        refuse_used_output(out)
         return None
     if str(wanted).lower() == "true":
         last = get_last_checkpoint(str(out)) if out.is_dir() else None

@@ -11,13 +11,13 @@ from trl.chat_template_utils import get_training_chat_template
 
 from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
-from jai.hub import local_folder
 from jai.provenance import Step, read_step
 from jai.tokenization.chat import with_chat_template
 from jai.tokenization.loading import load_tokenizer
 from jai.tokenization.stops import END_OF_TURN
 from jai.trainers.arguments import TrlConfig
 from jai.trainers.data import TrainingData
+from jai.trainers.first_look import check_model_files
 
 _CHAT_TOKENS = ("<|user|>", "<|assistant|>", END_OF_TURN)
 
@@ -60,24 +60,8 @@ def open_base_model(model_args: ModelConfig, training_args: TrlConfig) -> BaseMo
         UserError: if the model is not there, is an adapter alone, has no tokenizer, a tokenizer that is larger than
             the model's vocabulary, or a damaged `provenance.json`.
     """
-    name = model_args.model_name_or_path
-    if not name:
-        raise UserError("No model is given. Set `model_name_or_path` to a checkpoint folder or a Hub id.")
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise UserError(
-                f"{name} has no config.json"
-                + (
-                    ": it is a LoRA adapter without its model. Train the earlier stage with `merge_adapter: true`, and "
-                    "give its output here."
-                    if (folder / "adapter_config.json").exists()
-                    else ", so it is no checkpoint. Give a folder that `jai convert` or an earlier stage wrote."
-                )
-            )
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(f"{name} has no safetensors weights. Give a folder that holds a whole checkpoint.")
-    folder = local_folder(name, revision=model_args.model_revision)
+    folder = check_model_files(model_args.model_name_or_path, model_args.model_revision)
+    name = str(model_args.model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=training_args.trust_remote_code)
     except (OSError, ValueError) as error:

@@ -19,11 +19,10 @@ from trl import ScriptArguments
 
 from jai.errors import UserError
 from jai.trainers.arguments import StageArguments
+from jai.trainers.first_look import DATA_BUILDERS, check_data_name, data_suffix
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_READABLE = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet or .csv"
 _CONVERSATION_COLUMNS = ("messages", "conversations")
 _CHAT_EXTRAS = ("tools", "chat_template_kwargs")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -83,13 +82,10 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
             that cannot be trained on.
     """
     script = arguments.script
-    name = script.dataset_name
-    if not name:
-        raise UserError(
-            f"No training data is given. Set `dataset_name` to a Hub id, a folder, or a file that ends in {_READABLE}."
-        )
+    path = check_data_name(script.dataset_name)
+    name = str(script.dataset_name)
     try:
-        splits = _load(name, script)
+        splits = _load(name, path, script)
         train = _split(splits, script.dataset_train_split, name, "dataset_train_split")
         first: dict[str, Any] = next(iter(train))
     except StopIteration:  # `load_dataset` raises it too, for an empty file
@@ -112,15 +108,8 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
     return replace(data, columns=columns, train=train, evaluation=evaluation)
 
 
-def _load(name: str, script: ScriptArguments) -> Any:
+def _load(name: str, path: Path, script: ScriptArguments) -> Any:
     """The splits of a file, a folder or a Hub dataset, by name."""
-    path = Path(name)
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if path.is_file() and suffix not in _BUILDERS:
-        raise UserError(f"{name} is no data file that can be read. Give one that ends in {_READABLE}.")
-    looks_local = suffix in _BUILDERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1
-    if looks_local and not path.exists():
-        raise UserError(f"The data {name} does not exist. Give an existing file or folder, or a Hub id.")
     if (path / "dataset_dict.json").exists():  # what `save_to_disk` writes
         return load_from_disk(name)
     if (path / "state.json").exists():
@@ -129,7 +118,7 @@ def _load(name: str, script: ScriptArguments) -> Any:
         _refuse_null_first(file)
     try:
         if path.is_file():
-            return load_dataset(_BUILDERS[suffix], data_files=name, streaming=script.dataset_streaming)
+            return load_dataset(DATA_BUILDERS[data_suffix(path)], data_files=name, streaming=script.dataset_streaming)
         return load_dataset(name, script.dataset_config, streaming=script.dataset_streaming)
     except DatasetGenerationError as error:
         raise _unreadable(name, error.__cause__ or error) from error

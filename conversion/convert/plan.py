@@ -25,7 +25,8 @@ from jai.conversion.inputs.parts import Part
 from jai.conversion.inputs.phi3 import load_phi3_config
 from jai.conversion.inputs.reader import UNTIED_NOTE, CheckpointReader
 from jai.conversion.inputs.values import common_dtype, dtype_names
-from jai.conversion.inputs.weight_files import PlannedFiles, has_weights, weight_map
+from jai.conversion.inputs.weight_files import has_weights, weight_map
+from jai.conversion.inputs.weight_sources import PlannedFiles
 from jai.conversion.output.drawn import constant, drawn, with_noise
 from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The header of a safetensors file: which tensors it holds, of which form, and where their bytes lie."""
+"""The header of a safetensors file: which tensors it holds, of which form, and where their bytes lie. No PyTorch."""
 
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from jai.errors import UserError
 from jai.files import check_is_file
-
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 _LONGEST_HEADER = 100_000_000  # as in safetensors
 
@@ -34,6 +30,23 @@ class Header:
     data_start: int
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint as a header says: its shape, its dtype in safetensors' spelling ("BF16"), and its bytes.
+
+    Attributes:
+        file: name of the weight file.
+        start: the place in the file at which its bytes begin.
+        length: how many they are.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+    start: int
+    length: int
 
 
 def read_header(path: Path) -> Header:
@@ -115,3 +128,33 @@ def _check_ranges(tensors: dict[str, dict]) -> int:
             raise ValueError(f"the bytes of {tensor} are {start:,} to {stop:,}, where {end:,} was expected")
         end = stop
     return end
+
+
+def stored_tensors(
+    headers: Mapping[str, Header], place: str, indexed: Mapping[str, str] | None
+) -> dict[str, StoredTensor]:
+    """The tensors of all weight files by name, of any dtype.
+
+    Args:
+        headers: of each file.
+        place: folder or Hub id, for messages.
+        indexed: the file of each tensor as the index says (`weight_map`).
+
+    Raises:
+        UserError: if a tensor is in two files, or not in that which the index names.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        for name, entry in header.tensors.items():
+            if name in stored:
+                raise UserError(f"{name} in {file} is in two files. Fetch or save the checkpoint again.")
+            start, stop = entry["data_offsets"]
+            begin = header.data_start + start
+            stored[name] = StoredTensor(tuple(entry["shape"]), entry["dtype"], file, begin, stop - start)
+    lost = sorted(name for name, file in (indexed or {}).items() if name not in stored or stored[name].file != file)
+    if lost:
+        raise UserError(
+            f"The index of {place} names {lost[0]} in {(indexed or {})[lost[0]]}, which does not hold it "
+            f"({len(lost)} such tensors). Fetch or save the checkpoint again."
+        )
+    return stored

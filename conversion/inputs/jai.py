@@ -12,15 +12,16 @@ import torch
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
 from jai.conversion.inputs.checkpoint import Checkpoint
-from jai.conversion.inputs.config import make_config, read_config
+from jai.conversion.inputs.config import make_config
+from jai.conversion.inputs.first_look import SNAPSHOT_TYPE, read_jai_config, read_jai_or_snapshot_config
 from jai.conversion.inputs.hub import resolve_checkpoint
 from jai.conversion.inputs.reader import UNTIED_NOTE, CheckpointReader
 from jai.conversion.inputs.values import common_dtype
-from jai.conversion.inputs.weight_files import PlannedFiles, has_all_weights, has_weights, refuse_adapter
+from jai.conversion.inputs.weight_files import has_all_weights, has_weights, refuse_adapter
+from jai.conversion.inputs.weight_sources import PlannedFiles
 from jai.errors import UserError
 from jai.files import read_json
 
-SNAPSHOT_TYPE = "jai_ffn_snapshot"  # the `model_type` of a snapshot: nothing loads one as a model
 _TRAINER_STATE = "trainer_state.json"
 
 
@@ -65,7 +66,7 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
     """
     folder = resolve_checkpoint(name, weights=not planned_only)
     refuse_adapter(name, folder)
-    content = read_config(folder, "Give a JAI checkpoint.")
+    content = read_jai_or_snapshot_config(folder)
     is_snapshot = content.get("model_type") == SNAPSHOT_TYPE
     if is_snapshot:
         step = content.pop("global_step", None)
@@ -116,14 +117,7 @@ def load_jai_config(folder: Path) -> JaiConfig:
     Raises:
         UserError: if the folder holds no JAI.
     """
-    content = read_config(folder, "Give a JAI checkpoint.")
-    if content.get("model_type") == SNAPSHOT_TYPE:
-        raise UserError(f"{folder} is a snapshot, which has only FFN weights. Give it to jai upcycle.")
-    if content.get("model_type") != JaiConfig.model_type:
-        raise UserError(
-            f"{folder} is a model of type {content.get('model_type')!r}, not 'jai'. Convert it first: jai convert."
-        )
-    return make_config(JaiConfig, content, folder)
+    return make_config(JaiConfig, read_jai_config(folder), folder)
 
 
 def jai_shapes(config: JaiConfig) -> dict[str, tuple[int, ...]]:

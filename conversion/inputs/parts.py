@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jai.conversion.inputs.weight_files import WeightFiles
+from jai.conversion.inputs.weight_sources import WeightFiles
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ that another process cuts short would kill the reader, where a read that comes u
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from jai.conversion.inputs.header import DTYPES, Header
+from jai.conversion.inputs.header import StoredTensor, stored_tensors
 from jai.conversion.inputs.parts import Computed, Copied, Part
-from jai.conversion.inputs.weight_files import LocalFiles, WeightFiles, weight_map
+from jai.conversion.inputs.values import DTYPES
+from jai.conversion.inputs.weight_files import weight_map
+from jai.conversion.inputs.weight_sources import LocalFiles, WeightFiles
 from jai.conversion.names import EMBEDDINGS, LM_HEAD
 from jai.errors import UserError
 from jai.files import hash_each
@@ -34,53 +35,6 @@ _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DDP or FSDP", "base_mode
 _ROPE_BUFFER = "rotary_emb.inv_freq"
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a checkpoint as a header says: its shape, its dtype in safetensors' spelling ("BF16"), and its bytes.
-
-    Attributes:
-        file: name of the weight file.
-        start: the place in the file at which its bytes begin.
-        length: how many they are.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: str
-    start: int
-    length: int
-
-
-def stored_tensors(
-    headers: Mapping[str, Header], place: str, indexed: Mapping[str, str] | None
-) -> dict[str, StoredTensor]:
-    """The tensors of all weight files by name, of any dtype.
-
-    Args:
-        headers: of each file.
-        place: folder or Hub id, for messages.
-        indexed: the file of each tensor as the index says (`weight_map`).
-
-    Raises:
-        UserError: if a tensor is in two files, or not in that which the index names.
-    """
-    stored: dict[str, StoredTensor] = {}
-    for file, header in headers.items():
-        for name, entry in header.tensors.items():
-            if name in stored:
-                raise UserError(f"{name} in {file} is in two files. Fetch or save the checkpoint again.")
-            start, stop = entry["data_offsets"]
-            begin = header.data_start + start
-            stored[name] = StoredTensor(tuple(entry["shape"]), entry["dtype"], file, begin, stop - start)
-    lost = sorted(name for name, file in (indexed or {}).items() if name not in stored or stored[name].file != file)
-    if lost:
-        raise UserError(
-            f"The index of {place} names {lost[0]} in {(indexed or {})[lost[0]]}, which does not hold it "
-            f"({len(lost)} such tensors). Fetch or save the checkpoint again."
-        )
-    return stored
 
 
 class CheckpointReader:

@@ -77,6 +77,19 @@ def check_tokenizer_files(folder: Path, rows: int | None = None) -> None:
         )
 
 
+def check_tokenizer_json(folder: Path) -> None:
+    """Refuse files of a tokenizer that are no files, and JSON that cannot be read: all that needs no library.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for name in tokenizer_files(folder):
+        if name.endswith(".json"):
+            read_json(folder / name)
+        else:
+            check_is_file(folder / name)
+
+
 def read_tokenizer_content(folder: Path) -> TokenizerContent | None:
     """What the folder's `tokenizer.json` holds, None where there is none. It is kept for as long as no file changes.
 
@@ -99,11 +112,7 @@ def _files_state(folder: Path) -> FilesState:
 @lru_cache(_KEPT)
 def _read_last_token(folder: Path, state: FilesState) -> tuple[str, int] | None:
     """The token with the largest id, None where no `tokenizer.json` names any."""
-    for name in tokenizer_files(folder):
-        if name.endswith(".json"):
-            read_json(folder / name)
-        else:
-            check_is_file(folder / name)
+    check_tokenizer_json(folder)
     if not (folder / TOKENIZER_JSON).exists():
         return None
     return max(load_backend_tokenizer(folder).get_vocab().items(), key=lambda entry: entry[1], default=None)

@@ -14,8 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jai.conversion.inputs.header import DTYPES, Header
+from jai.conversion.inputs.header import Header
 from jai.errors import UserError
+
+# As safetensors spells them.
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 # Bits of infinity. With the sign cleared, finite values have smaller ones, and NaN larger ones.
 _INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}

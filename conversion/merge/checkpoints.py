@@ -8,7 +8,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from jai.conversion.inputs.checkpoint import Checkpoint
-from jai.conversion.inputs.config import CONFIG_FILE, make_config, read_config
+from jai.conversion.inputs.config import make_config
+from jai.conversion.inputs.first_look import read_any_config
 from jai.conversion.inputs.hub import HubFiles, resolve_checkpoint
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inputs.tokenizer import TokenizerContent, read_tokenizer_content
@@ -140,10 +141,8 @@ def _model_difference(first: TokenizerContent, other: TokenizerContent) -> str:
 
 
 def _load_config(folder: Path) -> dict[str, Any]:
-    content = read_config(folder, "Give a folder that save_pretrained wrote.")
-    model_type = content.get("model_type")
-    if not isinstance(model_type, str):
-        raise UserError(f"{folder / CONFIG_FILE} is not valid: it names no model_type. Fetch or save it again.")
+    content = read_any_config(folder)
+    model_type = content["model_type"]
     if model_type not in CONFIG_MAPPING:
         return content
     # Files of several years leave out what was a default then: transformers fills it in, where it knows the type.

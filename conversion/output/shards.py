@@ -22,10 +22,11 @@ from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from jai.conversion.inputs.header import DTYPE_NAMES, read_header
+from jai.conversion.inputs.header import read_header
 from jai.conversion.inputs.parts import Copied, Part
-from jai.conversion.inputs.values import bytes_of
-from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE, WeightFiles
+from jai.conversion.inputs.values import DTYPE_NAMES, bytes_of
+from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE
+from jai.conversion.inputs.weight_sources import WeightFiles
 from jai.conversion.output.shard_file import ShardFile
 from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError

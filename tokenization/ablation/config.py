@@ -8,7 +8,7 @@ from typing import Any
 
 from jai.errors import UserError
 from jai.options import option, options_of, read_value, read_yaml, refuse_unknown
-from jai.small_model import ModelShape, Training
+from jai.small_model_options import ModelShape, Training
 from jai.tokenization.units import Unit, check_script
 
 
