@@ -5,9 +5,8 @@ import os
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
-from jai.cli.verb import verb
+from jai.cli.verb import PlainGroup, verb
 from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
@@ -15,7 +14,7 @@ from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_na
 _MEASURE = "run"
 
 
-class _EvalGroup(TyperGroup):
+class _EvalGroup(PlainGroup):
     """Takes `jai eval CKPT …` for `jai eval run CKPT …`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
