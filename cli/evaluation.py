@@ -8,7 +8,7 @@ import typer
 
 from jai.cli.verb import PlainGroup, verb
 from jai.evaluation.judged.options import PairwiseOptions
-from jai.evaluation.options import EvalOptions
+from jai.evaluation.options import EvalOptions, LanguageOptions
 from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
 
 _MEASURE = "run"
@@ -54,6 +54,16 @@ def pairwise(options: PairwiseOptions) -> None:
     from jai.evaluation.judged.side_by_side import compare_answers
 
     compare_answers(options)
+
+
+@verb(app, LanguageOptions, group=("eval",))
+def language(options: LanguageOptions) -> None:
+    """Language accuracy and think accuracy of files of replies.
+
+    What they are is defined in docs/evaluation.md."""
+    from jai.evaluation.generations import report_language
+
+    report_language(options)
 
 
 def _list_suites() -> None:

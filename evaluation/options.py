@@ -85,3 +85,20 @@ class EvalOptions(JudgeOptions):
     def folder(self) -> Path:
         """Folder of the run."""
         return self.out or Path("eval") / self.model.strip("/").replace("/", "--")
+
+
+@dataclass(kw_only=True)
+class LanguageOptions:
+    """What `jai eval language` takes."""
+
+    files: list[str] = argument("FILE...", help="Replies as JSON Lines, gzipped or not.")
+    language: Literal["th", "en"] = option("th", help="The language that answers should be in.")
+    field: str | None = option(
+        None,
+        help="Key of a row's reply: text, messages that end with it, or a list of replies.",
+        metavar="NAME",
+        shown_default="the first that is usual, such as response, completion or messages",
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)

@@ -2,6 +2,7 @@
 """Language accuracy and think accuracy."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jai
+from jai import cli
 from jai.errors import UserError
 from jai.evaluation.language import LanguageFault, ThinkFault, count_form_faults, language_fault, think_fault
 from jai.evaluation.text import plain_text, split_thought
@@ -165,3 +167,88 @@ def test_a_degenerate_reply_takes_no_time():
     for piece in ("`", "$", "$ ", "\\(", '"', "“a", "<a ", "a.", "<think>", "www.", "\\begin{a}", "a@b", "'"):
         language_fault(piece * 30_000, "th")
         think_fault(piece * 30_000)
+
+
+# --- Files of replies ---
+
+
+def write_lines(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def jai_eval_language(monkeypatch, capsys):
+    """Run `jai eval language …` in this process: (exit code, standard output, standard error)."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["jai", "eval", "language", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "%s"}]}'
+
+
+@pytest.mark.parametrize(
+    ("rows", "field"),
+    [
+        (['{"response": "ไทย"}', '{"response": "<think>a</think>四"}'], "response"),
+        (
+            [
+                CHAT % "ไทย",
+                "",
+                CHAT % "<think>a</think>四",
+            ],
+            "messages",
+        ),
+        (['{"doc_id": 0, "resps": [["ไทย", "<think>a</think>四"]]}'], "resps"),
+        (
+            ['{"completion": [{"role": "assistant", "content": "ไทย"}]}', '{"completion": "<think>a</think>四"}'],
+            "completion",
+        ),
+    ],
+)
+def test_files_of_replies(tmp_path, jai_eval_language, rows, field):
+    path = write_lines(tmp_path / "replies.jsonl", *rows)
+    code, out, err = jai_eval_language(path)
+    assert code == 0, err
+    assert f"2 replies ({field})" in out
+    assert re.search(r"language accuracy 0.5000 \(0.0000–1.0000\)  letters of another script: 1\n", out)
+    assert re.search(r"think accuracy 0.5000 .*no thought: 1\n", out)
+
+
+def test_the_field_and_the_language_are_options(tmp_path, jai_eval_language):
+    path = write_lines(tmp_path / "replies.jsonl", '{"response": "四", "mine": "Hello"}')
+    assert "language accuracy 1.0000" in jai_eval_language(path, "--field", "mine", "--language", "en")[1]
+    assert "language accuracy 0.0000" in jai_eval_language(path, "--language", "en")[1]
+    assert "language accuracy 0.0000" in jai_eval_language(path, "--field", "mine")[1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "message"),
+    [
+        (['{"response": "a"}', '{"response": 1}'], [], "line 2, .*response is 1; expected text"),
+        (['{"response": "a"}', "{"], [], "line 2, "),
+        (['{"x": "a"}'], [], "line 1, .*none of response, .*--field"),
+        (['{"response": "a"}', '{"completion": "a"}'], [], "line 2, .*response is None"),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], [], "line 1, .*no row.*assistant"),
+        (['{"resps": []}'], [], "line 1, "),
+        ([], [], "has no replies"),
+        (['{"response": "a"}'], ["--language", "de"], "--language|language is 'de'"),
+    ],
+)
+def test_a_malformed_row_of_replies_is_named(tmp_path, jai_eval_language, lines, words, message):
+    code, _, err = jai_eval_language(write_lines(tmp_path / "replies.jsonl", *lines), *words)
+    assert code != 0
+    assert re.search(message, " ".join(err.split())), err
+    assert "Traceback" not in err
+
+
+def test_a_missing_file_of_replies_is_named(tmp_path, jai_eval_language):
+    code, _, err = jai_eval_language(tmp_path / "missing.jsonl")
+    assert (code, "missing.jsonl does not exist" in err) == (1, True)
