@@ -612,7 +612,7 @@ def test_recipes_parse(recipe, options, tmp_path):
     spelled_out = tmp_path / recipe
     spelled_out.write_text(
         re.sub(
-            r"^# (eval_|router_aux_loss_coef|snapshot_steps|experts_implementation)",
+            r"^# (eval_|router_aux_loss_coef|snapshot_steps|experts_implementation|max_position_embeddings|rope_theta)",
             r"\1",
             path.read_text(),
             flags=re.M,

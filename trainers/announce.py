@@ -14,6 +14,7 @@ from transformers import SchedulerType
 from jai.trainers.arguments import StageArguments, TrlConfig
 from jai.trainers.base_model import BaseModel
 from jai.trainers.chosen_parts import recorded_new_rows, untaught
+from jai.trainers.context import context_of
 from jai.trainers.data import DatasetType, TrainingData
 from jai.trainers.parameters import TrainedParameters
 from jai.trainers.parts import EMBEDDINGS, KIND_TEXTS, NEW_ROWS
@@ -76,6 +77,7 @@ def print_plan(
     table.add_row("data", f"{data_name}: {_size(data.rows, train_tokens)}; {_sequences(training_args)}")
     if training_args.max_length:
         table.add_row("cut off", _cut(train_tokens, training_args, data))
+    table.add_row("context", _context(training_args, base))
     if evaluation_tokens is not None:
         rows = len(data.evaluation) if isinstance(data.evaluation, Dataset) else None
         table.add_row("evaluation", _size(rows, evaluation_tokens))
@@ -163,6 +165,31 @@ def _sequences(training_args: TrlConfig) -> str:
     if getattr(training_args, "packing_strategy", None) == "bfd_split":
         return f"packed (longer documents go on in another sequence), {length}"
     return f"packed, {length}"
+
+
+def _context(training_args: TrlConfig, base: BaseModel) -> str:
+    length, theta = context_of(base.config)
+    before, theta_before = context_of(base.given_config or base.config)
+    text = "unknown" if length is None else f"{length:,} tokens"
+    if before != length:
+        text = f"{before:,} → {text}"
+    if theta is not None:
+        text += (
+            f", RoPE's base {theta:,.0f}"
+            if theta == theta_before
+            else f", RoPE's base {theta_before:,.0f} → {theta:,.0f}"
+        )
+    if theta != theta_before:
+        text += (
+            "\n[bold yellow]with another base, attention turns positions otherwise than the model has learnt[/]: what "
+            "it does is broken until it is trained with it, and stays so if it is not"
+        )
+    if length is not None and (training_args.max_length or 0) > length:
+        text += (
+            f"\n[bold yellow]sequences have up to {training_args.max_length:,} tokens[/], beyond that; "
+            "`max_position_embeddings` sets what the checkpoint says"
+        )
+    return text
 
 
 def _cut(tokens: TokenCount, training_args: TrlConfig, data: TrainingData) -> str:

@@ -29,10 +29,12 @@ class BaseModel:
     Attributes:
         name: folder or Hub id.
         folder: where its files lie: the folder itself, or the commit's in the Hub's cache.
-        loading: what `from_pretrained` needs beside the name: revision and trust_remote_code.
-        config: its configuration.
+        loading: what `from_pretrained` needs beside the name: revision and trust_remote_code, and what the stage sets
+            in its configuration.
+        config: its configuration, as the stage trains it.
         tokenizer: its tokenizer.
         made_by: the step that made it, None where it has no record.
+        given_config: its configuration as it was, where the stage has changed it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class BaseModel:
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     made_by: Step | None
+    given_config: PreTrainedConfig | None = None
 
     @property
     def is_jai(self) -> bool:

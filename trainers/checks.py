@@ -28,6 +28,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "dataset_num_proc",
             "lora_r",
             "snapshot_steps",
+            "max_position_embeddings",
             "precompute_ref_batch_size",
             "ref_model_sync_steps",
         ),
@@ -51,7 +52,16 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "more than 0",
         lambda value: value > 0,
-        ("num_train_epochs", "adam_epsilon", "lora_alpha", "logging_steps", "save_steps", "eval_steps", "beta"),
+        (
+            "num_train_epochs",
+            "adam_epsilon",
+            "lora_alpha",
+            "logging_steps",
+            "save_steps",
+            "eval_steps",
+            "beta",
+            "rope_theta",
+        ),
     ),
     (
         "from 0 to below 1",

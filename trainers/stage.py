@@ -31,6 +31,7 @@ from jai.trainers.arguments import (
 from jai.trainers.base_model import BaseModel, open_base_model, prepare_chat
 from jai.trainers.checks import check_options, check_options_with_model, check_partial_training
 from jai.trainers.chosen_parts import choose_parts
+from jai.trainers.context import with_context
 from jai.trainers.data import (
     DatasetType,
     TrainingData,
@@ -90,7 +91,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     if arguments.training.use_liger_kernel:
         prepare_liger()
     checkpoint = resume_point(arguments.training)
-    base = open_base_model(arguments.model, arguments.training)
+    base = with_context(open_base_model(arguments.model, arguments.training), arguments)
     check_options_with_model(arguments, base.config)
     data = load_training_data(arguments, stage.dataset_types)
     prepare_chat(base, data, arguments.training)
@@ -98,7 +99,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     parts = choose_parts(arguments.jai, arguments.model, base, model)
     lora = lora_config(arguments.model, parts, model)
     check_partial_training(arguments, parts.masked(lora is not None))
-    loading = loading_arguments(arguments)
+    loading = loading_arguments(arguments, base)
 
     _choose_packing(arguments.training, data)
     parameters = count_trained_parameters(model, base, parts, lora, arguments.model)
@@ -123,15 +124,14 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     return out
 
 
-def loading_arguments(arguments: StageArguments) -> dict[str, Any]:
+def loading_arguments(arguments: StageArguments, base: BaseModel) -> dict[str, Any]:
     """Arguments of `from_pretrained` for the trainer, in which `model_init_kwargs` has the last word.
 
     Raises:
         UserError: for an experts implementation that is not known.
     """
     loading = {
-        "revision": arguments.model.model_revision,
-        "trust_remote_code": arguments.training.trust_remote_code,
+        **base.loading,
         "attn_implementation": arguments.model.attn_implementation,
         "dtype": arguments.model.dtype,
         "use_safetensors": True,  # nothing pickled
