@@ -1,11 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequences of a plan as tensors, for a PyTorch `DataLoader` or a transformers `Trainer`."""
+"""The sequences of a plan as tensors, for a PyTorch `DataLoader` or a transformers `Trainer`.
+
+    corpus = PackedCorpus.open("runs/packed")
+    corpus.check_tokenizer(model_name, tokenizer)
+    plan = SequencePlan(corpus, 4096, strategy="xlda", seed=42)
+    plan.check_lasts(steps * batch_sequences)
+    dataset = PackedSequences(plan)          # train_dataset of a Trainer with a sequential sampler, default collator
+
+Step s trains on the sequences from s·B until before (s+1)·B, B being those of all ranks and accumulated batches. That
+is what Accelerate makes of a sequential sampler, whatever the ranks, and skipping what is done costs nothing: the
+sampler counts numbers, no sequence is read. With a batch that grows, a step begins where the one before it ends. Save
+`plan.identity()` in a checkpoint and ask `check_same_plan` before going on; `plan.tokens_seen(sequences)` is what has
+been seen of each source. A model does not take `language_ids`: pop it for loss by language (`plan.languages`).
+"""
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from jai.pretraining.plan import SequencePlan
+from jai.pretraining.plan import AnyPlan
 
 IGNORED = -100  # the label on which there is no loss
 
@@ -24,15 +37,15 @@ class PackedSequences(Dataset):
     - `language_ids`: index in `plan.languages` of each token's language, -1 on padding.
     """
 
-    def __init__(self, plan: SequencePlan):
+    def __init__(self, plan: AnyPlan):
         self.plan = plan
 
     def __len__(self) -> int:
         return self.plan.sequences
 
     def __getitem__(self, sequence: int) -> dict[str, torch.Tensor]:
-        plan = self.plan
-        pieces = plan.pieces(sequence)
+        plan, number = self.plan.part(sequence)
+        pieces = plan.pieces(number)
         lengths = pieces.lengths
         begins = np.cumsum(lengths) - lengths
         ids = np.empty(plan.context, np.int64)

@@ -8,7 +8,7 @@ for every T, no source is off by more than a token (the largest by one for each 
 
 import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from jai.pretraining.config import WhenDry
@@ -94,6 +94,7 @@ class Mixture:
         when_dry: "error" ends where the first source is used up, with the last whole sequence; "renormalize" goes on
             with the others until nothing is left.
         fill_last: whether all sequences are full; else, where everything is used up, the last one holds the rest.
+        at_most: sequences after which it ends, with a smaller block; None is as many as there are.
 
     Attributes:
         sequences: how many there are.
@@ -111,6 +112,7 @@ class Mixture:
         block_sequences: int,
         when_dry: WhenDry,
         fill_last: bool = False,
+        at_most: int | None = None,
     ):
         self.fill_last = fill_last
         self.limits, self.context, self.block_sequences = list(limits), context, block_sequences
@@ -122,6 +124,8 @@ class Mixture:
             self._plan_all(list(weights))
         else:
             self._plan_until_dry(list(weights))
+        if at_most is not None:
+            self._cut(at_most)
         self._first_sequences = [0, *accumulate(each.blocks * each.sequences for each in self._stretches)]
         self.sequences = self._first_sequences[-1]
         self.stretches = list(zip(self._first_sequences, (each.first_block for each in self._stretches)))
@@ -140,6 +144,18 @@ class Mixture:
         stretch = self._stretches[index]
         block, number = divmod(sequence - self._first_sequences[index], stretch.sequences)
         return stretch.first_block + block, number
+
+    def _cut(self, sequences: int) -> None:
+        """Leave so many sequences, if there are more."""
+        kept, self._stretches = self._stretches, []
+        for each in kept:
+            blocks, rest = divmod(min(sequences, each.blocks * each.sequences), each.sequences)
+            sequences -= blocks * each.sequences + rest
+            if blocks:
+                self._stretches.append(replace(each, blocks=blocks))
+            if rest:
+                block = [stop - start for start, stop in zip(each.after(blocks), each.after(blocks + 1))]
+                self._add_amounts(_fill(block, list(map(float, block)), rest * self.context))
 
     def _end(self) -> list[int]:
         """Where the sources' streams are after all that is added."""

@@ -114,8 +114,9 @@ class SourceOrder:
 
     def __init__(self, source: PackedSource, seed: int, keep_best: float = 1.0):
         self.source, self.seed = source, seed
-        # The name, not the place in the configuration: an added source leaves the others' order as it is.
-        self._key = zlib.crc32(source.name.encode())
+        # The name, not the place in the configuration: an added source leaves the others' order as it is. With another
+        # share of the best, the order is another, so that annealing does not see again what came first.
+        self._key = zlib.crc32(f"{source.name} {keep_best}".encode())
         self._width = len(source.entry.languages)
         self._chunk_documents = CHUNK_ROWS * self._width
         self._threshold = _threshold(source, keep_best) if keep_best < 1 else None

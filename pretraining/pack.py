@@ -229,15 +229,18 @@ class _SourcePacker:
             documents = part.read_from(cursor.row)
         else:
             documents = part.read_once()
-            for row in islice(documents, cursor.row):
-                _hash_row(rows_hash, row)
+            for done in islice(documents, cursor.row):
+                _hash_row(rows_hash, done)
             if cursor.row and rows_hash.hexdigest() != cursor.rows_hash:
                 raise UserError(self._changed(part.path))
         number = cursor.row
         while True:
             rows: list[Document] = []
             empty = characters = 0
-            while characters < limit and len(rows) < _BATCH_ROWS and (row := next(documents, None)) is not None:
+            while characters < limit and len(rows) < _BATCH_ROWS:
+                row = next(documents, None)
+                if row is None:
+                    break
                 number += 1
                 _hash_row(rows_hash, row)
                 # Parallel texts are packed together or not at all.

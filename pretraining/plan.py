@@ -7,7 +7,9 @@ a run goes on anywhere, on other hardware, without reading what came before. Seq
 looked up (`order.py`), and how they share sequences is decided within the block (`packing.py`).
 """
 
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -93,9 +95,13 @@ class SequencePlan:
         seed: of all that is random.
         rho: probability that the next document is of another language; xlda and paired-isolated only.
         shares: how much of each source; None is what the configuration said when the corpus was packed.
+        starts: tokens of sources that earlier sequences have used up, by name; `epochs` count them.
+        at_most: sequences after which the plan ends; what they hold of a stream is then its beginning, without a gap.
+            None is as many as the sources last for.
 
     Attributes:
         sequences: how many there are: as many as the sources last for.
+        sources: those that are used, in the order of the corpus.
         is_isolated: whether documents do not see each other.
         languages: those that `language_ids` count, in order.
 
@@ -112,6 +118,8 @@ class SequencePlan:
         seed: int = 0,
         rho: float = DEFAULT_RHO,
         shares: Shares | None = None,
+        starts: Mapping[str, int] | None = None,
+        at_most: int | None = None,
     ):
         if strategy not in get_args(Strategy):
             raise UserError(f"The strategy is {strategy!r}; expected one of {', '.join(get_args(Strategy))}.")
@@ -126,7 +134,8 @@ class SequencePlan:
         used = _used_sources(corpus, self.shares)
         self.sources = [source for source in corpus.sources if source.name in used]
         self.orders = [SourceOrder(source, seed, used[source.name].keep_best) for source in self.sources]
-        self.mixture = self._mixture([used[source.name] for source in self.sources])
+        self._starts = [(starts or {}).get(source.name, 0) for source in self.sources]
+        self.mixture = self._mixture([used[source.name] for source in self.sources], at_most)
         # Which of all languages a source's are, for its documents in turn.
         self._language_ids = [
             np.array([self.languages.index(language) for language in source.entry.languages]) for source in self.sources
@@ -159,6 +168,10 @@ class SequencePlan:
         number, index = self.mixture.place(sequence)
         block = self._block(number)
         return block.pieces[block.offsets[index] : block.offsets[index + 1]]
+
+    def part(self, sequence: int) -> "tuple[SequencePlan, int]":
+        """The plan that a sequence is in, and its number there: this one, and the number itself."""
+        return self, sequence
 
     def language_ids(self, pieces: Pieces) -> np.ndarray:
         """Index in `self.languages` of each piece's language; -1 for padding."""
@@ -204,7 +217,7 @@ class SequencePlan:
             "seed": self.seed,
             "rho": self.rho if self._mixes_languages else None,
             "tokens": {order.source.name: order.tokens for order in self.orders},
-            "limits": self.mixture.limits,
+            "starts": self._starts,
             "shares": {name: [each.weight, each.epochs, each.keep_best] for name, each in self.shares.sources.items()},
             "alpha": self.shares.alpha,
             "beta": self.shares.beta,
@@ -217,8 +230,11 @@ class SequencePlan:
         names = ", ".join(self.sources[dry.source].name for dry in self.mixture.dry)
         return f"; then {names} is used up"
 
-    def _mixture(self, used: list[SourceShare]) -> Mixture:
-        limits = [int(order.tokens * share.epochs) for order, share in zip(self.orders, used)]
+    def _mixture(self, used: list[SourceShare], at_most: int | None) -> Mixture:
+        limits = [
+            max(0, int(order.tokens * share.epochs) - start)
+            for order, share, start in zip(self.orders, used, self._starts)
+        ]
         if self.shares.alpha is not None and self.shares.beta is not None:
             weights: list[float] | None = self._weights_by_language(self.shares.alpha, self.shares.beta)
         else:
@@ -227,7 +243,7 @@ class SequencePlan:
         block_sequences = max(1, BLOCK_TOKENS // self.context)
         # A last sequence that is half padding could not hold two languages.
         fill_last = self._mixes_languages
-        return Mixture(limits, weights, self.context, block_sequences, self.shares.when_dry, fill_last)
+        return Mixture(limits, weights, self.context, block_sequences, self.shares.when_dry, fill_last, at_most)
 
     def _weights_by_language(self, alpha: float, beta: dict[str, float]) -> list[float]:
         """Equation 2; sources of one language share as their sizes are."""
@@ -246,7 +262,7 @@ class SequencePlan:
                 f"The strategy {self.strategy} needs text of two languages or more; all of it is {', '.join(names)}. "
                 "Add a source, or choose another strategy."
             )
-        for first_sequence, block in self.mixture.stretches[: self.mixture.blocks]:
+        for first_sequence, block in self.mixture.stretches:
             tokens = self.mixture.block(block)
             by_language = np.zeros(len(self.languages))
             for ids, (start, stop) in zip(self._language_ids, tokens.ranges):
@@ -279,7 +295,7 @@ class SequencePlan:
     def _pieces_of(self, ranges: list[tuple[int, int]]) -> Pieces:
         columns = []
         for index, (order, (start, stop)) in enumerate(zip(self.orders, ranges)):
-            document, begin, end = order.pieces(start, stop)
+            document, begin, end = order.pieces(self._starts[index] + start, self._starts[index] + stop)
             columns.append((np.full(len(document), index), document, begin, end))
         return Pieces(*map(np.concatenate, zip(*columns)))
 
@@ -323,6 +339,112 @@ class SequencePlan:
         order = np.argsort(sequence, kind="stable")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(sequence, minlength=sequences))])
         return _Block(_joined(placed, padding)[order], offsets)
+
+
+class AnnealedPlan:
+    """A plan that goes over to other shares: Trillion-7B's annealing (section 3.2), more of a language and better text.
+
+    A source whose `keep_best` stays the same goes on where it was, and `epochs` count over both parts. One whose
+    `keep_best` changes begins anew: of its best documents, most were seen before.
+
+    Args:
+        corpus, context, strategy, seed, rho: as `SequencePlan` takes them.
+        shares: until the annealing; None is what the configuration said when the corpus was packed.
+        annealing: from then on.
+        begins: the first sequence of the annealing.
+
+    Attributes:
+        parts: the two plans.
+        sequences: how many there are in both.
+
+    Raises:
+        UserError: as `SequencePlan`, and if a source is used up before the annealing.
+    """
+
+    def __init__(
+        self,
+        corpus: PackedCorpus,
+        context: int,
+        *,
+        annealing: Shares,
+        begins: int,
+        strategy: Strategy = "isolated",
+        seed: int = 0,
+        rho: float = DEFAULT_RHO,
+        shares: Shares | None = None,
+    ):
+        stable = SequencePlan(corpus, context, strategy=strategy, seed=seed, rho=rho, shares=shares, at_most=begins)
+        stable.check_lasts(begins)
+        before, after = stable.shares.sources, annealing.sources
+        starts = {
+            name: tokens
+            for name, tokens in stable.tokens_seen(begins).items()
+            if name in after and after[name].keep_best == before[name].keep_best
+        }
+        annealed = SequencePlan(corpus, context, strategy=strategy, seed=seed, rho=rho, shares=annealing, starts=starts)
+        self.corpus, self.context, self.begins = corpus, context, begins
+        self.is_isolated, self.languages = stable.is_isolated, stable.languages
+        self.parts = (stable, annealed)
+        self.sequences = begins + annealed.sequences
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def part(self, sequence: int) -> tuple[SequencePlan, int]:
+        """The plan that a sequence is in, and its number there."""
+        stable, annealed = self.parts
+        return (stable, sequence) if sequence < self.begins else (annealed, sequence - self.begins)
+
+    def pieces(self, sequence: int) -> Pieces:
+        """What a sequence holds; `source` counts in the `sources` of the part that it is in."""
+        plan, number = self.part(sequence)
+        return plan.pieces(number)
+
+    def tokens_seen(self, sequences: int) -> dict[str, int]:
+        """Tokens of each source in the first so many sequences, padding left out."""
+        stable, annealed = self.parts
+        seen = Counter(stable.tokens_seen(min(sequences, self.begins)))
+        if sequences > self.begins:
+            seen.update(annealed.tokens_seen(sequences - self.begins))
+        return dict(seen)
+
+    def check_lasts(self, sequences: int) -> None:
+        """Refuse a run that is longer than the text, as `SequencePlan.check_lasts`."""
+        self.parts[1].check_lasts(sequences - self.begins)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides every sequence, as JSON."""
+        stable, annealed = self.parts
+        return {"stable": stable.identity(), "annealing": annealed.identity(), "begins": self.begins}
+
+
+AnyPlan = SequencePlan | AnnealedPlan
+
+
+def check_same_plan(saved: Mapping[str, Any], plan: AnyPlan) -> None:
+    """Refuse to go on with other sequences than a run began with.
+
+    Args:
+        saved: the `identity()` of the plan that the run began with, as JSON gave it back.
+        plan: the one that it would go on with.
+
+    Raises:
+        UserError: naming what has changed.
+    """
+    changes = list(_changes(saved, json.loads(json.dumps(plan.identity()))))
+    if changes:
+        raise UserError(
+            f"The run was begun with other data: {'; '.join(changes[:3])}. Its steps would see other text. Give the "
+            "same options and the same packed text, or begin a new run."
+        )
+
+
+def _changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from _changes(old.get(key), new.get(key), f"{path} {key}".strip())
+    elif old != new:
+        yield f"{path} was {json.dumps(old, ensure_ascii=False)} and is {json.dumps(new, ensure_ascii=False)}"
 
 
 def _joined(first: Pieces, second: Pieces) -> Pieces:

@@ -71,7 +71,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Padding and truncation, which calls of a tokenizer leave in it, do not count.
     """
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend = tokenizer.backend_tokenizer
     return hashlib.sha256(f"{_definition(backend)} {tokenizer.eos_token_id}".encode()).hexdigest()
 
 
@@ -163,11 +163,10 @@ def _end_with_parent() -> None:
 
 
 def _encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    documents = []
+    documents = [np.zeros(0, _dtype)]
     for encoding in _tokenizer.encode_batch_fast(texts):
         ids = encoding.ids
         if not ids or ids[-1] != _eos:
             ids.append(_eos)
         documents.append(np.array(ids, _dtype))
-    ids = np.concatenate([np.zeros(0, _dtype), *documents])
-    return ids, np.array([len(document) for document in documents], np.int64)
+    return np.concatenate(documents), np.array([len(document) for document in documents[1:]], np.int64)

@@ -2,6 +2,7 @@
 """Sequence plans: nothing lost, nothing twice, shares, languages, ranks, and what attention and labels see."""
 
 import itertools
+import json
 import pickle
 from collections import Counter
 from hashlib import blake2b
@@ -20,7 +21,7 @@ from jai.pretraining import plan as plans
 from jai.pretraining.dataset import PackedSequences
 from jai.pretraining.mixture import Mixture, language_shares
 from jai.pretraining.packing import best_fit
-from jai.pretraining.plan import SequencePlan, Shares, SourceShare
+from jai.pretraining.plan import AnnealedPlan, SequencePlan, Shares, SourceShare, check_same_plan
 
 STRATEGIES = ("isolated", "concatenated", "xlda", "paired-isolated")
 
@@ -355,10 +356,17 @@ class TestShares:
         when_dry=st.sampled_from(["error", "renormalize"]),
         context=st.integers(8, 50),
         fill_last=st.booleans(),
+        at_most=st.none() | st.integers(1, 60),
     )
-    def test_blocks_follow_each_other_whatever_the_shares(self, limits, weights, when_dry, context, fill_last):
+    def test_blocks_follow_each_other_whatever_the_shares(self, limits, weights, when_dry, context, fill_last, at_most):
         weights = weights and weights[: len(limits)]
-        mixture = Mixture(limits, weights, context, 4, when_dry, fill_last)
+        whole = Mixture(limits, weights, context, 4, when_dry, fill_last)
+        mixture = Mixture(limits, weights, context, 4, when_dry, fill_last, at_most)
+        if at_most is not None:
+            assert mixture.sequences == min(at_most, whole.sequences)
+            assert [mixture.block(b) for b in range(mixture.blocks - 1)] == [
+                whole.block(b) for b in range(mixture.blocks - 1)
+            ]
         at, sequences = [0] * len(limits), 0
         for number in range(mixture.blocks):
             block = mixture.block(number)
@@ -373,6 +381,8 @@ class TestShares:
         assert sequences == mixture.sequences
         assert [limit - end for limit, end in zip(limits, at)] == mixture.left
         assert min(mixture.left) >= 0
+        if at_most is not None:
+            return
         if weights is None or when_dry == "renormalize":
             assert sum(mixture.left) == (sum(limits) % context if fill_last else 0)
         elif sequences:
@@ -424,6 +434,48 @@ class TestShares:
                 SequencePlan(two_languages, **{"context": 128} | arguments)
 
 
+class TestAnnealing:
+    def test_more_of_a_language_goes_on_where_it_was(self, two_languages):
+        stable = Shares({"english": SourceShare(9, 2), "thai": SourceShare(1, 2)})
+        annealing = Shares({"english": SourceShare(7, 2), "thai": SourceShare(3, 2)})
+        plan = AnnealedPlan(two_languages, 128, annealing=annealing, begins=250, shares=stable)
+        plain = SequencePlan(two_languages, 128, shares=stable)
+        dataset, stable_dataset = PackedSequences(plan), PackedSequences(plain)
+        for number in (0, 100, 247):  # the last block is smaller: what it holds of English has no gap
+            assert (dataset[number]["input_ids"] == stable_dataset[number]["input_ids"]).all()
+        seen = plan.tokens_seen(250)
+        assert seen["thai"] == pytest.approx(0.1 * 250 * 128, rel=0.2)
+        later = plan.tokens_seen(306)
+        assert later["thai"] - seen["thai"] == pytest.approx(0.3 * 56 * 128, rel=0.02)
+        # Of the first epoch no token comes twice, whichever part it comes in.
+        tokens = {source.name: source.tokens for source in two_languages.sources}
+        ids = Counter(np.concatenate([dataset[number]["input_ids"] for number in range(306)]).tolist())
+        english = [count for id_, count in ids.items() if 0 < id_ <= tokens["english"]]
+        assert later["english"] < tokens["english"]
+        assert max(english) == 1
+        with pytest.raises(UserError, match="then thai is used up"):
+            plan.check_lasts(plan.sequences + 1)
+
+    def test_better_text_begins_anew(self, tmp_path, small_blocks):
+        scores = np.arange(400.0).tolist()
+        corpus = packed_corpus(tmp_path / "a", {"a": [10] * 400}, quality={"a": scores})
+        shares = Shares({"a": SourceShare(1.0, keep_best=0.8)})
+        annealing = Shares({"a": SourceShare(1.0, keep_best=0.2)})
+        plan = AnnealedPlan(corpus, 20, annealing=annealing, begins=100, shares=shares)
+        dataset = PackedSequences(plan)
+        documents = [{(id_ - 1) // 10 for id_ in dataset[number]["input_ids"].tolist()} for number in range(140)]
+        assert min(set.union(*documents[:100])) >= 80
+        assert set.union(*documents[100:]) == set(range(320, 400))
+        assert len(plan) == 140
+
+    def test_a_run_goes_on_only_with_the_same(self, two_languages):
+        plan = SequencePlan(two_languages, 128)
+        saved = json.loads(json.dumps(plan.identity()))
+        check_same_plan(saved, plan)
+        with pytest.raises(UserError, match=r"begun with other data: seed was 0 and is 1\. Its steps would see other"):
+            check_same_plan(saved, SequencePlan(two_languages, 128, seed=1))
+
+
 class TestPlaces:
     @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_a_sequence_is_a_function_of_its_number(self, two_languages, strategy):
@@ -441,7 +493,7 @@ class TestPlaces:
         for strategy in ("isolated", "concatenated", "xlda"):
             ids = ids_of(SequencePlan(two_languages, 128, strategy=strategy, seed=7))
             found[strategy] = blake2b(ids.astype("<i8").tobytes(), digest_size=4).hexdigest()
-        assert found == {"isolated": "9fa1755f", "concatenated": "3286f0b4", "xlda": "1348ef1c"}
+        assert found == {"isolated": "0d6f9f44", "concatenated": "071c9bb6", "xlda": "c974e082"}
 
     def test_ranks_share_the_global_order(self, two_languages):
         """Accelerate deals the batches of a sequential sampler out, so a step has the same sequences on any ranks."""

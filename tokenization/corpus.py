@@ -355,8 +355,8 @@ def _with_progress(parts: Sequence[TextFile | HubDataset]) -> Iterator[tuple[int
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Reading")
         for index, part in enumerate(parts):
-            for text, _ in part.read():
-                document = text.encode()
+            for row in part.read():
+                document = row.text.encode()
                 documents, size = documents + 1, size + len(document)
                 if time.monotonic() - shown > 0.1:
                     done = f"Reading {escape(part.name)}: {documents:,} documents, {filesize.decimal(size)} in all"
@@ -452,7 +452,8 @@ def _document(row: dict[str, Any], columns: Columns, where: str) -> Document:
                 f"{where} holds {half[0]!r}, half of a surrogate pair, which no UTF-8 text can. Mend or drop the line."
             )
     quality = row.get(columns.quality) if columns.quality else None
-    if columns.quality and (type(quality) not in (int, float) or not math.isfinite(quality)):
+    is_number = isinstance(quality, int | float) and not isinstance(quality, bool) and math.isfinite(quality)
+    if columns.quality and not is_number:
         raise UserError(f"{where}: `{columns.quality}` is {quality!r}; expected a number. Mend or drop the row.")
     return Document(texts[0], _string(row.get("source")), quality, tuple(texts[1:]))
 

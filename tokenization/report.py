@@ -243,13 +243,13 @@ def _documents(sources: Sequence[Source], status: Status) -> Iterator[tuple[str,
     documents, size = 0, 0
     for source in sources:
         for part in source.parts:
-            for text, named in part.read():
-                documents, size = documents + 1, size + len(text)
-                part.figures.found.count(len(text.encode()))
-                part.figures.sampled.count(len(text.encode()))
+            for row in part.read():
+                documents, size = documents + 1, size + len(row.text)
+                part.figures.found.count(len(row.text.encode()))
+                part.figures.sampled.count(len(row.text.encode()))
                 if documents % 200 == 0:
                     status.update(f"Measured {documents:,} documents, {size / 1e6:.1f} million characters")
-                yield named or part.name, text
+                yield row.source or part.name, row.text
     status.update("Measuring speed")
 
 
