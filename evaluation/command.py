@@ -12,7 +12,7 @@ from jai.evaluation.figure_table import print_figures
 from jai.evaluation.judged.command import JudgedPlan, measure_judged, plan_judged
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.measure import SuitePlan, measure_suite, plan_suite
-from jai.evaluation.models import load_answering_model, revision_of
+from jai.evaluation.models import check_chat_template, load_answering_model, revision_of
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.results import EvaluationRun, Figure, open_run
 from jai.evaluation.suites import JudgedSuite, Suite
@@ -47,6 +47,8 @@ def evaluate_suites(
                 f"The suite {suite.name} runs programs that the model writes. Allow it with --allow-code-execution, on "
                 "a machine that has nothing to lose."
             )
+    if any(isinstance(suite, JudgedSuite) or suite.chat for suite in suites):
+        check_chat_template(options)
     conditions = {
         "backend": options.backend,
         "limit": options.limit,

@@ -33,6 +33,19 @@ def load_answering_model(options: EvalOptions, *, chat: bool) -> LM:
     return _vllm(options, folder) if options.backend == "vllm" else _transformers(options, folder)
 
 
+def check_chat_template(options: EvalOptions) -> None:
+    """Refuse a checkpoint that cannot be asked in a chat; a server has its own template.
+
+    Raises:
+        UserError: if its tokenizer has no chat template.
+    """
+    if options.backend != "openai" and load_tokenizer(local_folder(options.model)).chat_template is None:
+        raise UserError(
+            f"{options.model} has no chat template, which suites of chats need. Evaluate a checkpoint that was tuned "
+            "for chats, or give it a chat_template.jinja."
+        )
+
+
 def revision_of(options: EvalOptions) -> str:
     """What tells the weights from others: the Hub's commit, a hash of a folder's files, a server's address."""
     if options.backend == "openai":

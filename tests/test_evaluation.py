@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai eval`: it tells right from wrong in every suite, agrees with lm-eval, goes on where it was stopped, and says
+what is wrong with what it is given."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from evaluation_data import ITEMS, Constant, Knows, share_of_first, write_data, write_rows
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from jai.errors import UserError
+from jai.evaluation import suites
+from jai.evaluation.command import evaluate_suites
+from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
+from jai.evaluation.measure import measure_suite, plan_suite
+from jai.evaluation.options import EvalOptions
+from jai.evaluation.results import ITEMS_FILE, RESULTS_FILE, EvaluationRun, open_run, read_run
+from jai.evaluation.suites import Suite, read_suite, suite_names
+from jai.evaluation.tasks import TASKS_FOLDER, TaskLoader
+
+# The others of lm-eval's tasks: RULER downloads its texts, and the tests of programs come from the Hub with their code.
+NEED_NETWORK = {"code", "ruler"}
+LM_EVAL_SUITES = [name for name in suite_names() if isinstance(read_suite(name), Suite) and name not in NEED_NETWORK]
+
+
+SLOW = {"eng-h6-leaderboard", "eng-h6-trillion", "ruler-en", "thai-knowledge"}  # 57 subjects of MMLU, and 14
+LENGTHS = {4096: 1536, 8192: 2048, 16384: 2560, 32768: 3072}
+
+
+@pytest.fixture(scope="session")
+def mmlu_subjects() -> list[str]:
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
+    return sorted(path.stem.removeprefix("mmlu_") for path in folder.glob("mmlu_*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, mmlu_subjects) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), mmlu_subjects)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tiny_model: Callable, tiny_tokenizer) -> Path:
+    """A JAI with a tokenizer and without a chat template."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tiny_model(vocab_size=len(tiny_tokenizer), max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plan_of(data, checkpoint, tmp_path_factory) -> Callable:
+    """`plan_of(name)`: a suite with its tasks loaded, once; long contexts are shorter and fewer."""
+    plans = {}
+
+    def plan(name):
+        if name not in plans:
+            suite = short_suite(name, tmp_path_factory.mktemp("suite")) if "ruler" in name else read_suite(name)
+            metadata = {**(suite.metadata or {}), "haystack_folder": str(data), "pretrained": str(checkpoint)}
+            plans[name] = plan_suite(suite, TaskLoader(data=data, metadata=metadata))
+        return plans[name]
+
+    return plan
+
+
+def short_suite(name, folder) -> Suite:
+    """A suite of long contexts with shorter and fewer ones."""
+    text = (Path(suites.__file__).parent / f"{name}.yaml").read_text()
+    for long, short in LENGTHS.items():
+        text = text.replace(str(long), str(short))
+    path = folder / f"{name}.yaml"
+    path.write_text(text.replace("metadata: {", "metadata: {samples: 2, "))
+    return read_suite(str(path))
+
+
+def measure(plan, lm, folder, limit=None) -> EvaluationRun:
+    with open_run(folder, model="m", revision="r") as run:
+        model = KeptAnswers(lm, folder / ANSWERS_FILE, 8)
+        measure_suite(plan, model, run, limit=limit, seed=0, tell=lambda task: None)
+        run.finish()
+    return run
+
+
+def figure_of(run, name, metric=None):
+    (figure,) = [each for each in run.results.figures if each.name == name and metric in (None, each.metric)]
+    return figure
+
+
+# --- Right and wrong ---
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LM_EVAL_SUITES]
+)
+def test_a_model_that_knows_some_answers_gets_that_score(plan_of, tmp_path, name):
+    run = measure(plan_of(name), Knows(), tmp_path / "run")
+    known = [float(int(item.id) % 2 == 0) for item in run.items.values()]
+    assert [item.score for item in run.items.values()] == pytest.approx(known, abs=1e-9)
+    assert run.results.figures
+    for figure in run.results.figures:
+        assert 0 < figure.value < 1
+        assert figure.low <= figure.value <= figure.high
+
+
+def six_scores():
+    return [
+        -(-ITEMS[name] // 2) / ITEMS[name] for name in ("arc", "hellaswag", "mmlu", "truthfulqa", "winogrande", "gsm8k")
+    ]
+
+
+def test_the_mean_of_h6_is_over_the_six(plan_of, tmp_path):
+    run = measure(plan_of("thai-h6-leaderboard"), Knows(), tmp_path / "run")
+    assert figure_of(run, "mean").value == pytest.approx(sum(six_scores()) / 6)
+
+
+@pytest.mark.slow
+def test_the_mean_of_mmlu_is_over_its_subjects(plan_of, tmp_path):
+    run = measure(plan_of("eng-h6-leaderboard"), Knows(), tmp_path / "run")
+    assert figure_of(run, "MMLU").items == 57 * ITEMS["mmlu"]
+    assert figure_of(run, "mean").value == pytest.approx(sum(six_scores()) / 6)
+
+
+def test_means_over_tasks_and_over_questions_differ_where_tasks_have_other_sizes(data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data / "scb10x", folder / "scb10x")
+    path = folder / "scb10x/thai_exam/onet/test.jsonl"
+    path.write_text(path.read_text().split("\n")[0] + "\n")
+    plan = plan_suite(read_suite("thai-exam"), TaskLoader(data=folder))
+    run = measure(plan, Knows(), tmp_path / "run")
+    assert figure_of(run, "mean over subsets").value == pytest.approx((1 + 4 * 3 / 5) / 5)
+    assert figure_of(run, "mean over questions").value == pytest.approx((1 + 4 * 3) / (1 + 4 * 5))
+
+
+def test_a_model_that_always_says_the_same_gets_chance(plan_of, tmp_path):
+    run = measure(plan_of("thai-exam"), Constant(), tmp_path / "exam")
+    assert figure_of(run, "mean over questions").value == share_of_first(5, 5) == 1 / 5
+    run = measure(plan_of("thai-nlu"), Constant(), tmp_path / "nlu")
+    assert figure_of(run, "belebele_tha_Thai").value == 1 / 4
+    assert figure_of(run, "xcopa_th").value == 1 / 2
+    assert figure_of(run, "xquad_th", "f1").value == 0
+    run = measure(plan_of("thai-h6-leaderboard"), Constant(), tmp_path / "h6")
+    expected = [1 / 4, share_of_first(3, 4), share_of_first(2, 4), 1 / 3, 1 / 2, 0]
+    assert figure_of(run, "mean").value == pytest.approx(sum(expected) / 6)
+
+
+def test_questions_on_one_passage_are_one_for_the_interval(plan_of, tmp_path):
+    run = measure(plan_of("thai-nlu"), Knows(), tmp_path / "run")
+    figure = figure_of(run, "belebele_tha_Thai")
+    assert (figure.value, figure.low, figure.high) == (0.5, 0.5, 0.5)  # one of the two on each passage is known
+    apart = figure_of(run, "xcopa_th")
+    assert apart.low < 0.5 < apart.high
+
+
+def test_a_figure_for_each_length_beside_the_mean(plan_of, tmp_path):
+    run = measure(plan_of("ruler-th"), Knows(), tmp_path / "run")
+    for name in [*(f"{length} tokens" for length in LENGTHS.values()), "mean"]:
+        assert figure_of(run, name).value == pytest.approx(0.5)
+    assert figure_of(run, "mean").items == 4 * figure_of(run, "1536 tokens").items == 4 * 6 * 2
+
+
+# --- Agreement with lm-eval ---
+
+
+@pytest.fixture(scope="session")
+def lm(checkpoint) -> HFLM:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    return HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=8, backend="causal")
+
+
+def test_scores_are_those_of_lm_eval_to_the_last_digit(data, plan_of, lm, tmp_path):
+    """Of our tasks as lm-eval loads them by --include_path, with the data named in their YAML."""
+    subsets = ("onet", "ic", "tgat", "tpat1", "a_level")
+    for subset in subsets:
+        folder = data / "scb10x/thai_exam" / subset
+        (tmp_path / f"{subset}.yaml").write_text(
+            f"include: {TASKS_FOLDER}/thai_exam/thai_exam_{subset}.yaml\ntask: plain_{subset}\n"
+            f"dataset_path: json\ndataset_name: null\n"
+            f"dataset_kwargs: {{data_files: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl}}}}\n"
+        )
+    theirs = simple_evaluate(
+        model=lm,
+        tasks=[f"plain_{subset}" for subset in subsets],
+        task_manager=TaskManager(include_path=tmp_path, include_defaults=False),
+        bootstrap_iters=0,
+    )["results"]
+    run = measure(plan_of("thai-exam"), lm, tmp_path / "run")
+    for subset in subsets:
+        assert figure_of(run, f"thai_exam_{subset}").value == theirs[f"plain_{subset}"]["acc,none"]
+
+
+def test_a_checkpoint_end_to_end(checkpoint, data, tmp_path, capsys):
+    """By the function of the command, with the shared prefixes; what lm-eval's loop gives is the same."""
+    out = tmp_path / "run"
+    options = EvalOptions(model=str(checkpoint), out=out, data=data, limit=3, batch_size=4)
+    evaluate_suites(options, [read_suite("thai-exam"), read_suite("thai-nlu")])
+    results, items = read_run(out)
+    assert results.finished
+    assert {(task.suite, task.task, task.shots) for task in results.tasks} >= {
+        ("thai-exam", "thai_exam_onet", 5),
+        ("thai-nlu", "belebele_tha_Thai", 0),
+    }
+    assert results.conditions["limit"] == 3
+    assert len(results.revision) == 64
+    assert {"jai-llm", "lm-eval", "torch", "transformers"} <= results.versions.keys()
+    assert len({task.prompt_hash for task in results.tasks}) == 4  # the five exams ask the same here
+    assert len(items) == 5 * 3 + 3 + 3 + 2 * 3
+    assert all(item.texts["expected"] for item in items)
+    printed = capsys.readouterr().out
+    assert "mean over subsets" in printed
+    assert f"jai eval compare {out}" in printed
+
+
+def test_the_choice_of_the_shared_prefixes_is_that_of_lm_evals_loop(checkpoint, lm, plan_of, data, tmp_path):
+    options = EvalOptions(model=str(checkpoint), out=tmp_path / "ours", data=data, batch_size=4)
+    ours = evaluate_suites(options, [read_suite("thai-exam")])
+    theirs = measure(plan_of("thai-exam"), lm, tmp_path / "theirs")
+    assert {key: (item.score, item.texts) for key, item in ours.items.items()} == {
+        key: (item.score, item.texts) for key, item in theirs.items.items()
+    }
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_lm_evals_command_line(data, plan_of, checkpoint, lm, tmp_path):
+    """Of a checkpoint that it loads itself, by a process of its own."""
+    (tmp_path / "plain.yaml").write_text(
+        f"include: {TASKS_FOLDER}/thai_exam/thai_exam_onet.yaml\ntask: plain\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{train: {data}/scb10x/thai_exam/onet/train.jsonl, "
+        f"test: {data}/scb10x/thai_exam/onet/test.jsonl}}}}\n"
+    )
+    # It knows JAI where `jai` is imported first, as a plug-in of the interpreter would.
+    code = "import jai, sys; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
+    arguments = ["run", "--model", "hf", "--model_args", f"pretrained={checkpoint}", "--tasks", "plain"]
+    arguments += ["--include_path", str(tmp_path), "--device", "cpu", "--output_path", str(tmp_path / "out")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(path.read_text())["results"]["plain"]["acc,none"]
+    run = measure(plan_of("thai-exam"), lm, tmp_path / "run")
+    assert figure_of(run, "thai_exam_onet").value == theirs
+
+
+@pytest.mark.slow
+def test_whole_suites_on_the_shared_data(checkpoint, shared_data, tmp_path):
+    options = EvalOptions(model=str(checkpoint), out=tmp_path / "run", data=shared_data / "eval", max_length=2048)
+    run = evaluate_suites(options, [read_suite("thai-exam"), read_suite("onet")])
+    assert figure_of(run, "mean over subsets").items == 565
+    (questions,) = [each for each in run.results.figures if each.suite == "onet" and each.name == "M6"]
+    assert questions.items + figure_of(run, "M3").items == 334
+    options = EvalOptions(model=str(checkpoint), out=tmp_path / "nlu", data=shared_data / "eval", limit=20)
+    run = evaluate_suites(options, [read_suite("thai-nlu")])
+    assert figure_of(run, "mean").items == 3 * 20
+
+
+# --- Interruption ---
+
+
+class Stops(Knows):
+    """Stops after some calls."""
+
+    def __init__(self, calls: int):
+        super().__init__()
+        self.calls = calls
+
+    def loglikelihood(self, requests):
+        if self.calls == 0:
+            raise KeyboardInterrupt
+        self.calls -= 1
+        return super().loglikelihood(requests)
+
+
+def test_a_stopped_run_goes_on_with_what_is_there(plan_of, tmp_path):
+    whole = measure(plan_of("thai-nlu"), Knows(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        measure(plan_of("thai-nlu"), Stops(1), tmp_path / "stopped")
+    results, items = read_run(tmp_path / "stopped")
+    assert not results.finished
+    assert len(items) == 8  # of Belebele, and none of the tasks after it
+    lm = Stops(1)
+    measure(plan_of("thai-nlu"), lm, tmp_path / "stopped")
+    assert lm.calls == 0  # XCOPA alone was asked
+    for name in (ITEMS_FILE, RESULTS_FILE):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert whole.results.finished
+
+
+def test_answers_are_kept_by_batches(tmp_path, data):
+    """A run that stops within a task asks only the batches again that were not answered."""
+    rows = [
+        {"premise": f"เรื่อง {n}.", "choice1": "ก", "choice2": "ข", "question": "cause", "label": 0} for n in range(40)
+    ]
+    write_rows(tmp_path / "data", "cambridgeltl/xcopa/th/test", rows)
+    suite = Suite(name="s", title="t", about="a", tasks=[{"task": "xcopa_th", "metric": "acc"}])
+    plan = plan_suite(suite, TaskLoader(data=tmp_path / "data"))
+    with pytest.raises(KeyboardInterrupt):
+        measure(plan, Stops(1), tmp_path / "run")
+    kept = (tmp_path / "run" / ANSWERS_FILE).read_text().splitlines()
+    assert len(kept) == 64  # eight batches of eight
+    with (tmp_path / "run" / ANSWERS_FILE).open("a") as file:
+        file.write('["torn')
+    lm = Stops(1)
+    run = measure(plan, lm, tmp_path / "run")
+    assert len(run.items) == 40
+    assert lm.calls == 0
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_and_ends_as_one_that_was_not(checkpoint, data, tmp_path):
+    """By the command line, whose first word after `eval` is the checkpoint."""
+
+    def start(out):
+        command = [sys.executable, "-m", "jai", "eval", str(checkpoint), "--suite", "thai-exam", "--data", str(data)]
+        return subprocess.Popen([*command, "--out", str(out), "--batch-size", "1"], stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    process = start(tmp_path / "killed")
+    answers = tmp_path / "killed" / ANSWERS_FILE
+    deadline = time.monotonic() + 120
+    while not (answers.exists() and len(answers.read_bytes().splitlines()) > 20):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not read_run(tmp_path / "killed")[0].finished
+    assert start(tmp_path / "killed").wait() == 0
+    for name in (ITEMS_FILE, RESULTS_FILE):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# --- What is wrong with what is given ---
+
+
+def options_of(checkpoint, tmp_path, **given):
+    return EvalOptions(model=str(checkpoint), out=tmp_path / "run", **given)
+
+
+def test_a_missing_file_is_named(checkpoint, tmp_path, data):
+    folder = tmp_path / "data"
+    shutil.copytree(data / "scb10x", folder / "scb10x")
+    (folder / "scb10x/thai_exam/ic/train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"5 examples from its train split.*scb10x/thai_exam/ic/train"):
+        evaluate_suites(options_of(checkpoint, tmp_path, data=folder), [read_suite("thai-exam")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "line 2"),
+        ('["a"]', "no JSON object"),
+        ('{"question": "ก", "choices": {"a": "1"}}', "without 'answer'"),
+        ('{"question": "ก", "choices": {"a": "1"}, "answer": "\udcff"}', "line 2"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, problem):
+    good = json.dumps({"question": "ก", "choices": {"a": "1", "b": "2"}, "answer": "a"})
+    path = tmp_path / "thai_exam_onet_test.jsonl"
+    path.write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
+    (tmp_path / "thai_exam_onet_train.jsonl").write_text(good + "\n")
+    with pytest.raises(UserError, match=rf"thai_exam_onet_test.jsonl, line 2, .*{problem}|{problem}, "):
+        TaskLoader(data=tmp_path).load("thai_exam_onet", shots=0)
+
+
+def test_programs_run_only_where_that_is_allowed(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="--allow-code-execution"):
+        evaluate_suites(options_of(checkpoint, tmp_path), [read_suite("code")])
+
+
+def test_a_chat_suite_needs_a_chat_template(checkpoint, tmp_path, data):
+    suite = Suite(name="s", title="t", about="a", chat=True, tasks=[{"task": "xquad_th", "metric": "f1"}])
+    with pytest.raises(UserError, match="has no chat template"):
+        evaluate_suites(options_of(checkpoint, tmp_path, data=data), [suite])
+
+
+@pytest.mark.slow
+def test_a_task_that_does_not_exist(tmp_path):
+    with pytest.raises(UserError, match="There is no task 'thai_exma'"):
+        TaskLoader(include_path=tmp_path).load("thai_exma")
+
+
+def test_a_metric_that_a_task_does_not_have(plan_of, data, tmp_path):
+    suite = Suite(name="s", title="t", about="a", tasks=[{"task": "xcopa_th", "metric": "f1"}])
+    with pytest.raises(UserError, match=r"has no metric 'f1'\. It has: acc"):
+        measure(plan_suite(suite, TaskLoader(data=data)), Knows(), tmp_path / "run")
+
+
+def test_rows_that_are_left_out_are_counted(plan_of, tmp_path):
+    run = measure(plan_of("onet"), Knows(), tmp_path / "run")
+    assert "onet_m3_thai leaves out 1 of the 4 rows of its data." in run.results.notes
+
+
+# --- Suites ---
+
+
+def suite_errors() -> Iterator:
+    row = {"task": "t", "metric": "acc"}
+    base = {"title": "t", "about": "a", "tasks": [row]}
+    yield {**base, "taks": []}, "'taks'"
+    yield {"title": "t", "about": "a"}, "lacks 'tasks'"
+    yield {**base, "tasks": []}, "has no tasks"
+    yield {**base, "tasks": [{"task": "t"}]}, "task 1 lacks 'metric'"
+    yield {**base, "tasks": [{**row, "shots": -1}]}, "shots is -1"
+    yield {**base, "tasks": [row, row]}, "two rows are named 't'"
+    yield {**base, "tasks": ["t"]}, "task 1 is 't'"
+    yield {**base, "means": [{"name": "m", "over": "subsets"}]}, "over is 'subsets'"
+    yield {**base, "means": [{"name": "m", "rows": ["u"]}]}, "'u', which is no row"
+    yield {**base, "means": [{"name": "m", "metrics": ["f1"]}]}, "'f1', which the row 't'"
+
+
+@pytest.mark.parametrize(("content", "problem"), suite_errors(), ids=lambda each: each if isinstance(each, str) else "")
+def test_what_is_wrong_in_a_suite_is_named(tmp_path, content, problem):
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"In .*mine\.yaml, .*{problem}"):
+        read_suite(str(path))
+
+
+def test_a_suite_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: t\nabout: a\ntasks: [{task: xcopa_th, metric: acc}]\n")
+    assert read_suite(str(path)).name == "mine"
+    with pytest.raises(UserError, match="There is no suite 'thai-exma'"):
+        read_suite("thai-exma")
