@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from jai.cli import conversion, evaluation, hub, packing, tokenizer, training, use
+from jai.cli import conversion, evaluation, hub, packing, preferences, tokenizer, training, use
 from jai.cli.verb import PlainGroup
 from jai.errors import UserError
 from jai.version import __version__
@@ -26,7 +26,7 @@ EXTRA_OF = {
     "trl": "train",
     "uvicorn": "serving",
 }
-_EXTRA_OF_VERB = {"demo": "demo", "eval": "eval", "tokenizer": "tokenizer"}
+_EXTRA_OF_VERB = {"demo": "demo", "eval": "eval", "tokenizer": "tokenizer", "pairs": "eval"}
 
 app = typer.Typer(
     name="jai",
@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evaluation.app, name="eval")
-for group in (conversion, packing, training, use, hub):
+for group in (conversion, packing, training, use, hub, preferences):
     app.add_typer(group.app)
 
 

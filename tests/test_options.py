@@ -40,6 +40,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "upcycle": {"snapshots": ["a", "b"]},
     "merge": {"models": ["a", "b"]},
     "pack": {"config": Path("corpus.yaml")},
+    "pairs": {"model": "base"},
     "tokenizer train": {"base": "base", "out": Path("out")},
     "tokenizer report": {"text": ["text"]},
     "tokenizer ablate": {"config": Path("comparison.yaml")},
@@ -55,6 +56,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("merge", "models"): ["c", "d"],
     ("merge", "weights"): [0.25, 0.75],
     ("merge", "t"): 0.25,
+    ("pairs", "max_length_ratio"): 3.5,
     ("tokenizer train", "script"): "Lao",
     ("tokenizer ablate", "text"): ["Thai=a.txt", "Thai=b.txt"],
 }

@@ -27,13 +27,14 @@ class CheckpointAsker:
 
     Attributes:
         cut: prompts that were longer than the model takes and lost their beginning.
+        unfinished: answers that were cut off at `max_tokens`, by a count of the tokens of their text.
 
     Raises:
         UserError: if the checkpoint has no chat template.
     """
 
     def __init__(self, model: KeptAnswers, name: str, *, seed: int = 0, console: "Console | None" = None):
-        self.cut = 0
+        self.cut = self.unfinished = 0
         self._model = model
         self._name = name
         self._seed = seed
@@ -49,7 +50,7 @@ class CheckpointAsker:
         """Have all requests answered that are not yet.
 
         Args:
-            requests: what to ask, with `max_tokens` and `temperature`.
+            requests: what to ask, with `max_tokens`, `temperature` and perhaps `top_p`.
             what: name of the work, for the progress.
 
         Returns:
@@ -65,7 +66,12 @@ class CheckpointAsker:
         with counted_progress(self._console, what, len(instances)) as tell:
             self._model.tell = lambda done, total: tell(done)
             texts = self._model.generate_until(instances)
-        return [ChatReply(text, self._name) for text in texts]
+        return [self._reply(request, text) for request, text in zip(requests, texts)]
+
+    def _reply(self, request: ChatRequest, text: str) -> ChatReply:
+        is_unfinished = len(self._lm.tok_encode(text)) >= request.parameters["max_tokens"]
+        self.unfinished += is_unfinished
+        return ChatReply(text, self._name, "length" if is_unfinished else "stop")
 
     def _instance(self, request: ChatRequest, number: int) -> Instance:
         longest = int(request.parameters["max_tokens"])
@@ -85,5 +91,6 @@ class CheckpointAsker:
             "max_gen_toks": longest,
             "temperature": float(temperature),
             "do_sample": temperature > 0,
+            **{name: value for name, value in request.parameters.items() if name == "top_p"},
         }
         return Instance("generate_until", {}, (prompt, settings), number)

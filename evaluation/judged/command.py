@@ -224,4 +224,7 @@ def _notes(plan: JudgedPlan, judge: Judge, answering: EndpointClient | Checkpoin
         notes.append(f"Everything was judged {judge.repeats} times; a score is the mean.")
     if isinstance(answering, CheckpointAsker) and answering.cut:
         notes.append(f"{answering.cut:,} prompts were longer than the model takes and lost their beginning.")
+    unfinished = answering.unfinished if isinstance(answering, CheckpointAsker) else answering.counts.cut_off
+    if unfinished:
+        notes.append(f"{unfinished:,} answers were cut off at --max-answer-tokens.")
     return notes

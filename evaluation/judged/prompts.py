@@ -96,7 +96,7 @@ _YES_NO = (
     "brackets: [[true]] or [[false]]."
 )
 FACTS = JudgePrompt(
-    "You check the facts in the answer of an AI assistant to a question about Thailand. Facts from a reliable "
+    "You check the facts in the answer of an AI assistant to a question. Facts from a reliable "
     "source are shown, and they are right even where you remember it otherwise. The verdict is true if the answer "
     "gives what was asked for, contradicts nothing of the facts, and holds no other statement that is false or made "
     "up. It is false otherwise: also where the answer evades the question, says that it does not know, or takes "

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verbs that make preference data."""
+
+import typer
+
+from jai.cli.verb import verb
+from jai.preferences.options import PairsOptions
+
+app = typer.Typer()
+
+
+@verb(app, PairsOptions, config="recipes/pairs.yaml")
+def pairs(options: PairsOptions) -> None:
+    """Make preference pairs: several answers to each prompt, the best of them paired with the worst.
+
+    If it is interrupted, the same command goes on."""
+    options.check()
+    from jai.preferences.command import make_pairs
+
+    make_pairs(options)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `jai pairs` takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jai.errors import UserError
+from jai.evaluation.judged.options import JudgeOptions
+from jai.options import argument, check_values, option
+
+
+@dataclass(kw_only=True)
+class PairsOptions(JudgeOptions):
+    """What `jai pairs` takes."""
+
+    prompts: Path = argument("PROMPTS", help="File of prompts, one a line: .jsonl or .jsonl.gz.")
+    out: Path = argument("OUT", help="Folder to make; one that is there already is gone on with.")
+    model: str = option(
+        help="Folder or Hub id of the checkpoint that answers; with --backend openai, its name on the server."
+    )
+    backend: Literal["hf", "vllm", "openai"] = option(
+        "hf", help="What runs it: transformers, vLLM, or a server with an OpenAI-compatible API."
+    )
+    base_url: str | None = option(
+        None, help="Address of the server's API, such as http://127.0.0.1:8000/v1.", metavar="URL"
+    )
+    by: Literal["judge", "facts", "checks", "reward"] = option(
+        "judge",
+        help="What tells the better answer: a judge's grade from 1 to 10, a judge that compares with the row's facts, "
+        "the row's instructions (IFEval's form), or a reward model.",
+    )
+    reward_model: str | None = option(
+        None, help="Folder or Hub id of the reward model of --by reward: a sequence classifier with one label."
+    )
+    language: Literal["th", "en"] = option("th", help="Language of the instructions of --by checks.")
+    candidates: int = option(5, help="Answers to each prompt. The paper's are 5.", at_least=1)
+    off_policy: Path | None = option(
+        None,
+        help="File of other models' answers to the same prompts, which compete with the model's own: `id` or `prompt`, "
+        "and `answers`, a list of texts.",
+        metavar="FILE",
+    )
+    temperature: float = option(0.8, help="Temperature of the answers.", above=0)
+    top_p: float = option(
+        0.95, help="Answers are drawn from the likeliest tokens that add up to this.", above=0, at_most=1
+    )
+    max_answer_tokens: int = option(1024, help="Longest answer in tokens.", at_least=1)
+    min_margin: float | None = option(
+        None,
+        help="Pairs whose scores are closer than this are dropped, and so are ties.",
+        at_least=0,
+        shown_default="1 for a judge's grades, 0 for the rest",
+    )
+    max_length_ratio: float = option(
+        2.0, help="Pairs of which one answer is more than this many times as long are dropped.", at_least=1
+    )
+    limit: int | None = option(None, help="Use only the first prompts.", at_least=1)
+    batch_size: int = option(8, help="Sequences in a batch, or requests to the server at a time.", at_least=1)
+    device: str | None = option(None, help="Such as cuda:1 or cpu.", shown_default="a GPU where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="Type of the weights; auto is that of the checkpoint."
+    )
+    seed: int = option(0, help="Seed of the answers.", at_least=0, at_most=2**32 - 1)
+    trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    @property
+    def margin(self) -> float:
+        """The smallest difference of two scores that tells one answer from another."""
+        if self.min_margin is not None:
+            return self.min_margin
+        return 1.0 if self.by == "judge" else 0.0
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before anything heavy is imported.
+
+        Raises:
+            UserError: for files that are not there, and options that do not go together.
+        """
+        if self.backend == "openai" and not self.base_url:
+            raise UserError("--backend openai needs --base-url, such as http://127.0.0.1:8000/v1.")
+        if self.base_url and self.backend != "openai":
+            raise UserError(f"--base-url is for --backend openai; the backend is {self.backend}.")
+        if (self.by == "reward") != (self.reward_model is not None):
+            raise UserError("--by reward needs --reward-model, and nothing else does.")
+        if self.by in ("judge", "facts"):
+            self.check_judge()
+        elif self.judge_url or self.judge_model:
+            raise UserError(f"There is no judge in --by {self.by}, but --judge-url or --judge-model is given.")
+        if self.candidates == 1 and self.off_policy is None:
+            raise UserError("One answer makes no pair. Give --candidates 2 or more, or --off-policy.")

@@ -1,0 +1,491 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai pairs`: models and judges on this machine, a tiny checkpoint and a tiny reward model."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import jai.recipes
+from chat_endpoint import Answer, ChatEndpoint
+from jai import JaiForSequenceClassification
+from jai.errors import UserError
+from jai.options import read_options_file
+from jai.preferences.candidates import Candidate
+from jai.preferences.command import make_pairs
+from jai.preferences.options import PairsOptions
+from jai.preferences.pairing import (
+    CLOSE,
+    LENGTHS,
+    NO_RIGHT,
+    NO_WRONG,
+    TIE,
+    TOO_FEW,
+    PairingRule,
+    length_bias,
+    make_preference_pairs,
+    pair_best_and_worst,
+)
+from jai.preferences.prompts import PreferencePrompt, number_prompts, preference_prompt
+from jai.preferences.reward_model import RewardModel
+
+ANSWER = re.compile(r"\[Begin: answer of the assistant\]\n(.*?)\n\[End: ", re.DOTALL)
+PROMPT = PreferencePrompt("1", ({"role": "user", "content": "q"},), None)
+
+
+def candidates(*texts: str) -> list[Candidate]:
+    return [Candidate(text, "on-policy") for text in texts]
+
+
+# --- Pairing ---
+
+
+def test_best_and_worst_are_paired():
+    pair = pair_best_and_worst(PROMPT, candidates("aaaa", "bbbb", "cccc", "dddd"), [3, 9, None, 1], PairingRule())
+    assert (pair.chosen.text, pair.rejected.text) == ("bbbb", "dddd")
+    assert (pair.chosen_score, pair.rejected_score) == (9, 1)
+
+
+def test_of_equals_those_of_like_lengths_are_paired():
+    texts = candidates("a" * 40, "b" * 9, "c" * 10, "d" * 100)
+    pair = pair_best_and_worst(PROMPT, texts, [1, 1, 0, 0], PairingRule())
+    assert (pair.chosen.text, pair.rejected.text) == ("b" * 9, "c" * 10)
+
+
+@pytest.mark.parametrize(
+    ("scores", "rule", "reason"),
+    [
+        ([5, None], PairingRule(), TOO_FEW),
+        ([5, 5], PairingRule(), TIE),
+        ([5, 5.5], PairingRule(margin=1), CLOSE),
+        ([0.5, 0], PairingRule(right_and_wrong=True), NO_RIGHT),
+        ([1, 1], PairingRule(right_and_wrong=True), NO_WRONG),
+    ],
+)
+def test_prompts_without_a_pair(scores, rule, reason):
+    assert pair_best_and_worst(PROMPT, candidates("a", "b"), scores, rule) == reason
+
+
+def test_a_margin_that_is_just_met_makes_a_pair():
+    assert pair_best_and_worst(PROMPT, candidates("a", "b"), [6, 5], PairingRule(margin=1)).chosen.text == "a"
+    assert pair_best_and_worst(PROMPT, candidates("a", "b"), [0.5, 1], PairingRule(0, True)).chosen.text == "b"
+
+
+def test_length_bias_before_and_after():
+    """Chosen to rejected: 4:1, 1:1, 1:2 and 3:2 in characters; what thoughts are long is not looked at."""
+    dropped: Counter[str] = Counter()
+    texts = [("a" * 4, "b"), ("a", "b"), ("<think>" + "x" * 90 + "</think>a", "bb"), ("aaa", "bb")]
+    pairs, before, after = make_preference_pairs(
+        [PROMPT] * 4, [candidates(*both) for both in texts], [[1, 0]] * 4, PairingRule(max_length_ratio=2), dropped
+    )
+    assert (before.pairs, before.longer) == (4, (1 + 0.5 + 0 + 1) / 4)
+    assert before.ratio == pytest.approx((4 * 1 * 0.5 * 1.5) ** 0.25)
+    assert (after.pairs, after.longer) == (3, 0.5)
+    assert after.ratio == pytest.approx((0.5 * 1.5) ** (1 / 3))
+    assert dropped == {LENGTHS: 1}
+    assert len(pairs) == 3
+    assert length_bias([]) is None
+
+
+# --- Prompts ---
+
+
+def test_prompts_in_their_forms():
+    user = {"role": "user", "content": "q"}
+    assert preference_prompt({"prompt": "q", "category": "chat"}).messages == (user,)
+    assert preference_prompt({"question": "q", "key": 5}).id == "5"
+    assert preference_prompt({"prompts": [{"text": "q"}]}).messages == (user,)
+    answered = [user, {"role": "assistant", "content": "a"}]
+    assert preference_prompt({"messages": answered}).messages == (user,)
+    assert preference_prompt({"messages": [*answered, user]}).messages == (*answered, user)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"prompt": " "},
+        {"prompt": 5},
+        {"prompt": "\ud800"},
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "human", "content": "a"}]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"messages": ["a"]},
+    ],
+)
+def test_malformed_prompts(row):
+    with pytest.raises(ValueError, match=r"no `prompt`, `messages` or `question`|no message of a user"):
+        preference_prompt(row)
+
+
+def test_prompts_have_an_id_each():
+    bare = PreferencePrompt("", PROMPT.messages, None)
+    assert [each.id for each in number_prompts([bare, bare], "file")] == ["1", "2"]
+    with pytest.raises(UserError, match="file has the id 1 twice"):
+        number_prompts([PROMPT, PROMPT], "file")
+    with pytest.raises(UserError, match="file has no prompts"):
+        number_prompts([], "file")
+
+
+# --- Pairs from servers ---
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    rows = [{"id": f"p{number}", "prompt": f"คำถาม {number}", "category": "chat"} for number in range(4)]
+    return write_rows(tmp_path / "prompts.jsonl", rows)
+
+
+def numbered(request: dict, before: int) -> str:
+    """A model whose answers to one prompt are numbered from 0."""
+    return f"{request['messages'][-1]['content']}, ตอบ {before}"
+
+
+def grade_by_number(request: dict, before: int) -> str:
+    answer = ANSWER.search(request["messages"][1]["content"]) if len(request["messages"]) == 2 else None
+    return f"Well. [[{int(answer[1][-1]) * 2 + 1}]]" if answer else "yes"
+
+
+def run(prompts: Path, out: Path, model: ChatEndpoint | None = None, judge: ChatEndpoint | None = None, **options):
+    """Run `jai pairs`; gives what it prints, the rows and the record."""
+    values = {"model": "m", "judge_attempts": 1, **options}
+    if model is not None:
+        values |= {"backend": "openai", "base_url": model.url}
+    if judge is not None:
+        values |= {"judge_url": judge.url, "judge_model": "judge"}
+    output = io.StringIO()
+    path = make_pairs(PairsOptions(prompts=prompts, out=out, **values), console=Console(file=output, width=300))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return output.getvalue(), rows, json.loads((out / "pairs.json").read_text())
+
+
+def test_five_answers_are_graded_and_best_and_worst_paired(prompts, tmp_path):
+    with ChatEndpoint(numbered) as model, ChatEndpoint(grade_by_number, model="judge-2024-11-20") as judge:
+        printed, rows, record = run(prompts, tmp_path / "pairs", model, judge, judge_price=[1, 2])
+        assert len(model.asked) == 20
+        assert len(judge.asked) == 21  # and one word first
+        _, rows_again, _ = run(prompts, tmp_path / "pairs", model, judge, judge_price=[1, 2])
+        assert (len(model.asked), len(judge.asked)) == (20, 21)
+    assert rows_again == rows
+    assert rows[0] == {
+        "prompt": [{"role": "user", "content": "คำถาม 0"}],
+        "chosen": [{"role": "assistant", "content": "คำถาม 0, ตอบ 4"}],
+        "rejected": [{"role": "assistant", "content": "คำถาม 0, ตอบ 0"}],
+        "id": "p0",
+        "category": "chat",
+        "judge": "judge",
+        "score_chosen": 9.0,
+        "score_rejected": 1.0,
+        "chosen_from": "on-policy",
+        "rejected_from": "on-policy",
+    }
+    assert len(rows) == record["pairs"] == 4
+    assert record["judge_calls_itself"] == ["judge-2024-11-20"]
+    assert record["judge_prompt_hash"]
+    assert record["length_bias_after"] == {"pairs": 4, "longer": 0.5, "ratio": 1.0}
+    assert {(each["temperature"], each["top_p"], each["max_tokens"]) for each in model.asked} == {(0.8, 0.95, 1024)}
+    assert "4 pairs of 4 prompts and 20 answers." in printed
+    assert "the chosen answer is the longer one in 50 % of 4 pairs" in printed
+    assert re.search(r"Judging \(judge\): 20 requests, 0 answered already; .* at most 0\.\d", printed)
+
+
+def test_other_thresholds_pair_anew_for_nothing(prompts, tmp_path):
+    with ChatEndpoint(numbered) as model, ChatEndpoint(grade_by_number) as judge:
+        run(prompts, tmp_path / "pairs", model, judge)
+        asked = len(model.asked) + len(judge.asked)
+        with pytest.raises(UserError, match=r"No prompt has a pair; .*pairs\.json says why"):
+            run(prompts, tmp_path / "pairs", model, judge, min_margin=9)
+        assert json.loads((tmp_path / "pairs" / "pairs.json").read_text())["dropped"] == {CLOSE: 4}
+        _, rows, _ = run(prompts, tmp_path / "pairs", model, judge, min_margin=8)
+        assert len(rows) == 4
+        with pytest.raises(UserError, match="begun with other inputs or options: candidates_each was 5 and is 3"):
+            run(prompts, tmp_path / "pairs", model, judge, candidates=3)
+        assert len(model.asked) + len(judge.asked) == asked
+
+
+def test_what_is_dropped_is_counted(prompts, tmp_path):
+    def model(request: dict, before: int) -> Answer | str:
+        number = request["messages"][-1]["content"][-1]
+        if number == "0":
+            return "same 1"
+        if number == "1":
+            return "" if before else "ตอบ 3"
+        if number == "2":
+            content = {"model": "m", "choices": [{"finish_reason": "length", "message": {"content": f"ตอบ {before}"}}]}
+            return Answer(body=json.dumps(content).encode())
+        return "ตอบ 0" if before else f"ตอบ{'ย' * 40} 4"
+
+    with ChatEndpoint(model) as server, ChatEndpoint(grade_by_number) as judge:
+        with pytest.raises(UserError, match="No prompt has a pair"):
+            run(prompts, tmp_path / "pairs", server, judge, candidates=2)
+        record = json.loads((tmp_path / "pairs" / "pairs.json").read_text())
+        assert record["dropped"] == {
+            "answers that came before": 1,
+            "answers cut off at --max-answer-tokens": 2,
+            "blank answers": 1,
+            "fewer than two answers with a score": 3,
+            LENGTHS: 1,
+        }
+        printed, rows, _ = run(prompts, tmp_path / "pairs", server, judge, candidates=2, max_length_ratio=20.0)
+    assert [row["id"] for row in rows] == ["p3"]
+    assert "dropped: 3 (fewer than two answers with a score)" in printed
+
+
+def test_a_judge_that_talks_in_prose(prompts, tmp_path):
+    with (
+        ChatEndpoint(numbered) as model,
+        ChatEndpoint(lambda *_: "Very good!") as judge,
+        pytest.raises(UserError, match="No prompt has a pair"),
+    ):
+        run(prompts, tmp_path / "pairs", model, judge)
+    dropped = json.loads((tmp_path / "pairs" / "pairs.json").read_text())["dropped"]
+    assert dropped == {"judgements that cannot be read": 20, TOO_FEW: 4}
+
+
+def test_a_judge_that_fails_keeps_what_came(prompts, tmp_path):
+    with ChatEndpoint(numbered) as model:
+        with ChatEndpoint(
+            lambda request, before: Answer(status=500) if len(judge.asked) == 8 else grade_by_number(request, 0)
+        ) as judge:
+            with pytest.raises(UserError, match=r"A request to judge .* HTTP 500: .*6 of the 20 replies came"):
+                run(prompts, tmp_path / "pairs", model, judge, judge_concurrency=1)
+            assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
+            _, rows, _ = run(prompts, tmp_path / "pairs", model, judge, judge_concurrency=1)
+        assert len(judge.asked) == 22
+    assert len(model.asked) == 20
+    assert len(rows) == 4
+
+
+def test_off_policy_answers_compete(prompts, tmp_path):
+    others = write_rows(
+        tmp_path / "others.jsonl",
+        [{"id": "p0", "answers": ["คนอื่นตอบดี 9"]}, {"prompt": "คำถาม 1", "answers": ["คนอื่นตอบดี 9", "คำถาม 1, ตอบ 0"]}],
+    )
+    judge_by_last = lambda request, before: grade_by_number(request, before).replace("[[19]]", "[[10]]")  # noqa: E731
+    with ChatEndpoint(numbered) as model, ChatEndpoint(judge_by_last) as judge:
+        printed, rows, record = run(prompts, tmp_path / "pairs", model, judge, off_policy=others)
+        assert [(row["chosen_from"], row["rejected_from"]) for row in rows] == [
+            ("off-policy", "on-policy"),
+            ("off-policy", "on-policy"),
+            ("on-policy", "on-policy"),
+            ("on-policy", "on-policy"),
+        ]
+        assert record["off_policy_candidates"] == 2
+        assert record["dropped"] == {"answers that came before": 1}
+        assert "off-policy over on-policy: 2" in printed
+        write_rows(others, [{"id": "nobody", "answers": ["x"]}])
+        with pytest.raises(UserError, match="None of the off-policy answers is to one of the prompts"):
+            run(prompts, tmp_path / "other", model, judge, off_policy=others)
+
+
+def test_hallucinations_are_rejected(tmp_path):
+    """Section 7.2.3: answers to questions with facts; what the judge finds wrong is the rejected one."""
+    rows = [{"id": n, "question": f"คำถาม {n}", "context": f"ข้อเท็จจริง {n}", "answer": f"คำตอบ {n}"} for n in range(3)]
+
+    def finds(request: dict, before: int) -> str:
+        answer = ANSWER.search(str(request["messages"][-1]["content"]))
+        wrong = {"0": "0", "1": "01234", "2": ""}[answer[1].partition(",")[0][-1]] if answer else ""
+        return f"[[{str(answer is None or answer[1][-1] not in wrong).lower()}]]"
+
+    with ChatEndpoint(numbered) as model, ChatEndpoint(finds) as judge:
+        _, pairs, record = run(write_rows(tmp_path / "qa.jsonl", rows), tmp_path / "pairs", model, judge, by="facts")
+        assert all("ข้อเท็จจริง" not in str(request) for request in model.asked)
+        assert any("ข้อเท็จจริง 1" in str(request) for request in judge.asked)
+        with pytest.raises(UserError, match="Prompt 9 cannot be judged by facts"):
+            run(
+                write_rows(tmp_path / "bare.jsonl", [{"id": 9, "prompt": "x"}]),
+                tmp_path / "x",
+                model,
+                judge,
+                by="facts",
+            )
+    assert [pair["rejected"][0]["content"] for pair in pairs] == ["คำถาม 0, ตอบ 0"]
+    assert record["dropped"] == {NO_RIGHT: 1, NO_WRONG: 1}
+
+
+def test_what_fails_a_check_is_rejected(tmp_path):
+    """Section 7.2.2, without a judge."""
+    instruction = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    file = write_rows(tmp_path / "if.jsonl", [{"key": 1, "prompt": "No commas", **instruction}])
+    with ChatEndpoint(lambda request, before: "one, two" if before == 1 else f"one and {before}") as model:
+        _, pairs, record = run(file, tmp_path / "pairs", model, by="checks", language="en")
+        assert pairs[0]["rejected"][0]["content"] == "one, two"
+        assert (pairs[0]["score_chosen"], pairs[0]["score_rejected"]) == (1, 0)
+        assert pairs[0]["judge"] == record["judge"] == "jai.evaluation.instructions (en)"
+        write_rows(file, [{"key": 1, "prompt": "No commas", "instruction_id_list": ["no:such"], "kwargs": [{}]}])
+        before = len(model.asked)
+        with pytest.raises(UserError, match="The row 1"):
+            run(file, tmp_path / "other", model, by="checks", language="en")
+        assert len(model.asked) == before
+
+
+# --- A checkpoint and a reward model ---
+
+
+def saved(model, tokenizer, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_config_values(tokenizer) -> dict:
+    return {
+        "vocab_size": len(tokenizer),
+        "block_repeats": [1, 1],
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": 512,
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
+    """A JAI that says a few random tokens and ends its turn."""
+    model = tiny_model(**tiny_config_values(tiny_tokenizer))
+    with torch.no_grad():
+        model.lm_head.weight[tiny_tokenizer.convert_tokens_to_ids("<|end|>")] *= 8  # now likely, now unlikely
+    return saved(model, tiny_tokenizer, tmp_path_factory.mktemp("pairs") / "tiny-jai")
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_config, tiny_tokenizer, tmp_path_factory) -> Path:
+    torch.manual_seed(1)
+    config = tiny_config(**tiny_config_values(tiny_tokenizer), num_labels=1)
+    return saved(JaiForSequenceClassification(config), tiny_tokenizer, tmp_path_factory.mktemp("pairs") / "reward")
+
+
+def test_a_checkpoint_answers_and_a_reward_model_decides(checkpoint, reward_model, prompts, tmp_path):
+    options = {"by": "reward", "reward_model": str(reward_model)}
+    _, rows, _ = run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)
+    assert rows
+    reward = RewardModel(str(reward_model))
+    for row in rows:
+        both = [[*row["prompt"], *row["chosen"]], [*row["prompt"], *row["rejected"]]]
+        # One at a time: a batch with padding gives the same.
+        alone = [reward.scores([each], batch_size=1)[0] for each in both]
+        assert alone == pytest.approx([row["score_chosen"], row["score_rejected"]], abs=1e-4)
+        assert row["score_chosen"] > row["score_rejected"]
+        assert row["judge"] == str(reward_model)
+    assert run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)[1] == rows
+
+
+def run_checkpoint(checkpoint: Path, prompts: Path, out: Path, **options):
+    values = {"max_answer_tokens": 40, "max_length_ratio": 100.0, "temperature": 1.5, "top_p": 1.0, **options}
+    output = io.StringIO()
+    path = make_pairs(
+        PairsOptions(prompts=prompts, out=out, model=str(checkpoint), **values), console=Console(file=output, width=300)
+    )
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return output.getvalue(), rows, json.loads((out / "pairs.json").read_text())
+
+
+def test_rewards_that_are_no_numbers(tiny_config, tiny_tokenizer, tmp_path):
+    config = tiny_config(**tiny_config_values(tiny_tokenizer), num_labels=1)
+    model = JaiForSequenceClassification(config)
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    broken = RewardModel(str(saved(model, tiny_tokenizer, tmp_path / "reward")))
+    with pytest.raises(UserError, match="rewards that are no finite numbers"):
+        broken.scores([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], batch_size=1)
+
+
+def test_a_classifier_is_no_reward_model(tiny_config, tiny_tokenizer, tmp_path):
+    config = tiny_config(**tiny_config_values(tiny_tokenizer), num_labels=3)
+    folder = saved(JaiForSequenceClassification(config), tiny_tokenizer, tmp_path / "classifier")
+    with pytest.raises(UserError, match="has 3 labels, where a reward model has one"):
+        RewardModel(str(folder))
+
+
+# --- Options and files ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "openai"}, "needs --base-url"),
+        ({"base_url": "http://h/v1"}, "--base-url is for --backend openai"),
+        ({"by": "reward"}, "--by reward needs --reward-model"),
+        ({"by": "checks", "reward_model": "x"}, "--by reward needs --reward-model, and nothing else does"),
+        ({}, "--judge-url is not given"),
+        ({"by": "checks", "judge_url": "http://h/v1"}, "There is no judge in --by checks"),
+        ({"by": "checks", "candidates": 1}, "One answer makes no pair"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(UserError, match=message):
+        PairsOptions(prompts=Path("p"), out=Path("o"), model="m", **options).check()
+
+
+def test_the_recipe_is_of_today():
+    recipe = read_options_file(Path(jai.recipes.__file__).parent / "pairs.yaml", PairsOptions)
+    options = PairsOptions(prompts=Path("p"), out=Path("o"), model="m", **recipe)
+    options.check()
+    assert (options.by, options.candidates, options.margin, options.judge_price) == ("judge", 5, 1, [2.5, 10])
+
+
+def test_files_that_are_wrong(prompts, tmp_path):
+    with ChatEndpoint(numbered) as model, ChatEndpoint(grade_by_number) as judge:
+        with pytest.raises(UserError, match="nowhere does not exist"):
+            run(tmp_path / "nowhere", tmp_path / "pairs", model, judge)
+        bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "a"}, {"text": "a"}])
+        with pytest.raises(UserError, match=r"bad\.jsonl, line 2, .*no `prompt`"):
+            run(bad, tmp_path / "pairs", model, judge)
+        others = write_rows(tmp_path / "others.jsonl", [{"id": 1, "answers": "x"}])
+        with pytest.raises(UserError, match=r"others\.jsonl, line 1, .*`answers` is no list"):
+            run(prompts, tmp_path / "pairs", model, judge, off_policy=others)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "file").touch()
+        with pytest.raises(UserError, match="full exists already and holds no pairs"):
+            run(prompts, tmp_path / "full", model, judge)
+        assert model.asked == judge.asked == []
+
+
+@pytest.mark.slow
+def test_killed_on_the_command_line_and_trained_on(checkpoint, prompts, tmp_path):
+    """SIGKILL in the middle of the judging; the same command goes on, and `jai dpo` takes what it makes."""
+    with (
+        ChatEndpoint(numbered) as model,
+        ChatEndpoint(lambda request, before: Answer(grade_by_number(request, before), delay=0.1)) as judge,
+    ):
+        command = [sys.executable, "-m", "jai", "pairs", str(prompts), str(tmp_path / "pairs"), "--model", "m"]
+        command += ["--backend", "openai", "--base-url", model.url, "--judge-url", judge.url, "--judge-model", "judge"]
+        command += ["--judge-concurrency", "1"]
+        process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
+        while len(judge.asked) < 8:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        subprocess.run(command, check=True, env=os.environ, stdout=subprocess.DEVNULL)
+        assert len(model.asked) == 20
+        assert len(judge.asked) <= 22
+    config = {
+        "model_name_or_path": str(checkpoint),
+        "dataset_name": str(tmp_path / "pairs" / "pairs.jsonl"),
+        "output_dir": str(tmp_path / "dpo"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+    (tmp_path / "dpo.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items()))
+    subprocess.run(
+        [sys.executable, "-m", "jai", "dpo", "--config", str(tmp_path / "dpo.yaml")], check=True, env=os.environ
+    )
+    assert (tmp_path / "dpo" / "model.safetensors").exists()
