@@ -6,13 +6,17 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+import trainable_worker
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -445,3 +449,73 @@ def test_a_tied_head_learns_once(tiny_model):
     assert config.trainable_token_indices == {"embed_tokens": list(range(90, 99))}
     trained = train_parts(model, parts)
     assert [each.trained for each in trained.partial] == [9 * 32]
+
+
+# --- over two processes
+
+
+@pytest.mark.slow
+def test_two_processes_under_fsdp2_train_the_same_parts(checkpoint, tmp_path):
+    """As one process does with the batch of both; what is frozen is equal to the bit, on shards as well."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(trainable_worker.__file__)), str(checkpoint), str(tmp_path), NEW_ROWS]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    start = load(checkpoint)
+    for mode in trainable_worker.PARTS:
+        two = load_file(tmp_path / f"{mode}.safetensors")
+        one = trainable_worker.train_two_steps(checkpoint, mode, NEW_ROWS, trainable_worker.IDS, sharded=False)
+        assert two.keys() == one.keys()
+        for name, weight in two.items():
+            if name == "reference":
+                with torch.no_grad():
+                    expected = start(trainable_worker.IDS[:1]).logits
+                torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-5)
+            else:
+                torch.testing.assert_close(weight, one[name], atol=1e-5, rtol=1e-4, msg=f"{mode}: {name}")
+    full, before = load_file(tmp_path / "full.safetensors"), start.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert not moved(before, full, name)[OLD].any()
+        assert moved(before, full, name)[NEW].any()
+    assert moved(before, full, "model.layers.2.mlp.experts.down_proj").tolist() == [False, True, True, True]
+    lora = load_file(tmp_path / "experts.safetensors")
+    up = lora["base_model.model.model.layers.2.mlp.experts.lora_B.default.weight"]
+    by_expert = up.view(len(up), 4, 4)  # out, rank, experts
+    assert [bool(by_expert[..., expert].any()) for expert in range(4)] == [False, True, True, True]
+
+
+@pytest.mark.slow
+def test_two_processes_by_accelerate_train_the_adapter_that_one_does(checkpoint, texts, tmp_path):
+    """The plan, DDP, the adapter's file and merging, as `accelerate launch` starts them."""
+    merged = {}
+    for processes in (1, 2):
+        out = tmp_path / f"out-{processes}"
+        options = {
+            "use_peft": True,
+            "merge_adapter": True,
+            "lora_r": 4,
+            "optim": "sgd",
+            "learning_rate": 0.3,
+            "max_steps": 1,  # the second batch would be another: six rows
+            "router_aux_loss_coef": 0,
+            "per_device_train_batch_size": 4 // processes,
+            "use_cpu": True,
+        }
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        command += ["--multi_gpu"] if processes > 1 else ["--cpu"]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", "0", "-m", "jai.trainers.sft"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        result = subprocess.run(
+            [*command, *arguments(checkpoint, texts, str(out), **options)],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        merged[processes] = load(out).state_dict()
+    before = load(checkpoint).state_dict()
+    for name, weight in merged[2].items():
+        torch.testing.assert_close(weight, merged[1][name], atol=1e-5, rtol=1e-4, msg=name)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert not moved(before, merged[2], name)[OLD].any()
+        assert moved(before, merged[2], name)[NEW].any()
+    assert not torch.equal(before["model.layers.1.skip_alpha"], merged[2]["model.layers.1.skip_alpha"])

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trainable_worker
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -93,6 +95,19 @@ def one_gloo_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["full", "experts"])
+def test_parts_train_on_shards_as_without(checkpoint, mode, one_gloo_process):
+    """Gradients are DTensors then; test_trainable.py has the same over two processes."""
+    train = partial(trainable_worker.train_two_steps, checkpoint, mode, "300-309", trainable_worker.IDS[:1])
+    sharded, whole = train(sharded=True), train(sharded=False)
+    for name, weight in whole.items():
+        torch.testing.assert_close(sharded[name], weight, atol=1e-5, rtol=1e-4)
+    before = load_file(checkpoint / "model.safetensors")
+    if mode == "full":
+        assert torch.equal(sharded["lm_head.weight"][310:], before["lm_head.weight"][310:])
+        assert not torch.equal(sharded["lm_head.weight"][300:310], before["lm_head.weight"][300:310])
 
 
 def test_checkpoints_under_fsdp2_carry_their_code(tiny_model, tmp_path, one_gloo_process):

@@ -82,13 +82,16 @@ class JaiTrainerMixin(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The parameters that weight decay applies to.
 
-        None of the skip alphas, whose zero means "no skip", nor of those with frozen entries, which it would change.
+        None of the skip alphas, whose zero means "no skip", nor of those with frozen entries, which it would change,
+        and so no rows of new tokens in an adapter either.
         """
         parameters = dict(model.named_parameters())
         return [
             name
             for name in super().get_decay_parameter_names(model)
-            if not name.endswith("skip_alpha") and not self._trained.is_partial(parameters[name])
+            if not name.endswith("skip_alpha")
+            and "trainable_tokens_delta" not in name
+            and not self._trained.is_partial(parameters[name])
         ]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
