@@ -45,7 +45,8 @@ from jai.errors import UserError
 from jai.files import work_folder
 from jai.options import Option, options_of
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments
-from jai.trainers.data import DatasetType, load_training_data
+from jai.trainers.data import load_training_data
+from jai.trainers.rows import DatasetType
 
 SECONDS = float(os.environ.get("JAI_FUZZ_SECONDS", "600"))
 HANG_SECONDS = 60  # an example takes a quarter of a second

@@ -578,7 +578,7 @@ def test_examples_that_teach_nothing_are_counted(checkpoint, tmp_path, sentences
     assert "Left out 1 of 3 examples: they have no assistant's turn" in printed
     assert "Left out 1 of 2 examples: nothing that the loss is taken on lies in their first 64 tokens" in printed
     sft.main(arguments(checkpoint, data, "packed", packing=True, **options))
-    assert "1 of 2 examples are packed but teach nothing" in " ".join(capsys.readouterr().out.split())
+    assert "Left out 1 of 2 examples: nothing that the loss is taken on" in " ".join(capsys.readouterr().out.split())
 
     data = write_rows(tmp_path / "none.jsonl", rows[1:2])
     for packing in (False, True):
@@ -663,7 +663,7 @@ def test_bad_command_lines(checkpoint, argv, message):
     [
         ("missing.jsonl", None, r"missing.jsonl does not exist"),
         ("notes.txt", "hello", r"notes.txt is no data file.*\.jsonl"),
-        ("broken.jsonl", '{"text": "a"}\n{"text": ', r"broken.jsonl cannot be read"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": ', r"Row 2 of broken.jsonl .* it is no valid JSON"),
         ("empty.jsonl", "", r"empty.jsonl has no rows"),
         ("columns.jsonl", '{"question": "a", "answer": "b"}\n', r"columns question, answer; expected `messages`"),
         ("pairs.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', r"run `jai dpo`"),
@@ -671,8 +671,9 @@ def test_bad_command_lines(checkpoint, argv, message):
         ("roles.jsonl", '{"messages": [{"role": "robot", "content": "hi"}]}\n', r"Row 1 of roles.jsonl .*role 'robot'"),
         (
             "mixed.jsonl",
-            '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n',
-            r"`completion` is .*; expected a string, like `prompt`",
+            '{"prompt": "a", "completion": "b"}\n' * 100
+            + '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n',
+            r"Row 101 of mixed.jsonl .*`completion` is .*; expected a string",
         ),
     ],
 )

@@ -11,14 +11,17 @@ import datasets
 import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from jai.errors import UserError
 from jai.provenance import read_step
 from jai.trainers import sft
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments
-from jai.trainers.data import DatasetType, TrainingData, load_training_data
+from jai.trainers.data import CATEGORY, CHOOSING_COLUMNS, LANGUAGE, TrainingData, load_training_data
+from jai.trainers.data_arguments import DataArguments
 from jai.trainers.dpo import JaiDPOTrainer
+from jai.trainers.prepare import prepare_rows
+from jai.trainers.rows import DatasetType
 from jai.trainers.sft import JaiSFTTrainer
 from jai.trainers.tokens import count_tokens
 
@@ -56,24 +59,52 @@ def write(name: str, *rows: Any) -> str:
     return name
 
 
-def load(name: str, types: tuple[DatasetType, ...] = SFT_TYPES, *, streaming: bool = False, **training) -> TrainingData:
-    script = ScriptArguments(dataset_name=name, dataset_streaming=streaming)
+def stage_arguments(
+    config: type, *, script: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **training
+):
+    return StageArguments(
+        ScriptArguments(**(script or {})),
+        config("out", bf16=False, report_to="none", **training),
+        ModelConfig(),
+        JaiTrainingArguments(),
+        DataArguments(**(data or {})),
+    )
+
+
+def load(
+    name: str | None,
+    types: tuple[DatasetType, ...] = SFT_TYPES,
+    *,
+    streaming: bool = False,
+    data: dict[str, Any] | None = None,
+    **training: Any,
+) -> TrainingData:
+    """The rows as they are read, before any is chosen."""
     config = SFTConfig if types is SFT_TYPES else DPOConfig
-    options = StageArguments(script, config("out", bf16=False, **training), ModelConfig(), JaiTrainingArguments())
-    return load_training_data(options, types)
+    script = {"dataset_name": name, "dataset_streaming": streaming}
+    return load_training_data(stage_arguments(config, script=script, data=data, **training), types)
+
+
+def contents(rows: Any) -> list[dict[str, Any]]:
+    """Rows without the columns that they are chosen by, and without what is empty."""
+    hidden = (*CHOOSING_COLUMNS, CATEGORY, LANGUAGE)
+    return [{key: value for key, value in row.items() if key not in hidden and value is not None} for row in rows]
 
 
 def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def assistant(content: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
+def assistant(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
 
 
 CHAT = {"messages": [user("hi"), assistant("hello")]}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
-PARTS = [{"type": "text", "text": "hi"}]
+PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1, "a"]}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}}
 
 
 # --- rows that are refused
@@ -82,42 +113,78 @@ PARTS = [{"type": "text", "text": "hi"}]
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([CHAT, "null", CHAT], r"Row 2 of .*`messages` is null"),
+        ([CHAT, "null", CHAT], r"Row 2 of .*it is null; expected columns"),
+        ([CHAT, "{", CHAT], r"Row 2 of .*it is no valid JSON"),
         ([CHAT, {"messages": None}, {"messages": None}], r"Row 2 of .*`messages` is null\. Rows like it: 3\."),
         ([{"text": "a"}, {"text": None}], r"Row 2 of .*`text` is null"),
         ([{"text": None}, {"text": "a"}], r"Row 1 of .*`text` is null"),
-        ([{"text": None}], r"Row 1 of .*`text` is null"),
-        ([{"text": 5}], r"Row 1 of .*`text` is 5; expected a string"),
+        ([{"text": "a"}, {"text": " \n"}], r"Row 2 of .*`text` is empty"),
+        ([{"text": "a"}, {"text": 5}], r"Row 2 of .*`text` is 5; expected a string"),
+        ([{"text": "a"}, '{"text": "\\ud800"}'], r"Row 2 of .*half of a surrogate pair"),
         ([CHAT, {"text": "a"}], r"Row 2 of .*`messages` is null"),
         ([CHAT, {"messages": [user("hi"), assistant(None)]}], r"Row 2 of .*`messages` has no content in message 2"),
-        ([{"messages": [user(PARTS), assistant(PARTS)]}], r"Row 1 of .*content in parts in message 1"),
-        ([CHAT, {"messages": [user(PARTS), assistant("x")]}], r"Row 2 of .*content in parts in message 1"),
+        (
+            [CHAT, {"messages": [user(IMAGE), assistant("x")]}],
+            r"Row 2 of .*part of content that is no text in message 1 \(image_url\)",
+        ),
         ([CHAT, {"messages": []}], r"Row 2 of .*`messages` has no messages"),
         ([{"messages": "hi"}], r"Row 1 of .*`messages` is hi; expected a list of messages"),
         ([{"messages": ["hi", "ho"]}], r"Row 1 of .*`messages` has hi as message 1; expected a message such as"),
         ([{"messages": [{"role": None, "content": "x"}]}], r"Row 1 of .*has no role in message 1"),
+        ([CHAT, {"messages": [user("a"), assistant("  ")]}], r"Row 2 of .*has an empty answer in message 2"),
+        (
+            [CHAT, {"messages": [user("a"), user("b"), assistant("c")]}],
+            r"Row 2 of .*has a turn of the user after one of the user \(message 2\)",
+        ),
+        ([CHAT, {"messages": [assistant("c"), user("b")]}], r"a turn of the assistant at the beginning \(message 1\)"),
+        (
+            [CHAT, {"messages": [user("a"), assistant("b"), assistant("c")]}],
+            r"after one of the assistant \(message 3\)",
+        ),
+        (
+            [CHAT, {"messages": [user("a"), {"role": "tool", "content": "c"}]}],
+            r"a turn of the tool after one of the user",
+        ),
+        (
+            [CHAT, {"messages": [user("a"), assistant("b", weight=0.5)]}],
+            r"has the weight 0.5 in message 2; expected 0 or 1",
+        ),
+        (
+            [CHAT, {"messages": [user("a"), assistant("b", train="no")]}],
+            r"`train: no` in message 2; expected true or false",
+        ),
+        (
+            [CHAT, {"messages": [user("a"), assistant(None, tool_calls=[{"function": {"arguments": {}}}])]}],
+            r"Row 2 of .* as a tool call of message 2; expected",
+        ),
+        (
+            [CHAT, {"messages": [user("a"), assistant("", tool_calls=[{"name": "f", "arguments": "{"}])]}],
+            r"Row 2 of .*arguments of a call that are no valid JSON in message 2",
+        ),
         ([{"conversations": [{"from": "human", "value": None}]}], r"Row 1 of .*has no content in message 1"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}], r"Row 2 of .*`completion` is null"),
-        ([{"prompt": "a", "completion": [assistant("b")]}], r"`completion` is .*; expected a string, like `prompt`"),
-        ([{"prompt": [user("a")], "completion": "b"}], r"`completion` is b; expected a list .*, like `prompt`"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], r"Row 2 of .*`completion` is empty"),
         ([{**CHAT, "tools": "[{"}], r"Row 1 of .*`tools` is no valid JSON"),
-        ([{**CHAT, "chat_template_kwargs": {"a": 1}}, {**CHAT, "chat_template_kwargs": None}],
-         r"Row 2 of .*`chat_template_kwargs` is null; expected a mapping"),
-        ([{"instruction": "a", "input": "", "output": "b"}], r"columns instruction, input, output; .*Alpaca's form"),
-        (["5"], r"cannot be read"),
+        ([{**CHAT, "tools": ["f"]}], r"Row 1 of .*`tools` is \['f'\]; expected a list of functions"),
+        ([{**CHAT, "chat_template_kwargs": 5}], r"Row 1 of .*`chat_template_kwargs` is 5; expected a mapping"),
+        (
+            [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "a", "output": ""}],
+            r"Row 2 of .*`output` is empty",
+        ),
+        (["5"], r"cannot be read: of row 1, it is 5"),
+        (["null"], r"cannot be read: of row 1, it is null"),
+        (["{"], r"cannot be read: of row 1, it is no valid JSON"),
         ([{"text": "a"}] * 3 + [{"text": None}] * 8, r"Row 4 of .*Rows like it: 5, 6, 7, 8, 9 and 2 more\."),
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
-def test_rows_that_cannot_be_trained_on_are_named(rows, message, streaming):
-    name = write("rows.jsonl", *rows)
-    if not streaming:
-        with pytest.raises(UserError, match=message):
-            load(name)
-        return
-    first = message.split("Rows like it")[0].rstrip(r"\. ")  # a stream ends at the first
-    with pytest.raises(UserError, match=first):
-        list(load(name, streaming=True).train)
+)
+def test_rows_that_cannot_be_trained_on_are_named(rows, message):
+    with pytest.raises(UserError, match=message):
+        load(write("rows.jsonl", *rows))
+
+
+def test_a_stream_ends_at_its_first_faulty_row():
+    with pytest.raises(UserError, match=r"Row 2 of .*`messages` is null\. 1 of 2 rows are faulty"):
+        list(load(write("rows.jsonl", CHAT, {"messages": None}, {"messages": None}), streaming=True).train)
 
 
 @pytest.mark.parametrize(
@@ -126,24 +193,56 @@ def test_rows_that_cannot_be_trained_on_are_named(rows, message, streaming):
         ([PAIR, {**PAIR, "chosen": None}], r"Row 2 of .*`chosen` is null"),
         ([PAIR, {**PAIR, "prompt": None}], r"Row 2 of .*`prompt` is null"),
         ([PAIR, {**PAIR, "chosen": "c"}], r"Row 2 of .*`chosen` and `rejected` are the same"),
-        ([{"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}],
-         r"Row 1 of .*begin differently"),
+        ([PAIR, {**PAIR, "chosen": "c "}], r"Row 2 of .*`chosen` and `rejected` are the same"),
+        ([PAIR, {**PAIR, "rejected": " "}], r"Row 2 of .*`rejected` is empty"),
+        (
+            [{"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}],
+            r"Row 1 of .*begin differently",
+        ),
+        (
+            [
+                {
+                    "chosen": [user("s"), assistant("b"), user("c"), assistant("d")],
+                    "rejected": [user("s"), assistant("b"), user("x"), assistant("d")],
+                }
+            ],
+            r"differ in message 3, which is no answer",
+        ),
         ([{"chosen": [user("a"), assistant("b")], "rejected": [user("a")]}], r"is the beginning of the other"),
+        (
+            [{"prompt": "x", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}],
+            r"Row 1 of .*`chosen` and `rejected` begin from `prompt`",
+        ),
         ([{"chosen": "b", "rejected": "c"}], r"Row 1 of .*begin differently"),
         ([{"chosen": "Q: b", "rejected": "Q: b c"}], r"is the beginning of the other"),
-        ([{"chosen": "", "rejected": "c"}], r"begin differently"),
-        ([{"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}], r"begin differently"),
-        ([{**PAIR, "rejected": [assistant("b")]}], r"`rejected` is .*; expected a string, like `chosen`"),
+        (
+            [{"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant(" ")]}],
+            r"`rejected` has an empty answer in message 2",
+        ),
+        (
+            [{"instruction": "a", "completions": [{"response": "b", "overall_score": 4}]}],
+            r"expected two answers or more",
+        ),
+        (
+            [{"instruction": "a", "completions": [{"response": "b", "score": 4}, {"response": "c", "score": "N/A"}]}],
+            r"has no score in answer 2",
+        ),
+        (
+            [{"instruction": "a", "completions": [{"response": "b", "score": 4}, {"response": "c", "score": 4}]}],
+            r"all `completions` have the score 4",
+        ),
     ],
-)  # fmt: skip
+)
 def test_pairs_that_cannot_be_trained_on_are_named(rows, message):
     with pytest.raises(UserError, match=message):
         load(write("rows.jsonl", *rows), DPO_TYPES)
 
 
-def test_a_cell_that_is_empty_is_named():
+def test_cells_that_cannot_be_trained_on_are_named():
     with pytest.raises(UserError, match=r"Row 2 of rows.csv .*`chosen` is null"):
         load(write("rows.csv", "prompt,chosen,rejected", "a,b,c", "d,,f"), DPO_TYPES)
+    with pytest.raises(UserError, match=r"Row 2 of rows.csv .*more cells than the header"):
+        load(write("rows.csv", "prompt,completion", "a,b", "d,e,f"))
 
 
 def test_rows_to_evaluate_on_are_checked_too():
@@ -154,41 +253,297 @@ def test_rows_to_evaluate_on_are_checked_too():
     with pytest.raises(UserError, match=r"Row 2 of data \(split test\)"):
         load("data", eval_strategy="epoch")
     write("data/test.jsonl", {"text": "a"})
-    with pytest.raises(UserError, match=r"(split test of data lacks messages|cannot be loaded|cannot be read)"):
+    with pytest.raises(UserError, match=r"split train\) has messages in messages, and data .* strings in text"):
         load("data", eval_strategy="epoch")
+
+
+FAULTY = [CHAT, {"messages": None}, CHAT, {"messages": [user("a"), assistant("")]}, {"messages": None}]
+
+
+@pytest.mark.parametrize("limit", [3, 0.6])
+def test_faulty_rows_are_left_out_up_to_a_limit(limit):
+    data = load(write("rows.jsonl", *FAULTY), data={"max_faulty_rows": limit})
+    assert contents(data.train) == [CHAT, CHAT]
+    assert data.faulty == 3
+    (note,) = data.notes
+    assert note.startswith("Left out 3 of 5 rows, which are faulty. Row 2 of rows.jsonl (split train)")
+    assert "is null. Rows like it: 5. Row 4 of" in note
+
+
+@pytest.mark.parametrize("limit", [0, 2, 0.59])
+def test_more_faulty_rows_are_refused_with_each_kind(limit):
+    with pytest.raises(UserError) as error:
+        load(write("rows.jsonl", *FAULTY), data={"max_faulty_rows": limit})
+    assert "Row 2 of rows.jsonl (split train) cannot be trained on: `messages` is null. Rows like it: 5." in str(
+        error.value
+    )
+    assert "Also row 4 of rows.jsonl (split train) cannot be trained on: `messages` has an empty answer" in str(
+        error.value
+    )
+    assert f"3 of 5 rows are faulty. Mend these rows or leave them out, or raise `max_faulty_rows` ({limit})" in str(
+        error.value
+    )
+
+
+def test_a_stream_leaves_out_as_many():
+    name = write("rows.jsonl", *FAULTY)
+    stream = load(name, streaming=True, data={"max_faulty_rows": 3}).train
+    assert contents(stream) == contents(stream) == [CHAT, CHAT]
+    with pytest.raises(UserError, match=r"Row 2 of .* Also row 4 of .*empty answer.* 2 of 4 rows are faulty"):
+        list(load(name, streaming=True, data={"max_faulty_rows": 1}).train)
+
+
+def test_changed_files_are_read_again_and_others_are_not(capfd):
+    name = write("rows.jsonl", CHAT)
+    assert load(name).rows == 1
+    capfd.readouterr()
+    assert load(name).rows == 1
+    assert "Generating" not in capfd.readouterr().err
+    write("rows.jsonl", CHAT, CHAT)
+    assert load(name).rows == 2
+    assert load(name, data={"language_column": "lang"}).rows == 2
 
 
 # --- forms that are read
 
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
-@pytest.mark.parametrize(
-    "row",
-    [
-        CHAT,
-        {"conversations": CHAT["messages"]},
+SYSTEM = {"role": "system", "content": "s"}
+CALLED = assistant("", tool_calls=[CALL])
+RESULT = {"role": "tool", "content": "9", "tool_call_id": "1"}
+FORMS = {
+    "messages": (CHAT, CHAT),
+    "conversations": ({"conversations": CHAT["messages"]}, CHAT),
+    "sharegpt": (
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "id": "1"},
+        CHAT,
+    ),
+    "sharegpt-roles": (
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "hi"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": [1, "a"]}}'},
+                {"from": "observation", "value": "9"},
+                {"from": "gpt", "value": "hello"},
+            ]
+        },
+        {
+            "messages": [
+                SYSTEM,
+                user("hi"),
+                assistant("", tool_calls=[{key: CALL[key] for key in ("type", "function")}]),
+                {"role": "tool", "content": "9"},
+                assistant("hello"),
+            ]
+        },
+    ),
+    "sharegpt-system": (
+        {"system": "s", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "o"}]},
+        {"messages": [SYSTEM, user("hi"), assistant("o")]},
+    ),
+    "from-value": (
         {"messages": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}], "prompt": "stray"},
-    ],
-    ids=["messages", "conversations", "sharegpt", "from-value"],
-)
-def test_conversations_of_all_forms_are_messages(row, streaming):
-    data = load(write("rows.jsonl", row), streaming=streaming)
-    assert (data.columns, data.conversational, data.is_plain_text) == (("messages",), True, False)
-    assert list(data.train) == [CHAT]
+        CHAT,
+    ),
+    "capybara": (
+        {"conversation": [{"input": "hi", "output": "hello"}, {"input": "a", "output": "b"}]},
+        {"messages": [*CHAT["messages"], user("a"), assistant("b")]},
+    ),
+    "alpaca": ({"instruction": "hi", "input": "", "output": "hello"}, CHAT),
+    "alpaca-input": (
+        {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": [["x", "y"]]},
+        {"messages": [SYSTEM, user("x"), assistant("y"), user("a\n\nb"), assistant("c")]},
+    ),
+    "openai-parts": ({"messages": [user(PARTS), assistant([{"type": "text", "text": "hello"}])]}, CHAT),
+    "openai-weights": (
+        {"messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=1)]},
+        {"messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d")]},
+    ),
+    "train-false": (
+        {"messages": [user("a"), assistant("b", train=False), user("c"), assistant("d", train=True)]},
+        {"messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d")]},
+    ),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "s"}, *CHAT["messages"]]},
+        {"messages": [SYSTEM, *CHAT["messages"]]},
+    ),
+    "thoughts": (
+        {"messages": [user("a"), assistant("b", reasoning="hm")]},
+        {"messages": [user("a"), assistant("b", reasoning_content="hm")]},
+    ),
+    "stratos": (
+        {
+            "system": "s",
+            "conversations": [
+                {"from": "user", "value": "a"},
+                {
+                    "from": "assistant",
+                    "value": "<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n"
+                    "<|begin_of_solution|>\n\nb\n\n<|end_of_solution|>",
+                },
+            ],
+        },
+        {"messages": [SYSTEM, user("a"), assistant("b", reasoning_content="hm")]},
+    ),
+    "openai-tools": (
+        {
+            "messages": [
+                user("hi"),
+                assistant(
+                    None,
+                    tool_calls=[{**CALL, "function": {"name": "f", "arguments": json.dumps({"x": [1, "a"]})}}],
+                    refusal=None,
+                ),
+                RESULT,
+                assistant("hello"),
+            ],
+            "tools": json.dumps([TOOL]),
+            "parallel_tool_calls": False,
+        },
+        {"messages": [user("hi"), CALLED, RESULT, assistant("hello")], "tools": [TOOL]},
+    ),
+    "openai-function": (
+        {
+            "messages": [
+                user("hi"),
+                assistant(None, function_call={"name": "f", "arguments": "{}"}),
+                {"role": "function", "name": "f", "content": "9"},
+            ]
+        },
+        {
+            "messages": [
+                user("hi"),
+                assistant("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}]),
+                {"role": "tool", "content": "9", "name": "f"},
+            ]
+        },
+    ),
+    "prompt-completion": ({"prompt": "a", "completion": "b", "id": 1}, {"prompt": "a", "completion": "b"}),
+    "prompt-string": (
+        {"prompt": "a", "completion": [assistant("b")]},
+        {"prompt": [user("a")], "completion": [assistant("b")]},
+    ),
+    "completion-string": (
+        {"prompt": [user("a")], "completion": "b"},
+        {"prompt": [user("a")], "completion": [assistant("b")]},
+    ),
+    "text": ({"text": "NA", "source": 5}, {"text": "NA"}),
+}
 
 
-def test_ultrafeedback_is_read():
-    """Its prompt is the first turn of both conversations."""
-    chosen, rejected = [user("a"), assistant("b")], [user("a"), assistant("c")]
-    row = {"prompt": "a", "prompt_id": "1", "messages": chosen, "chosen": chosen, "rejected": rejected, "score": 3.5}
-    assert list(load(write("rows.jsonl", row), DPO_TYPES).train) == [{"chosen": chosen, "rejected": rejected}]
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_become_trls(form):
+    row, expected = FORMS[form]
+    data = load(write("rows.jsonl", row), streaming=form == "openai-tools")
+    assert contents(data.train) == [expected]
+    assert data.conversational == ("text" not in row and not isinstance(expected.get("prompt"), str))
+    assert {*data.columns} == expected.keys() - {"tools"}
 
 
-def test_csv_is_read():
-    assert list(load(write("rows.csv", "text,source", "กขค,web")).train) == [{"text": "กขค"}]
+def test_rows_of_unlike_kinds_stand_in_one_file():
+    """Arrow has one type for a column; rows that users have do not."""
+    expected = [FORMS[form][1] for form in ("messages", "openai-parts", "openai-tools", "openai-weights", "thoughts")]
+    rows = [FORMS[form][0] for form in ("messages", "openai-parts", "openai-tools", "openai-weights", "thoughts")]
+    assert contents(load(write("rows.jsonl", *rows)).train) == expected
+    Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert contents(load("rows.json").train) == expected
+
+
+CHOSEN, REJECTED = [user("a"), assistant("b")], [user("a"), assistant("c")]
+EXPLICIT = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+ANSWERS = [
+    {"response": text, "fine-grained_score": score, "overall_score": 10 - score}
+    for text, score in zip("xbyc", (3, 5, 2, 1))
+]
+PAIRS = {
+    "strings": (PAIR, PAIR),
+    "implicit-strings": ({"chosen": "a b", "rejected": "a c"}, {"chosen": "a b", "rejected": "a c"}),
+    "explicit": (EXPLICIT, EXPLICIT),
+    "whole": ({"chosen": CHOSEN, "rejected": REJECTED}, EXPLICIT),
+    "ultrafeedback-binarized": (
+        {"prompt": "a", "prompt_id": "1", "messages": CHOSEN, "chosen": CHOSEN, "rejected": REJECTED, "score": 3.5},
+        EXPLICIT,
+    ),
+    "prompt-string": ({"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}, EXPLICIT),
+    "prompt-list-twice": ({"prompt": [user("a")], "chosen": CHOSEN, "rejected": REJECTED}, EXPLICIT),
+    "answer-strings": ({"prompt": [user("a")], "chosen": "b", "rejected": "c"}, EXPLICIT),
+    "system-inside": (
+        {"prompt": "a", "chosen": [SYSTEM, *CHOSEN], "rejected": [SYSTEM, *REJECTED]},
+        {**EXPLICIT, "prompt": [SYSTEM, user("a")]},
+    ),
+    "system-beside": (
+        {"system": "s", "chosen": CHOSEN, "rejected": REJECTED},
+        {**EXPLICIT, "prompt": [SYSTEM, user("a")]},
+    ),
+    "sharegpt": (
+        {
+            "chosen": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+            "rejected": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "c"}],
+        },
+        EXPLICIT,
+    ),
+    "ultrafeedback": ({"instruction": "a", "completions": ANSWERS}, EXPLICIT),
+    "longer": (
+        {"chosen": [*CHOSEN, user("d"), assistant("e")], "rejected": [*REJECTED, user("d"), assistant("e")]},
+        {
+            "prompt": [user("a")],
+            "chosen": [assistant("b"), user("d"), assistant("e")],
+            "rejected": [assistant("c"), user("d"), assistant("e")],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PAIRS)
+def test_forms_of_pairs_become_trls(form):
+    row, expected = PAIRS[form]
+    data = load(write("rows.jsonl", row), DPO_TYPES)
+    assert contents(data.train) == [expected]
+    assert data.conversational == isinstance(expected["chosen"], list)
+
+
+def test_single_answers_with_labels_are_read():
+    types = (DatasetType.UNPAIRED_PREFERENCE,)
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, "false", 1)]
+    assert [row["label"] for row in load(write("rows.jsonl", *rows), types).train] == [True, False, True]
+    with pytest.raises(UserError, match=r"Row 1 of .*`label` is perhaps; expected true"):
+        load(write("rows.jsonl", {**rows[0], "label": "perhaps"}), types)
+
+
+def test_csv_is_read_as_text():
+    assert contents(load(write("rows.csv", "text,source", "กขค,web", "NA,web", "12,web")).train) == [
+        {"text": "กขค"},
+        {"text": "NA"},
+        {"text": "12"},
+    ]
     Path("pairs.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\na,b,c\n"))
-    assert list(load("pairs.csv.gz", DPO_TYPES).train) == [PAIR]
+    assert contents(load("pairs.csv.gz", DPO_TYPES).train) == [PAIR]
+    cell = json.dumps(CHAT["messages"]).replace('"', '""')
+    assert contents(load(write("chats.csv", "id,messages", f'1,"{cell}"')).train) == [CHAT]
+
+
+def test_data_that_arrow_holds_is_read_the_same(tmp_path):
+    rows = [FORMS["messages"][0], FORMS["openai-weights"][0]]
+    whole = Dataset.from_list(rows)
+    whole.to_parquet("rows.parquet")
+    whole.save_to_disk("saved")
+    for name in ("rows.parquet", "saved"):
+        assert contents(load(name).train) == [FORMS["messages"][1], FORMS["openai-weights"][1]]
+
+
+def test_files_that_break_off_are_named():
+    Path("rows.jsonl.gz").write_bytes(gzip.compress(json.dumps(CHAT).encode() * 50)[:-20])
+    with pytest.raises(UserError, match=r"rows.jsonl.gz cannot be read"):
+        load("rows.jsonl.gz")
+    Path("rows.csv").write_bytes("text\nก".encode("tis-620"))
+    with pytest.raises(UserError, match=r"rows.csv cannot be read: 'utf-8' codec"):
+        load("rows.csv")
+
+
+def test_options_that_need_all_rows_are_refused_of_a_stream():
+    name = write("rows.jsonl", CHAT)
+    for option, value in {"test_split_size": 1, "drop_duplicates": True, "max_faulty_rows": 0.5}.items():
+        with pytest.raises(UserError, match=rf"`dataset_streaming` is on, and `{option}`.* needs all rows"):
+            load(name, streaming=True, data={option: value})
 
 
 # --- tokens
@@ -203,32 +558,54 @@ def documents(sentences) -> list[dict[str, str]]:
     return [{"text": " ".join(sentences[i : i + 1] * length)} for i, length in ((0, 1), (1, 2), (2, 8), (3, 1), (4, 5))]
 
 
+def prepared(tokenizer: Any, name: str, *, data: dict[str, Any] | None = None, **training: Any) -> TrainingData:
+    """The rows as they are trained on."""
+    arguments = stage_arguments(SFTConfig, script={"dataset_name": name}, data=data, **training)
+    return prepare_rows(load_training_data(arguments, SFT_TYPES), arguments, tokenizer)
+
+
+def tokens_of(trainer: SFTTrainer, part: str = "train") -> list[tuple[list[int], list[int]]]:
+    rows = trainer.train_dataset if part == "train" else trainer.eval_dataset
+    return [(row["input_ids"], row["labels"]) for row in rows]
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"max_length": None},
+        {"truncation_mode": "keep_end"},
         {"packing": True, "packing_strategy": "bfd"},
         {"packing": True, "packing_strategy": "bfd_split"},
         {"packing": True, "packing_strategy": "wrapped"},
         {"packing": True, "packing_strategy": "bfd_split", "eval_packing": False},
     ],
-    ids=["one-by-one", "unlimited", "bfd", "bfd_split", "wrapped", "evaluated-unpacked"],
+    ids=["one-by-one", "unlimited", "keep_end", "bfd", "bfd_split", "wrapped", "evaluated-unpacked"],
 )
-def test_tokens_of_plain_text_are_counted_as_they_are_trained(model, tiny_tokenizer, documents, options):
-    """Against what TRL makes of them, to the token."""
-    rows = Dataset.from_list(documents)
-    training = SFTConfig("out", bf16=False, report_to="none", **{"max_length": LONG, **options})
-    data = TrainingData("documents", DatasetType.LANGUAGE_MODELING, ("text",), False, rows, rows.select([2]))
-    whole = [len(tiny_tokenizer(row["text"] + tiny_tokenizer.eos_token)["input_ids"]) for row in documents]
+def test_tokens_of_plain_text_are_trls_and_counted(model, tiny_tokenizer, documents, options):
+    """Against what TRL makes of the same rows, to the token."""
+    Path("data").mkdir()
+    write("data/train.jsonl", *documents)
+    write("data/test.jsonl", documents[2])
+    options = {"max_length": LONG, "eval_strategy": "epoch", **options}
+    data = prepared(tiny_tokenizer, "data", **options)
+    training = SFTConfig("out", bf16=False, report_to="none", **options)
     train, evaluation = count_tokens(data, tiny_tokenizer, training)
-    trainer = JaiSFTTrainer(
-        model, training, train_dataset=data.train, eval_dataset=data.evaluation, processing_class=tiny_tokenizer
-    )
+    whole = [len(tiny_tokenizer(row["text"] + tiny_tokenizer.eos_token)["input_ids"]) for row in documents]
+    trainers = [
+        SFTTrainer(model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tiny_tokenizer)
+        for rows, held_out in (
+            (data.train, data.evaluation),
+            (Dataset.from_list(documents), Dataset.from_list(documents[2:3])),
+        )
+    ]
+    for part in ("train", "test"):
+        ours, theirs = (tokens_of(trainer, part) for trainer in trainers)
+        assert ours == theirs
     assert (train.rows, train.is_sample, train.tokens) == (5, False, sum(whole))
-    assert sum(map(len, trainer.train_dataset["input_ids"])) == train.tokens - train.cut
-    assert sum(map(len, trainer.eval_dataset["input_ids"])) == evaluation.tokens - evaluation.cut
-    keeps_all = options.get("packing_strategy") in ("bfd_split", "wrapped") or "max_length" in options
+    assert sum(len(ids) for ids, _ in tokens_of(trainers[0])) == train.tokens - train.cut
+    assert sum(len(ids) for ids, _ in tokens_of(trainers[0], "test")) == evaluation.tokens - evaluation.cut
+    keeps_all = options.get("packing_strategy") in ("bfd_split", "wrapped") or options["max_length"] is None
     cut = sum(max(length - LONG, 0) for length in whole)
     assert cut > train.tokens / 2
     assert train.cut == (0 if keeps_all else cut)
@@ -236,12 +613,11 @@ def test_tokens_of_plain_text_are_counted_as_they_are_trained(model, tiny_tokeni
 
 
 def test_bfd_split_keeps_every_token_of_more_rows_than_it_packs_at_a_time(tiny_tokenizer, model, sentences):
-    rows = Dataset.from_list([{"text": " ".join(sentences[i % 6 : i % 6 + 2])} for i in range(1500)])
-    data = TrainingData("rows", DatasetType.LANGUAGE_MODELING, ("text",), False, rows, None)
-    training = SFTConfig(
-        "out", bf16=False, report_to="none", max_length=LONG, packing=True, packing_strategy="bfd_split"
-    )
-    trainer = JaiSFTTrainer(model, training, train_dataset=rows, processing_class=tiny_tokenizer)
+    name = write("rows.jsonl", *({"text": " ".join(sentences[i % 6 : i % 6 + 2])} for i in range(1500)))
+    options = {"max_length": LONG, "packing": True, "packing_strategy": "bfd_split"}
+    data = prepared(tiny_tokenizer, name, **options)
+    training = SFTConfig("out", bf16=False, report_to="none", **options)
+    trainer = JaiSFTTrainer(model, training, train_dataset=data.train, processing_class=tiny_tokenizer)
     assert sum(map(len, trainer.train_dataset["input_ids"])) == count_tokens(data, tiny_tokenizer, training)[0].tokens
 
 
@@ -255,24 +631,39 @@ def bos_tokenizer(tiny_tokenizer):
     return tokenizer
 
 
-def test_tokens_of_conversations_and_completions_are_counted_as_they_are_trained(model, bos_tokenizer, sentences):
+@pytest.mark.parametrize(
+    "kind", ["chats", "chats-whole", "tools", "completions", "completions-whole", "turns", "turns-assistant"]
+)
+def test_tokens_and_labels_are_trls(model, bos_tokenizer, sentences, kind):
+    """What we make of rows and give to TRL as tokens, against what TRL itself makes of the same rows."""
     answers = ["yes", *(sentences[i] * (i + 1) for i in range(3))]
-    chats = [{"messages": [user("hi"), assistant(answer)]} for answer in answers]
-    completions = [{"prompt": "Q: ", "completion": answer} for answer in answers]
-    turns = [{"prompt": chat["messages"][:1], "completion": chat["messages"][1:]} for chat in chats]
-    for rows, type_, conversational in (
-        (chats, DatasetType.LANGUAGE_MODELING, True),
-        (completions, DatasetType.PROMPT_COMPLETION, False),
-        (turns, DatasetType.PROMPT_COMPLETION, True),
-    ):
-        training = SFTConfig("out", bf16=False, report_to="none", max_length=60, assistant_only_loss=rows is chats)
-        dataset = Dataset.from_list(rows)
-        data = TrainingData("rows", type_, tuple(rows[0]), conversational, dataset, None)
-        counted, _ = count_tokens(data, bos_tokenizer, training)
-        trainer = JaiSFTTrainer(model, training, train_dataset=dataset, processing_class=bos_tokenizer)
-        assert len(trainer.train_dataset) == 4
-        assert sum(map(len, trainer.train_dataset["input_ids"])) == counted.tokens - counted.cut
-        assert counted.cut > 0
+    chats = [{"messages": [user("hi"), assistant(answer), user("ho"), assistant("yes")]} for answer in answers]
+    call = [user("hi"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "9"}, assistant("yes")]
+    turns = [{"prompt": chat["messages"][:1], "completion": chat["messages"][1:2]} for chat in chats]
+    rows = {
+        "chats": chats,
+        "tools": [{"messages": call, "tools": [TOOL]}],
+        "completions": [{"prompt": "Q: ", "completion": f" {answer}"} for answer in answers],
+        "turns": turns,
+    }[kind.split("-")[0]]
+    options = {"max_length": 60} if "tools" not in kind else {"max_length": None}
+    options |= {"assistant_only_loss": kind in ("chats", "tools", "turns-assistant")}
+    options |= {"completion_only_loss": False} if kind == "completions-whole" else {}
+    training = SFTConfig("out", bf16=False, report_to="none", **options)
+    data = prepared(bos_tokenizer, write("rows.jsonl", *rows), **options)
+    theirs = Dataset.from_list(rows, on_mixed_types="use_json")
+    trainers = [
+        SFTTrainer(model, training, train_dataset=dataset, processing_class=bos_tokenizer)
+        for dataset in (data.train, theirs)
+    ]
+    ours, theirs = (tokens_of(trainer) for trainer in trainers)
+    assert ours == theirs
+    counted, _ = count_tokens(data, bos_tokenizer, training)
+    assert sum(len(ids) for ids, _ in ours) == counted.tokens - counted.cut
+    assert (counted.cut > 0) == ("tools" not in kind)
+    if kind == "tools":
+        taught = bos_tokenizer.decode([label for label in ours[0][1] if label != -100])
+        assert '<tool_call> {"name": "f", "arguments": {"x": [1, "a"]}} </tool_call>' in " ".join(taught.split())
 
 
 def test_tokens_of_pairs_are_counted_as_they_are_trained(checkpoint, tiny_tokenizer, sentences):
@@ -297,10 +688,43 @@ def test_tokens_of_pairs_are_counted_as_they_are_trained(checkpoint, tiny_tokeni
         assert counted.cut > 0
 
 
-def test_a_row_that_does_not_fit_the_template_is_named(tiny_tokenizer):
-    data = load(write("rows.jsonl", CHAT, {"messages": [{"role": "robot", "content": "x"}]}))
-    with pytest.raises(UserError, match=r"Row 2 of rows.jsonl does not fit the chat template: .*'robot'"):
-        count_tokens(data, tiny_tokenizer, SFTConfig("out", bf16=False))
+def test_rows_that_do_not_fit_the_template_are_faulty(tiny_tokenizer):
+    name = write(
+        "rows.jsonl", CHAT, {"messages": [{"role": "robot", "content": "x"}, assistant("b")]}, {"messages": None}
+    )
+    fault = r"Row 2 of rows.jsonl \(split train\) .* does not fit the chat template: .*'robot'"
+    with pytest.raises(UserError, match=rf"{fault}.* 1 of 3 rows are faulty"):
+        prepared(tiny_tokenizer, name, data={"max_faulty_rows": 1})
+    data = prepared(tiny_tokenizer, name, data={"max_faulty_rows": 2})
+    assert (data.rows, data.faulty, len(data.notes)) == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "word"),
+    [
+        ({"messages": [user("a"), assistant("b", reasoning_content="c")]}, "reasoning_content"),
+        ({**CHAT, "tools": [TOOL]}, "tools"),
+        ({"messages": [user("a"), assistant("b", tool_calls=[CALL])]}, "tool_calls"),
+        ({"messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d")]}, "weight"),
+    ],
+)
+def test_what_a_template_would_leave_out_in_silence_is_a_fault(tiny_tokenizer, row, word):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    name = write("rows.jsonl", row)
+    prepared(tokenizer, name, assistant_only_loss=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% generation %}{{ m.role + m.content }}{% endgeneration %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match=rf"Row 1 of .*it has `{word}`, which the chat template does not know"):
+        prepared(tokenizer, name, assistant_only_loss=True)
+
+
+def test_turns_left_out_of_the_loss_need_a_loss_on_turns(tiny_tokenizer):
+    name = write("rows.jsonl", {"messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d")]})
+    (row,) = prepared(tiny_tokenizer, name, assistant_only_loss=True).train
+    assert tiny_tokenizer.decode([label for label in row["labels"] if label != -100]).split("<|end|>")[0].strip() == "d"
+    with pytest.raises(UserError, match=r"not to be trained \(`weight: 0`\), which needs `assistant_only_loss: true`"):
+        prepared(tiny_tokenizer, name)
 
 
 def test_plain_text_is_never_cut_and_the_plan_says_what_is(checkpoint, tiny_tokenizer, documents, capsys):

@@ -15,9 +15,10 @@ from jai.trainers.arguments import StageArguments, TrlConfig
 from jai.trainers.base_model import BaseModel
 from jai.trainers.chosen_parts import recorded_new_rows, untaught
 from jai.trainers.context import context_of
-from jai.trainers.data import DatasetType, TrainingData
+from jai.trainers.data import TrainingData
 from jai.trainers.parameters import TrainedParameters
 from jai.trainers.parts import EMBEDDINGS, KIND_TEXTS, NEW_ROWS
+from jai.trainers.rows import DatasetType
 from jai.trainers.tokens import TokenCount
 
 _NAMED = 12  # targets of LoRA; of single layers there may be hundreds
@@ -75,6 +76,8 @@ def print_plan(
     for label, line in _parts(arguments, base, parameters):
         table.add_row(label, line)
     table.add_row("data", f"{data_name}: {_size(data.rows, train_tokens)}; {_sequences(training_args)}")
+    for number, line in enumerate(_mixture(data)):
+        table.add_row("" if number else "mixture", escape(line))
     if training_args.max_length:
         table.add_row("cut off", _cut(train_tokens, training_args, data))
     table.add_row("context", _context(training_args, base))
@@ -156,6 +159,23 @@ def _size(rows: int | None, tokens: TokenCount) -> str:
     return f"{rows:,} rows, {about}{tokens.tokens * rows / tokens.rows:,.0f} tokens"
 
 
+def _mixture(data: TrainingData) -> list[str]:
+    """What each category gives to a mixture by shares, or each of several sources."""
+    if data.mixture is None:
+        return [
+            f"{path}{''.join(f', {name}' for name in (category, language) if name)}: {rows:,} rows"
+            for (path, category, language), rows in (data.counts.items() if len(data.sources) > 1 else ())
+        ]
+    lines = [
+        f"{share.name}: {share.wanted:.2%} of {data.mixture.of}, {share.rows:,} of {share.of_rows:,} rows"
+        + ("" if share.tokens is None else f", {share.tokens:,} tokens")
+        for share in data.mixture.shares
+    ]
+    if abs(data.mixture.printed_sum - 100) > 0.01 and abs(data.mixture.printed_sum - 1) > 1e-4:
+        lines.append(f"(the shares as given sum to {data.mixture.printed_sum:.2f}, and are divided by that)")
+    return lines
+
+
 def _sequences(training_args: TrlConfig) -> str:
     length = f"at most {training_args.max_length:,} tokens each" if training_args.max_length else "of any length"
     if not getattr(training_args, "packing", False):
@@ -164,7 +184,7 @@ def _sequences(training_args: TrlConfig) -> str:
         return f"packed (wrapped: documents see the end of the one before them, and are split), {length}"
     if getattr(training_args, "packing_strategy", None) == "bfd_split":
         return f"packed (longer documents go on in another sequence), {length}"
-    return f"packed, {length}"
+    return f"packed (documents do not see each other), {length}"
 
 
 def _context(training_args: TrlConfig, base: BaseModel) -> str:

@@ -16,6 +16,7 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from jai.errors import UserError
 from jai.options import refuse_unknown
 from jai.trainers.config_file import read_config_file
+from jai.trainers.data_arguments import DataArguments
 from jai.trainers.field_values import read_field
 from jai.trainers.first_look import refuse_used_output
 from jai.trainers.parts import PART_TEXTS, check_part_names, read_entries
@@ -114,12 +115,14 @@ class StageArguments:
         training: TRL's: how to train.
         model: TRL's: which model, its dtype, LoRA.
         jai: ours.
+        data: ours, on the data.
     """
 
     script: ScriptArguments
     training: TrlConfig
     model: ModelConfig
     jai: JaiTrainingArguments
+    data: DataArguments = field(default_factory=DataArguments)
 
 
 class _Parser(TrlParser):

@@ -1,40 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data: found, loaded, and every row checked, before anything long begins."""
+"""Training data: every row of every source read into TRL's form and checked, before anything long begins."""
 
-import codecs
-import gzip
+import inspect
 import json
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
 
+import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from pyarrow.lib import ArrowException
-from trl import ScriptArguments
+from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 
 from jai.errors import UserError
+from jai.trainers import messages as messages_module
+from jai.trainers import rows as rows_module
 from jai.trainers.arguments import StageArguments
-from jai.trainers.first_look import DATA_BUILDERS, check_data_name, data_suffix
+from jai.trainers.data_arguments import DataSource
+from jai.trainers.data_files import AnyDataset, RawSplit, open_splits, unreadable
+from jai.trainers.faults import FaultyRow, refuse_faults
+from jai.trainers.first_look import check_data_name
+from jai.trainers.messages import RowFault
+from jai.trainers.mixture import Mixture
+from jai.trainers.rows import CHAT_EXTRAS, DatasetType, Row, RowForm, find_form, question_of, read_row
+from jai.version import __version__
 
-AnyDataset: TypeAlias = Dataset | IterableDataset
+_EXAMPLES = 100  # first rows, by which the form is known
 
-_CONVERSATION_COLUMNS = ("messages", "conversations")
-_CHAT_EXTRAS = ("tools", "chat_template_kwargs")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-_A_MESSAGE = '{"role": "user", "content": "…"}'
-
-
-class DatasetType(Enum):
-    """What a row of training data is, in TRL's words."""
-
-    LANGUAGE_MODELING = "language modeling"
-    PROMPT_COMPLETION = "prompt-completion"
-    PREFERENCE = "preference"
+# Columns that rows have between reading and training: what they are chosen by.
+ROW, SOURCE, DIGEST, QUESTION, SCORE = "jai_row", "jai_source", "jai_digest", "jai_question", "jai_score"
+FAULT, FAULT_KIND = "jai_fault", "jai_fault_kind"
+CATEGORY, LANGUAGE = "category", "language"
+CHOOSING_COLUMNS = (ROW, SOURCE, DIGEST, QUESTION, SCORE, FAULT, FAULT_KIND)
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,17 @@ class TrainingData:
     """The rows of a stage.
 
     Attributes:
-        name: file, folder or Hub id, as given.
+        name: file, folder or Hub id, as given; of several sources, all of them.
         type: what a row is.
         columns: the columns that hold it.
         conversational: whether they hold messages (with roles) rather than strings.
-        train: the rows to train on, with the columns that training reads.
+        train: the rows to train on.
         evaluation: the rows to evaluate on, or None.
+        sources: where the rows come from.
+        faulty: how many rows were left out because they are faulty.
+        mixture: how the rows to train on were chosen, where shares were given.
+        counts: the rows to train on by source, category and language.
+        notes: what is to be said of the rows, before the plan.
     """
 
     name: str
@@ -56,6 +61,11 @@ class TrainingData:
     conversational: bool
     train: AnyDataset
     evaluation: AnyDataset | None
+    sources: tuple[DataSource, ...] = ()
+    faulty: int = 0
+    mixture: Mixture | None = None
+    counts: dict[tuple[str, str | None, str | None], int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int | None:
@@ -67,305 +77,275 @@ class TrainingData:
         """Whether it is text to continue, as in pre-training."""
         return self.type is DatasetType.LANGUAGE_MODELING and not self.conversational
 
+    def where(self, source: int, split: str) -> str:
+        """A source and a split, as messages name them."""
+        return f"{self.sources[source].path} (split {split})"
+
+
+@dataclass(frozen=True)
+class _SourceSplit:
+    """A split that is to be read.
+
+    Attributes:
+        source: what is known of its rows.
+        index: of the source, among all.
+        split: its name.
+        raw: its rows as they stand.
+        form: of its rows.
+    """
+
+    source: DataSource
+    index: int
+    split: str
+    raw: RawSplit
+    form: RowForm
+
+    def read(self) -> Iterator[Row]:
+        """All rows, the faulty ones too, each with the columns that it is chosen by."""
+        for number, row in enumerate(self.raw.rows()):
+            yield self.read_row(row, number)
+
+    def read_row(self, row: Any, index: int) -> Row:
+        """A row in TRL's form with the columns that it is chosen by; a faulty one has nothing but its fault."""
+        read: Row = dict.fromkeys(self.features())
+        read |= {ROW: index + 1, SOURCE: self.index}
+        try:
+            if isinstance(row, RowFault):
+                raise row
+            content = read_row(row, self.form)
+            digests = {DIGEST: _digest(content), QUESTION: _digest(question_of(content, self.form))}
+        except RowFault as fault:
+            return read | {FAULT_KIND: fault.kind, FAULT: fault.text}
+        source = self.source
+        return {
+            **read,
+            **content,
+            **digests,
+            CATEGORY: _label(row, source.category_column, source.category),
+            LANGUAGE: _label(row, source.language_column, source.language),
+            SCORE: _score(row, source.score_column),
+        }
+
+    def features(self) -> Features:
+        """The columns' types: messages may hold anything, and Arrow wants one type of all calls' arguments."""
+        kind = Json() if self.form.conversational else Value("string")
+        columns = {name: Value("bool") if name == "label" else kind for name in self.form.columns}
+        extras = dict.fromkeys(CHAT_EXTRAS, Json()) if self.form.conversational else {}
+        numbers = dict.fromkeys((ROW, SOURCE, DIGEST, QUESTION), Value("int64"))
+        texts = dict.fromkeys((CATEGORY, LANGUAGE, FAULT_KIND, FAULT), Value("string"))
+        return Features({**columns, **extras, **numbers, **texts, SCORE: Value("float64")})
+
+    def fingerprint(self) -> str:
+        """Of what decides the rows that come out: the same files, read by the same code, are read once."""
+        files = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.raw.files]
+        code = [inspect.getsource(module) for module in (messages_module, rows_module)]
+        return str(Hasher.hash([files, code, __version__, self.source, self.index, self.form]))
+
 
 def load_training_data(arguments: StageArguments, dataset_types: Sequence[DatasetType]) -> TrainingData:
-    """Load a stage's data: a Hub id, a .jsonl(.gz), .json(.gz), .parquet or .csv file, or a folder of such files.
+    """Load a stage's data: Hub ids, .jsonl(.gz), .json(.gz), .parquet or .csv files, or folders of such files.
 
-    Conversations come out as messages with role and content, whichever of the two common forms they had.
+    Rows come out in TRL's form, whichever of the forms in `jai.trainers.rows` they had, with the columns that rows are
+    chosen by.
 
     Args:
         arguments: the run's; they name the data, its splits and its column of plain text.
         dataset_types: what the stage can train on.
 
     Raises:
-        UserError: if the data cannot be found or read, lacks a split, has no rows, has other columns, or has a row
-            that cannot be trained on.
+        UserError: if the data cannot be found or read, lacks a split, has no rows, has other columns, or has more
+            faulty rows than are allowed.
     """
-    script = arguments.script
-    path = check_data_name(script.dataset_name)
-    name = str(script.dataset_name)
-    try:
-        splits = _load(name, path, script)
-        train = _split(splits, script.dataset_train_split, name, "dataset_train_split")
-        first: dict[str, Any] = next(iter(train))
-    except StopIteration:  # `load_dataset` raises it too, for an empty file
-        raise UserError(f"The data {name} has no rows. Give a dataset with at least one example.") from None
-    except ArrowException as error:  # of a stream, which is read here first
-        raise _unreadable(name, error) from error
-    evaluation = None
-    if arguments.training.eval_strategy != "no":
-        evaluation = _split(splits, script.dataset_test_split, name, "dataset_test_split")
-    text_column = getattr(arguments.training, "dataset_text_field", "text")
-    if DatasetType.PREFERENCE in dataset_types:
-        type_, columns = _preference_columns(train, list(first), name)
-    else:
-        type_, columns = _sft_columns(list(first), name, text_column)
-    conversational = columns[0] in _CONVERSATION_COLUMNS or isinstance(_example(train, columns[0]), list)
-    data = TrainingData(name, type_, columns, conversational, train, evaluation)
-    train, columns = _tidy(train, data, script.dataset_train_split)
-    if evaluation is not None:
-        evaluation, _ = _tidy(evaluation, data, script.dataset_test_split)
-    return replace(data, columns=columns, train=train, evaluation=evaluation)
+    script, options = arguments.script, arguments.data
+    if options.datasets is None:
+        check_data_name(script.dataset_name)
+    sources = options.sources(str(script.dataset_name), script.dataset_config, script.dataset_train_split)
+    streaming = script.dataset_streaming
+    if streaming and (names := _options_of_whole_data(arguments, sources)):
+        raise UserError(f"`dataset_streaming` is on, and {names[0]} needs all rows at once. Leave out one of the two.")
+    opened = [open_splits(source.path, source.name, streaming=streaming) for source in sources]
+
+    def find(index: int, split: str, option: str) -> _SourceSplit:
+        name = sources[index].path
+        raw = _split(opened[index], split, name, option)
+        text_column = getattr(arguments.training, "dataset_text_field", "text")
+        form = find_form(_examples(raw), dataset_types, f"{name} (split {split})", text_column)
+        return _SourceSplit(sources[index], index, split, raw, form)
+
+    train = [find(index, source.split, "dataset_train_split") for index, source in enumerate(sources)]
+    evaluation = []
+    if arguments.training.eval_strategy != "no" and options.test_split_size is None:
+        if len(sources) > 1:
+            raise UserError(
+                "`eval_strategy` is on, and there are several `datasets`. Set `test_split_size` to cut a validation "
+                "split from their mixture, or `eval_strategy: no`."
+            )
+        evaluation = [find(0, script.dataset_test_split, "dataset_test_split")]
+    form = _common_form([*train, *evaluation])
+    data = TrainingData(
+        " + ".join(source.path for source in sources),
+        form.type,
+        form.columns,
+        form.conversational,
+        Dataset.from_dict({}),
+        None,
+        tuple(sources),
+    )
+    limit = options.max_faulty_rows
+    return _read_all(data, train, evaluation, limit, arguments)
 
 
-def _load(name: str, path: Path, script: ScriptArguments) -> Any:
-    """The splits of a file, a folder or a Hub dataset, by name."""
-    if (path / "dataset_dict.json").exists():  # what `save_to_disk` writes
-        return load_from_disk(name)
-    if (path / "state.json").exists():
-        return {"train": load_from_disk(name)}
-    for file in [path] if path.is_file() else path.rglob("*.json*"):
-        _refuse_null_first(file)
-    try:
-        if path.is_file():
-            return load_dataset(DATA_BUILDERS[data_suffix(path)], data_files=name, streaming=script.dataset_streaming)
-        return load_dataset(name, script.dataset_config, streaming=script.dataset_streaming)
-    except DatasetGenerationError as error:
-        raise _unreadable(name, error.__cause__ or error) from error
-    except (DatasetNotFoundError, FileNotFoundError) as error:
-        raise UserError(
-            f"The data {name} was not found: {error} Give an existing file or folder, or a Hub id."
-        ) from error
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"The data {name} cannot be loaded: {error}") from error
-
-
-def _refuse_null_first(path: Path) -> None:
-    """Refuse a file of JSON lines that begins with `null`: pyarrow 26 dies of it, and the process too."""
-    if path.suffix not in (".json", ".jsonl", ".gz"):
-        return
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            beginning = file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip()
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(str(path), error) from error
-    if beginning.startswith(b"null"):
-        raise _unreadable(str(path), ValueError("row 1 is null"))
-
-
-def _unreadable(name: str, error: BaseException) -> UserError:
-    return UserError(
-        f"The data {name} cannot be read: {error}. Every line must be one JSON object, and a column must have the same "
-        "type in all of them."
+def _read_all(
+    data: TrainingData,
+    train: list[_SourceSplit],
+    evaluation: list[_SourceSplit],
+    limit: float,
+    arguments: StageArguments,
+) -> TrainingData:
+    if arguments.script.dataset_streaming:
+        streams = [_stream(split, limit) for split in (train[0], *evaluation)]
+        return replace(data, train=streams[0], evaluation=streams[1] if evaluation else None)
+    read = [_read(split, arguments.training.dataset_num_proc) for split in (*train, *evaluation)]
+    faulty = [fault for split, rows in zip([*train, *evaluation], read) for fault in faults_in(rows, data, split.split)]
+    total = sum(map(len, read))
+    notes = refuse_faults(faulty, total, limit)
+    whole = [without_faults(rows) for rows in read]
+    rows = whole[0] if len(train) == 1 else concatenate_datasets(whole[: len(train)])
+    if not len(rows):
+        raise UserError(f"The data {data.name} has no rows that can be trained on: all {total:,} are faulty.")
+    return replace(
+        data, train=rows, evaluation=whole[-1] if evaluation else None, faulty=len(faulty), notes=[*data.notes, *notes]
     )
 
 
-def _split(splits: Any, split: str, name: str, option: str) -> AnyDataset:
+def _options_of_whole_data(arguments: StageArguments, sources: Sequence[DataSource]) -> list[str]:
+    options = arguments.data
+    given = {
+        "`datasets`": options.datasets is not None,
+        "`shares`": bool(options.shares),
+        "`test_split_size`": options.test_split_size is not None,
+        "`drop_duplicates`": options.drop_duplicates,
+        "`score_above`": options.score_above is not None,
+        "`drop_wrong_language`": options.drop_wrong_language,
+        "`drop_truncated`": options.drop_truncated,
+        "`category_column`": options.category_column is not None,
+        "`language_column`": options.language_column is not None,
+        "`max_faulty_rows` as a share": 0 < options.max_faulty_rows < 1,
+    }
+    return [name for name, is_given in given.items() if is_given]
+
+
+def _split(splits: dict[str, RawSplit], split: str, name: str, option: str) -> RawSplit:
     if split not in splits:
         raise UserError(
             f"The data {name} has no split {split!r}; it has {', '.join(map(repr, splits))}. Set `{option}`"
-            + (", or `eval_strategy: no` to train without evaluation." if option == "dataset_test_split" else ".")
+            + (
+                ", `test_split_size` to cut one from the training data, or `eval_strategy: no` to train without "
+                "evaluation."
+                if option == "dataset_test_split"
+                else "."
+            )
         )
     return splits[split]
 
 
-def _example(rows: AnyDataset, column: str, sample: int = 100) -> Any:
-    """The first value in a column that is not null, among the first rows."""
-    values = (row[column] for row in rows.take(sample))
-    return next((value for value in values if value is not None), None)
+def _examples(raw: RawSplit) -> list[Row]:
+    first = list(islice(raw.rows(), _EXAMPLES))
+    if not first:
+        raise UserError(f"The data {raw.name} has no rows. Give a dataset with at least one example.")
+    examples = [row for row in first if isinstance(row, dict)]
+    if not examples:
+        fault = first[0].text if isinstance(first[0], RowFault) else f"it is {messages_module.shortened(first[0])}"
+        raise unreadable(raw.name, ValueError(f"of row 1, {fault}"))
+    return examples
 
 
-def _sft_columns(columns: list[str], name: str, text_column: str) -> tuple[DatasetType, tuple[str, ...]]:
-    for column in _CONVERSATION_COLUMNS:
-        if column in columns:
-            return DatasetType.LANGUAGE_MODELING, (column,)
-    if "prompt" in columns and "completion" in columns:
-        return DatasetType.PROMPT_COMPLETION, ("prompt", "completion")
-    if text_column in columns:
-        return DatasetType.LANGUAGE_MODELING, (text_column,)
-    if "chosen" in columns:
-        advice = "Rename its columns; for preference pairs run `jai dpo`."
-    elif {"instruction", "output"} <= set(columns):
-        advice = (
-            "It looks like Alpaca's form: join `instruction` and `input` to `prompt`, and rename `output` to "
-            "`completion`."
-        )
-    else:
-        advice = "Rename its columns, or set `dataset_text_field`."
-    raise UserError(
-        f"The data {name} has the columns {', '.join(columns)}; expected `messages` (chat), `prompt` and `completion`, "
-        f"or `{text_column}` (plain text, continued pre-training). {advice}"
-    )
-
-
-def _preference_columns(rows: AnyDataset, columns: list[str], name: str) -> tuple[DatasetType, tuple[str, ...]]:
-    if "chosen" not in columns or "rejected" not in columns:
-        raise UserError(
-            f"The data {name} has the columns {', '.join(columns)}; expected `prompt`, `chosen` and `rejected` (or "
-            "`chosen` and `rejected` as whole conversations). Rename its columns; for other data run `jai sft`."
-        )
-    pair = ("chosen", "rejected")
-    if "prompt" not in columns:
-        return DatasetType.PREFERENCE, pair
-    # UltraFeedback's layout: the prompt as a string, and again as the first turn of both conversations.
-    if isinstance(_example(rows, "prompt"), str) and isinstance(_example(rows, "chosen"), list):
-        return DatasetType.PREFERENCE, pair
-    return DatasetType.PREFERENCE, (*pair, "prompt")
-
-
-def _tidy(rows: AnyDataset, data: TrainingData, split: str) -> tuple[AnyDataset, tuple[str, ...]]:
-    """The rows with the columns that training reads alone, every row checked, conversations in `messages`.
-
-    The other columns go: a stray `prompt` beside `messages` would make TRL take the rows for something else.
-    """
-    columns, present = data.columns, list(next(iter(rows)))
-    if missing := [column for column in columns if column not in present]:
-        raise UserError(
-            f"The split {split} of {data.name} lacks {', '.join(missing)}; it has the columns {', '.join(present)}. "
-            "All splits need the same columns."
-        )
-    rows = rows.select_columns([*columns, *(column for column in _CHAT_EXTRAS if column in present)])
-    if data.conversational:
-        example = _example(rows, columns[0])
-        turn = example[0] if isinstance(example, list) and example else None
-        if isinstance(turn, dict) and {"from", "value"} <= turn.keys():
-            try:
-                with PartialState().local_main_process_first():
-                    rows = rows.map(_from_sharegpt, fn_kwargs={"columns": columns})
-            except ArrowException as error:  # values of several types, which JSON may have and Arrow not
-                raise _unreadable(data.name, error) from error
-        if "conversations" in columns:
-            rows, columns = rows.rename_column("conversations", "messages"), ("messages",)
-    checked = replace(data, columns=columns)
-    if isinstance(rows, Dataset):
-        _refuse(list(_wrong_rows(rows, checked)), checked, split)
-        return rows, columns
-
-    def check(row: dict[str, Any], index: int) -> dict[str, Any]:
-        if wrong := _wrong_row(row, checked):
-            _refuse([(index + 1, wrong)], checked, split)
-        return row
-
-    return rows.map(check, with_indices=True), columns
-
-
-def _from_sharegpt(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    def message(turn: Any) -> Any:
-        if not isinstance(turn, dict) or "from" not in turn:
-            return turn
-        return {"role": _SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
-
-    return {
-        column: [message(turn) for turn in row[column]] if isinstance(row[column], list) else row[column]
-        for column in columns
-    }
-
-
-def _refuse(wrong_rows: list[tuple[int, str]], data: TrainingData, split: str) -> None:
-    if not wrong_rows:
-        return
-    (row, wrong), *others = wrong_rows
-    more = ""
-    if others:
-        numbers = ", ".join(f"{number:,}" for number, _ in others[:5])
-        more = f" Rows like it: {numbers}{f' and {len(others) - 5:,} more' if len(others) > 5 else ''}."
-    raise UserError(
-        f"Row {row:,} of {data.name} (split {split}) cannot be trained on: {wrong}.{more} Mend these rows or leave "
-        "them out."
-    )
-
-
-def _wrong_rows(rows: Dataset, data: TrainingData) -> Iterable[tuple[int, str]]:
-    """Numbers of the rows that cannot be trained on, from 1, each with what is wrong."""
-    for number, row in enumerate(rows, 1):
-        if wrong := _wrong_row(row, data):
-            yield number, wrong
-
-
-def _wrong_row(row: dict[str, Any], data: TrainingData) -> str | None:
-    for column in data.columns:
-        wrong = (_wrong_conversation if data.conversational else _wrong_text)(row[column])
-        if wrong:
-            mixed = row[column] is not None and isinstance(row[column], list) != data.conversational
-            return f"`{column}` {wrong}" + (
-                f", like `{data.columns[0]}`" if mixed and column != data.columns[0] else ""
+def _common_form(splits: list[_SourceSplit]) -> RowForm:
+    first, *others = splits
+    for other in others:
+        if (other.form.type, other.form.columns, other.form.conversational) != (
+            first.form.type,
+            first.form.columns,
+            first.form.conversational,
+        ):
+            raise UserError(
+                f"{first.source.path} (split {first.split}) has {_described(first.form)}, and {other.source.path} "
+                f"(split {other.split}) has {_described(other.form)}. All must be of one form."
             )
-    if wrong := _wrong_extras(row):
-        return wrong
-    if data.type is not DatasetType.PREFERENCE:
-        return None
-    if row["chosen"] == row["rejected"]:
-        return "`chosen` and `rejected` are the same, so there is nothing to prefer"
-    if "prompt" in data.columns:
-        return None
-    if row["chosen"][:1] != row["rejected"][:1]:
-        return (
-            "`chosen` and `rejected` begin differently. Without a column `prompt`, both must begin with the turns that "
-            "they answer"
-        )
-    shorter, longer = sorted((row["chosen"], row["rejected"]), key=len)
-    if longer[: len(shorter)] == shorter:
-        return "one of `chosen` and `rejected` is the beginning of the other, so it has no answer of its own"
-    return None
+    return first.form
 
 
-def _wrong_text(value: Any) -> str | None:
-    if value is None:
-        return "is null"
-    return None if isinstance(value, str) else f"is {_shortened(value)}; expected a string"
+def _described(form: RowForm) -> str:
+    return f"{'messages' if form.conversational else 'strings'} in {', '.join(form.columns)}"
 
 
-def _wrong_conversation(value: Any) -> str | None:
-    if value is None:
-        return "is null"
-    if not isinstance(value, list):
-        return f"is {_shortened(value)}; expected a list of messages such as {_A_MESSAGE}"
-    if not value:
-        return "has no messages"
-    for turn, message in enumerate(value, 1):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            return f"has {_shortened(message)} as message {turn}; expected a message such as {_A_MESSAGE}"
-        content = message["content"]
-        if not isinstance(message["role"], str):
-            return f"has no role in message {turn}"
-        if isinstance(content, list):
-            return (
-                f"has content in parts in message {turn} (OpenAI's form for images); expected a string: join the text "
-                "of its parts"
-            )
-        if content is None and not message.get("tool_calls"):
-            return f"has no content in message {turn}"
-        if content is not None and not isinstance(content, str):
-            return f"has {_shortened(content)} as content of message {turn}; expected a string"
-    return None
-
-
-def _wrong_extras(row: dict[str, Any]) -> str | None:
-    if isinstance(row.get("tools"), str):
-        try:
-            json.loads(row["tools"])
-        except ValueError as error:
-            return f"`tools` is no valid JSON ({error})"
-    kwargs = row.get("chat_template_kwargs", {})
-    return None if isinstance(kwargs, dict) else f"`chat_template_kwargs` is {_shortened(kwargs)}; expected a mapping"
-
-
-def _shortened(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def drop_unanswered(rows: AnyDataset) -> tuple[AnyDataset, int]:
-    """Leave out the conversations without an assistant's turn, which `assistant_only_loss` cannot train on.
-
-    Returns the rest and how many were dropped (0 for streams, which are filtered as they come).
-    """
-
-    def is_answered(row: dict[str, Any]) -> bool:
-        return any(message["role"] == "assistant" for message in row.get("completion") or row["messages"])
-
+def _read(split: _SourceSplit, num_proc: int | None) -> Dataset:
+    """All rows of a split, on disk, in the cache of `datasets`."""
     with PartialState().local_main_process_first():
-        kept = rows.filter(is_answered)
-    return kept, len(rows) - len(kept) if isinstance(rows, Dataset) else 0
+        if isinstance(split.raw.dataset, Dataset):
+            return split.raw.dataset.map(
+                split.read_row,
+                with_indices=True,
+                remove_columns=split.raw.dataset.column_names,
+                features=split.features(),
+                num_proc=num_proc,
+                desc=f"Reading {split.source.path}",
+            )
+        try:
+            return Dataset.from_generator(split.read, features=split.features(), fingerprint=split.fingerprint())
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise unreadable(split.source.path, error.__cause__ or error) from error
 
 
-def count_unsupervised(packed: Dataset) -> tuple[int, int]:
-    """Documents in a packed dataset that carry no label at all, and documents in all."""
-    empty = total = 0
-    for row in packed.select_columns(["labels", "seq_lengths"]):
-        start = 0
-        for length in row["seq_lengths"]:
-            total += 1
-            empty += all(label == -100 for label in row["labels"][start : start + length])
-            start += length
-    return empty, total
+def _stream(split: _SourceSplit, limit: float) -> IterableDataset:
+    def read() -> Iterator[Row]:
+        faulty: list[FaultyRow] = []
+        where = f"{split.source.path} (split {split.split})"
+        for row in split.read():
+            if row[FAULT] is None:
+                yield {key: value for key, value in row.items() if key not in CHAT_EXTRAS or value is not None}
+            else:
+                faulty.append(FaultyRow(where, row[ROW], row[FAULT_KIND], row[FAULT]))
+                refuse_faults(faulty, row[ROW], limit)
+
+    return IterableDataset.from_generator(read)
+
+
+def faults_in(rows: Dataset, data: TrainingData, split: str) -> list[FaultyRow]:
+    """The faulty ones among rows that have the columns of choosing."""
+    found = []
+    for batch in rows.select_columns([ROW, SOURCE, FAULT_KIND, FAULT]).with_format("arrow").iter(10_000):
+        if batch[FAULT].null_count < len(batch):
+            for row in batch.filter(batch[FAULT].is_valid()).to_pylist():
+                found.append(FaultyRow(data.where(row[SOURCE], split), row[ROW], row[FAULT_KIND], row[FAULT]))
+    return found
+
+
+def without_faults(rows: Dataset) -> Dataset:
+    """The rows that are not faulty."""
+    is_faulty = np.concatenate(
+        [batch[FAULT].is_valid().to_numpy() for batch in rows.select_columns([FAULT]).with_format("arrow").iter(10_000)]
+    )
+    return rows.select(np.flatnonzero(~is_faulty)) if is_faulty.any() else rows
+
+
+def _digest(content: Any) -> int:
+    try:
+        text = json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
+    except UnicodeEncodeError as error:
+        raise RowFault("not text", "it holds half of a surrogate pair, which is no Unicode text") from error
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "big", signed=True)
+
+
+def _label(row: Any, column: str | None, fixed: str | None) -> str | None:
+    value = row.get(column) if column is not None else None
+    return fixed if value is None else str(value)
+
+
+def _score(row: Any, column: str | None) -> float | None:
+    try:
+        return float(row[column]) if column is not None else None
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -12,8 +12,9 @@ from rich.console import Console
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments
 
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments
-from jai.trainers.data import DatasetType
+from jai.trainers.data_arguments import DataArguments
 from jai.trainers.mixin import JaiTrainerMixin
+from jai.trainers.rows import DatasetType
 from jai.trainers.stage import Stage, run_as_script, run_command, run_stage
 
 
@@ -35,6 +36,7 @@ def run_dpo(
     training_args: DPOConfig,
     model_args: ModelConfig,
     jai_args: JaiTrainingArguments,
+    data_args: DataArguments | None = None,
     *,
     console: Console | None = None,
 ) -> Path:
@@ -45,6 +47,7 @@ def run_dpo(
         training_args: TRL's: how to train.
         model_args: TRL's: which model, its dtype, LoRA.
         jai_args: ours.
+        data_args: ours, on the data.
         console: where the plan and the result are printed; None is standard output, on the main process.
 
     Returns:
@@ -53,7 +56,9 @@ def run_dpo(
     Raises:
         UserError: for a model, data or options that cannot be trained with; the message says what to change.
     """
-    return run_stage(DPO, StageArguments(script_args, training_args, model_args, jai_args), console)
+    return run_stage(
+        DPO, StageArguments(script_args, training_args, model_args, jai_args, data_args or DataArguments()), console
+    )
 
 
 def main(argv: Sequence[str]) -> Path:

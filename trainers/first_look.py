@@ -32,12 +32,12 @@ def look_at_arguments(argv: Sequence[str]) -> None:
     model, data, out, resume = (
         given.get(name) for name in ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
     )
-    # What is no text is for TRL's parser to refuse.
+    # What is no text is for TRL's parser to refuse. Of `datasets`, each is looked at when it is opened.
     if isinstance(model, str | None):
         check_model_files(model, given.get("model_revision"))
-    if isinstance(data, str | None):
+    if isinstance(data, str | None) and "datasets" not in given:
         check_data_name(data)
-    if isinstance(out, str) and resume in (None, False, "false"):
+    if isinstance(out, str) and resume in (None, False, "false") and not given.get("preview"):
         refuse_used_output(Path(out))
 
 
@@ -88,7 +88,7 @@ def check_data_name(name: str | None) -> Path:
     if not name:
         raise UserError(
             f"No training data is given. Set `dataset_name` to a Hub id, a folder, or a file that ends in "
-            f"{READABLE_DATA}."
+            f"{READABLE_DATA}; or, in a YAML file, `datasets` to several of them."
         )
     path = Path(name)
     suffix = data_suffix(path)

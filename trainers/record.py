@@ -95,7 +95,7 @@ def write_record(
     record = {
         "step": step,
         "inputs": [input_of("model", base.name, files=files, made_by=base.made_by)],
-        "dataset": {"name": Path(data.name).name if Path(data.name).exists() else data.name, "rows": data.rows},
+        "dataset": _recorded_data(data),
         "options": _recorded_options(arguments),
         "result": {TRAINED_PARTS: [each.kind for each in parameters.kinds if each.trained]},
         "metrics": {**metrics, **(evaluations[-1] if evaluations else {})},
@@ -108,6 +108,25 @@ def write_record(
         "log_history": log_history,
     }
     write_step(out, record)
+
+
+def _recorded_data(data: TrainingData) -> dict[str, Any]:
+    """Name and rows, and of a mixture each source's; of local files the last part of the path alone."""
+
+    def name_of(path: str) -> str:
+        return Path(path).name if Path(path).exists() else path
+
+    if len(data.sources) < 2:
+        return {"name": name_of(data.name), "rows": data.rows}
+    sources = [
+        {"name": name_of(path), "category": category, "language": language, "rows": rows}
+        for (path, category, language), rows in data.counts.items()
+    ]
+    return {
+        "name": " + ".join(dict.fromkeys(source["name"] for source in sources)),
+        "rows": data.rows,
+        "sources": sources,
+    }
 
 
 def _recorded_options(arguments: StageArguments) -> dict[str, Any]:

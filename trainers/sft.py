@@ -13,8 +13,9 @@ from rich.console import Console
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments
-from jai.trainers.data import DatasetType
+from jai.trainers.data_arguments import DataArguments
 from jai.trainers.mixin import JaiTrainerMixin
+from jai.trainers.rows import DatasetType
 from jai.trainers.stage import Stage, run_as_script, run_command, run_stage
 
 
@@ -53,6 +54,7 @@ def run_sft(
     training_args: SFTConfig,
     model_args: ModelConfig,
     jai_args: JaiTrainingArguments,
+    data_args: DataArguments | None = None,
     *,
     console: Console | None = None,
 ) -> Path:
@@ -63,6 +65,7 @@ def run_sft(
         training_args: TRL's: how to train.
         model_args: TRL's: which model, its dtype, LoRA.
         jai_args: ours.
+        data_args: ours, on the data.
         console: where the plan and the result are printed; None is standard output, on the main process.
 
     Returns:
@@ -71,7 +74,9 @@ def run_sft(
     Raises:
         UserError: for a model, data or options that cannot be trained with; the message says what to change.
     """
-    return run_stage(SFT, StageArguments(script_args, training_args, model_args, jai_args), console)
+    return run_stage(
+        SFT, StageArguments(script_args, training_args, model_args, jai_args, data_args or DataArguments()), console
+    )
 
 
 def main(argv: Sequence[str]) -> Path:

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,18 +32,17 @@ from jai.trainers.base_model import BaseModel, open_base_model, prepare_chat
 from jai.trainers.checks import check_options, check_options_with_model, check_partial_training
 from jai.trainers.chosen_parts import choose_parts
 from jai.trainers.context import with_context
-from jai.trainers.data import (
-    DatasetType,
-    TrainingData,
-    count_unsupervised,
-    drop_unanswered,
-    load_training_data,
-)
+from jai.trainers.data import TrainingData, load_training_data
+from jai.trainers.data_arguments import DataArguments
+from jai.trainers.group_losses import GroupLosses
 from jai.trainers.lora import lora_config, merge_adapter
 from jai.trainers.mixin import JaiTrainerMixin, prepare_liger
 from jai.trainers.parameters import count_trained_parameters, empty_model
 from jai.trainers.parts import TrainableParts
+from jai.trainers.prepare import prepare_rows
+from jai.trainers.preview import print_preview
 from jai.trainers.record import write_record
+from jai.trainers.rows import DatasetType
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.tokens import count_tokens
 
@@ -76,12 +75,14 @@ def run_command(stage: Stage, argv: Sequence[str]) -> Path:
     # TRL still says gradient checkpointing, where transformers has begun to say activation checkpointing.
     warnings.filterwarnings("ignore", message=".*activation_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found.*")
-    options = (ScriptArguments, stage.config_class, ModelConfig, JaiTrainingArguments)
+    options = (ScriptArguments, stage.config_class, ModelConfig, JaiTrainingArguments, DataArguments)
     return run_stage(stage, StageArguments(*parse_arguments(options, argv, prog=f"jai {stage.verb}")))
 
 
 def run_stage(stage: Stage, arguments: StageArguments, console: Console | None = None) -> Path:
     """Train a model and leave a whole checkpoint (or an adapter) with its record in the output folder.
+
+    With `preview` it shows rows and ends, and there is no output folder.
 
     Raises:
         UserError: for a model, data or options that cannot be trained with; the message says what to change.
@@ -90,7 +91,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     check_options(arguments)
     if arguments.training.use_liger_kernel:
         prepare_liger()
-    checkpoint = resume_point(arguments.training)
+    checkpoint = None if arguments.data.preview else resume_point(arguments.training)
     base = with_context(open_base_model(arguments.model, arguments.training), arguments)
     check_options_with_model(arguments, base.config)
     data = load_training_data(arguments, stage.dataset_types)
@@ -102,9 +103,13 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     loading = loading_arguments(arguments, base)
 
     _choose_packing(arguments.training, data)
+    data = prepare_rows(data, arguments, base.tokenizer)
+    for note in data.notes:
+        console.print(f"[yellow]{escape(note)}[/]")
+    if arguments.data.preview:
+        print_preview(console, data, base.tokenizer, arguments.training, arguments.data.preview)
+        return Path(str(arguments.training.output_dir))
     parameters = count_trained_parameters(model, base, parts, lora, arguments.model)
-    if getattr(arguments.training, "assistant_only_loss", False):
-        data = _without_unanswered(data, console)
     train_tokens, evaluation_tokens = count_tokens(data, base.tokenizer, arguments.training)
 
     step, title = ("pretrain", "Continued pre-training") if data.is_plain_text else (stage.verb, stage.title)
@@ -176,10 +181,13 @@ def _build(
             router_statistics=arguments.jai.router_statistics,
             linear_cross_entropy=arguments.jai.linear_cross_entropy,
             parts=parts,
+            group_losses=GroupLosses(data, training) if GroupLosses.can_tell(data, training) else None,
             callbacks=[SnapshotCallback(snapshot_steps)] if snapshot_steps else None,
         )
-    if data.rows is not None:
-        _report_taught_nothing(console, data, data.rows, cast(Dataset, trainer.train_dataset), training)
+    if data.type is DatasetType.PREFERENCE and data.rows is not None:
+        left = len(cast(Dataset, trainer.train_dataset))
+        why = f"their prompts alone have {training.max_length} tokens or more (raise `max_length`)"
+        _report_dropped(console, data, data.rows - left, left, why)
     return trainer
 
 
@@ -187,14 +195,6 @@ def _choose_packing(training: TrlConfig, data: TrainingData) -> None:
     """Conversations stay whole, and plain text loses nothing: "bfd" drops what is longer than a sequence."""
     if isinstance(training, SFTConfig) and training.packing_strategy is None:
         training.packing_strategy = "bfd_split" if data.is_plain_text else "bfd"
-
-
-def _without_unanswered(data: TrainingData, console: Console) -> TrainingData:
-    kept, dropped = drop_unanswered(data.train)
-    left = 1 if data.rows is None else len(cast(Dataset, kept))
-    _report_dropped(console, data, dropped, left, "they have no assistant's turn")
-    evaluation = None if data.evaluation is None else drop_unanswered(data.evaluation)[0]
-    return replace(data, train=kept, evaluation=evaluation)
 
 
 @contextmanager
@@ -214,26 +214,6 @@ def _explaining_errors(data: TrainingData) -> Iterator[None]:
             f"A conversation in {data.name} does not fit the chat template: {error} Mend the data, or give the "
             "tokenizer a template that takes it."
         ) from error
-
-
-def _report_taught_nothing(
-    console: Console, data: TrainingData, rows: int, prepared: Dataset, training: TrlConfig
-) -> None:
-    """Count the examples that truncation left without a single label: TRL drops them, and packs them, in silence."""
-    if data.type is DatasetType.PREFERENCE:
-        why = f"their prompts alone have {training.max_length} tokens or more (raise `max_length`)"
-    else:
-        why = f"nothing that the loss is taken on lies in their first {training.max_length} tokens (raise `max_length`)"
-    if not getattr(training, "packing", False):
-        _report_dropped(console, data, rows - len(prepared), len(prepared), why)
-    elif "seq_lengths" in prepared.column_names and (
-        getattr(training, "assistant_only_loss", False) or data.type is DatasetType.PROMPT_COMPLETION
-    ):
-        empty, total = count_unsupervised(prepared)
-        if empty == total:
-            raise UserError(f"None of the examples in {data.name} can be trained on: {why}.")
-        if empty:
-            console.print(f"[yellow]{empty:,} of {total:,} examples are packed but teach nothing:[/] {why}.")
 
 
 def _report_dropped(console: Console, data: TrainingData, dropped: int, left: int, why: str) -> None:

@@ -1,22 +1,229 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens the rows of a stage have, and how many of them are cut off, counted before training."""
+"""Rows as tokens with their labels, as TRL makes them; and how many there are, and are cut off.
+
+SFT's rows are given to TRL in its tokenised form, `input_ids` and `labels`: what is counted, previewed and chosen by
+tokens is what is trained on, and is made once.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+from accelerate import PartialState
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length, extract_prompt
 
 from jai.errors import UserError
 from jai.trainers.arguments import TrlConfig
-from jai.trainers.data import AnyDataset, DatasetType, TrainingData
+from jai.trainers.data import FAULT, FAULT_KIND, ROW, TrainingData, faults_in, without_faults
+from jai.trainers.data_files import AnyDataset
+from jai.trainers.faults import FaultyRow, refuse_faults
+from jai.trainers.messages import RowFault, shortened
+from jai.trainers.rows import DatasetType, Row
 
-_COUNTED_ROWS = 20_000  # all rows up to here: a few seconds; of more, so many spread over them
+IGNORED = -100
+_COUNTED_ROWS = 20_000  # pairs: all rows up to here take a few seconds; of more, so many spread over them
 _COUNTED_OF_A_STREAM = 100
+
+
+@dataclass(frozen=True)
+class RowTokenizer:
+    """Makes tokens and labels of rows, exactly as TRL's trainers do.
+
+    Attributes:
+        tokenizer: with its chat template.
+        conversational: whether rows hold messages.
+        text_column: of plain text.
+        assistant_only_loss, completion_only_loss: TRL's options.
+        chat_template: in place of the tokenizer's own; TRL marks the templates that it knows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    conversational: bool
+    text_column: str
+    assistant_only_loss: bool
+    completion_only_loss: bool
+    chat_template: str | None
+
+    @classmethod
+    def of(cls, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig) -> "RowTokenizer":
+        """The one for a stage's data and options."""
+        assistant_only = getattr(training, "assistant_only_loss", False)
+        is_marked = not assistant_only or has_generation_markers(str(tokenizer.chat_template))
+        return cls(
+            tokenizer,
+            data.conversational,
+            getattr(training, "dataset_text_field", "text"),
+            assistant_only,
+            getattr(training, "completion_only_loss", None) is not False,
+            None if is_marked else get_training_chat_template(tokenizer),
+        )
+
+    def encode(self, row: Row) -> tuple[list[int], list[int]]:
+        """A row's tokens, and their labels: the tokens themselves, or -100 where no loss is taken.
+
+        Raises:
+            RowFault: if its conversation does not fit the chat template.
+        """
+        if self.conversational:
+            self._refuse_what_the_template_ignores(row)
+        if "prompt" in row and "completion" in row:
+            return self._encode_completion(row["prompt"], row["completion"], row)
+        if self.conversational:
+            return self._encode_messages(row["messages"], row, add_generation_prompt=False)
+        ids = self._encode_text(self._ended(row[self.text_column]))
+        return ids, ids
+
+    def encode_pair(self, row: Row) -> dict[str, tuple[list[int], list[int]]]:
+        """The two sequences of a preference pair, each with the prompt, and labels on the answers.
+
+        Raises:
+            RowFault: if its conversation does not fit the chat template.
+        """
+        if "prompt" not in row:
+            row = extract_prompt(dict(row))
+        encoded = {name: self._encode_completion(row["prompt"], row[name], row) for name in ("chosen", "rejected")}
+        # TRL gives both the same prompt: the shorter one, where tokens merge across its end in one of the two.
+        start = min(sum(label == IGNORED for label in labels) for _, labels in encoded.values())
+        return {name: (ids, [IGNORED] * start + ids[start:]) for name, (ids, _) in encoded.items()}
+
+    def _refuse_what_the_template_ignores(self, row: Row) -> None:
+        """A template that does not know a thing leaves it out without a word."""
+        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        used = {
+            "tools": bool(row.get("tools")),
+            "tool_calls": any("tool_calls" in message for message in messages),
+            "reasoning_content": any("reasoning_content" in message for message in messages),
+            "weight": any(message.get("weight") == 0 for message in messages),
+        }
+        if used["weight"] and not self.assistant_only_loss:
+            raise RowFault(
+                "weight",
+                "it has a turn that is not to be trained (`weight: 0`), which needs `assistant_only_loss: true`",
+            )
+        template = str(self.chat_template or self.tokenizer.chat_template)
+        if ignored := [name for name, is_used in used.items() if is_used and name not in template]:
+            raise RowFault(
+                "chat template",
+                f"it has `{ignored[0]}`, which the chat template does not know. Set `chat_template_path` to one that "
+                "does (JAI's is tokenization/chat_template.jinja)",
+            )
+
+    def _encode_completion(self, prompt: Any, completion: Any, row: Row) -> tuple[list[int], list[int]]:
+        if self.conversational:
+            begin, _ = self._encode_messages(prompt, row, add_generation_prompt=True)
+            ids, labels = self._encode_messages([*prompt, *completion], row, add_generation_prompt=False)
+        else:
+            begin = self._encode_text(prompt)
+            ids = labels = self._encode_text(prompt + self._ended(completion))
+        # The completion begins where the two part, which need not be the end of the prompt: tokens merge across it.
+        start = common_prefix_length(begin, ids) if self.completion_only_loss else 0
+        return ids, [IGNORED] * start + labels[start:]
+
+    def _encode_messages(self, messages: Any, row: Row, *, add_generation_prompt: bool) -> tuple[list[int], list[int]]:
+        masks = self.assistant_only_loss and not add_generation_prompt
+        kwargs = {"chat_template": self.chat_template, "tools": _tools(row), **(row.get("chat_template_kwargs") or {})}
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=True,
+                return_dict=True,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=masks,
+                **kwargs,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RowFault(
+                "chat template",
+                f"it does not fit the chat template: {shortened(error)} Mend the row, or give the tokenizer a template "
+                "that takes it (`chat_template_path`)",
+            ) from error
+        ids = list(encoded["input_ids"])
+        if not masks:
+            return ids, ids
+        return ids, [token if marked else IGNORED for token, marked in zip(ids, encoded["assistant_masks"])]
+
+    def _encode_text(self, text: str) -> list[int]:
+        return list(self.tokenizer(text=text)["input_ids"])
+
+    def _ended(self, text: str) -> str:
+        end = str(self.tokenizer.eos_token)
+        return text if text.endswith(end) else text + end
+
+
+def _tools(row: Row) -> Any:
+    tools = row.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
+
+
+def tokenize_rows(data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig, limit: float = 0.0):
+    """The data with `input_ids` and `labels` beside what the rows had; preference pairs as they are.
+
+    Args:
+        data: the rows.
+        tokenizer: of the model, with its chat template.
+        training: TRL's options.
+        limit: of faulty rows, those that were left out before among them.
+
+    Raises:
+        UserError: for more rows that do not fit the chat template than are allowed.
+    """
+    if data.type not in (DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION):
+        return data
+    encoder = RowTokenizer.of(data, tokenizer, training)
+    faulty: list[FaultyRow] = []
+    splits = []
+    for split, rows in (("train", data.train), ("test", data.evaluation)):
+        if isinstance(rows, Dataset):
+            with PartialState().local_main_process_first():
+                rows = rows.map(_add_tokens, fn_kwargs={"encoder": encoder}, **_map_options(training, "Tokenizing"))
+            faulty += faults_in(rows, data, split)
+            rows = without_faults(rows)
+        elif rows is not None:
+            rows = rows.map(_add_tokens_or_refuse, fn_kwargs={"encoder": encoder, "name": data.name})
+        splits.append(rows)
+    notes = refuse_faults(faulty, _size(data) + data.faulty, limit - data.faulty if limit >= 1 else limit)
+    return replace(
+        data, train=splits[0], evaluation=splits[1], faulty=data.faulty + len(faulty), notes=[*data.notes, *notes]
+    )
+
+
+def _size(data: TrainingData) -> int:
+    return sum(len(rows) for rows in (data.train, data.evaluation) if isinstance(rows, Dataset))
+
+
+def _map_options(training: TrlConfig, description: str) -> dict[str, Any]:
+    return {"num_proc": training.dataset_num_proc, "desc": description}
+
+
+def _add_tokens(row: Row, encoder: RowTokenizer) -> Row:
+    try:
+        ids, labels = encoder.encode(row)
+    except RowFault as fault:
+        return {"input_ids": [], "labels": [], FAULT_KIND: fault.kind, FAULT: fault.text}
+    return {"input_ids": ids, "labels": labels}
+
+
+def _add_tokens_or_refuse(row: Row, encoder: RowTokenizer, name: str) -> Row:
+    try:
+        ids, labels = encoder.encode(row)
+    except RowFault as fault:
+        raise UserError(f"Row {row[ROW]:,} of {name} cannot be trained on: {fault.text}.") from fault
+    return {"input_ids": ids, "labels": labels}
+
+
+def lengths_of(rows: Dataset) -> np.ndarray:
+    """Tokens of each row. Shape (rows,)."""
+    batches = rows.select_columns(["input_ids"]).with_format("arrow").iter(1000)
+    lengths = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
+    return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -41,6 +248,8 @@ def count_tokens(
 ) -> tuple[TokenCount, TokenCount | None]:
     """Count the tokens of the rows to train on and, where there are any, of those to evaluate on.
 
+    All tokens of SFT's rows, which `tokenize_rows` has made; of many pairs, and of a stream, those of a sample.
+
     Raises:
         UserError: for a row that does not fit the chat template.
     """
@@ -55,70 +264,41 @@ def count_tokens(
 def _count(
     rows: AnyDataset, packing: bool, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig
 ) -> TokenCount:
-    numbered: Iterable[tuple[int, dict[str, Any]]]
+    is_pairs = data.type is DatasetType.PREFERENCE
+    limit = None if packing and splits_rows(training) else training.max_length
+    if isinstance(rows, Dataset) and not is_pairs:
+        lengths = lengths_of(rows)
+        return TokenCount(len(rows), False, int(lengths.sum()), _cut(lengths, limit))
+    numbered: Iterable[tuple[int, Row]]
     if isinstance(rows, Dataset):
-        step = -(-len(rows) // _COUNTED_ROWS)
+        step = max(-(-len(rows) // _COUNTED_ROWS), 1)
         numbers = range(0, len(rows), step)
         numbered, counted, is_sample = zip(numbers, rows.select(numbers)), len(numbers), step > 1
     else:
-        sample = list(rows.take(_COUNTED_OF_A_STREAM))
+        sample = list(islice(rows, _COUNTED_OF_A_STREAM))
         numbered, counted, is_sample = enumerate(sample), len(sample), True
-    splits = packing and getattr(training, "packing_strategy", None) in ("bfd_split", "wrapped")
-    limit = None if splits else training.max_length
-    tokens = cut = 0
-    for length in _lengths(_sequences(numbered, data, tokenizer, training), data, tokenizer):
-        tokens += length
-        cut += max(length - limit, 0) if limit else 0
-    return TokenCount(counted, is_sample, tokens, cut)
+    if is_pairs:
+        encoder = RowTokenizer.of(data, tokenizer, training)
+        lengths = np.array(list(_lengths_of_pairs(numbered, encoder, data.name)))
+    else:
+        lengths = np.array([len(row["input_ids"]) for _, row in numbered])
+    return TokenCount(counted, is_sample, int(lengths.sum()), _cut(lengths, limit))
 
 
-def _lengths(sequences: Iterator[str], data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    while texts := list(islice(sequences, 1000)):
-        # The chat template has written its special tokens itself.
-        for ids in tokenizer(texts, add_special_tokens=not data.conversational)["input_ids"]:
-            yield len(ids)
+def splits_rows(training: TrlConfig) -> bool:
+    """Whether packing goes on with a long row in another sequence, so that nothing of it is cut off."""
+    return getattr(training, "packing_strategy", None) in ("bfd_split", "wrapped")
 
 
-def _sequences(
-    numbered: Iterable[tuple[int, dict[str, Any]]],
-    data: TrainingData,
-    tokenizer: PreTrainedTokenizerBase,
-    training: TrlConfig,
-) -> Iterator[str]:
-    """The texts that the rows become, as TRL tokenises them."""
-    eos = getattr(training, "eos_token", None) or str(tokenizer.eos_token)
+def _cut(lengths: np.ndarray, limit: int | None) -> int:
+    return int(np.maximum(lengths - limit, 0).sum()) if limit else 0
+
+
+def _lengths_of_pairs(numbered: Iterable[tuple[int, Row]], encoder: RowTokenizer, name: str) -> Iterator[int]:
     for index, row in numbered:
-        for value in _values(row, data):
-            if data.conversational:
-                yield _render(value, row, index, data, tokenizer)
-            else:
-                yield value if value.endswith(eos) else value + eos
-
-
-def _values(row: dict[str, Any], data: TrainingData) -> list[Any]:
-    """The sequences that a row becomes, each a string or a list of messages."""
-    if data.type is DatasetType.PROMPT_COMPLETION:
-        return [row["prompt"] + row["completion"]]
-    if data.type is DatasetType.PREFERENCE:
-        prompt = row.get("prompt", [] if data.conversational else "")
-        return [prompt + row["chosen"], prompt + row["rejected"]]
-    return [row[data.columns[0]]]
-
-
-def _render(
-    messages: list[dict[str, Any]],
-    row: dict[str, Any],
-    index: int,
-    data: TrainingData,
-    tokenizer: PreTrainedTokenizerBase,
-) -> str:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    kwargs = row.get("chat_template_kwargs") or {}
-    try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs))
-    except (TemplateError, TypeError) as error:
-        raise UserError(
-            f"Row {index + 1:,} of {data.name} does not fit the chat template: {error} Mend the row, or give the "
-            "tokenizer a template that takes it (`chat_template_path`)."
-        ) from error
+        try:
+            sequences = encoder.encode_pair(row)
+        except RowFault as fault:
+            number = row.get(ROW, index + 1)
+            raise UserError(f"Row {number:,} of {name} cannot be trained on: {fault.text}.") from fault
+        yield from (len(ids) for ids, _ in sequences.values())
