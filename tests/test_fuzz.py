@@ -670,14 +670,14 @@ def test_yaml_that_would_take_for_ever_is_refused(checkpoints, text, message):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (b"null\n", "row … is null"),  # ended the process
-        (b'\xef\xbb\xbf\n null\n{"text": "a"}\n', "row … is null"),
+        (b"null\n", "cannot be read: of row … it is null"),  # ended the process
+        (b'\xef\xbb\xbf\n null\n{"text": "a"}\n', "Row … of … (split train) cannot be trained on: it is null"),
         (b'{"conversations": 7}\n', "Row … of … (split train) cannot be trained on: `messages` is"),
         (b'{"conversations": [{"from": [], "value": "a"}]}\n', "`messages` ha"),
         (
             b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'
             b'{"conversations": [{"from": "human", "value": [1, 2]}, {"from": "gpt", "value": "b"}]}\n',
-            "cannot be read: cannot mix list",
+            "Row … of … (split train) cannot be trained on: `messages` ha",
         ),
     ],
 )

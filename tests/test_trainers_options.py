@@ -21,10 +21,11 @@ from jai.trainers.base_model import BaseModel
 from jai.trainers.checks import check_options, check_options_with_model
 from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
 from jai.trainers.parts import select_parts
+from jai.trainers.data_arguments import DataArguments
 from jai.trainers.sft import JaiSFTConfig
 
-SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments)
-DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments)
+SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments, DataArguments)
+DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments, DataArguments)
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +124,11 @@ def test_the_command_line_wins_and_environment_is_set(monkeypatch):
         ("model_init_kwargs: foo", r"`model_init_kwargs` is 'foo'; expected a mapping"),
         ("deepspeed: missing.json", r"`deepspeed` is 'missing.json'; expected a mapping"),
         ("pad_to_multiple_of: abc", r"`pad_to_multiple_of` is 'abc'; expected a whole number"),
+        ("datasets: a.jsonl", r"`datasets` is 'a.jsonl'; expected a list, each a mapping"),
+        ("shares: [1]", r"`shares` is \[1\]; expected a mapping"),
+        ("shares_of: rows", r"`shares_of` is 'rows'; expected one of examples, tokens"),
+        ("mixture_size: 0", r"`mixture_size` is 0; expected more than 0"),
+        ("preview: -1", r"`preview` is -1; expected 0 or more"),
         ("env: [a]", r"`env` is \['a'\]; expected environment variables"),
         ("report_to: wandbb", r"`report_to` is 'wandbb'; expected none, or some of .*wandb"),
         ("attn_implementation: flash", r"`attn_implementation` is 'flash'; expected one of eager, "),

@@ -115,7 +115,7 @@ class _SourceSplit:
             content = read_row(row, self.form)
             digests = {DIGEST: _digest(content), QUESTION: _digest(question_of(content, self.form))}
         except RowFault as fault:
-            return read | {FAULT_KIND: fault.kind, FAULT: fault.text}
+            return read | {FAULT_KIND: fault.kind, FAULT: _as_unicode(fault.text)}
         source = self.source
         return {
             **read,
@@ -341,7 +341,12 @@ def _digest(content: Any) -> int:
 
 def _label(row: Any, column: str | None, fixed: str | None) -> str | None:
     value = row.get(column) if column is not None else None
-    return fixed if value is None else str(value)
+    return fixed if value is None else _as_unicode(str(value))
+
+
+def _as_unicode(text: str) -> str:
+    """Halves of surrogate pairs, which JSON may have and Arrow may not, become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _score(row: Any, column: str | None) -> float | None:

@@ -60,7 +60,11 @@ def prepare_rows(data: TrainingData, arguments: StageArguments, tokenizer: PreTr
         data = replace(data, train=rows.select(train), evaluation=rows.select(held_out))
     elif data.evaluation is not None:
         _say_seen_in_training(data)
-    if getattr(training, "packing", False) and training.packing_strategy == "wrapped" and _has_groups(data):
+    if (
+        getattr(training, "packing", False)
+        and getattr(training, "packing_strategy", None) == "wrapped"
+        and _has_groups(data)
+    ):
         data.notes.append("No loss by category and language is logged: `wrapped` packing hides where documents end.")
     return _tidy(replace(data, counts=_count_rows(data)))
 
@@ -80,7 +84,7 @@ def _column(rows: Dataset, name: str) -> np.ndarray:
 
 
 def _texts(rows: Dataset, name: str) -> list[str | None]:
-    return list(rows.select_columns([name]).to_dict()[name])  # type: ignore[index]
+    return list(rows.select_columns([name]).to_dict()[name])
 
 
 def _tidy(data: TrainingData) -> TrainingData:

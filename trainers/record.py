@@ -118,15 +118,12 @@ def _recorded_data(data: TrainingData) -> dict[str, Any]:
 
     if len(data.sources) < 2:
         return {"name": name_of(data.name), "rows": data.rows}
+    names = dict.fromkeys(name_of(source.path) for source in data.sources)
     sources = [
         {"name": name_of(path), "category": category, "language": language, "rows": rows}
         for (path, category, language), rows in data.counts.items()
     ]
-    return {
-        "name": " + ".join(dict.fromkeys(source["name"] for source in sources)),
-        "rows": data.rows,
-        "sources": sources,
-    }
+    return {"name": " + ".join(names), "rows": data.rows, "sources": sources}
 
 
 def _recorded_options(arguments: StageArguments) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class RowTokenizer:
         masks = self.assistant_only_loss and not add_generation_prompt
         kwargs = {"chat_template": self.chat_template, "tools": _tools(row), **(row.get("chat_template_kwargs") or {})}
         try:
-            encoded = self.tokenizer.apply_chat_template(
+            encoded: Any = self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=True,
                 return_dict=True,
