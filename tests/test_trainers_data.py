@@ -121,7 +121,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ([{"text": "a"}, {"text": " \n"}], r"Row 2 of .*`text` is empty"),
         ([{"text": "a"}, {"text": 5}], r"Row 2 of .*`text` is 5; expected a string"),
         ([{"text": "a"}, '{"text": "\\ud800"}'], r"Row 2 of .*half of a surrogate pair"),
-        ([CHAT, {"messages": ["\ud800"]}], r"Row 2 of .*has \? as message 1"),
+        ([CHAT, '{"messages": ["\\ud800"]}'], r"Row 2 of .*has \? as message 1"),
         ([CHAT, {"text": "a"}], r"Row 2 of .*`messages` is null"),
         ([CHAT, {"messages": [user("hi"), assistant(None)]}], r"Row 2 of .*`messages` has no content in message 2"),
         (
