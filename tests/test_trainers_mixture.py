@@ -530,6 +530,7 @@ def test_recipes_of_mixtures_run_on_generated_rows(recipe, checkpoint, sentences
         config,
         max_length=512,
         merge_adapter=False,
+        new_row_ids="300-380",
         gradient_checkpointing=False,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1000,

@@ -19,9 +19,9 @@ from jai.errors import UserError
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments, parse_arguments
 from jai.trainers.base_model import BaseModel
 from jai.trainers.checks import check_options, check_options_with_model
+from jai.trainers.data_arguments import DataArguments
 from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
 from jai.trainers.parts import select_parts
-from jai.trainers.data_arguments import DataArguments
 from jai.trainers.sft import JaiSFTConfig
 
 SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments, DataArguments)
