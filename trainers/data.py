@@ -19,12 +19,12 @@ from jai.errors import UserError
 from jai.trainers import messages as messages_module
 from jai.trainers import rows as rows_module
 from jai.trainers.arguments import StageArguments
-from jai.trainers.data_arguments import DataSource
+from jai.trainers.data_arguments import RowSource
 from jai.trainers.data_files import AnyDataset, RawSplit, open_splits, unreadable
 from jai.trainers.faults import FaultyRow, refuse_faults
 from jai.trainers.first_look import check_data_name
 from jai.trainers.messages import RowFault
-from jai.trainers.mixture import Mixture
+from jai.trainers.mixture import RowMixture
 from jai.trainers.rows import CHAT_EXTRAS, DatasetType, Row, RowForm, find_form, question_of, read_row
 from jai.version import __version__
 
@@ -61,9 +61,9 @@ class TrainingData:
     conversational: bool
     train: AnyDataset
     evaluation: AnyDataset | None
-    sources: tuple[DataSource, ...] = ()
+    sources: tuple[RowSource, ...] = ()
     faulty: int = 0
-    mixture: Mixture | None = None
+    mixture: RowMixture | None = None
     counts: dict[tuple[str, str | None, str | None], int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -94,7 +94,7 @@ class _SourceSplit:
         form: of its rows.
     """
 
-    source: DataSource
+    source: RowSource
     index: int
     split: str
     raw: RawSplit
@@ -218,7 +218,7 @@ def _read_all(
     )
 
 
-def _options_of_whole_data(arguments: StageArguments, sources: Sequence[DataSource]) -> list[str]:
+def _options_of_whole_data(arguments: StageArguments, sources: Sequence[RowSource]) -> list[str]:
     options = arguments.data
     given = {
         "`datasets`": options.datasets is not None,

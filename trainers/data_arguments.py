@@ -11,7 +11,7 @@ SHARES_OF = ("examples", "tokens")
 
 
 @dataclass(frozen=True)
-class DataSource:
+class RowSource:
     """One of several sources of a mixture.
 
     Attributes:
@@ -157,7 +157,7 @@ class DataArguments:
         """Whether rows are chosen by shares."""
         return bool(self.shares) or any("fraction" in source for source in self.datasets or [])
 
-    def sources(self, name: str, config: str | None, split: str) -> list[DataSource]:
+    def sources(self, name: str, config: str | None, split: str) -> list[RowSource]:
         """The sources of the training data: `datasets`, or the one that TRL's options name.
 
         Raises:
@@ -166,15 +166,15 @@ class DataArguments:
         columns = ("category_column", "language_column", "score_column")
         shared = {column: getattr(self, column) for column in columns}
         if self.datasets is None:
-            return [DataSource(name, config, split, **shared)]
+            return [RowSource(name, config, split, **shared)]
         if not self.datasets:
             raise UserError("`datasets` is empty. Give at least one source, each with a `path`.")
-        known = [each.name for each in fields(DataSource)]
+        known = [each.name for each in fields(RowSource)]
         for source in self.datasets:
             refuse_unknown(source, known, "A source in `datasets`")
             if "path" not in source:
                 raise UserError(f"A source in `datasets` has no `path`: {source}.")
-        sources = [DataSource(**{**shared, **source}) for source in self.datasets]
+        sources = [RowSource(**{**shared, **source}) for source in self.datasets]
         with_fraction = [source for source in sources if source.fraction is not None]
         if with_fraction and (len(with_fraction) < len(sources) or self.shares):
             raise UserError(

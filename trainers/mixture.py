@@ -45,7 +45,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class RowMixture:
     """Rows that were chosen.
 
     Attributes:
@@ -70,7 +70,7 @@ def mix_rows(
     size: int | None = None,
     repeat: bool = False,
     seed: int = 0,
-) -> Mixture:
+) -> RowMixture:
     """Choose rows so that each group has its share of them, or of their tokens.
 
     Args:
@@ -116,7 +116,7 @@ def mix_rows(
     positions = np.concatenate(list(chosen.values()))
     if not len(positions):
         raise UserError(f"The mixture of {total:,.0f} {of} has no rows. Give a larger `mixture_size`.")
-    return Mixture(np.random.default_rng(seed).permutation(positions), reports, printed_sum, of)
+    return RowMixture(np.random.default_rng(seed).permutation(positions), reports, printed_sum, of)
 
 
 def _check_names(present: set[str], shares: Mapping[str, float]) -> None:

@@ -24,7 +24,7 @@ from jai.trainers.data import (
     TrainingData,
 )
 from jai.trainers.data_files import AnyDataset
-from jai.trainers.mixture import Mixture, cut_validation, even_order, mix_rows
+from jai.trainers.mixture import RowMixture, cut_validation, even_order, mix_rows
 from jai.trainers.rows import CHAT_EXTRAS, DatasetType, answers_of
 from jai.trainers.tokens import IGNORED, lengths_of, splits_rows, tokenize_rows
 
@@ -234,7 +234,7 @@ def _named(data: TrainingData, which: np.ndarray) -> str:
     return ", ".join(names) + (f" and {more:,} more" if more else "")
 
 
-def _mix(data: TrainingData, arguments: StageArguments, seed: int) -> Mixture:
+def _mix(data: TrainingData, arguments: StageArguments, seed: int) -> RowMixture:
     options, rows = arguments.data, _rows(data.train)
     tokens = lengths_of(rows) if "input_ids" in rows.column_names else None
     if options.shares_of == "tokens" and tokens is None:
