@@ -31,6 +31,7 @@ RIGHT_FOR_42 = [
     r"\boxed{2\cdot 21}",
     r"\boxed{\sqrt{1764}}",
     r"\boxed{41} เดี๋ยวก่อน \boxed{42}",
+    "คำตอบคือ 41 ไม่ใช่สิ คำตอบคือ 42",
     r"ได้ 42 ดังนั้น \boxed{4",  # a box that is never closed holds nothing; the number before it stands
     r"The final answer is: $\boxed{42}$",
     "42 บาท",
@@ -74,6 +75,7 @@ RIGHT_FOR_42 = [
     "Answer:\n42",
     "#### 42",
     "40 + 2 = 42\n#### 42 ",
+    "#### 41\n#### 42",
     "Total = 42 apples",
     "ดังนั้นได้ 6×7 = 42 บาทค่ะ",
     "<think>41</think>42",
@@ -110,6 +112,7 @@ WRONG_FOR_42 = [
     r"\boxed{}",
     r"\boxed{42",
     r"\boxed{42} แล้วเปลี่ยนเป็น \boxed{43}",
+    "คำตอบคือ 42 ไม่ใช่สิ คำตอบคือ 43",
     r"คำตอบคือ 42 \boxed{43}",  # a box counts more
     r"\boxed{42x}",
     r"\boxed{2x=42}",
