@@ -223,8 +223,10 @@ def _skeleton(answer: str) -> str:
 
 _LONGEST_FORMULA = 300  # characters
 _WORD = re.compile(r"(?<!\\)\b(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|inf|pi|ln|mod)\b)[^\W\d_]{3,}")
-# A power of a power, or of thousands: to compute one may take for ever, where no alarm rings.
-_HUGE_POWER = re.compile(r"\^[^-+=,;&]*\^|\^\s*\{?[^}]*\d{4}|\d{4}\s*!|!\s*!|\*\*")
+# A power of a power, one of thousands, and the like: to compute it may take for ever, where no alarm rings.
+_HUGE = re.compile(
+    r"\^[^-+=,;&]*\^|\^\s*\{?[^}]*\d{4}|\d{4}\s*!|!\s*!|\*\*|\\[dt]?binom(?!\s*\{\s*\d{1,3}\s*\}\s*\{\s*\d{1,3}\s*\})"
+)
 
 
 def _same_formula(answer: str, gold: str) -> bool:
@@ -252,7 +254,7 @@ def _is_formula(text: str) -> bool:
         and text.isprintable()
         and not re.search(r"[\u0e00-\u0e7f]", text)
         and not _WORD.search(text)
-        and not _HUGE_POWER.search(text)
+        and not _HUGE.search(text)
         and not re.search(r"\d\s+\d", text)  # which math-verify reads as one number
     )
 

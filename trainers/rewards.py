@@ -2,7 +2,7 @@
 """Rewards that can be verified, with the signature of TRL's: `f(completions, **columns) -> list[float | None]`.
 
 They are the checks of `jai.evaluation`, so what is trained for is what is measured. The columns are the data set's, and
-None skips a row, which another reward may be for. Repetition is TRL's own, which counts n-grams of tokens, not of words.
+None skips a row, which another reward may be for. Repetition is TRL's own: it counts n-grams of tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
