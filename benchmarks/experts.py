@@ -9,7 +9,8 @@ First the ceiling of the machine: the same matrix products by cuBLAS, expert by 
 turn, on the same tensors: ours, transformers' implementations, a cuBLAS loop over the experts (whose sizes the host
 knows: no real model can), sonicmoe where it loads, and Liger's. Passes: `forward`, `replayed` (the same as a CUDA
 graph, for up to 64 tokens: what decoding costs without Python), `training` (forward and backward), `checkpointed` (the
-same under non-reentrant activation checkpointing). `--lora R` adapts both matrices by PEFT. Time is the median over
+same under non-reentrant activation checkpointing). `--lora R` adapts both matrices by PEFT; `--contenders` leaves the
+others out. Time is the median over
 rounds, by CUDA events, with the caches flushed in between; memory the most beside what is there before. Rows are
 appended to results/experts.csv; --plot draws the last run against the roofline.
 """
@@ -46,6 +47,7 @@ IMPLEMENTATIONS = (
 )
 CEILING = "ceiling: cuBLAS products"
 LOOP = "cuBLAS loop"
+CONTENDERS = (*IMPLEMENTATIONS, LOOP, "liger")
 BATCHED_MOST = 64  # batched_mm copies a token's matrices: 1.1 GB each at JAI-1's size
 REPLAYED_MOST = 64  # decoding
 CHECKED_TOKENS = 256
@@ -218,7 +220,7 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
     batch = tuple(batch)
     dout_TH = torch.randn_like(batch[0].detach())
     errors = {}
-    names = [name for name in (*IMPLEMENTATIONS, LOOP, "liger") if name != "batched_mm" or tokens <= BATCHED_MOST]
+    names = [name for name in arguments.contenders if name != "batched_mm" or tokens <= BATCHED_MOST]
     for name in names:
         experts.config._experts_implementation = name
         try:
@@ -321,6 +323,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384, 65536])
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--intermediate", type=int, default=17920)
     parser.add_argument("--experts", type=int, default=4)

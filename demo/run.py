@@ -46,7 +46,7 @@ QUIET = Console(quiet=True)
 REPO_ID = "demo/jai-tiny"
 QUESTION = "2 + 3 = ?"
 BASE_STEPS = 200
-QUICK_BASE_STEPS, QUICK_STEPS = 20, 6
+QUICK_BASE_STEPS, QUICK_STEPS = 20, 2
 BASE_VOCABULARY = 1536
 VOCABULARY = 2304
 RECIPES = ("convert.yaml", "pretrain.yaml", "sft.yaml", "dpo.yaml")

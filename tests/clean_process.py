@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`clean_process.py STEP FOLDER OUT`: what test_remote_code.py runs where `jai` cannot be imported."""
+"""`clean_process.py OUT STEP FOLDER …`: what test_remote_code.py runs where `jai` cannot be imported."""
 
 import json
 import sys
@@ -147,6 +147,6 @@ def load_adapters(folder: Path, out: Path) -> dict:
 
 if __name__ == "__main__":
     steps = {step.__name__: step for step in (load_and_save, load_again, train_adapters, load_adapters)}
-    step, folder, out = sys.argv[1:]
-    result = {**steps[step](Path(folder), Path(out)), "can_import_jai": can_import_jai()}
-    (Path(out) / f"{step}.json").write_text(json.dumps(result))
+    out, *asked = sys.argv[1:]
+    results = {step: steps[step](Path(folder), Path(out)) for step, folder in zip(asked[::2], asked[1::2], strict=True)}
+    (Path(out) / "results.json").write_text(json.dumps({**results, "can_import_jai": can_import_jai()}))

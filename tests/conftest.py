@@ -13,7 +13,7 @@ if not os.path.exists("/dev/nvidiactl"):
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http, disable_progress_bars
+from hypothesis import settings
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from jai import JaiConfig, JaiForCausalLM
@@ -30,6 +31,25 @@ from jai.hub_card.check import CheckReport, check_checkpoint, check_files
 from loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
+
+# Test files that take more than 30 seconds of processor time, by what they take.
+LONGEST_FIRST = (
+    "test_demo",
+    "test_trainers",
+    "test_publish_ways",
+    "test_kernels_experts",
+    "test_publish",
+    "test_serving",
+    "test_layout",
+    "test_tokenization_properties",
+    "test_tokenizer_ablate",
+    "test_price_of_depth",
+    "test_kernels_training",
+    "test_kernels_liger",
+    "test_modeling_generation",
+    "test_modeling_distributed",
+    "test_conversion_crash",
+)
 
 # Enough Thai and English for a few hundred merges.
 SENTENCES = (
@@ -46,7 +66,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests that are marked slow")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Before test modules are imported, which take what they do not set themselves from this profile."""
+    settings.register_profile("quick", max_examples=25, deadline=None)
+    settings.register_profile("slow", max_examples=100, deadline=None)
+    settings.load_profile("slow" if config.getoption("--run-slow") else "quick")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # A worker takes the next file when it has done its last: the long ones first, so that all end together.
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     if config.getoption("--run-slow"):
         return
     for item in items:
@@ -257,14 +287,14 @@ def known_checks() -> dict[tuple, CheckReport]:
 
 @pytest.fixture
 def checked_once(known_checks: dict[tuple, CheckReport], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CheckReport]:
-    """`check_checkpoint`, which loads the same bytes once, however often they are pushed: a process takes 5 seconds."""
+    """`check_checkpoint`, which loads the same files once, however often they are pushed: a process takes 5 seconds."""
 
-    def digests(folder: Path) -> tuple[tuple[str, str], ...]:
-        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
-        return tuple((path.relative_to(folder).as_posix(), sha256(path)) for path in paths)
+    def digests(folder: Path, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        return tuple((name, sha256(folder / name)) for name in sorted(names) if name not in ("README.md", "LICENSE"))
 
     def check(folder: Path, *, forward=True, base=None, source=False, source_base=None) -> CheckReport:
-        loaded = (digests(folder), forward, base and digests(base), source, source_base)
+        of_base = base and digests(base, (str(path.relative_to(base)) for path in base.rglob("*") if path.is_file()))
+        loaded = (digests(folder, check_files(folder).kept), forward, of_base, source, source_base)
         if loaded not in known_checks:
             options = {"forward": forward, "base": base, "source": source, "source_base": source_base}
             known_checks[loaded] = check_checkpoint(folder, **options)

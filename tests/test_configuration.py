@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
@@ -225,7 +225,6 @@ KEYS = (*(field.name for field in dataclasses.fields(JaiConfig)), *OTHER_KEYS)
 NUMBERS = [name for name, kind in JaiConfig.__annotations__.items() if kind in (int, float, float | int)]
 
 
-@settings(max_examples=100, deadline=None)
 @given(values=st.dictionaries(st.sampled_from(KEYS), ANY_VALUE | ROPE, min_size=1, max_size=3))
 def test_any_values_are_a_configuration_or_one_kind_of_error(tiny_config, values):
     try:
@@ -239,7 +238,6 @@ def test_any_values_are_a_configuration_or_one_kind_of_error(tiny_config, values
     assert "true" not in stored
 
 
-@settings(max_examples=100, deadline=None)
 @given(rope=ROPE)
 def test_any_rope_that_is_taken_can_be_computed(tiny_config, rope):
     try:

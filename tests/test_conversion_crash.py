@@ -485,7 +485,7 @@ def work(request, base, tmp_path) -> tuple[Callable, Any]:
 
 
 @pytest.mark.parametrize("work", ["convert", "upcycle", "merge"], indirect=True)
-def test_killed_at_random_moments(work, tmp_path):
+def test_killed_at_random_moments(work, tmp_path, pytestconfig):
     """SIGKILL leaves no folder, or a whole one; what follows ends with the same bytes as a run that was left alone."""
     run, asked = work
     run(asked)
@@ -494,8 +494,9 @@ def test_killed_at_random_moments(work, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([run.__module__])
     draw = random.Random(0)
+    kills = 50 if pytestconfig.getoption("--run-slow") else 12
     killed, longest = 0, 1.0
-    while killed < 50:
+    while killed < kills:
         process = context.Process(target=run, args=(asked,))
         process.start()
         process.join(draw.uniform(0, longest))

@@ -54,7 +54,8 @@ def run(checkpoint: Path, texts: Path, out: Path, *more: str, stage=sft) -> list
 KERNELS = ("--experts_implementation", "jai_fused", "--linear_cross_entropy", "true")
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+# A whole model's training with the kernels is that of preferences, below, in every run.
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "lora"])
 def test_the_kernels_train_the_same(checkpoint, texts, tmp_path, monkeypatch, lora):
     monkeypatch.chdir(tmp_path)
     more = ("--use_peft", "--lora_r", "4", "--merge_adapter", "true") if lora else ()

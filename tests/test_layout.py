@@ -20,6 +20,7 @@ from jai.cli.app import EXTRA_OF
 ROOT = Path(jai.__file__).parent
 SHIPPED = ("configuration_jai.py", "modeling_jai.py")
 OPTIONAL = ("triton", "liger_kernel", "bitsandbytes")
+GPU = (*OPTIONAL, "kernels")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = (*OPTIONAL, "trl", "peft", "datasets", "matplotlib", "typer", "pythainlp", "torch._inductor")
 
@@ -226,30 +227,50 @@ def test_errors_import_what_they_need_and_no_more(tmp_path):
     assert found[len(NEED_YAML) :] == [(line, code, both) for line, code in NEED_THE_HUBS_CLIENT]
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import jai, transformers",
-        "import transformers, jai",
-        "from transformers import AutoModelForCausalLM; import jai",
-        "from transformers import AutoConfig; import jai",
-        "import jai; from transformers import AutoConfig",
-        "import jai; from transformers import MixtralForCausalLM",  # imports the Auto classes from its middle
-        "from jai.modeling_jai import JaiModel",  # so does this
-        "import jai.kernels.head.causal_lm",
-    ],
-)
-def test_jai_is_registered_whichever_is_imported_first(tmp_path, imports):
+IMPORTS = [
+    "import jai, transformers",
+    "import transformers, jai",
+    "from transformers import AutoModelForCausalLM; import jai",
+    "from transformers import AutoConfig; import jai",
+    "import jai; from transformers import AutoConfig",
+    "import jai; from transformers import MixtralForCausalLM",  # imports the Auto classes from its middle
+    "from jai.modeling_jai import JaiModel",  # so does this
+    "import jai.kernels.head.causal_lm",
+]
+
+
+# Some of it where it is installed.
+NEEDED_BY_TRANSFORMERS = ("huggingface_hub", "scipy.optimize", "sklearn.metrics", "tokenizers", "torch._dynamo")
+
+
+@pytest.fixture(scope="module")
+def classes_by_imports(tmp_path_factory) -> dict[str, list[str]]:
+    """The classes of models made after each of IMPORTS, in a fork of a process that had what transformers imports."""
     code = f"""
-{imports}
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-config = AutoConfig.for_model("jai", vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=2,
-    num_key_value_heads=1, block_size=1, block_repeats=[1, 2], pad_token_id=0, eos_token_id=1)
-models = [auto.from_config(config) for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification)]
-print(*(type(model).__module__ + "." + type(model).__name__ for model in models))
+import contextlib, importlib, json, os, sys
+for name in {NEEDED_BY_TRANSFORMERS!r}:
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+assert not [name for name in sys.modules if name.partition(".")[0] in ("jai", "transformers")]
+for imports in {IMPORTS!r}:
+    if os.fork():
+        assert os.wait()[1] == 0, imports
+        continue
+    exec(imports)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    config = AutoConfig.for_model("jai", vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=2,
+        num_key_value_heads=1, block_size=1, block_repeats=[1, 2], pad_token_id=0, eos_token_id=1)
+    models = [auto.from_config(config) for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification)]
+    print(json.dumps([imports, [type(model).__module__ + "." + type(model).__name__ for model in models]]))
+    break
 """
+    return dict(json.loads(line) for line in run("-c", code, cwd=tmp_path_factory.mktemp("imports")).splitlines())
+
+
+@pytest.mark.parametrize("imports", IMPORTS)
+def test_jai_is_registered_whichever_is_imported_first(classes_by_imports, imports):
     expected = ["jai.modeling_jai.JaiForCausalLM", "jai.modeling_jai.JaiForSequenceClassification"]
-    assert run("-c", code, cwd=tmp_path).split() == expected
+    assert classes_by_imports[imports] == expected
 
 
 def test_import_jai_costs_nothing_and_does_not_import_transformers(tmp_path):
@@ -329,27 +350,31 @@ main()
     assert (tmp_path / "jai" / "model.safetensors").exists()
 
 
-def test_import_jai_imports_nothing_heavy(tmp_path):
+def test_a_model_imports_nothing_heavy(tmp_path):
     """Nothing but what any other model of transformers imports (which is triton itself, where it is installed)."""
     code = f"""
 import sys
 from transformers import MixtralForCausalLM
 before = set(sys.modules)
 import jai
+from jai import JaiConfig, JaiModel
+JaiModel(JaiConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1,
+    block_size=1, block_repeats=[2], pad_token_id=0))
 print([name for name in {HEAVY!r} if name in sys.modules and name not in before])
 """
     assert run("-c", code, cwd=tmp_path).strip() == "[]"
 
 
-def test_jai_registers_and_works_without_the_optional_packages(tmp_path):
+def test_jai_registers_works_and_trains_without_the_packages_for_gpus(tmp_path):
     code = f"""
 import sys
-sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # each import of them raises ImportError
+sys.modules.update(dict.fromkeys({GPU!r}))  # each import of them raises ImportError
 import torch, jai, jai.cli
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("jai", vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=2,
     num_key_value_heads=1, block_size=1, block_repeats=[1, 2], pad_token_id=0, eos_token_id=1)
 model = AutoModelForCausalLM.from_config(config)
 print(type(config).__name__, type(model).__name__, *model(torch.arange(6)[None]).logits.shape)
+import jai.trainers.dpo, jai.trainers.sft
 """
     assert run("-c", code, cwd=tmp_path).split() == ["JaiConfig", "JaiForCausalLM", "1", "6", "16"]

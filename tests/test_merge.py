@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,8 +91,6 @@ def drawn(seed: int, shape: tuple[int, ...], count: int, dtype: torch.dtype) -> 
 # Shapes with nothing in them, of one value, and that no chunk divides.
 shapes = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
 weight = st.floats(-2, 2).map(lambda value: round(value, 3))
-settings.register_profile("merge", max_examples=60, deadline=None)
-settings.load_profile("merge")
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -183,13 +183,13 @@ def compiled_greedy(model: JaiForCausalLM, backend: str) -> torch.Tensor:
     ],
 )
 def test_compiled_with_a_static_cache_decodes_the_same(tiny_model, backend, experts):
-    model = tiny_model(experts_implementation=experts)
+    model = tiny_model(experts_implementation=experts, block_repeats=[1, 2])  # a skip, in few layers: a trace is slow
     assert torch.equal(compiled_greedy(model, backend), full_forward_greedy(model, tokens(), 10))
 
 
 def test_compiled_training_with_packed_documents(tiny_model):
     """Under a trace the mask cannot look at the positions, so it keeps documents apart always."""
-    model = tiny_model()
+    model = tiny_model(block_repeats=[1, 2])
     documents = [tokens(1, 5), tokens(1, 7, seed=1)]
     position_ids = torch.cat([torch.arange(5), torch.arange(7)])[None]
     torch._dynamo.reset()

@@ -109,6 +109,7 @@ def test_trust_in_remote_code_is_given_by_the_user_alone():
         assert not re.search(r"^trust_remote_code:", recipe.read_text(encoding="utf-8"), re.MULTILINE), recipe
 
 
+@pytest.mark.usefixtures("checked_once")
 def test_the_check_says_that_it_runs_the_code(folder, tmp_path):
     output = StringIO()
     with LoopbackHub(tmp_path / "hub") as hub:
@@ -125,6 +126,7 @@ def is_pickle(content: bytes) -> bool:
     return content.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04"))
 
 
+@pytest.mark.usefixtures("checked_once")
 def test_nothing_published_is_a_pickle(folder, tmp_path):
     for name in ("training_args.bin", "pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({}, folder / name)

@@ -163,13 +163,13 @@ def test_a_pull_request(folder, hub, api, push, run_line):
     assert hub.content(REPO, "model.safetensors", "refs/pr/1") == (folder / "model.safetensors").read_bytes()
     assert run_line(result.revision_line, hub.environment())["module"].endswith("modeling_jai")
     # Changed and pushed again, it goes on in the same one; with another title there are two.
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.5}))
+    path = folder / "LICENSE"
+    path.write_text("MIT")
     push(folder, create_pr=True, token=guest)
     push(folder, create_pr=True, token=guest, message="Another try")
     listed = [(pull.num, pull.title) for pull in api.get_repo_discussions(REPO)]
     assert listed == [(2, "Another try"), (1, "Upload tiny-jai with jai publish")]
-    assert hub.content(REPO, "generation_config.json", "refs/pr/1") == path.read_bytes()
+    assert hub.content(REPO, "LICENSE", "refs/pr/1") == path.read_bytes()
     assert api.list_repo_refs(REPO).tags == []
     api.merge_pull_request(REPO, 1)
     assert hub.content(REPO, "model.safetensors") == (folder / "model.safetensors").read_bytes()

@@ -19,14 +19,12 @@ INPUT_IDS = torch.arange(5, 25).reshape(2, 10)
 CODE = ("configuration_jai.py", "modeling_jai.py")
 
 
-def run_clean(step: str, folder: Path, out: Path) -> dict:
-    """Run a step of clean_process.py, isolated, in another working directory and with a cache of its own."""
-    home = out / "home"
-    home.mkdir(exist_ok=True)
+def run_clean(home: Path, out: Path, **folders: Path) -> dict[str, dict]:
+    """Run steps of clean_process.py by name, each on its folder, in one isolated process whose caches are in `home`."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
     offline = {"HF_HOME": str(home), "HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [sys.executable, "-I", str(SCRIPT), step, str(folder), str(out)],
+        [sys.executable, "-I", str(SCRIPT), str(out), *(str(part) for pair in folders.items() for part in pair)],
         cwd=home,
         env={**kept, **offline},
         stdin=subprocess.DEVNULL,
@@ -35,9 +33,9 @@ def run_clean(step: str, folder: Path, out: Path) -> dict:
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
-    result = json.loads((out / f"{step}.json").read_text())
-    assert not result["can_import_jai"]
-    return result
+    results = json.loads((out / "results.json").read_text())
+    assert not results.pop("can_import_jai")
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +49,24 @@ def checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(checkpoint, tmp_path_factory) -> tuple[Path, dict]:
-    out = tmp_path_factory.mktemp("first")
-    return out, run_clean("load_and_save", checkpoint, out)
+def out(tmp_path_factory) -> Path:
+    """The folder that the first process writes and the second reads."""
+    return tmp_path_factory.mktemp("out")
 
 
 @pytest.fixture(scope="module")
-def second(first, tmp_path_factory) -> dict:
-    return run_clean("load_again", first[0], tmp_path_factory.mktemp("second"))
+def first(checkpoint, out, tmp_path_factory) -> dict[str, dict]:
+    home = tmp_path_factory.mktemp("first")
+    return run_clean(home, out, load_and_save=checkpoint, train_adapters=checkpoint)
 
 
-def test_it_loads_through_every_auto_class(first):
-    out, results = first
+@pytest.fixture(scope="module")
+def second(first, checkpoint, out, tmp_path_factory) -> dict[str, dict]:
+    return run_clean(tmp_path_factory.mktemp("second"), out, load_again=out, load_adapters=checkpoint)
+
+
+def test_it_loads_through_every_auto_class(first, out):
+    results = first["load_and_save"]
     classes = {
         "AutoModel": "JaiModel",
         "AutoModelForCausalLM": "JaiForCausalLM",
@@ -74,8 +78,7 @@ def test_it_loads_through_every_auto_class(first):
         assert (out / f"{door}.pt").exists()
 
 
-def test_remote_code_computes_what_the_package_computes(first, checkpoint):
-    out, _ = first
+def test_remote_code_computes_what_the_package_computes(first, out, checkpoint):
     model = JaiForCausalLM.from_pretrained(checkpoint)
     torch.testing.assert_close(torch.load(out / "AutoModelForCausalLM.pt"), model(INPUT_IDS).logits)
     torch.testing.assert_close(torch.load(out / "AutoModel.pt"), model.model(INPUT_IDS).last_hidden_state)
@@ -86,14 +89,14 @@ def test_the_text_generation_pipeline_generates(first, checkpoint, tiny_tokenize
     inputs = tiny_tokenizer("วันนี้อากาศ", return_tensors="pt")
     model = JaiForCausalLM.from_pretrained(checkpoint)
     generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert first[1]["generated"] == tiny_tokenizer.decode(generated, skip_special_tokens=True)
+    assert first["load_and_save"]["generated"] == tiny_tokenizer.decode(generated, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(
     "saved", [None, "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoConfig"]
 )
-def test_every_save_carries_the_code_and_the_whole_flat_auto_map(first, checkpoint, saved):
-    folder = checkpoint if saved is None else first[0] / saved
+def test_every_save_carries_the_code_and_the_whole_flat_auto_map(first, out, checkpoint, saved):
+    folder = checkpoint if saved is None else out / saved
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
     carried = CODE[:1] if saved == "AutoConfig" else CODE
     assert sorted(path.name for path in folder.glob("*.py")) == sorted(carried)
@@ -102,23 +105,24 @@ def test_every_save_carries_the_code_and_the_whole_flat_auto_map(first, checkpoi
 
 
 def test_what_was_saved_from_remote_code_loads_again(first, second):
-    assert second["AutoConfig"].startswith("transformers_modules.")
+    again = second["load_again"]
+    assert again["AutoConfig"].startswith("transformers_modules.")
     for door in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
-        assert second[door] < 1e-5, f"{door}: the reloaded model computes something else"
-    assert second["generated"] == first[1]["generated"]
+        assert again[door] < 1e-5, f"{door}: the reloaded model computes something else"
+    assert again["generated"] == first["load_and_save"]["generated"]
 
 
-def test_adapters_trained_on_remote_code_load_back(checkpoint, tmp_path):
-    trained = run_clean("train_adapters", checkpoint, tmp_path)
+def test_adapters_trained_on_remote_code_load_back(first, second, out, checkpoint):
+    trained = first["train_adapters"]
     assert trained["losses"][-1] < trained["losses"][0]
     assert min(trained["moved"].values()) > 1e-3
     assert trained["changed"] > 0.05
     assert trained["merged_difference"] < 1e-4
-    assert not list((tmp_path / "adapter").glob("*.py"))  # adapters carry no code: the base does
-    loaded = run_clean("load_adapters", checkpoint, tmp_path)
+    assert not list((out / "adapter").glob("*.py"))  # adapters carry no code: the base does
+    loaded = second["load_adapters"]
     assert loaded["PeftModel"] < 1e-5
     assert loaded["AutoPeftModel"] < 1e-5
     assert loaded["merged"] < 1e-4
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(checkpoint)
     assert config["task_type"] == "CAUSAL_LM"

@@ -29,7 +29,6 @@ NEW_TOKENS = 4000  # on the real phi-3; from 3 M characters that takes some seco
 TRAINING_CHARACTERS = 3_000_000
 
 MANY = settings(
-    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

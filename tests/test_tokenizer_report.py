@@ -44,7 +44,7 @@ TEXTS = st.text(
     max_size=60,
 )
 SEVERAL = st.lists(TEXTS, min_size=1, max_size=4)
-FEW = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+FEW = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 def make_report(tokenizers, texts, *, console: Console, **options) -> Report:
