@@ -243,7 +243,7 @@ def _same_formula(answer: str, gold: str) -> bool:
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     try:
         parsed = [math_verify.parse(f"${each}$", parsing_timeout=seconds) for each in (gold, answer)]
-        return all(parsed) and bool(math_verify.verify(*parsed, timeout_seconds=seconds))
+        return bool(math_verify.verify(*parsed, timeout_seconds=seconds))
     except (Exception, TimeoutException):  # of sympy, which fails in many ways on what is no formula
         return False
 

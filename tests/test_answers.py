@@ -273,7 +273,7 @@ def test_an_answer_that_would_take_for_ever_to_compute_is_wrong_at_once():
     for tower in (*towers, "1000000!", "1e999999999", "9" * 100_000):
         assert not same_answer(tower, "1")
         assert not is_right_answer(rf"\boxed{{{tower}}}", r"\sqrt{2}")
-    assert same_answer(r"\binom{4}{2}", "3!")
+    assert same_answer(r"\binom{4}{2}", "6")
     assert same_answer("2^{10}", "1024")
 
 
