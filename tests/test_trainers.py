@@ -30,6 +30,7 @@ from jai.files import sha256
 from jai.provenance import PROVENANCE_FILE, chain, input_of, read_step, write_step
 from jai.trainers import dpo, sft
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
+from jai.trainers.data_arguments import DataArguments
 from jai.trainers.dpo import JaiDPOTrainer
 from jai.trainers.lora import lora_config, merge_adapter
 from jai.trainers.monitor import RouterMonitor
@@ -40,8 +41,8 @@ from jai.trainers.stage import run_as_script
 TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes"
 LAYERS, EXPERTS = 7, 4
-SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments)
-DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments)
+SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments, DataArguments)
+DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments, DataArguments)
 
 
 @pytest.fixture(autouse=True)

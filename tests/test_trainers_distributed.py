@@ -33,9 +33,12 @@ def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
 def chats(tmp_path_factory, sentences) -> Path:
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
     rows = [
-        {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
+        {
+            "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}],
+            "kind": f"kind {number}",
+        }
         for ask in sentences
-        for answer in sentences[:2]
+        for number, answer in enumerate(sentences[:2])
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -76,12 +79,16 @@ def launch(folder: Path, processes: int, checkpoint: Path, chats: Path, **option
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_doubled_batch(checkpoint, chats, tmp_path):
-    """Losses, weights and router statistics. Without the auxiliary loss, which is a batch's and not a token's."""
-    options = {"router_aux_loss_coef": 0, "optim": "sgd", "learning_rate": 0.3}
+    """Losses, those of categories, weights and router statistics. Without the auxiliary loss, which is a batch's."""
+    options = {"router_aux_loss_coef": 0, "optim": "sgd", "learning_rate": 0.3, "category_column": "kind"}
     two = launch(tmp_path, 2, checkpoint, chats, per_device_train_batch_size=2, **options)
     one = launch(tmp_path, 1, checkpoint, chats, per_device_train_batch_size=4, **options)
     for ours, theirs in zip(two, one, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        losses = {key: value for key, value in theirs.items() if key.startswith("loss/")}
+        assert losses
+        assert losses.keys() <= {"loss/category/kind 0", "loss/category/kind 1"}
+        assert {key: ours[key] for key in losses} == pytest.approx(losses, abs=1e-5)
         statistics = {key: value for key, value in theirs.items() if key.startswith(("router/", "skip_alpha/"))}
         assert len(statistics) == 7 * (4 + 3) + 3 + 4 + 1
         assert {key: ours[key] for key in statistics} == pytest.approx(statistics, abs=1e-5)
