@@ -2,6 +2,7 @@
 """`jai eval`: a group of verbs, in which a first word that is no verb is the checkpoint to measure."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -10,6 +11,7 @@ from jai.cli.verb import PlainGroup, verb
 from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.options import EvalOptions, LanguageOptions
 from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
+from jai.hub_card.evaluation import record_run
 
 _MEASURE = "run"
 
@@ -42,7 +44,9 @@ def evaluate(options: EvalOptions) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     from jai.evaluation.command import evaluate_suites
 
-    evaluate_suites(options, suites)
+    run = evaluate_suites(options, suites)
+    if options.card:
+        record_run(Path(options.model), run.results, suites)
 
 
 @verb(app, PairwiseOptions, group=("eval",))

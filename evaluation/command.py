@@ -74,6 +74,8 @@ def evaluate_suites(
                 figures = _measure(plan, models.load(chat=plan.suite.chat), run, options, console)
             print_figures(plan.suite.title, figures, console)
         run.finish()
+    for note in run.results.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"The run is in {run.folder}.", markup=False, highlight=False, soft_wrap=True)
     print_next(console, ["jai", "eval", "compare", run.folder])
     return run

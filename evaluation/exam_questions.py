@@ -27,10 +27,11 @@ def thai_exam_docs(dataset: "Dataset") -> "Dataset":
 def _thai_exam_doc(row: Mapping[str, Any]) -> dict[str, Any]:
     by_letter = row["choices"] if "choices" in row else {letter: row.get(letter) for letter in "abcde"}
     # Questions with fewer choices have empty ones, or none, at the end or between.
-    given = [letter for letter in "abcde" if (by_letter.get(letter) or "").strip()]
+    texts = {letter: (by_letter.get(letter) or "").strip() for letter in "abcde"}
+    given = [letter for letter, text in texts.items() if text]
     return {
         "question": row["question"].strip(),
-        "choices": [by_letter[letter].strip() for letter in given],
+        "choices": [texts[letter] for letter in given],
         "answer": given.index(row["answer"].strip().lower()),
         "subject": row.get("subject") or "",
     }

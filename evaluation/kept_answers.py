@@ -11,6 +11,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
 
+from jai.evaluation.prefix_sharing import PrefixSharingLM
 from jai.evaluation.results import whole_lines
 
 _BATCHES = 8  # of one call of the model; what a killed run loses at most
@@ -32,6 +33,7 @@ class KeptAnswers(LM):
 
     Attributes:
         lm, tell: as given.
+        too_long: by task, how many requests were longer than the model takes, where it can tell.
     """
 
     def __init__(self, lm: LM, path: Path, batch_size: int, tell: Callable[[int, int], None] = lambda *_: None):
@@ -42,6 +44,7 @@ class KeptAnswers(LM):
         self._known = {key: answer for line in whole_lines(path) for key, answer in [json.loads(line)]}
         self._quietly = {"disable_tqdm": True} if isinstance(lm, TemplateLM) else {}
         self.tell = tell
+        self.too_long: Counter[str] = Counter()
 
     @property
     def tokenizer_name(self) -> str:
@@ -60,6 +63,8 @@ class KeptAnswers(LM):
         return self._answers("generate_until", requests)
 
     def _answers(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
+        if isinstance(self.lm, PrefixSharingLM):
+            self.too_long.update(str(request.task_name) for request in requests if self.lm.is_too_long(request))
         seen: Counter[str] = Counter()
         keys = []
         for request in requests:
@@ -67,7 +72,7 @@ class KeptAnswers(LM):
             keys.append(hashlib.sha256(f"{seen[text]} {text}".encode()).hexdigest())
             seen[text] += 1  # a question that is asked several times has as many answers
         done = 0
-        for chunk in self._chunks(requests):
+        for chunk in self._chunks(kind, requests):
             if any(keys[index] not in self._known for index in chunk):
                 answers = getattr(self.lm, kind)([requests[index] for index in chunk], **self._quietly)
                 self._keep([(keys[index], answer) for index, answer in zip(chunk, answers, strict=True)])
@@ -75,13 +80,20 @@ class KeptAnswers(LM):
             self.tell(done, len(requests))
         return [self._known[key] for key in keys]
 
-    def _chunks(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
-        """Numbers of requests, the longest first; those with one context, as a question's choices, stay together."""
+    def _chunks(self, kind: str, requests: Sequence[Instance]) -> Iterator[list[int]]:
+        """Numbers of requests; those with one context, as a question's choices, stay together.
+
+        What is generated comes by length, the longest first, which takes least padding. Log-likelihoods come in the
+        order of the contexts' letters: questions on one passage follow each other, and share it.
+        """
         by_context: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_context.setdefault(str(request.args[0]), []).append(index)
+        contexts = sorted(by_context)
+        if kind == "generate_until":
+            contexts.sort(key=lambda context: -len(context))
         chunk: list[int] = []
-        for context in sorted(by_context, key=lambda context: (-len(context), context)):
+        for context in contexts:
             chunk += by_context[context]
             if len(chunk) >= self._chunk:
                 yield chunk

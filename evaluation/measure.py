@@ -109,6 +109,7 @@ def _measure_task(
     from transformers import set_seed
 
     set_seed(seed)
+    model.too_long.clear()
     name = task.task_name
     results = evaluate(
         lm=model,
@@ -132,6 +133,8 @@ def _measure_task(
         _check_mean(items, row.scale, name, metric, results["results"][name].get(f"{metric},{reading}"))
         run.add(items)
     run.replace_task(_record(suite, task, samples))
+    if count := model.too_long[name]:
+        _note(run, f"{name}: {count} requests are longer than the model takes, and lost their beginning.")
     if row.task == name:  # the tasks of a group may each take their part of the same data
         _note_left_out(task, run)
     higher = results["higher_is_better"].get(name, {})
@@ -213,9 +216,12 @@ def _note_left_out(task: "Task", run: EvaluationRun) -> None:
     rows = len(task.dataset[split]) if split and getattr(task, "dataset", None) is not None else 0
     left_out = rows - len(task.eval_docs)
     if left_out > 0:
-        note = f"{task.task_name} leaves out {left_out} of the {rows} rows of its data."
-        if note not in run.results.notes:
-            run.results.notes.append(note)
+        _note(run, f"{task.task_name} leaves out {left_out} of the {rows} rows of its data.")
+
+
+def _note(run: EvaluationRun, note: str) -> None:
+    if note not in run.results.notes:
+        run.results.notes.append(note)
 
 
 # --- Figures ---

@@ -62,6 +62,9 @@ class EvalOptions(JudgeOptions):
     allow_code_execution: bool = option(
         False, help="Run the programs that the model writes, on this machine. The suite code needs it."
     )
+    card: bool = option(
+        False, help="Write the figures into the checkpoint's evaluation.json, which its model card shows."
+    )
     trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ class EvalOptions(JudgeOptions):
             raise UserError("--backend openai needs --base-url, such as http://127.0.0.1:8000/v1.")
         if self.base_url and self.backend != "openai":
             raise UserError(f"--base-url is for --backend openai; the backend is {self.backend}.")
+        if self.card and not Path(self.model).is_dir():
+            raise UserError(f"--card writes into the checkpoint's folder, and {self.model} is none. Give a folder.")
         for flag, folder in (("--data", self.data), ("--include-path", self.include_path)):
             if folder is not None and not folder.is_dir():
                 raise UserError(f"{flag} {folder} is no folder. Give one that exists.")

@@ -13,11 +13,15 @@ logits of every token, of which all but the continuation's are thrown away: with
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
+
+from jai.errors import UserError
 
 _LONGEST_ROW = 4096  # tokens of a tree; attention takes their square
 _LEAST_SHARED = 0.25  # of a sequence, for it to join a row
@@ -78,13 +82,33 @@ class _Row:
 
 
 class PrefixSharingLM(HFLM):
-    """lm-eval's `HFLM` with shared prefixes.
+    """lm-eval's `HFLM` with shared prefixes, and with a word on what does not fit."""
 
-    Attributes:
-        shortened: how many requests were longer than the model takes, and lost their beginning.
-    """
+    def is_too_long(self, request: Instance) -> bool:
+        """Whether a request is longer than the model takes, and loses its beginning."""
+        text, ending = str(request.args[0]), ""
+        room = self.max_length
+        if request.request_type == "generate_until":
+            room -= self._new_tokens(request)
+        elif len(request.args) > 1:
+            ending, room = str(request.args[1]), room + 1  # the last token is predicted, not read
+        # A token stands for a byte at least, so few requests need be encoded.
+        if request.request_type == "loglikelihood_rolling" or len((text + ending).encode()) < room:
+            return False
+        return len(self.tok_encode(text + ending)) > room
 
-    shortened = 0
+    def _new_tokens(self, request: Instance) -> int:
+        return normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        for request in requests:
+            if self._new_tokens(request) >= self.max_length:
+                raise UserError(
+                    f"The task {request.task_name} lets the model write {self._new_tokens(request)} tokens, and the "
+                    f"model takes {self.max_length} in all. Set a smaller max_gen_toks in the suite's settings of the "
+                    "task."
+                )
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self,
@@ -92,9 +116,6 @@ class PrefixSharingLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        self.shortened += sum(
-            len(context) + len(continuation) - 1 > self.max_length for _, context, continuation in requests
-        )
         if not _can_share(self.model):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         inputs = [(context + continuation)[-(self.max_length + 1) :][:-1] for _, context, continuation in requests]
@@ -155,7 +176,7 @@ class PrefixSharingLM(HFLM):
             ).logits
 
 
-def _can_share(model: torch.nn.Module) -> bool:
+def _can_share(model: Any) -> bool:
     """Whether a model takes any mask and any positions; else lm-eval's loop is used."""
     config = model.config.get_text_config()
     takes = inspect.signature(model.forward).parameters

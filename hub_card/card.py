@@ -359,12 +359,20 @@ def _score_table(evaluation: Evaluation) -> ReportTable:
     rows = []
     for score in evaluation.scores:
         best = (max if score.higher_is_better else min)(score.values.values())
-        cells = [_plain(score.values[model]) if model in score.values else "–" for model in evaluation.models]
+        cells = [_score_text(score, model) for model in evaluation.models]
         bold = [
             f"**{cell}**" if score.values.get(model) == best else cell for model, cell in zip(evaluation.models, cells)
         ]
         rows.append([f"{_score_name(score)} {'↑' if score.higher_is_better else '↓'}", *bold])
     return ReportTable(["", *evaluation.models], rows, numbers=True)
+
+
+def _score_text(score: Score, model: str) -> str:
+    """A model's score with its interval, where it has one."""
+    if model not in score.values:
+        return "–"
+    value = _plain(score.values[model])
+    return f"{value} ({'–'.join(map(_plain, score.intervals[model]))})" if model in score.intervals else value
 
 
 def _score_name(score: Score) -> str:

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from jai.errors import UserError
+from jai.evaluation.results import EvaluationResults
+from jai.evaluation.suites import JudgedSuite, Suite
 from jai.files import read_json
 
 EVALUATION_FILE = "evaluation.json"
@@ -29,6 +32,7 @@ class Score:
         language: "th" or "en" (ISO 639-1); None where it has none.
         higher_is_better: which way is up.
         values: the score of each model by name, `Evaluation.model` among them.
+        intervals: the two ends of the score's 95 % interval of each model, where it was measured with one.
     """
 
     metric: str
@@ -38,6 +42,7 @@ class Score:
     language: str | None
     higher_is_better: bool
     values: dict[str, float]
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,48 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def record_run(folder: Path, results: EvaluationResults, suites: Sequence[Suite | JudgedSuite]) -> None:
+    """Write the figures of a run of `jai eval` into the record of the checkpoint that it measured.
+
+    What else is recorded stays; the figures of an earlier run of the same suites are replaced.
+
+    Args:
+        folder: of the checkpoint.
+        results: of the run.
+        suites: what was measured; of each row its figure is taken, and each mean.
+    """
+    before = read_evaluation(folder)
+    model = before.model if before else folder.resolve().name
+    new = [score for suite in suites for score in _scores(model, results, suite)]
+    replaced = {(score.metric, score.metric_name, score.dataset_name) for score in new}
+    others = before.scores if before else []
+    kept = [each for each in others if (each.metric, each.metric_name, each.dataset_name) not in replaced]
+    evaluation = before or Evaluation(model, [model], [])
+    versions = {**evaluation.versions, **results.versions}
+    write_evaluation(folder, dataclasses.replace(evaluation, scores=[*kept, *new], versions=versions))
+
+
+def _scores(model: str, results: EvaluationResults, suite: Suite | JudgedSuite) -> Iterator[Score]:
+    data_of = {record.task: record.data for record in results.tasks if record.suite == suite.name}
+    rows = {row.label: row for row in suite.tasks} if isinstance(suite, Suite) else {}
+    means = [mean.name for mean in suite.means] if isinstance(suite, Suite) else []
+    for figure in results.figures:
+        row = rows.get(figure.name)
+        is_shown = not rows or figure.name in means or (row is not None and figure.metric == row.metric)
+        if figure.suite == suite.name and is_shown:
+            data = data_of.get(row.task if row else figure.name, "")
+            yield Score(
+                metric=figure.metric,
+                metric_name=f"{suite.title}, {figure.name}",
+                dataset=data.split()[0] if data else suite.name,
+                dataset_name=suite.title,
+                language=suite.language,
+                higher_is_better=figure.higher_is_better,
+                values={model: figure.value},
+                intervals={model: [figure.low, figure.high]},
+            )
+
+
 def read_evaluation(folder: Path) -> Evaluation | None:
     """What was measured of the checkpoint in a folder, None where there is no record.
 
@@ -111,6 +158,8 @@ def _parse(content: Any) -> Evaluation:
             raise ValueError(f"{score.metric} has no values")
         if not set(score.values) <= set(evaluation.models):
             raise ValueError(f"the models of {score.metric} are not all among {evaluation.models}")
+        if not all(len(ends) == 2 and all(map(_is_number, ends)) for ends in score.intervals.values()):
+            raise ValueError(f"the intervals of {score.metric} are not two finite numbers each")
         if not all(_is_number(value) for value in score.values.values()):
             raise ValueError(f"{score.metric} has values that are no finite numbers")
     for language, layers in evaluation.router_load.items():

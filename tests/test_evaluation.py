@@ -22,13 +22,18 @@ from jai.evaluation.command import evaluate_suites
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.measure import measure_suite, plan_suite
 from jai.evaluation.options import EvalOptions
+from jai.evaluation.prefix_sharing import PrefixSharingLM
 from jai.evaluation.results import ITEMS_FILE, RESULTS_FILE, EvaluationRun, open_run, read_run
 from jai.evaluation.suites import Suite, read_suite, suite_names
 from jai.evaluation.tasks import TASKS_FOLDER, TaskLoader
+from jai.hub_card.evaluation import Evaluation, Score, read_evaluation, record_run, write_evaluation
 
 # The others of lm-eval's tasks: RULER downloads its texts, and the tests of programs come from the Hub with their code.
 NEED_NETWORK = {"code", "ruler"}
-LM_EVAL_SUITES = [name for name in suite_names() if isinstance(read_suite(name), Suite) and name not in NEED_NETWORK]
+WRITTEN_ANSWERS = {"ifeval-en", "ifeval-th", "mgsm", "reasoning"}  # test_evaluation_generation.py has them
+LM_EVAL_SUITES = [
+    name for name in suite_names() if isinstance(read_suite(name), Suite) and name not in NEED_NETWORK | WRITTEN_ANSWERS
+]
 
 
 SLOW = {"eng-h6-leaderboard", "eng-h6-trillion", "ruler-en", "thai-knowledge"}  # 57 subjects of MMLU, and 14
@@ -252,7 +257,7 @@ def test_scores_are_those_of_lm_evals_command_line(data, plan_of, checkpoint, lm
 
 @pytest.mark.slow
 def test_whole_suites_on_the_shared_data(checkpoint, shared_data, tmp_path):
-    options = EvalOptions(model=str(checkpoint), out=tmp_path / "run", data=shared_data / "eval", max_length=2048)
+    options = EvalOptions(model=str(checkpoint), out=tmp_path / "run", data=shared_data / "eval", max_length=512)
     run = evaluate_suites(options, [read_suite("thai-exam"), read_suite("onet")])
     assert figure_of(run, "mean over subsets").items == 565
     (questions,) = [each for each in run.results.figures if each.suite == "onet" and each.name == "M6"]
@@ -398,6 +403,33 @@ def test_a_metric_that_a_task_does_not_have(plan_of, data, tmp_path):
 def test_rows_that_are_left_out_are_counted(plan_of, tmp_path):
     run = measure(plan_of("onet"), Knows(), tmp_path / "run")
     assert "onet_m3_thai leaves out 1 of the 4 rows of its data." in run.results.notes
+
+
+def test_what_is_too_long_is_counted_or_refused(lm, plan_of, tmp_path):
+    short = PrefixSharingLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=8, backend="causal", max_length=128)
+    run = measure(plan_of("thai-exam"), short, tmp_path / "run", limit=1)
+    assert "thai_exam_onet: 5 requests are longer than the model takes, and lost their beginning." in run.results.notes
+    with pytest.raises(UserError, match="xquad_th lets the model write 256 tokens, and the model takes 128"):
+        measure(plan_of("thai-nlu"), short, tmp_path / "nlu", limit=1)
+
+
+# --- The card ---
+
+
+def test_the_card_shows_the_figures_with_their_intervals(plan_of, tmp_path):
+    before = Score("acc", "something", "owner/data", "Other data", "en", True, {"tiny": 0.5})
+    (tmp_path / "tiny").mkdir()
+    write_evaluation(tmp_path / "tiny", Evaluation("tiny", ["tiny"], [before]))
+    run = measure(plan_of("thai-exam"), Knows(), tmp_path / "run")
+    for _ in range(2):  # again, the figures take the place of their own
+        record_run(tmp_path / "tiny", run.results, [read_suite("thai-exam")])
+    evaluation = read_evaluation(tmp_path / "tiny")
+    assert len(evaluation.scores) == 1 + 5 + 2
+    (mean,) = [score for score in evaluation.scores if score.metric_name.endswith("mean over questions")]
+    figure = figure_of(run, "mean over questions")
+    assert (mean.values, mean.intervals) == ({"tiny": figure.value}, {"tiny": [figure.low, figure.high]})
+    assert {score.dataset for score in evaluation.scores} == {"owner/data", "scb10x/thai_exam", "thai-exam"}
+    assert len(evaluation.results()) == 8
 
 
 # --- Suites ---
