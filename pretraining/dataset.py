@@ -49,21 +49,17 @@ class PackedSequences(Dataset):
         lengths = pieces.lengths
         begins = np.cumsum(lengths) - lengths
         ids = np.empty(plan.context, np.int64)
-        columns = zip(*(each.tolist() for each in (pieces.source, pieces.document, pieces.start, pieces.stop, begins)))
-        for source, document, start, stop, begin in columns:
+        columns = (pieces.source, pieces.document, pieces.start, pieces.stop, begins)
+        for source, document, start, stop, begin in zip(*(column.tolist() for column in columns)):
             tokens = plan.sources[source].read(document, start, stop) if source >= 0 else plan.corpus.eos_token_id
             ids[begin : begin + stop - start] = tokens
         positions = np.arange(plan.context)
         labels = ids.copy()
+        languages = pieces.language.repeat(lengths)
         if plan.is_isolated:
-            positions -= np.repeat(begins, lengths)
+            positions -= begins.repeat(lengths)
             labels[begins] = IGNORED
-        languages = plan.language_ids(pieces)
-        labels[np.repeat(languages < 0, lengths)] = IGNORED
-        arrays = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "labels": labels,
-            "language_ids": np.repeat(languages, lengths),
-        }
+        if pieces.source[-1] < 0:
+            labels[begins[-1] :] = IGNORED
+        arrays = {"input_ids": ids, "position_ids": positions, "labels": labels, "language_ids": languages}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

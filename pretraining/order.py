@@ -64,12 +64,14 @@ class Pieces:
         source: index of the source; -1 is padding.
         document: number in the source.
         start, stop: its tokens from `start` until before `stop`.
+        language: index of the document's language in the plan's `languages`; -1 is padding.
     """
 
     source: np.ndarray
     document: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    language: np.ndarray
 
     def __len__(self) -> int:
         return len(self.source)
@@ -80,7 +82,9 @@ class Pieces:
         return self.stop - self.start
 
     def __getitem__(self, which: slice | np.ndarray) -> "Pieces":
-        return Pieces(self.source[which], self.document[which], self.start[which], self.stop[which])
+        return Pieces(
+            self.source[which], self.document[which], self.start[which], self.stop[which], self.language[which]
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ looked up (`order.py`), and how they share sequences is decided within the block
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -156,7 +156,7 @@ class SequencePlan:
         return self.strategy in ("xlda", "paired-isolated")
 
     def pieces(self, sequence: int) -> Pieces:
-        """What a sequence holds, in order; `source` counts in `self.sources`, and -1 is padding.
+        """What a sequence holds, in order; `source` counts in `self.sources`, `language` in `self.languages`.
 
         Raises:
             UserError: if there is no such sequence.
@@ -172,14 +172,6 @@ class SequencePlan:
     def part(self, sequence: int) -> "tuple[SequencePlan, int]":
         """The plan that a sequence is in, and its number there: this one, and the number itself."""
         return self, sequence
-
-    def language_ids(self, pieces: Pieces) -> np.ndarray:
-        """Index in `self.languages` of each piece's language; -1 for padding."""
-        found = np.full(len(pieces), -1)
-        for index, ids in enumerate(self._language_ids):
-            which = pieces.source == index
-            found[which] = ids[pieces.document[which] % len(ids)]
-        return found
 
     def tokens_seen(self, sequences: int) -> dict[str, int]:
         """Tokens of each source in the first so many sequences, padding left out."""
@@ -296,7 +288,8 @@ class SequencePlan:
         columns = []
         for index, (order, (start, stop)) in enumerate(zip(self.orders, ranges)):
             document, begin, end = order.pieces(self._starts[index] + start, self._starts[index] + stop)
-            columns.append((np.full(len(document), index), document, begin, end))
+            ids = self._language_ids[index]
+            columns.append((np.full(len(document), index), document, begin, end, ids[document % len(ids)]))
         return Pieces(*map(np.concatenate, zip(*columns)))
 
     def _rows(self, pieces: Pieces) -> np.ndarray:
@@ -316,7 +309,7 @@ class SequencePlan:
         is_parallel = np.bincount(rows)[rows] > 1
         mixer = LanguageMixer(
             pieces.lengths,
-            self.language_ids(pieces),
+            pieces.language,
             np.where(is_parallel, rows, -1),
             self.context,
             sequences,
@@ -329,12 +322,12 @@ class SequencePlan:
         """The sequences in the order in which they are trained on; the one that is not full, if any, is padded."""
         chosen = pieces[placement.item]
         start = chosen.start + placement.start
-        placed = Pieces(chosen.source, chosen.document, start, chosen.start + placement.stop)
+        placed = replace(chosen, start=start, stop=chosen.start + placement.stop)
         sequence = shuffled(sequences, self.seed, _SEQUENCES, number)[placement.sequence]
         filled = np.bincount(sequence, placed.lengths, sequences).astype(np.int64)
         short = np.flatnonzero(filled < self.context)
         nothing = np.zeros_like(short)
-        padding = Pieces(nothing - 1, nothing, nothing, self.context - filled[short])
+        padding = Pieces(nothing - 1, nothing, nothing, self.context - filled[short], nothing - 1)
         sequence = np.concatenate([sequence, short])
         order = np.argsort(sequence, kind="stable")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(sequence, minlength=sequences))])
@@ -448,7 +441,7 @@ def _changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def _joined(first: Pieces, second: Pieces) -> Pieces:
-    names = ("source", "document", "start", "stop")
+    names = [field.name for field in fields(Pieces)]
     return Pieces(*(np.concatenate([getattr(first, name), getattr(second, name)]) for name in names))
 
 

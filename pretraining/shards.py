@@ -126,7 +126,7 @@ class PackedSource:
         self.folder, self.entry, self.dtype = folder, entry, dtype
         self._first_document = [0, *accumulate(shard.documents for shard in entry.shards)]
         self._first_token = [0, *accumulate(shard.tokens for shard in entry.shards)]
-        self._maps: dict[str, np.ndarray] = {}
+        self._maps: dict[tuple[int, str], np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map is pickled as all that it maps; another process maps it anew.
@@ -153,7 +153,11 @@ class PackedSource:
 
     def lengths(self, first: int, last: int) -> np.ndarray:
         """Tokens of the documents from `first` until before `last`, as int64."""
-        return np.concatenate([np.zeros(0, np.int64), *(self._lengths(*part) for part in self._parts(first, last))])
+        parts = [np.zeros(0, np.int64)]
+        for number, start, stop in self._parts(first, last):
+            ends = self._map(number, "ends")
+            parts.append(np.diff(ends[start:stop], prepend=ends[start - 1] if start else 0))
+        return np.concatenate(parts)
 
     def tokens_before(self, document: int) -> int:
         """Tokens of all documents before this one."""
@@ -161,48 +165,46 @@ class PackedSource:
         if number == len(self.entry.shards):
             return self.tokens
         index = document - self._first_document[number]
-        ends = self._map(self.entry.shards[number], "ends")
+        ends = self._map(number, "ends")
         return self._first_token[number] + (int(ends[index - 1]) if index else 0)
 
     def quality(self, first: int, last: int) -> np.ndarray:
         """Scores of the documents from `first` until before `last`, as float32."""
-        scores = (self._map(shard, "quality")[start:stop] for shard, start, stop in self._parts(first, last))
-        return np.concatenate([np.zeros(0, QUALITY_DTYPE), *scores])
+        parts = [self._map(number, "quality")[start:stop] for number, start, stop in self._parts(first, last)]
+        return np.concatenate([np.zeros(0, QUALITY_DTYPE), *parts])
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Ids of a document, or of its tokens from `start` until before `stop`: a view of the file."""
         number = bisect.bisect_right(self._first_document, document) - 1
-        shard = self.entry.shards[number]
-        ends, index = self._map(shard, "ends"), document - self._first_document[number]
+        ends, index = self._map(number, "ends"), document - self._first_document[number]
         begin = int(ends[index - 1]) if index else 0
         end = int(ends[index]) if stop is None else begin + stop
-        return self._map(shard, "tokens")[begin + start : end]
+        return self._map(number, "tokens")[begin + start : end]
 
-    def _lengths(self, shard: ShardEntry, start: int, stop: int) -> np.ndarray:
-        ends = self._map(shard, "ends")
-        return np.diff(ends[start:stop], prepend=ends[start - 1] if start else 0)
-
-    def _parts(self, first: int, last: int) -> Iterator[tuple[ShardEntry, int, int]]:
-        """The shards that hold these documents, and which of theirs these are."""
+    def _parts(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """The shards that hold these documents, by number, and which of theirs these are."""
         number = bisect.bisect_right(self._first_document, first) - 1
         while first < last:
             begin, end = self._first_document[number : number + 2]
             if first < end:
-                yield self.entry.shards[number], first - begin, min(last, end) - begin
+                yield number, first - begin, min(last, end) - begin
                 first = min(last, end)
             number += 1
 
-    def _map(self, shard: ShardEntry, ending: str) -> np.ndarray:
-        name = f"{shard.name}.{ending}"
-        if name not in self._maps:
-            path = self.folder / name
-            dtype = {"tokens": self.dtype, "ends": ENDS_DTYPE, "quality": QUALITY_DTYPE}[ending]
-            try:
-                # As a plain array: slices of a memmap are five times as slow.
-                self._maps[name] = np.asarray(np.memmap(path, dtype, "r"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"The shard {path} cannot be read: {error}. {_REMEDY}") from error
-        return self._maps[name]
+    def _map(self, number: int, ending: str) -> np.ndarray:
+        found = self._maps.get((number, ending))
+        if found is None:
+            found = self._maps[number, ending] = self._open(number, ending)
+        return found
+
+    def _open(self, number: int, ending: str) -> np.ndarray:
+        path = self.folder / f"{self.entry.shards[number].name}.{ending}"
+        dtype = {"tokens": self.dtype, "ends": ENDS_DTYPE, "quality": QUALITY_DTYPE}[ending]
+        try:
+            # As a plain array: slices of a memmap are five times as slow.
+            return np.asarray(np.memmap(path, dtype, "r"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"The shard {path} cannot be read: {error}. {_REMEDY}") from error
 
 
 @dataclass

@@ -230,8 +230,8 @@ def adjacency(plan: SequencePlan) -> float:
     """Of the places where a document ends and another begins in a sequence: the share that changes the language."""
     same = other = 0
     for number in range(len(plan)):
-        pieces, languages = plan.pieces(number), None
-        languages = plan.language_ids(pieces)
+        pieces = plan.pieces(number)
+        languages = pieces.language
         for index, following in itertools.pairwise(range(len(pieces))):
             source = plan.sources[pieces.source[index]]
             length = source.lengths(pieces.document[index], pieces.document[index] + 1)[0]
