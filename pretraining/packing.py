@@ -197,13 +197,36 @@ def shortest_span(tokens: Sequence[int], context: int, sequences: int) -> int:
     return min(context // _SPAN_SHARE, (sum(tokens) - max(tokens)) // sequences)
 
 
+def switch_probabilities(documents: Sequence[int], rho: float) -> list[float]:
+    """How probable a switch is behind a document of each language, so that ρ of all ends of documents are switches.
+
+    A language is left as often as it is come to, so rare ones must be left more readily: with shares π of the
+    documents, a language is left behind a document with the probability min(1, κ / π), and κ is such that the sum of
+    min(π, κ) is ρ. With two languages that is ρ / 2π. No more than 2·(1 − π) of the ends can be switches, π being the
+    largest share: a tenth of Thai allows a fifth.
+
+    Args:
+        documents: of each language.
+        rho: share of the ends of documents.
+    """
+    total = sum(documents)
+    shares = [count / total for count in documents]
+    reachable = min(rho, 2 * (1 - max(shares)))
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        kappa = (low + high) / 2
+        low, high = (kappa, high) if sum(min(share, kappa) for share in shares) < reachable else (low, kappa)
+    return [min(1.0, high / share) if share else 0.0 for share in shares]
+
+
 class LanguageMixer:
     """Sequences of two languages and more (XLDA, Trillion-7B, section 2.1).
 
-    At each end of a document, the next one is of another language with probability ρ. Three rules go before it, in this
-    order: every sequence holds at least `span` tokens that are not of its main language, for which a document is cut
-    where it must be; what overflows a sequence begins the next one; and tokens are as many of each language as the
-    block has, so a language that is ahead of its share by more than a sequence is not switched to.
+    At each end of a document, the next one is of another language with probability ρ (`switch_probabilities`): of the
+    one that is furthest behind its share. Three rules go before it, in this order: every sequence holds at least `span`
+    tokens that are not of its main language, for which a document is cut where it must be; what overflows a sequence
+    begins the next one; and tokens are as many of each language as the block has, so a language that is ahead of its
+    share by more than a sequence is not switched to.
 
     Each sequence leaves as much of each language as the ones after it can take: with R sequences to come, no language
     may have more than R·(context − span) tokens left, and the surplus is due in this one.
@@ -228,10 +251,11 @@ class LanguageMixer:
         rho: float,
         uniform: Iterator[float],
     ):
-        self.context, self.sequences, self.rho, self.uniform = context, sequences, rho, uniform
+        self.context, self.sequences, self.uniform = context, sequences, uniform
         self.lengths, self.languages = lengths.tolist(), languages.tolist()
         self.left = np.bincount(languages, lengths).astype(np.int64).tolist()
         self.shares = [tokens / sum(self.left) for tokens in self.left]
+        self.switches = switch_probabilities(np.bincount(languages, minlength=len(self.left)).tolist(), rho)
         self.span = shortest_span(self.left, context, sequences)
         if self.span < 1:
             raise UserError(
@@ -270,7 +294,10 @@ class LanguageMixer:
                 min(for_others + of_this, for_one - here) if left else 0
                 for of_this, here, left in zip(due, held, self.left)
             ]
-            language = self._choose(language, [limit > 0 for limit in limits], overflows)
+            # A document that this sequence would cut for the sake of a second language waits for the next one.
+            is_cut = language is not None and 0 < limits[language] < self._left_of_next(language)
+            is_alone = sum(held) - max(held) < self.span
+            language = self._choose(language, [limit > 0 for limit in limits], overflows, is_cut and is_alone)
             overflows = False
             taken = self._place(language, limits[language], sequence)
             held[language] += taken
@@ -278,38 +305,35 @@ class LanguageMixer:
         assert language is not None
         return language
 
-    def _choose(self, language: int | None, allowed: list[bool], overflows: bool) -> int:
+    def _choose(self, language: int | None, allowed: list[bool], overflows: bool, must_switch: bool) -> int:
         """The next language, after one that is None at the very beginning."""
         others = [index for index, is_allowed in enumerate(allowed) if is_allowed and index != language]
+        ahead = self._ahead()
         if language is None or not (allowed[language] or self._translation_is_in(others)):
-            return self._draw(others)
+            return min(others, key=lambda other: ahead[other])
         if overflows and allowed[language]:
             return language
         if self._translation_is_in(others):
             return self.languages[self.translation]
+        within = [other for other in others if must_switch or ahead[other] <= self.context]
+        if within and (must_switch or next(self.uniform) < self.switches[language]):
+            return min(within, key=lambda other: ahead[other])
+        return language
+
+    def _ahead(self) -> list[float]:
+        """Tokens that each language is ahead of its share of what is placed."""
         placed = sum(self.used)
-        within = [i for i in others if self.used[i] - self.shares[i] * placed <= self.context]
-        return self._draw(within) if next(self.uniform) < self.rho and within else language
+        return [used - share * placed for used, share in zip(self.used, self.shares)]
 
     def _translation_is_in(self, languages: list[int]) -> bool:
         return self.translation is not None and self.languages[self.translation] in languages
 
-    def _draw(self, languages: list[int]) -> int:
-        """One of them, by what is left of each."""
-        point = next(self.uniform) * sum(self.left[index] for index in languages)
-        for index in languages:
-            point -= self.left[index]
-            if point < 0:
-                return index
-        return languages[-1]
-
     def _place(self, language: int, most: int, sequence: int) -> int:
         """Place as much of the language's next part as may be, and give how much it was."""
         begun = self.begun[language]
-        while not begun:
-            if not self.at[item := self.waiting[language].popleft()]:
-                begun.append(item)
-        item = begun[-1]
+        item = self._next(language)
+        if item not in begun:
+            begun.append(item)
         start = self.at[item]
         taken = min(most, self.lengths[item] - start)
         for column, value in zip(self.places, (item, start, start + taken, sequence)):
@@ -330,3 +354,17 @@ class LanguageMixer:
         if other is not None:
             self.translation = other
             self.begun[self.languages[other]].append(other)
+
+    def _next(self, language: int) -> int:
+        """The language's next part."""
+        if self.begun[language]:
+            return self.begun[language][-1]
+        waiting = self.waiting[language]
+        while self.at[waiting[0]]:
+            waiting.popleft()
+        return waiting[0]
+
+    def _left_of_next(self, language: int) -> int:
+        """Tokens of the language's next part that are not placed."""
+        item = self._next(language)
+        return self.lengths[item] - self.at[item]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dataset_hub import DatasetHub
 from huggingface_hub import HfApi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,6 @@ from jai.tokenization.loading import RECORD_FILE
 from jai.tokenization.options import TrainTokenizerOptions
 from jai.tokenization.phi3_style import train_phi3_style
 from jai.tokenization.train import train_tokenizer
-from loopback_hub import LoopbackHub
 
 # Ends of line of every kind, separators that are none, and what normalisation or stripping would change.
 EXACT = (
@@ -526,14 +526,6 @@ class TestCommand:
         assert err.startswith("Error: sample_bytes is 'lots'; expected a size")
         assert self.run(monkeypatch, capsys, *common, "--unit", "letter")[0] == 2
         assert not (tmp_path / "out").exists()
-
-
-class DatasetHub(LoopbackHub):
-    """The loopback Hub has model repositories only: its calls serve datasets under the paths that those have."""
-
-    def answer(self, request):
-        request.path = request.path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets")
-        return super().answer(request)
 
 
 READ_FROM_HUB = """

@@ -14,8 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from dataset_hub import DatasetHub
+from datasets import IterableDataset
+from huggingface_hub import HfApi
 from rich.console import Console
 
+import jai
 from jai.errors import UserError
 from jai.files import work_folder
 from jai.pretraining.config import corpus_config, read_corpus_config
@@ -23,8 +27,10 @@ from jai.pretraining.options import PackOptions
 from jai.pretraining.pack import pack_corpus
 from jai.pretraining.plan import SequencePlan, Shares
 from jai.pretraining.shards import INDEX_FILE, PackedCorpus
+from jai.tokenization.corpus import HubDataset
 from jai.tokenization.loading import load_tokenizer
 
+ROOT = Path(jai.__file__).parent
 LONG = "ประเทศไทย " * 300
 
 
@@ -309,3 +315,93 @@ class TestRefusals:
         other = train_phi3_style(sentences * 4, vocab_size=401)
         with pytest.raises(UserError, match=r"packed with the tokenizer .* which is not that of other"):
             packed.check_tokenizer("other", other)
+
+
+# Packs with so much memory more than there is in use when everything is imported, here and in each of its processes.
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from rich.console import Console
+from jai.pretraining.options import PackOptions
+from jai.pretraining.pack import pack_corpus
+from jai.tokenization.loading import load_tokenizer
+
+def memory(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+if __name__ == "__main__":
+    config, out, tokenizer, more = sys.argv[1:]
+    load_tokenizer(tokenizer)
+    limit = memory("VmData") + int(more)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    before = memory("RssAnon")
+    pack_corpus(PackOptions(out=Path(out), config=Path(config), workers=2), Console(quiet=True))
+    print(memory("VmHWM") - memory("RssFile") - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_corpus_larger_than_memory(tmp_path, tokenizer, sentences, record_property):
+    """Four times as much text as a process may take for it, in one file."""
+    more = 64 * 2**20
+    text = " ".join(sentences) * 8
+    with (tmp_path / "a.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(4 * more // len(text.encode())):
+            file.write(json.dumps({"text": f"{number} {text}"}, ensure_ascii=False) + "\n")
+    size = (tmp_path / "a.jsonl").stat().st_size
+    assert size > 4 * more
+    source = {"name": "a", "text": str(tmp_path / "a.jsonl"), "language": "th"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"tokenizer": str(tokenizer), "sources": [source]}))
+    (tmp_path / "limited.py").write_text(LIMITED)
+    words = [tmp_path / "c.yaml", tmp_path / "out", tokenizer, more]
+    finished = subprocess.run(
+        [sys.executable, str(tmp_path / "limited.py"), *map(str, words)], capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    packed = PackedCorpus.open(tmp_path / "out")
+    assert packed.sources[0].entry.bytes > 0.95 * size
+    grown = int(finished.stdout)
+    assert grown < more
+    record_property("figures", f"{size / 1e6:.0f} MB of text, {grown / 1e6:.0f} MB of memory beyond the imports")
+
+
+def test_the_recipe_of_the_public_thai_sets():
+    config = read_corpus_config(ROOT / "recipes" / "corpus_thai_public.yaml")
+    assert len(config.sources) == 11  # Table 4
+    assert {source.language for source in config.sources} == {"th"}
+    assert all(source.licence and len(source.text) == 1 for source in config.sources)
+    pinned = {source.name for source in config.sources if source.revision}
+    assert pinned == {"constitution", "mc4", "xlsum"}
+
+
+class TestHub:
+    def test_streamed_by_column_score_and_revision(self, tmp_path, tokenizer, sentences):
+        texts = documents(sentences, 60)
+        rows = {"body": texts, "score": [float(number) for number in range(60)]}
+        pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+        pq.write_table(pa.table({"body": ["later"], "score": [1.0]}), tmp_path / "later.parquet")
+        with DatasetHub(tmp_path / "hub", user="lab") as hub:
+            api = HfApi(endpoint=hub.endpoint, token=hub.token)
+            api.create_repo("lab/news", repo_type="dataset")
+            place = {"path_in_repo": "train.parquet", "repo_id": "lab/news", "repo_type": "dataset"}
+            commit = api.upload_file(path_or_fileobj=tmp_path / "train.parquet", **place)
+            api.upload_file(path_or_fileobj=tmp_path / "later.parquet", **place)
+            source = {"name": "news", "text": "lab/news", "revision": commit.oid, "language": "th"}
+            source |= {"column": "body", "quality_column": "score"}
+            (tmp_path / "c.yaml").write_text(yaml.safe_dump({"tokenizer": str(tokenizer), "sources": [source]}))
+            words = ["pack", "out", "--config", "c.yaml", "--shard-tokens", "500", "--workers", "1"]
+            environment = os.environ | hub.environment() | {"HF_TOKEN": hub.token}
+            command = [sys.executable, "-m", "jai", *words]
+            finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        assert "jai pretrain" in finished.stdout
+        loaded = load_tokenizer(tokenizer)
+        (news,) = PackedCorpus.open(tmp_path / "out").sources
+        assert [news.read(n).tolist()[:-1] for n in range(60)] == [loaded(text)["input_ids"] for text in texts]
+        assert news.quality(0, 60).tolist() == rows["score"]
+        assert len(news.entry.shards) > 3
+
+    def test_a_stream_is_gone_on_with_at_any_row(self):
+        rows = IterableDataset.from_generator(lambda: ({"text": str(number)} for number in range(20)))
+        stream = HubDataset("lab/a", "lab/a", None, "train", None, rows)
+        assert [row.text for row in stream.read_from(7)] == [str(number) for number in range(7, 20)]

@@ -20,7 +20,7 @@ from jai.errors import UserError
 from jai.pretraining import plan as plans
 from jai.pretraining.dataset import PackedSequences
 from jai.pretraining.mixture import Mixture, language_shares
-from jai.pretraining.packing import best_fit
+from jai.pretraining.packing import best_fit, switch_probabilities
 from jai.pretraining.plan import AnnealedPlan, SequencePlan, Shares, SourceShare, check_same_plan
 
 STRATEGIES = ("isolated", "concatenated", "xlda", "paired-isolated")
@@ -260,6 +260,22 @@ class TestLanguages:
             changes = adjacency(SequencePlan(corpus, 512, strategy="xlda", rho=rho))
             assert changes == pytest.approx(rho, abs=0.06), rho
 
+    def test_rho_with_a_tenth_of_thai_goes_to_a_fifth(self, tmp_path):
+        corpus = packed_corpus(tmp_path / "a", {"en": [40] * 3600, "th": [40] * 400}, shard_documents=4000)
+        changes = [adjacency(SequencePlan(corpus, 512, strategy="xlda", rho=rho)) for rho in (0.15, 0.2, 1.0)]
+        assert changes == pytest.approx([0.15, 0.2, 0.2], rel=0.1)
+        # Without any, a sequence of 12.8 documents still changes to Thai once.
+        least = adjacency(SequencePlan(corpus, 512, strategy="xlda", rho=0.0))
+        assert least == pytest.approx(1 / 12.8, rel=0.2)
+
+    @settings(max_examples=100, deadline=None)
+    @given(documents=st.lists(st.integers(1, 1000), min_size=2, max_size=5), rho=st.floats(0, 1))
+    def test_switches_leave_a_language_as_often_as_they_come_to_it(self, documents, rho):
+        shares = np.array(documents) / sum(documents)
+        left = shares * switch_probabilities(documents, rho)
+        assert left.sum() == pytest.approx(min(rho, 2 * (1 - shares.max())), abs=1e-6)
+        assert left.max() <= left.sum() - left.max() + 1e-6
+
     def test_paired_isolated_is_the_same_text_with_documents_apart(self, two_languages):
         for xlda, paired in zip(
             items_of(SequencePlan(two_languages, 128, strategy="xlda", seed=3)),
@@ -493,7 +509,7 @@ class TestPlaces:
         for strategy in ("isolated", "concatenated", "xlda"):
             ids = ids_of(SequencePlan(two_languages, 128, strategy=strategy, seed=7))
             found[strategy] = blake2b(ids.astype("<i8").tobytes(), digest_size=4).hexdigest()
-        assert found == {"isolated": "0d6f9f44", "concatenated": "071c9bb6", "xlda": "c974e082"}
+        assert found == {"isolated": "0d6f9f44", "concatenated": "071c9bb6", "xlda": "aa91974c"}
 
     def test_ranks_share_the_global_order(self, two_languages):
         """Accelerate deals the batches of a sequential sampler out, so a step has the same sequences on any ranks."""
