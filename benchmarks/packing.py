@@ -4,9 +4,9 @@
     python benchmarks/packing.py --tokenizer TOKENIZER --text th=THAI.jsonl.gz --text en=ENGLISH.jsonl.gz [--repeats 5]
 
 The text is packed once by `jai pack`. TRL packs the same ids, as `SFTTrainer` does (`pack_dataset`, bfd_split, 1,000
-documents at a time) and all at once, which fills better; then also with its rows read as tensors, of the ids alone. Ours
-is timed for the plan alone, and for the plan and every sequence as the tensors that a model takes. In turn, one process,
-processor time, medians.
+documents at a time) and all at once, which fills better; then also with its rows read as tensors, of the ids alone.
+Ours is timed for the plan alone, and for the plan and every sequence as the tensors that a model takes. In turn, one
+process, processor time, medians.
 """
 
 import argparse
