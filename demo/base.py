@@ -42,7 +42,7 @@ def train_base(
     config = Phi3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=352,
+        intermediate_size=256,
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=2,

@@ -115,23 +115,9 @@ def _fertility(results: Results) -> str:
     return _svg(figure)
 
 
-def _starts(results: Results) -> str:
-    """The same continued pre-training from both starts."""
-    figure = Figure(figsize=(9.2, 2.4), layout="constrained")
-    axes = figure.subplots()
-    for start, color in zip(results.starts, (BLUE, ORANGE)):
-        axes.plot(start.curve.steps, start.curve.values, color=color, linewidth=1.4, label=start.name)
-    axes.set_title("continued pre-training: loss")
-    axes.set_xlabel("step")
-    axes.grid(axis="y")
-    axes.legend()
-    return _svg(figure)
-
-
 FIGURES: dict[str, Callable[[Results], str]] = {
     "plan": _plan,
     "stages": _stages,
-    "starts": _starts,
     "curves": _curves,
     "dpo": _dpo,
     "router": _router,
@@ -141,7 +127,6 @@ CAPTIONS = {
     "plan": "Layers of the JAI in the order in which they run; 'of n' is the base layer that each was made from. "
     "An arc is a skip connection with its trained alpha.",
     "stages": "Lower is better. Bits per character can be compared between tokenizers, the loss of a token cannot.",
-    "starts": "Training loss from the product's own start and from the paper's, in nats a token.",
     "curves": "Training loss, in nats a token (SFT: of the assistant's turns only).",
     "dpo": "Preference training.",
     "router": "Share of each layer's choices that each expert gets, in percent, after all training; 25 is even.",
@@ -193,24 +178,12 @@ def _sections(results: Results) -> list[Section]:
             "Two starts",
             "What do the copies of a block begin as? By default as the identity, which keeps the function of the base "
             f"exactly: KL(base ‖ JAI) {own.kl:.2g} nats a token. The paper copies the weights and adds α times the "
-            f"anchor, which costs {paper.kl:.2g}. After the same continued pre-training the loss is "
-            f"{own.curve.values[-1]:.3f} and {paper.curve.values[-1]:.3f}. The rest of this run goes on from the "
-            "first row.",
-            ("starts",),
+            f"anchor, which costs {paper.kl:.2g}; what training then makes of both is in docs/price-of-depth.md. This "
+            "run goes on from the first row.",
             table=ReportTable(
+                ["start of the copies", "KL", *(f"{name}, bits/char" for name in LANGUAGES.values())],
                 [
-                    "start of the copies",
-                    "KL",
-                    "loss at the end",
-                    *(f"{name}, bits/char" for name in LANGUAGES.values()),
-                ],
-                [
-                    [
-                        start.name,
-                        f"{start.kl:.2g}",
-                        f"{start.curve.values[-1]:.3f}",
-                        *(f"{start.bits[name]:.3f} → {start.trained_bits[name]:.3f}" for name in LANGUAGES),
-                    ]
+                    [start.name, f"{start.kl:.2g}", *(f"{start.bits[name]:.3f}" for name in LANGUAGES)]
                     for start in results.starts
                 ],
                 numbers=True,

@@ -58,21 +58,17 @@ class StageResult:
 
 @dataclass
 class StartResult:
-    """One way to begin the later copies of a block, and its price before and after the same continued pre-training.
+    """One way to begin the later copies of a block, and its price before any training.
 
     Attributes:
         name: of the way.
-        kl: KL(base ‖ JAI) in nats a token, before.
-        bits: bits per character of held-out text by language, before.
-        trained_bits: the same, after.
-        curve: the training loss.
+        kl: KL(base ‖ JAI) in nats a token.
+        bits: bits per character of held-out text by language.
     """
 
     name: str
     kl: float
     bits: dict[str, float]
-    trained_bits: dict[str, float]
-    curve: "MetricCurve"
 
 
 @dataclass

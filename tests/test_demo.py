@@ -53,10 +53,10 @@ def test_every_verb_ran(demo):
     folder, output = demo
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     verbs = [command["line"].split()[1] for command in results["commands"] if command["line"].startswith("jai ")]
-    papers = ["convert", "sft"]  # the paper's start, beside the product's own
-    assert verbs == ["tokenizer", "convert", "inspect", "sft", "sft", "dpo", *papers, "publish", "generate"]
+    # The second conversion is the paper's start, beside the product's own.
+    assert verbs == ["tokenizer", "convert", "inspect", "convert", "sft", "sft", "dpo", "publish", "generate"]
     training = [command["line"] for command in results["commands"] if command["line"].split()[1] in ("sft", "dpo")]
-    assert len(training) == 4
+    assert len(training) == 3
     assert all(line.endswith(f"--max_steps {QUICK_STEPS} --seed 3") for line in training)
     assert "Back from the Hub bit-equal" in output
     assert results["peak_memory_mb"] < 4000
@@ -95,10 +95,10 @@ def test_report_is_self_contained(demo):
     balance = Balance()
     balance.feed(page)
     assert balance.misplaced == []
-    assert len(balance.sources) == 7
+    assert len(balance.sources) == 6
     assert all(source.startswith("data:image/svg+xml;base64,") for source in balance.sources)
     text = (demo[0] / "report.md").read_text(encoding="utf-8")
-    for figure in ("plan", "stages", "starts", "curves", "dpo", "router", "fertility"):
+    for figure in ("plan", "stages", "curves", "dpo", "router", "fertility"):
         assert f"(figures/{figure}.svg)" in text
         assert (demo[0] / "figures" / f"{figure}.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")
     assert str(demo[0]) not in page + text
