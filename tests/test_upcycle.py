@@ -24,6 +24,7 @@ from jai.conversion.inputs.parts import Copied
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inspect_checkpoint import inspect
 from jai.conversion.inspect_options import InspectOptions
+from jai.conversion.output.drawn import normal, normal_pieces
 from jai.conversion.upcycle.command import upcycle
 from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
 from jai.conversion.upcycle.plan import open_upcycle_inputs, plan_upcycled_tensors, upcycled_config
@@ -220,6 +221,15 @@ def test_noise_is_relative_and_seeded(dense, tmp_path):
                 assert 0.9 < noise.std() / first.std() / 0.05 < 1.1
                 assert not torch.equal(stack[expert], stack[expert - 1])
                 assert not torch.equal(stack[expert], c[f"model.layers.{layer}.mlp.experts.{kind}"][expert])
+
+
+@pytest.mark.parametrize("piece", [16, 64, 1 << 10])
+def test_noise_is_one_stream_in_pieces_of_any_size(piece):
+    """A checkpoint with noise does not depend on how much of it is in memory at a time."""
+    for count in (0, 1, 15, 16, 17, 31, piece - 1, piece, piece + 1, piece + 15, piece + 16, 3 * piece + 5):
+        pieces = list(normal_pieces("name", count, 1, piece))
+        assert torch.equal(torch.cat([torch.empty(0), *pieces]), normal("name", count, 1)), count
+        assert all(len(values) < piece + 16 for values in pieces)
 
 
 def test_fewer_snapshots_leave_copies_with_noise(dense, checkpoints, tmp_path, capsys):

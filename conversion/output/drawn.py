@@ -14,13 +14,29 @@ from jai.conversion.inputs.parts import Computed
 from jai.conversion.inputs.reader import CheckpointReader
 
 _CHUNK = 1 << 20  # values drawn at a time: 4 MB in fp32
+# Values that noise is added to at a time. torch draws by 16, so that pieces of one stream are what it draws at once, if
+# each but the last is a multiple of that, and the last no less.
+_PIECE = 1 << 18
+_DRAWN_TOGETHER = 16
 
 
 def normal(name: str, count: int, seed: int) -> torch.Tensor:
     """`count` values of the standard normal distribution in fp32, the same for the same name and seed."""
+    return torch.randn(count, generator=_generator(name, seed))
+
+
+def normal_pieces(name: str, count: int, seed: int, piece: int = _PIECE) -> Iterator[torch.Tensor]:
+    """The values of `normal` one after the other, at most `piece` + 15 at a time."""
+    generator = _generator(name, seed)
+    while count:
+        size = count if count < piece + _DRAWN_TOGETHER else piece
+        yield torch.randn(size, generator=generator)
+        count -= size
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
     # Hashed together: torch's CPU generator reads only the low 32 bits of its seed.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    return torch.randn(count, generator=generator)
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
 
 
 def drawn(name: str, shape: tuple[int, ...], std: float, seed: int, dtype: torch.dtype) -> Computed:
@@ -54,12 +70,16 @@ def with_noise(
     def make() -> Iterator[torch.Tensor]:
         total = squares = 0.0
         for chunk in reader.chunks(source):
-            values = chunk.double()
-            total += values.sum().item()
-            squares += values.square_().sum().item()  # in place, as below: a chunk in fp64 is 32 MB
+            for piece in chunk.flatten().split(_PIECE):
+                values = piece.double()
+                total += values.sum().item()
+                squares += values.square_().sum().item()
         std = relative_std * math.sqrt(max(squares - total * total / count, 0.0) / max(count - 1, 1))
         for number, chunk in enumerate(reader.chunks(source)):
-            yield normal(f"{name}[{number}]", chunk.numel(), seed).view_as(chunk).mul_(std).add_(chunk)
+            values, at = chunk.flatten(), 0
+            for noise in normal_pieces(f"{name}[{number}]", chunk.numel(), seed):
+                yield noise.mul_(std).add_(values[at : at + len(noise)])
+                at += len(noise)
 
     formula = f"{source} + noise({name}, relative std {relative_std:g}, seed {seed})"
     return Computed(count * dtype.itemsize, formula, make, (reader.file_of(source),))

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from jai.errors import UserError
 
-_BUFFER_BYTES = 8 << 20  # a multiple of any block size
+_BUFFER_BYTES = 4 << 20  # a multiple of any block size
 _COPY_BYTES = 64 << 20  # between two looks at whether to stop
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
