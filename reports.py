@@ -158,7 +158,7 @@ def _plan_line(line: Sequence[BlockCopy], width: float, top: float) -> list[str]
             end = left + min(part.copies, len(line) - index) * width
             foot = top + _BOX_HEIGHT + 7
             parts.append(f'<path d="M{left + _GAP:.1f} {foot} H{end - _GAP:.1f}" stroke="{MUTED}" fill="none"/>')
-            label = f"block {part.block}" if width > 44 or part.copies > 1 else str(part.block)
+            label = f"block {part.block + 1}" if width > 44 or part.copies > 1 else str(part.block + 1)
             parts.append(_text((left + end) / 2, foot + 15, label, 11, MUTED))
         else:
             end = left + 10

@@ -219,7 +219,7 @@ def layer_plan(config: JaiConfig, alphas: Mapping[int, float], origins: Sequence
 def _plan_table(plan: Sequence[BlockCopy]) -> ReportTable:
     rows = [
         [
-            str(part.block),
+            str(part.block + 1),
             f"{part.copy + 1} of {part.copies}",
             part.layers,
             part.origins or "–",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
@@ -18,6 +19,8 @@ from jai.conversion.export.command import export
 from jai.conversion.export.options import ExportOptions
 from jai.conversion.inputs.header import read_header
 from jai.conversion.inputs.values import bytes_of, is_finite, refuse_not_finite, sha256_of_finite
+from jai.conversion.inspect_checkpoint import inspect
+from jai.conversion.inspect_options import InspectOptions
 from jai.conversion.merge.command import merge
 from jai.conversion.merge.options import MergeOptions
 from jai.conversion.upcycle.command import upcycle
@@ -310,6 +313,9 @@ def test_a_tied_base_with_a_head_of_its_own_keeps_it(tmp_path, tied, capsys):
     assert verify(str(own), tmp_path / "jai").same_function
     # So do the verbs that read a JAI.
     again = edited(tmp_path / "jai", tmp_path / "again", lambda _: None, tie_word_embeddings=True)
+    counts = [inspect(InspectOptions(model=str(folder))).count for folder in (tmp_path / "jai", again)]
+    assert counts[0] == counts[1]
+    capsys.readouterr()
     upcycle(UpcycleOptions(dense=str(again), out=tmp_path / "upcycled", expert_init="copy"))
     export(ExportOptions(model=str(again), out=tmp_path / "exported", to="phi3"))
     for name in ("upcycled", "exported"):
@@ -323,6 +329,22 @@ def test_a_tied_base_with_a_copy_of_its_embeddings_stays_tied(tmp_path, tied, ca
     run(edited(tied, tmp_path / "base", add_head()), tmp_path / "jai", experts=1)
     assert sha256(tmp_path / "plain" / WEIGHTS) == sha256(tmp_path / "jai" / WEIGHTS)
     assert "head of its own" not in capsys.readouterr().out
+
+
+def test_a_tied_base_that_stores_only_its_head_is_read_as_transformers_reads_it(tmp_path, tied, capsys):
+    def only_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop(EMBEDDINGS)
+
+    base = edited(tied, tmp_path / "base", only_head)
+    loaded = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    assert torch.equal(loaded, load_file(tied / WEIGHTS)[EMBEDDINGS])
+    run(tied, tmp_path / "plain", experts=1)
+    run(base, tmp_path / "jai", experts=1)
+    assert sha256(tmp_path / "plain" / WEIGHTS) == sha256(tmp_path / "jai" / WEIGHTS)
+    again = edited(tmp_path / "jai", tmp_path / "again", only_head)
+    upcycle(UpcycleOptions(dense=str(again), out=tmp_path / "upcycled", expert_init="copy"))
+    assert torch.equal(load_file(tmp_path / "upcycled" / WEIGHTS)[EMBEDDINGS], loaded)
+    assert " ".join(capsys.readouterr().out.split()).count("only lm_head.weight is stored") == 2
 
 
 def test_a_tied_base_with_a_head_of_another_shape_is_refused(tmp_path, tied):

@@ -82,6 +82,8 @@ def plan_conversion(options: ConvertOptions, vocabulary: Vocabulary | None = Non
     base_config = load_phi3_config(folder)
     reader = _open_base(options, folder)
     notes = reader.leave_out_leftovers() if reader else []
+    if reader and base_config.tie_word_embeddings:
+        notes += reader.take_head_for_embeddings()
     vocabulary = vocabulary or read_vocabulary(options)
     new_folder = resolve_checkpoint(options.tokenizer, weights=False) if options.tokenizer else None
     _check_padding(base_config, vocabulary)

@@ -99,6 +99,8 @@ def open_jai_weights(
     """
     reader = CheckpointReader(folder)
     notes = reader.leave_out_leftovers()
+    if config.tie_word_embeddings:
+        notes += reader.take_head_for_embeddings()
     if config.tie_word_embeddings and reader.has_untied_head:
         config.tie_word_embeddings = False
         notes.append(UNTIED_NOTE)

@@ -112,6 +112,18 @@ class CheckpointReader:
             notes.append(f"RoPE's buffers ({len(buffers)}: {buffers[0]}, …) are left out; the model makes its own.")
         return notes
 
+    def take_head_for_embeddings(self) -> list[str]:
+        """Of a tied model: where only the head is stored, it is the embeddings too, as transformers reads it.
+
+        Returns:
+            What was taken, for people.
+        """
+        if EMBEDDINGS in self.shapes or LM_HEAD not in self.shapes:
+            return []
+        for by_name in (self.shapes, self.dtypes, self._places):
+            by_name[EMBEDDINGS] = by_name.pop(LM_HEAD)  # type: ignore[attr-defined]
+        return [f"config.json ties the head to the embeddings, and only {LM_HEAD} is stored; it is read as both."]
+
     @property
     def wrapper_prefix(self) -> str:
         """What wrappers put before the names of all tensors; empty where some have another prefix, or none."""
