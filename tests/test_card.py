@@ -148,11 +148,11 @@ def test_where_layers_come_from_is_only_said_where_it_is_known(folder, tiny_mode
 
     text = card({"layers": [0, 1, 1, 2]})
     assert "| layers | 4, made from 3 of the base |" in text
-    assert "| 2 | 1 of 1 | 2 | 1 | – |" in text
+    assert "| 3 | 1 of 1 | 2 | 1 | – |" in text
     for options in ({"method": "dus-v1", "k": 2}, {"layers": [0, 1]}, {"layers": "all"}):
         text = card(options)
         assert "| layers | 4 |" in text
-        assert "| 2 | 1 of 1 | 2 | – | – |" in text
+        assert "| 3 | 1 of 1 | 2 | – | – |" in text
         assert "names the layers of the base" not in text
 
 

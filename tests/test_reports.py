@@ -81,9 +81,7 @@ def test_the_plan_shows_every_run_and_every_skip(config, boxes, arcs):
     assert [text for text in texts if text.startswith("α")] == ["α 0.1"] * arcs
     assert [text for text in texts if text.startswith("of")] == [f"of {row.origins}" for row in rows]
     blocks = [text.removeprefix("block ") for text in texts if text.removeprefix("block ").isdigit()]
-    assert {str(number + 1) for number in range(len(config.block_repeats))} <= set(
-        blocks
-    )  # from 1, as in `jai inspect`
+    assert {str(number) for number in range(1, len(config.block_repeats) + 1)} <= set(blocks)
     width, height = map(float, figure.attrib["viewBox"].split()[2:])
     places = []
     for box in drawn:
