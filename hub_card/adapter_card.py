@@ -45,6 +45,10 @@ def adapter_card(contents: Contents, adapter: Adapter, repo_id: str) -> str:
     )
     shown = {key: adapter.config[key] for key in _SHOWN if adapter.config.get(key)}
     rows = [[key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)] for key, v in shown.items()]
+    tokens = adapter.config.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        counts = (f"{len(ids):,} of {name}" for name, ids in tokens.items() if isinstance(ids, list))
+        rows.append(["trainable_token_indices", ", ".join(counts)])
     text = _CARD.format(
         name=name,
         kind=adapter.kind,

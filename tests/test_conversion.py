@@ -274,6 +274,7 @@ def test_tokens_without_pieces_are_named(by_init, base_with_tokenizer, extended_
     record = json.loads((by_init["mean-normed"] / PROVENANCE_FILE).read_text())
     assert record["options"]["init"] == "mean-normed"
     assert record["result"]["new_rows"] == 110
+    assert record["result"]["new_row_ids"] == "400-509"  # what `trainable: [new_rows]` reads
     assert record["result"]["new_rows_without_pieces"] == {str(i): f"<|reserved_{i}|>" for i in range(400, 448)}
     options = ConvertOptions(
         base=str(base_with_tokenizer),

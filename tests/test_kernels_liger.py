@@ -10,10 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, ModelConfig, SFTConfig, SFTTrainer
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("liger_kernel")
@@ -31,6 +30,8 @@ from jai.kernels import liger
 from jai.kernels.liger import apply_liger_kernel_to_jai
 from jai.trainers import sft
 from jai.trainers.dpo import JaiDPOTrainer
+from jai.trainers.lora import lora_config
+from jai.trainers.parts import ADAPTER_PARTS, select_parts
 from jai.trainers.sft import JaiSFTTrainer
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -310,6 +311,12 @@ def test_registration():
     assert MODEL_TYPE_TO_APPLY_LIGER_FN[JaiConfig.model_type] is apply_liger_kernel_to_jai
 
 
+def adapter(model: JaiForCausalLM) -> dict[str, object]:
+    """Of the parts that learn through LoRA by default, rows of new tokens among them."""
+    parts = select_parts(ADAPTER_PARTS, model, (range(300, 400),))
+    return {"parts": parts, "peft_config": lora_config(ModelConfig(use_peft=True, lora_dropout=0.0), parts, model)}
+
+
 @pytest.mark.parametrize(("trainer_class", "lora"), [(SFTTrainer, False), (JaiSFTTrainer, True)], ids=["TRL", "LoRA"])
 def test_sft(tiny_model, tokenizer, sentences, tmp_path, trainer_class, lora):
     logs = {}
@@ -323,7 +330,7 @@ def test_sft(tiny_model, tokenizer, sentences, tmp_path, trainer_class, lora):
             train_dataset=data,
             eval_dataset=data.select(range(2)),
             processing_class=tokenizer,
-            peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
+            **(adapter(model) if lora else {}),
         )
         trainer.train()
         assert patched_parts(model) == ({"rope", "rms_norm"} if use_liger else set())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import peft
 import pytest
 import torch
 import trainable_worker
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig
 
+from jai import JaiForSequenceClassification
 from jai.errors import UserError
 from jai.hub_card.check import check_checkpoint
 from jai.provenance import input_of, read_step, write_step
@@ -242,6 +244,27 @@ def test_new_layers_and_experts_learn_through_an_adapter(checkpoint, texts, part
         assert changed.any() == expected.any(), name
 
 
+def test_later_copies_that_start_as_the_identity_learn(checkpoint, texts, tmp_path):
+    """LoRA on matrices of zeros, behind a skip whose alpha is 0: each must leave where it begins."""
+    model = load(checkpoint)
+    zeros = [
+        f"model.layers.{layer}.{inner}"
+        for layer in LATER_COPIES
+        for inner in ("self_attn.o_proj.weight", "mlp.experts.down_proj")
+    ]
+    with torch.no_grad():
+        for name in zeros:
+            model.get_parameter(name).zero_()
+    identity = tmp_path / "identity"
+    model.save_pretrained(identity)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (identity / name).symlink_to(checkpoint / name)
+    out = sft.main(arguments(identity, texts, "out", use_peft=True, merge_adapter=True, max_steps=3))
+    after = load(out).state_dict()
+    assert all(after[name].flatten(1).any(dim=1).all() for name in zeros)
+    assert all(after[f"model.layers.{layer}.skip_alpha"] != 0 for layer in LATER_COPIES)
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"linear_cross_entropy": True}], ids=str)
 def test_the_loss_of_training_has_the_new_rows_gradient(checkpoint, texts, sentences, tmp_path, options):
     """By finite differences, in the head and in the embeddings: TRL's fused head never calls the head's module."""
@@ -324,6 +347,32 @@ def test_resuming_an_adapter_continues_the_same_run(checkpoint, texts):
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (halves, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_resuming_with_other_parts_is_one_message(checkpoint, texts):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    sft.main(arguments(checkpoint, texts, "out", trainable=["router"], **{**options, "max_steps": 1}))
+    with pytest.raises(UserError, match=r"other parts learnt.*Resume with the `trainable`"):
+        sft.main(arguments(checkpoint, texts, "out", trainable=["all"], resume_from_checkpoint="true", **options))
+
+
+def test_the_line_that_is_printed_loads_dora(checkpoint, texts, capsys):
+    """transformers' own loading leaves DoRA's magnitudes out, and computes something else."""
+    out = sft.main(
+        arguments(checkpoint, texts, "out", trainable=["attention", "alphas"], use_peft=True, use_dora=True, lora_r=4)
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    line = re.search(r"peft\.AutoPeftModelForCausalLM\.from_pretrained\('out'\)", printed)
+    expected = logits_of(PeftModel.from_pretrained(load(checkpoint), out))
+    assert torch.equal(logits_of(eval(line.group(), {"peft": peft})), expected)
+    assert (expected - logits_of(load(checkpoint))).abs().max() > 0.01
+
+
+def test_snapshots_of_frozen_experts_are_refused(tiny_model, tiny_tokenizer, texts):
+    tiny_model(vocab_size=400, num_local_experts=1).save_pretrained("dense")
+    tiny_tokenizer.save_pretrained("dense")
+    with pytest.raises(UserError, match=r"`trainable` leaves them as they are"):
+        sft.main(arguments("dense", texts, "out", trainable=["attention"], snapshot_steps=1))
 
 
 def test_resuming_in_full_keeps_frozen_entries(checkpoint, texts):
@@ -440,6 +489,16 @@ def test_a_part_that_the_model_lacks_is_named(tiny_model):
     with pytest.raises(UserError, match=r"`skip_alpha_trainable` is false"):
         select_parts(["alphas"], frozen, ())
     assert select_parts(ADAPTER_PARTS, dense, None, required=False).names == ("attention", "experts")
+
+
+def test_a_head_for_another_task_always_learns(tiny_config):
+    model = JaiForSequenceClassification(tiny_config(num_labels=1))
+    parts = select_parts(["router"], model, None)
+    assert set(parts.entries) == {"score.weight", *(f"model.layers.{layer}.mlp.gate.weight" for layer in range(7))}
+    both = select_parts(["attention", "router"], model, None)
+    config = lora_config(ModelConfig(use_peft=True, lora_dropout=0.0, lora_task_type="SEQ_CLS"), both, model)
+    assert set(config.modules_to_save) == {"score", "mlp.gate"}
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_a_tied_head_learns_once(tiny_model):

@@ -49,6 +49,11 @@ class SnapshotCallback(TrainerCallback):
             )
         if getattr(model, "peft_config", None):
             raise UserError("Snapshots are of trained FFN weights, and LoRA trains none. Set `use_peft: false`.")
+        if not any(weight.requires_grad for name, weight in model.named_parameters() if ".mlp." in name):
+            raise UserError(
+                "Snapshots are of trained FFN weights, and `trainable` leaves them as they are. Name experts (the MLP "
+                "of a dense model), or leave `snapshot_steps` out."
+            )
         plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
         if plugin is not None and "FULL" not in str(plugin.state_dict_type):
             raise UserError(

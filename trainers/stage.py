@@ -115,7 +115,8 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     step, title = ("pretrain", "Continued pre-training") if data.is_plain_text else (stage.verb, stage.title)
     print_plan(console, title, arguments, base, data, lora, parameters, train_tokens, evaluation_tokens)
     trainer = _build(stage, arguments, base, data, parts, lora, loading, console)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    with _explaining_resumption(checkpoint):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     out = _save(trainer, arguments, base, console)
     if trainer.is_world_process_zero():
         write_record(
@@ -213,6 +214,19 @@ def _explaining_errors(data: TrainingData) -> Iterator[None]:
         raise UserError(
             f"A conversation in {data.name} does not fit the chat template: {error} Mend the data, or give the "
             "tokenizer a template that takes it."
+        ) from error
+
+
+@contextmanager
+def _explaining_resumption(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if checkpoint is None or "parameter group" not in str(error):
+            raise
+        raise UserError(
+            f"{checkpoint} was written by a run in which other parts learnt: its optimiser does not fit ({error}). "
+            "Resume with the `trainable` and the LoRA options of that run."
         ) from error
 
 
