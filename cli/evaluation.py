@@ -11,7 +11,6 @@ from jai.cli.verb import PlainGroup, verb
 from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.options import EvalOptions, LanguageOptions
 from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
-from jai.hub_card.evaluation import record_run
 
 _MEASURE = "run"
 
@@ -46,6 +45,8 @@ def evaluate(options: EvalOptions) -> None:
 
     run = evaluate_suites(options, suites)
     if options.card:
+        from jai.hub_card.evaluation import record_run  # numpy and the Hub's client
+
         record_run(Path(options.model), run.results, suites)
 
 
