@@ -691,7 +691,7 @@ def test_bad_preferences(checkpoint, chats):
         dpo.main(arguments(checkpoint, chats, "out"))
 
 
-def test_other_input_that_is_refused(checkpoint, chats, tmp_path, sentences):
+def test_other_input_that_is_refused(checkpoint, chats, tmp_path, sentences, capsys):
     text = write_rows(tmp_path / "text.jsonl", [{"text": sentences[0]}])
     with pytest.raises(UserError, match=r"`assistant_only_loss` is on, but .* plain strings"):
         sft.main(arguments(checkpoint, text, "out", assistant_only_loss=True))
@@ -699,6 +699,10 @@ def test_other_input_that_is_refused(checkpoint, chats, tmp_path, sentences):
         sft.main(arguments(checkpoint, text, "out", eval_strategy="steps"))
     with pytest.raises(UserError, match=r"no checkpoint-N folder"):
         sft.main(arguments(checkpoint, text, "out", resume_from_checkpoint="true"))
+    with pytest.raises(UserError, match=r"`eos_token` is '<end>', which the vocabulary of .* does not have"):
+        sft.main(arguments(checkpoint, text, "out", eos_token="<end>"))
+    sft.main(arguments(checkpoint, text, "ended", eos_token="<|end|>", preview=1))
+    assert "<|end|>(" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"`chat_template_path` names nowhere.jinja"):
         sft.main(arguments(checkpoint, chats, "out", chat_template_path="nowhere.jinja"))
     Path("full").mkdir()

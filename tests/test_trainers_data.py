@@ -720,6 +720,13 @@ def test_what_a_template_would_leave_out_in_silence_is_a_fault(tiny_tokenizer, r
         prepared(tokenizer, name, assistant_only_loss=True)
 
 
+def test_single_answers_are_counted(tiny_tokenizer):
+    rows = [{"prompt": "a", "completion": " b", "label": True}]
+    data = load(write("rows.jsonl", *rows), (DatasetType.UNPAIRED_PREFERENCE,))
+    counted, _ = count_tokens(data, tiny_tokenizer, SFTConfig("out", bf16=False))
+    assert counted.tokens == len(tiny_tokenizer("a b" + tiny_tokenizer.eos_token)["input_ids"])
+
+
 def test_turns_left_out_of_the_loss_need_a_loss_on_turns(tiny_tokenizer):
     name = write("rows.jsonl", {"messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d")]})
     (row,) = prepared(tiny_tokenizer, name, assistant_only_loss=True).train

@@ -225,6 +225,9 @@ def test_fractions_of_sources_and_rows(tiny_tokenizer):
         ({"shares": {"a": -1}, "category_column": "x"}, "The share of a in `shares` is -1"),
         ({"shares": {"a": 0}, "category_column": "x"}, "`shares` are all 0"),
         ({"shares": "a", "category_column": "x"}, "`shares` is 'a'; expected a share for each category"),
+        ({"mixture_size": 5}, "`mixture_size` is of a mixture by shares"),
+        ({"shares_of": "tokens"}, "`shares_of` is of a mixture by shares"),
+        ({"repeat_rows": True, "shares": {"a": 1}, "category_column": "x"}, "Give `mixture_size`"),
         ({"score_above": 3}, "`score_above` needs scores"),
         ({"drop_wrong_language": True}, "needs to know the right one"),
         ({"max_faulty_rows": -1}, "`max_faulty_rows` is -1; expected 0 or more"),
@@ -318,6 +321,19 @@ def test_a_validation_split_is_cut_and_evaluated(checkpoint, tiny_tokenizer):
         prepared(tiny_tokenizer, name, test_split_size=0.25)
     out = run(checkpoint, "out", dataset_name=name, eval_strategy="steps", eval_steps=1, test_split_size=0.25)
     assert read_step(out)["metrics"]["eval_loss"] > 0
+
+
+def test_what_cannot_be_had_of_pairs_or_twice_is_refused(tiny_tokenizer):
+    pairs = write("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", "kind": "d"}])
+    types = (DatasetType.PREFERENCE,)
+    with pytest.raises(UserError, match="`drop_truncated` is for SFT"):
+        prepared(tiny_tokenizer, pairs, types=types, drop_truncated=True)
+    with pytest.raises(UserError, match="`shares_of: tokens` is for SFT"):
+        prepared(tiny_tokenizer, pairs, types=types, category_column="kind", shares={"d": 1}, shares_of="tokens")
+    with pytest.raises(UserError, match="Both `dataset_name` and `datasets` are given"):
+        prepared(tiny_tokenizer, pairs, datasets=[{"path": pairs}])
+    with pytest.raises(UserError, match="`eval_strategy` is on, and there are several `datasets`"):
+        prepared(tiny_tokenizer, types=types, datasets=[{"path": pairs}] * 2, training={"eval_strategy": "epoch"})
 
 
 def test_rows_that_are_trained_and_evaluated_on_are_said(tiny_tokenizer):
@@ -543,6 +559,8 @@ def test_recipes_of_mixtures_run_on_generated_rows(recipe, checkpoint, sentences
     record = read_step(out)["dataset"]
     rows = sum(source["rows"] for source in record["sources"])
     assert rows == record["rows"]
+    assert read_step(out)["options"].get("shares") == config.get("shares")
+    assert "datasets" not in read_step(out)["options"]
     for category, share in config.get("shares", {}).items():
         of = sum(source["rows"] for source in record["sources"] if source["category"] == category)
         assert of / rows == pytest.approx(share / sum(config["shares"].values()), abs=0.02)

@@ -99,7 +99,8 @@ def prepare_chat(base: BaseModel, data: TrainingData, training_args: TrlConfig) 
     template gets JAI's.
 
     Raises:
-        UserError: if there is no template, or it does not mark the assistant's turns where the loss needs it.
+        UserError: if there is no template, `eos_token` is no token, or the template does not mark the assistant's turns
+            where the loss needs it.
     """
     tokenizer = base.tokenizer
     assistant_only_loss = getattr(training_args, "assistant_only_loss", False)
@@ -112,6 +113,10 @@ def prepare_chat(base: BaseModel, data: TrainingData, training_args: TrlConfig) 
             )
         tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
         cast(SFTConfig, training_args).chat_template_path = None  # the tokenizer has it now
+    if (end := getattr(training_args, "eos_token", None)) is not None:
+        if end not in tokenizer.get_vocab():
+            raise UserError(f"`eos_token` is {end!r}, which the vocabulary of {base.name} does not have.")
+        tokenizer.eos_token = end
     if not data.conversational:
         if assistant_only_loss:
             raise UserError(

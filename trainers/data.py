@@ -159,6 +159,8 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
     script, options = arguments.script, arguments.data
     if options.datasets is None:
         check_data_name(script.dataset_name)
+    elif script.dataset_name:
+        raise UserError("Both `dataset_name` and `datasets` are given. Leave out one of the two.")
     sources = options.sources(str(script.dataset_name), script.dataset_config, script.dataset_train_split)
     streaming = script.dataset_streaming
     if streaming and (names := _options_of_whole_data(arguments, sources)):

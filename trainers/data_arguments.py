@@ -141,6 +141,12 @@ class DataArguments:
             self.shares = _read_shares(self.shares)
         if self.shares and self.datasets is None and self.category_column is None:
             raise UserError("`shares` are of categories. Give `datasets` with a `category` each, or `category_column`.")
+        without = [name for name in ("mixture_size", "repeat_rows") if getattr(self, name)]
+        without += ["shares_of"] if self.shares_of != "examples" else []
+        if without and not self.has_mixture:
+            raise UserError(f"`{without[0]}` is of a mixture by shares. Give `shares`, or each source a `fraction`.")
+        if self.repeat_rows and self.mixture_size is None:
+            raise UserError("`repeat_rows` needs to know how far. Give `mixture_size`.")
         if self.score_above is not None and not self._has("score_column"):
             raise UserError("`score_above` needs scores. Set `score_column` to the column that has them.")
         if self.drop_wrong_language and not (self._has("language_column") or self._has("language")):

@@ -161,6 +161,8 @@ def _gate_tokens(data: TrainingData, arguments: StageArguments) -> TrainingData:
     """The gates on what is trained: rows without a label, rows that are cut off."""
     training = arguments.training
     if "input_ids" not in _rows(data.train).column_names:
+        if arguments.data.drop_truncated:
+            raise UserError("`drop_truncated` is for SFT. Leave it out; the plan says how much is cut off.")
         return data
     assistant = getattr(training, "assistant_only_loss", False)
     why = "they have no assistant's turn that is trained" if assistant else "no loss is taken on them"

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from jai.trainers.arguments import TrlConfig
 from jai.trainers.data import TrainingData
-from jai.trainers.rows import DatasetType
 from jai.trainers.tokens import IGNORED, RowTokenizer, splits_rows
 
 
@@ -22,11 +21,10 @@ def print_preview(
     Tokens stand with their ids. Of a pair both sequences are printed.
     """
     limit = None if getattr(training, "packing", False) and splits_rows(training) else training.max_length
+    encoder = RowTokenizer.of(data, tokenizer, training)
     for number, row in enumerate(islice(data.train, rows), 1):
-        if data.type is DatasetType.PREFERENCE:
-            sequences = RowTokenizer.of(data, tokenizer, training).encode_pair(row)
-        else:
-            sequences = {"": (row["input_ids"], row["labels"])}
+        is_tokenized = "input_ids" in row
+        sequences = {"": (row["input_ids"], row["labels"])} if is_tokenized else encoder.encode_all(row)
         for name, (ids, labels) in sequences.items():
             taught = sum(label != IGNORED for label in labels[:limit])
             title = Text(f"Row {number}{f', {name}' if name else ''}", style="bold")

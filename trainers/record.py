@@ -16,6 +16,7 @@ from jai.trainers.arguments import StageArguments
 from jai.trainers.base_model import BaseModel
 from jai.trainers.chosen_parts import TRAINED_PARTS
 from jai.trainers.data import TrainingData
+from jai.trainers.data_arguments import DataArguments
 from jai.trainers.parameters import TrainedParameters
 
 LOGS_FOLDER = "training_logs"
@@ -116,14 +117,15 @@ def _recorded_data(data: TrainingData) -> dict[str, Any]:
     def name_of(path: str) -> str:
         return Path(path).name if Path(path).exists() else path
 
+    faulty = {"faulty": data.faulty} if data.faulty else {}
     if len(data.sources) < 2:
-        return {"name": name_of(data.name), "rows": data.rows}
+        return {"name": name_of(data.name), "rows": data.rows, **faulty}
     names = dict.fromkeys(name_of(source.path) for source in data.sources)
     sources = [
         {"name": name_of(path), "category": category, "language": language, "rows": rows}
         for (path, category, language), rows in data.counts.items()
     ]
-    return {"name": " + ".join(names), "rows": data.rows, "sources": sources}
+    return {"name": " + ".join(names), "rows": data.rows, **faulty, "sources": sources}
 
 
 def _recorded_options(arguments: StageArguments) -> dict[str, Any]:
@@ -132,7 +134,10 @@ def _recorded_options(arguments: StageArguments) -> dict[str, Any]:
     options |= {name: value for name in _RECORDED_JAI if (value := getattr(arguments.jai, name)) is not None}
     if model.use_peft:
         options |= {name: getattr(model, name) for name in _RECORDED_LORA}
-    return options
+    defaults = vars(DataArguments())
+    of_data = {name: value for name, value in vars(arguments.data).items() if value != defaults[name]}
+    of_data.pop("datasets", None)  # their paths are this machine's; the record of the data names them
+    return options | of_data
 
 
 def _restore_config(out: Path, base: BaseModel) -> None:

@@ -31,6 +31,7 @@ from jai.trainers.rows import DatasetType, Row
 IGNORED = -100
 _COUNTED_ROWS = 20_000  # pairs: all rows up to here take a few seconds; of more, so many spread over them
 _COUNTED_OF_A_STREAM = 100
+_TOKENIZED = (DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION)  # SFT's; TRL makes the tokens of the others
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ class RowTokenizer:
             return self._encode_messages(row["messages"], row, add_generation_prompt=False)
         ids = self._encode_text(self._ended(row[self.text_column]))
         return ids, ids
+
+    def encode_all(self, row: Row) -> dict[str, tuple[list[int], list[int]]]:
+        """Every sequence of a row by its column: two of a preference pair, one without a name of any other row.
+
+        Raises:
+            RowFault: if its conversation does not fit the chat template.
+        """
+        return self.encode_pair(row) if "rejected" in row else {"": self.encode(row)}
 
     def encode_pair(self, row: Row) -> dict[str, tuple[list[int], list[int]]]:
         """The two sequences of a preference pair, each with the prompt, and labels on the answers.
@@ -163,7 +172,9 @@ def _tools(row: Row) -> Any:
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
-def tokenize_rows(data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig, limit: float = 0.0):
+def tokenize_rows(
+    data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig, limit: float = 0.0
+) -> TrainingData:
     """The data with `input_ids` and `labels` beside what the rows had; preference pairs as they are.
 
     Args:
@@ -175,7 +186,7 @@ def tokenize_rows(data: TrainingData, tokenizer: PreTrainedTokenizerBase, traini
     Raises:
         UserError: for more rows that do not fit the chat template than are allowed.
     """
-    if data.type not in (DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION):
+    if data.type not in _TOKENIZED:
         return data
     encoder = RowTokenizer.of(data, tokenizer, training)
     faulty: list[FaultyRow] = []
@@ -264,9 +275,9 @@ def count_tokens(
 def _count(
     rows: AnyDataset, packing: bool, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig
 ) -> TokenCount:
-    is_pairs = data.type is DatasetType.PREFERENCE
+    is_tokenized = data.type in _TOKENIZED
     limit = None if packing and splits_rows(training) else training.max_length
-    if isinstance(rows, Dataset) and not is_pairs:
+    if isinstance(rows, Dataset) and is_tokenized:
         lengths = lengths_of(rows)
         return TokenCount(len(rows), False, int(lengths.sum()), _cut(lengths, limit))
     numbered: Iterable[tuple[int, Row]]
@@ -277,11 +288,11 @@ def _count(
     else:
         sample = list(islice(rows, _COUNTED_OF_A_STREAM))
         numbered, counted, is_sample = enumerate(sample), len(sample), True
-    if is_pairs:
-        encoder = RowTokenizer.of(data, tokenizer, training)
-        lengths = np.array(list(_lengths_of_pairs(numbered, encoder, data.name)))
-    else:
+    if is_tokenized:
         lengths = np.array([len(row["input_ids"]) for _, row in numbered])
+    else:
+        encoder = RowTokenizer.of(data, tokenizer, training)
+        lengths = np.array(list(_lengths(numbered, encoder, data.name)))
     return TokenCount(counted, is_sample, int(lengths.sum()), _cut(lengths, limit))
 
 
@@ -294,10 +305,10 @@ def _cut(lengths: np.ndarray, limit: int | None) -> int:
     return int(np.maximum(lengths - limit, 0).sum()) if limit else 0
 
 
-def _lengths_of_pairs(numbered: Iterable[tuple[int, Row]], encoder: RowTokenizer, name: str) -> Iterator[int]:
+def _lengths(numbered: Iterable[tuple[int, Row]], encoder: RowTokenizer, name: str) -> Iterator[int]:
     for index, row in numbered:
         try:
-            sequences = encoder.encode_pair(row)
+            sequences = encoder.encode_all(row)
         except RowFault as fault:
             number = row.get(ROW, index + 1)
             raise UserError(f"Row {number:,} of {name} cannot be trained on: {fault.text}.") from fault
