@@ -229,9 +229,7 @@ class EndpointClient:
                 self.counts.add(known, cached=True)
         missing = {key: each for key, each in zip(keys, requests) if key not in outcomes}
         if missing:
-            if self._console is not None:
-                announced = f"  {what} ({self.endpoint.model}): {self.estimate(requests)}"
-                self._console.print(announced, markup=False, highlight=False, soft_wrap=True)
+            self._say(f"  {what} ({self.endpoint.model}): {self.estimate(requests)}")
             outcomes |= self._ask_missing(missing, what)
         return [outcomes[key] for key in keys]
 
@@ -253,6 +251,10 @@ class EndpointClient:
         ]
         return "\n".join([*lines, *(f"  {name}: {value}" for name, value in said if value)])
 
+    def _say(self, text: str) -> None:
+        if self._console is not None:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _price(self) -> float:
         prompt_price, reply_price = self.endpoint.prices or (0.0, 0.0)
         return (self.counts.prompt_tokens * prompt_price + self.counts.reply_tokens * reply_price) / 1e6
@@ -260,9 +262,15 @@ class EndpointClient:
     def _ask_missing(self, missing: dict[str, ChatRequest], what: str) -> dict[str, ChatReply | FailedRequest]:
         from anyio.from_thread import start_blocking_portal
 
-        # In a thread of its own, for a notebook has an event loop already.
-        with start_blocking_portal() as portal:
-            return portal.call(self._ask_all, missing, what)
+        before = self.counts.replies
+        try:
+            # In a thread of its own, for a notebook has an event loop already.
+            with start_blocking_portal() as portal:
+                return portal.call(self._ask_all, missing, what)
+        except KeyboardInterrupt:
+            came = f"{self.counts.replies - before:,} of the {len(missing):,} replies came"
+            self._say(f"{came} and are kept in {self.cache.path}; the same command asks for the others.")
+            raise
 
     async def _ask_all(self, missing: dict[str, ChatRequest], what: str) -> dict[str, ChatReply | FailedRequest]:
         from openai import AsyncOpenAI

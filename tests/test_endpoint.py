@@ -292,10 +292,12 @@ def test_a_cache_that_is_none(tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
+from rich.console import Console
 from jai.evaluation.endpoint import Endpoint, EndpointClient
 from jai.evaluation.reply_cache import ChatRequest, ReplyCache
 
-client = EndpointClient(Endpoint(url=sys.argv[1], model="judge", concurrency=2), ReplyCache(Path(sys.argv[2])))
+endpoint = Endpoint(url=sys.argv[1], model="judge", concurrency=2)
+client = EndpointClient(endpoint, ReplyCache(Path(sys.argv[2])), console=Console(soft_wrap=True))
 client.ask([ChatRequest([{"role": "user", "content": f"{number}"}], {"max_tokens": 100}) for number in range(20)])
 """
 
@@ -306,13 +308,17 @@ def test_a_killed_run_asks_nothing_twice(client_of, tmp_path, how):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, server.url, str(tmp_path / "replies.sqlite")],
             env=os.environ,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            text=True,
         )
         while len(server.asked) < 9:
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(how)
-        assert process.wait(timeout=20) != 0
+        printed = process.communicate(timeout=20)[0]
+        assert process.returncode != 0
+        assert ("of the 20 replies came and are kept" in printed) == (how is signal.SIGINT)
         asked_before = len(server.asked)
         assert asked_before < 20
         client = client_of(server)

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -368,3 +370,46 @@ def test_the_shared_mt_bench_killed_and_gone_on_with(checkpoint, shared_data, tm
     assert results.finished
     assert results.figures[0].value == 5
     assert len(items) == 160
+
+
+@pytest.mark.slow
+def test_transformers_own_server_answers(checkpoint, data, tmp_path):
+    """A real server: the same answers at temperature 0 as the checkpoint itself gives."""
+    pytest.importorskip("fastapi", reason="needs transformers[serving]")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "jai.serve", str(checkpoint), "--device", "cpu", "--port", str(port)]
+    with (tmp_path / "log").open("w") as log, ChatEndpoint(always("[[true]]")) as judge:
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
+            shared = {"judge": judge, "model": str(checkpoint), "data": data}
+            _, served = evaluate(
+                "hall-bench-298",
+                **shared,
+                out=tmp_path / "served",
+                backend="openai",
+                base_url=f"http://127.0.0.1:{port}/v1",
+            )
+        finally:
+            server.kill()
+            server.wait()
+        _, itself = evaluate("hall-bench-298", **shared, out=tmp_path / "itself")
+    answers = [(run.folder / "answers-hall-bench-298.jsonl").read_text() for run in (served, itself)]
+    assert answers[0] == answers[1]
+    assert all(json.loads(line)["answers"][0] for line in answers[0].splitlines())
+    assert read_run(served.folder)[0].figures[0].value == 1
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(600):
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"no answer from {address}:\n{log.read_text()}")
