@@ -41,8 +41,8 @@ def check_chat_template(options: EvalOptions) -> None:
     """
     if options.backend != "openai" and load_tokenizer(local_folder(options.model)).chat_template is None:
         raise UserError(
-            f"{options.model} has no chat template, which suites of chats need. Evaluate a checkpoint that was tuned "
-            "for chats, or give it a chat_template.jinja."
+            f"{options.model} has no chat template, in which it is asked here. Give a checkpoint that was tuned for "
+            "chats, or put a chat_template.jinja into its folder."
         )
 
 

@@ -22,7 +22,7 @@ from jai.evaluation.judged.command import REPLIES_FILE
 from jai.evaluation.judged.measure import Judge
 from jai.evaluation.judged.prompts import FACTS, LATER_TURN_GRADE, SINGLE_GRADE, prompts_hash
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
-from jai.evaluation.models import load_answering_model, revision_of
+from jai.evaluation.models import check_chat_template, load_answering_model, revision_of
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.reply_cache import ReplyCache
 from jai.files import check_is_file, differences, lock_folder, print_next, read_json, sha256
@@ -78,6 +78,7 @@ def make_pairs(options: PairsOptions, *, console: Console | None = None) -> Path
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     options.check()
+    check_chat_template(_model_options(options))
     work = _Work(options, console)
     with _unfinished(options) as plan:
         count = f"{len(work.prompts):,} prompts, {options.candidates} answers each from {options.model}"

@@ -229,14 +229,14 @@ def test_a_judge_is_needed(options, message):
         EvalOptions(model="m", **options).check_judge()
 
 
-def test_malformed_questions_are_named_by_file_and_line(data, tmp_path):
+def test_malformed_questions_are_named_by_file_and_line(checkpoint, data, tmp_path):
     with (data / "mt_bench_th.jsonl").open("a") as file:
         file.write('\n{"question_id": 9, "turns": []}\n')
     with ChatEndpoint(always("[[7]]")) as judge:
         with pytest.raises(UserError, match=r"mt_bench_th\.jsonl, line 5, .*`turns` is no list of texts"):
-            evaluate("mt-bench-th", judge=judge, model="m", data=data, out=tmp_path / "run")
+            evaluate("mt-bench-th", judge=judge, model=str(checkpoint), data=data, out=tmp_path / "run")
         with pytest.raises(UserError, match=r"questions of hall-bench are not published\. Put yours"):
-            evaluate("hall-bench", judge=judge, model="m", out=tmp_path / "run")
+            evaluate("hall-bench", judge=judge, model=str(checkpoint), out=tmp_path / "run")
         assert judge.asked == []
 
 
@@ -246,7 +246,10 @@ def test_a_checkpoint_without_a_chat_template(checkpoint, data, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(checkpoint, bare)
     (bare / "chat_template.jinja").unlink()
-    with ChatEndpoint(always("[[7]]")) as judge, pytest.raises(UserError, match="has no chat template, which a judged"):
+    with (
+        ChatEndpoint(always("[[7]]")) as judge,
+        pytest.raises(UserError, match="has no chat template, in which it is asked"),
+    ):
         evaluate("mt-bench-th", judge=judge, model=str(bare), data=data, out=tmp_path / "run")
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,6 +383,15 @@ def test_a_checkpoint_answers_and_a_reward_model_decides(checkpoint, reward_mode
         assert row["score_chosen"] > row["score_rejected"]
         assert row["judge"] == str(reward_model)
     assert run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)[1] == rows
+
+
+def test_a_checkpoint_without_a_chat_template(checkpoint, prompts, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare)
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template, in which it is asked"):
+        run_checkpoint(bare, prompts, tmp_path / "pairs", by="checks")
+    assert not (tmp_path / "pairs").exists()
 
 
 def run_checkpoint(checkpoint: Path, prompts: Path, out: Path, **options):

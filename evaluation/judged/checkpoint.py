@@ -20,7 +20,7 @@ class CheckpointAsker:
     """Asks a checkpoint through lm-eval's model classes, as `EndpointClient.ask` asks an endpoint.
 
     Args:
-        model: the model, and what it has answered already.
+        model: the model, which has a chat template, and what it has answered already.
         name: of the checkpoint.
         seed: of the sampling.
         console: where progress is shown; None shows none.
@@ -28,9 +28,6 @@ class CheckpointAsker:
     Attributes:
         cut: prompts that were longer than the model takes and lost their beginning.
         unfinished: answers that were cut off at `max_tokens`, by a count of the tokens of their text.
-
-    Raises:
-        UserError: if the checkpoint has no chat template.
     """
 
     def __init__(self, model: KeptAnswers, name: str, *, seed: int = 0, console: "Console | None" = None):
@@ -41,10 +38,6 @@ class CheckpointAsker:
         self._console = console
         # lm-eval's classes for transformers and vLLM have these.
         self._lm: Any = model.lm
-        if self._lm.tokenizer.chat_template is None:
-            raise UserError(
-                f"{name} has no chat template, which a judged suite needs. Give a checkpoint that was tuned for chats."
-            )
 
     def ask(self, requests: Sequence[ChatRequest], what: str = "Answering") -> list[ChatReply]:
         """Have all requests answered that are not yet.
