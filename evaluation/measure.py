@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.evaluator import evaluate
+from lm_eval.models.api_models import TemplateAPI
 
 from jai.errors import UserError
 from jai.evaluation.kept_answers import KeptAnswers
@@ -110,6 +111,7 @@ def _measure_task(
 
     set_seed(seed)
     model.too_long.clear()
+    _fit_answers(task, model, run)
     name = task.task_name
     results = evaluate(
         lm=model,
@@ -139,6 +141,21 @@ def _measure_task(
         _note_left_out(task, run)
     higher = results["higher_is_better"].get(name, {})
     return {(name, metric): higher.get(metric) is not False for metric in row.metrics}
+
+
+def _fit_answers(task: "Task", model: KeptAnswers, run: EvaluationRun) -> None:
+    """Let answers take half of what the model takes in all, where the task would let them take everything."""
+    wanted = (task.config.generation_kwargs or {}).get("max_gen_toks")
+    # A server knows its model's length, which lm-eval only guesses.
+    length = None if isinstance(model.lm, TemplateAPI) else getattr(model.lm, "max_length", None)
+    if wanted is not None and length is not None and wanted >= length:
+        room = length // 2
+        task.set_config("generation_kwargs", {"max_gen_toks": room}, update=True)
+        _note(
+            run,
+            f"{task.task_name}: answers end after {room} tokens, where the task gives them {wanted}: the model takes "
+            f"{length} in all.",
+        )
 
 
 def _items(suite: Suite, row: SuiteTask, task: str, metric: str, sample: Mapping[str, Any]) -> Iterator[Item]:

@@ -30,9 +30,11 @@ STRICT, LOOSE = ("prompt_level_strict_acc", "inst_level_strict_acc"), ("prompt_l
 class KnowingModel(LM):
     """Gives the reply that it knows to a question that contains a text; in the chat form the question is the prompt."""
 
-    def __init__(self, replies: dict[str, str]):
+    def __init__(self, replies: dict[str, str], max_length: int | None):
         super().__init__()
         self.replies = replies
+        self.max_length = max_length
+        self.longest_answers: set[int] = set()
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         return chat_history[-1]["content"]
@@ -48,17 +50,22 @@ class KnowingModel(LM):
         raise NotImplementedError
 
     def generate_until(self, requests, **_):
+        self.longest_answers |= {each.args[1]["max_gen_toks"] for each in requests}
         return [next(reply for text, reply in self.replies.items() if text in each.args[0]) for each in requests]
 
 
 @pytest.fixture
 def measured(tmp_path):
-    def measure(suite: str, data: Path, replies: dict[str, str], limit: int | None = None) -> dict:
+    def measure(
+        suite: str, data: Path, replies: dict[str, str], limit: int | None = None, max_length: int | None = None
+    ) -> dict:
         plan = plan_suite(read_suite(suite), TaskLoader(data=data))
         number = len(list(tmp_path.iterdir()))
         with open_run(tmp_path / f"run {number}", model="oracle", revision="0") as run:
-            model = KeptAnswers(KnowingModel(replies), run.folder / "answers.jsonl", 8)
+            knowing = KnowingModel(replies, max_length)
+            model = KeptAnswers(knowing, run.folder / "answers.jsonl", 8)
             figures = measure_suite(plan, model, run, limit=limit, seed=0, tell=lambda name: None)
+            measure.notes, measure.longest_answers = run.results.notes, knowing.longest_answers
         return {(figure.name, figure.metric): figure for figure in figures}
 
     return measure
@@ -122,6 +129,15 @@ def test_english_ifeval(measured, tmp_path):
 
 
 TWO = {"kwargs": [{"num_bullets": "2"}]}  # which should be a number
+
+
+def test_answers_are_shorter_where_the_model_takes_less_and_that_is_said(measured, tmp_path):
+    write_rows(tmp_path / "data/google/IFEval/train.jsonl", ENGLISH_ROWS)
+    for max_length, longest, notes in ((1281, 1280, 0), (1280, 640, 1), (None, 1280, 0)):
+        measured("ifeval-en", tmp_path / "data", {"": "x"}, max_length=max_length)
+        assert measured.longest_answers == {longest}
+        assert len(measured.notes) == notes
+        assert all("ifeval_en: answers end after 640 tokens" in note for note in measured.notes)
 
 
 def test_a_malformed_row_is_named_by_file_and_line(measured, tmp_path):

@@ -175,7 +175,7 @@ THAI_CASES = [
         ["โลกาภิวัตน์ มากมาย"],
         ["โลกนี้", "มนุษย์โลก", "เขามา"],
     ),
-    ("keywords:number_frequency", NUMBER, ["3 3", "๓ และ 3.", "3) 3,000 3"], ["3", "33", "3 3 3", "3.5 3", "13 3"]),
+    ("keywords:number_frequency", NUMBER, ["3 3", "๓ และ 3.", "3) 3,000 3"], ["3", "33", "3 3 3", "3.5 3", "5.3 3", "13 3"]),
     ("language:response_language", {"language": "my"}, ["မြန်မာဘာသာစကား"], [THAI_PROSE, "123", ENGLISH_PROSE]),
     ("language:response_language", {"language": "th"}, [THAI_PROSE], [ENGLISH_PROSE, "123"]),
     (
