@@ -175,7 +175,12 @@ THAI_CASES = [
         ["โลกาภิวัตน์ มากมาย"],
         ["โลกนี้", "มนุษย์โลก", "เขามา"],
     ),
-    ("keywords:number_frequency", NUMBER, ["3 3", "๓ และ 3.", "3) 3,000 3"], ["3", "33", "3 3 3", "3.5 3", "5.3 3", "13 3"]),
+    (
+        "keywords:number_frequency",
+        NUMBER,
+        ["3 3", "๓ และ 3.", "3) 3,000 3"],
+        ["3", "33", "3 3 3", "3.5 3", "5.3 3", "13 3"],
+    ),
     ("language:response_language", {"language": "my"}, ["မြန်မာဘာသာစကား"], [THAI_PROSE, "123", ENGLISH_PROSE]),
     ("language:response_language", {"language": "th"}, [THAI_PROSE], [ENGLISH_PROSE, "123"]),
     (
@@ -252,6 +257,15 @@ def test_a_thought_follows_nothing(instruction_set, type_, arguments, following,
         assert judge_instructions(row, f"<think>{text}</think>") == InstructionVerdict((False,), (False,))
         assert judge_instructions(row, f"<think>{text}") == InstructionVerdict((False,), (False,))
         assert judge_instructions(row, f"<think>x</think>{text}").strict == (True,)
+
+
+@pytest.mark.parametrize("nth", [0, 3])
+@pytest.mark.parametrize("language", ["en", "th"])
+def test_a_paragraph_that_is_not_asked_for_is_never_right(language, nth):
+    """lm-eval draws another number at random."""
+    arguments = {"num_paragraphs": 2, "nth_paragraph": nth, "first_word": "b"}
+    row = row_of(language, ("length_constraints:nth_paragraph_first_word", arguments))
+    assert judge_instructions(row, "b\n\nb") == InstructionVerdict((False,), (False,))
 
 
 def test_loose_forgives_a_first_line_a_last_line_and_asterisks():
