@@ -22,6 +22,7 @@ from jai import JaiConfig
 from jai.pretraining.dataset import PackedSequences
 from jai.pretraining.plan import SequencePlan
 from jai.pretraining.shards import PackedCorpus, PackedSourceEntry, ShardWriter, write_index
+from jai.pretraining.shares import Shares, SourceShare
 from jai.reports import BLUE, GREY, INK, ORANGE, figure_style
 
 CONTEXT = 48
@@ -43,10 +44,9 @@ def tiny_corpus(folder: Path) -> PackedCorpus:
         writer = ShardWriter(folder, f"{language}-00000", has_quality=False)
         writer.write(np.ones(lengths.sum(), "<u2"), lengths, None)
         entry = PackedSourceEntry(language, [language], False, count, int(lengths.sum()), shards=[writer.close()])
-        entry.mixture = {"weight": None, "epochs": 1.0, "keep_best": 1.0}
         entries.append(entry)
     tokenizer = {"name": "none", "sha256": "", "vocabulary": 2, "eos_token_id": 0}
-    shares = {"alpha": None, "beta": None, "when_dry": "error"}
+    shares = Shares({language: SourceShare() for language in LANGUAGES})
     write_index(folder, np.dtype("<u2"), tokenizer, entries, shares, {})
     return PackedCorpus.open(folder)
 

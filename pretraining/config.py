@@ -30,14 +30,22 @@ class CorpusSource:
         None, help="Columns by language, such as {en: en, th: th}: the same text in several, kept side by side."
     )
     quality_column: str | None = option(None, help="Column that holds a score; more is better.")
+    packed: str | None = option(
+        None,
+        help="In place of text: the source whose packed documents these are, chosen otherwise.",
+    )
     keep_best: float = option(1.0, help="Share of the documents, the best by score, that is kept.", above=0, at_most=1)
+    min_tokens: int = option(1, help="Documents of fewer tokens are left out.", at_least=1)
+    max_tokens: int | None = option(None, help="Documents of more tokens are left out.", at_least=1)
     weight: float | None = option(None, help="Its share of the tokens, against the others' weights.", above=0)
     epochs: float = option(1.0, help="How often its tokens are used at most.", above=0)
     licence: str | None = option(None, help="Said by `jai pack`, and recorded.")
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Languages of a row's texts, in the order of the columns."""
+        """Languages of a row's texts, in the order of the columns; of a choice of another source's, none of its own."""
+        if self.packed is not None:
+            return ()
         return tuple(self.parallel) if self.parallel else (str(self.language),)
 
     @property
@@ -66,7 +74,19 @@ class CorpusConfig:
             raise UserError(f"The corpus has two sources of the name {double!r}. Give each its own.")
         for source in self.sources:
             _check_source(source)
+        packed = {source.name: source for source in self.sources if source.packed is None}
+        for source in self.sources:
+            if source.packed is not None and source.packed not in packed:
+                raise UserError(
+                    f"The source {source.name} is a choice of {source.packed!r}; expected another source with text: "
+                    f"{', '.join(packed) or 'there is none'}."
+                )
         self._check_shares()
+
+    @property
+    def packed_sources(self) -> "list[CorpusSource]":
+        """Those that have text of their own."""
+        return [source for source in self.sources if source.packed is None]
 
     def _check_shares(self) -> None:
         weighted = [source.name for source in self.sources if source.weight is not None]
@@ -106,6 +126,18 @@ def _is_share(value: Any) -> bool:
 def _check_source(source: CorpusSource) -> None:
     if not re.fullmatch(r"\w[\w.-]*", source.name, re.ASCII):
         raise UserError(f"The source {source.name!r} names files. Use letters, digits, '-', '_' and '.'.")
+    if source.max_tokens is not None and source.max_tokens < source.min_tokens:
+        raise UserError(
+            f"The source {source.name} takes documents from {source.min_tokens} to {source.max_tokens} tokens, which "
+            "are none. Give a larger max_tokens."
+        )
+    if source.packed is not None:
+        own = ("text", "revision", "language", "parallel", "quality_column", "licence")
+        if named := [name for name in own if getattr(source, name)]:
+            raise UserError(
+                f"The source {source.name} is a choice of {source.packed}, which has its own {named[0]}. Leave it out."
+            )
+        return
     if (source.language is None) == (source.parallel is None):
         raise UserError(f"The source {source.name} needs either `language` or `parallel` (columns by language).")
     if source.parallel is not None:

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from jai.pretraining.shards import PackedSource
+from jai.pretraining.shares import DocumentChoice
 
 CHUNK_ROWS, GROUP_CHUNKS = 1024, 64
 _Value = TypeVar("_Value")
@@ -109,21 +110,21 @@ class SourceOrder:
     Args:
         source: the packed source.
         seed: another seed gives another order.
-        keep_best: share of the documents that is kept, by their scores; with equal scores it may be more.
+        choice: of its documents. Of parallel ones, all are kept whose first is.
 
     Attributes:
         documents: how many are kept.
         tokens: of an epoch.
     """
 
-    def __init__(self, source: PackedSource, seed: int, keep_best: float = 1.0):
-        self.source, self.seed = source, seed
+    def __init__(self, source: PackedSource, seed: int, choice: DocumentChoice):
+        self.source, self.seed, self.choice = source, seed, choice
         # The name, not the place in the configuration: an added source leaves the others' order as it is. With another
-        # share of the best, the order is another, so that annealing does not see again what came first.
-        self._key = zlib.crc32(f"{source.name} {keep_best}".encode())
+        # choice, the order is another, so that annealing does not see again what came first.
+        self._key = zlib.crc32(f"{source.name} {choice.keep_best} {choice.min_tokens} {choice.max_tokens}".encode())
         self._width = len(source.entry.languages)
         self._chunk_documents = CHUNK_ROWS * self._width
-        self._threshold = _threshold(source, keep_best) if keep_best < 1 else None
+        self._threshold = _threshold(source, choice.keep_best) if choice.keep_best < 1 else None
         self._chunk_tokens, self.documents = self._count()
         self.tokens = int(self._chunk_tokens.sum())
         self._epochs: Recent[_Epoch] = Recent(2)
@@ -160,14 +161,27 @@ class SourceOrder:
     def _count(self) -> tuple[np.ndarray, int]:
         """Tokens that are kept of each chunk, and documents of all of them."""
         borders = [*range(0, self.source.documents, self._chunk_documents), self.source.documents]
-        if self._threshold is None:
+        if self.choice.is_all:
             return np.diff([self.source.tokens_before(border) for border in borders]), self.source.documents
         tokens, documents = [], 0
         for first, last in itertools.pairwise(borders):
-            kept = self.source.quality(first, last) >= self._threshold
-            tokens.append(int(self.source.lengths(first, last)[kept].sum()))
-            documents += int(kept.sum())
+            lengths = self._chosen(first, last)[1]
+            tokens.append(int(lengths.sum()))
+            documents += len(lengths)
         return np.array(tokens), documents
+
+    def _chosen(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents from `first` until before `last` that are used, and their lengths."""
+        documents, lengths = np.arange(first, last), self.source.lengths(first, last)
+        if self.choice.is_all:
+            return documents, lengths
+        kept = lengths >= self.choice.min_tokens
+        if self.choice.max_tokens is not None:
+            kept &= lengths <= self.choice.max_tokens
+        if self._threshold is not None:
+            kept &= self.source.quality(first, last) >= self._threshold
+        kept = np.repeat(kept[:: self._width], self._width)  # chunks begin with a row
+        return documents[kept], lengths[kept]
 
     def _epoch(self, epoch: int) -> _Epoch:
         chunks = shuffled(len(self._chunk_tokens), self.seed, self._key, epoch)
@@ -178,11 +192,7 @@ class SourceOrder:
         chunks = table.chunks[number * GROUP_CHUNKS : (number + 1) * GROUP_CHUNKS]
         parts, lengths = [], []
         for first in (chunks * self._chunk_documents).tolist():
-            last = min(first + self._chunk_documents, self.source.documents)
-            chunk, of_chunk = np.arange(first, last), self.source.lengths(first, last)
-            if self._threshold is not None:
-                kept = self.source.quality(first, last) >= self._threshold
-                chunk, of_chunk = chunk[kept], of_chunk[kept]
+            chunk, of_chunk = self._chosen(first, min(first + self._chunk_documents, self.source.documents))
             parts.append(chunk)
             lengths.append(of_chunk)
         documents = np.concatenate(parts).reshape(-1, self._width)

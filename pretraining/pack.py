@@ -29,6 +29,7 @@ from jai.files import UnfinishedFolder, print_next, read_json, resumable_folder,
 from jai.pretraining.config import CorpusSource, read_corpus_config
 from jai.pretraining.options import PackOptions
 from jai.pretraining.shards import PackedSourceEntry, ShardEntry, ShardWriter, write_index
+from jai.pretraining.shares import Shares
 from jai.pretraining.tokens import PackingTokenizer, encode_batches, packing_tokenizer
 from jai.provenance import versions
 from jai.tokenization.corpus import Columns, Document, HubDataset, Source, TextFile, open_sources
@@ -135,7 +136,7 @@ def pack_corpus(options: PackOptions, console: Console | None = None) -> Path:
     name = options.tokenizer or config.tokenizer
     if name is None:
         raise UserError(f"No tokenizer is given. Give --tokenizer, or `tokenizer` in {options.config}.")
-    sources = [_open(source) for source in config.sources]
+    sources = [_open(source) for source in config.packed_sources]
     tokenizer = packing_tokenizer(name, load_tokenizer(name))
     workers = options.workers or _processors()
     _print_plan(console, options, sources, tokenizer, workers)
@@ -147,7 +148,7 @@ def pack_corpus(options: PackOptions, console: Console | None = None) -> Path:
             "vocabulary": tokenizer.vocabulary,
             "eos_token_id": tokenizer.eos_token_id,
         }
-        shares = {"alpha": config.alpha, "beta": config.beta, "when_dry": config.when_dry}
+        shares = Shares.configured(config)
         write_index(job.folder, tokenizer.dtype, description, entries, shares, versions("tokenizers", "transformers"))
     _print_result(console, options.out, entries)
     return options.out
@@ -163,7 +164,6 @@ class _SourcePacker:
             config.name,
             list(config.languages),
             config.quality_column is not None,
-            mixture={"weight": config.weight, "epochs": config.epochs, "keep_best": config.keep_best},
             licence=config.licence,
         )
 

@@ -9,18 +9,18 @@ looked up (`order.py`), and how they share sequences is decided within the block
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from jai.errors import UserError
-from jai.pretraining.config import CorpusConfig, WhenDry
 from jai.pretraining.mixture import Mixture, language_shares
 from jai.pretraining.order import Pieces, Recent, SourceOrder, random_bits, shuffled
 from jai.pretraining.packing import LanguageMixer, Placement, best_fit, one_after_another
-from jai.pretraining.shards import PackedCorpus
+from jai.pretraining.shards import PackedCorpus, PackedSource
+from jai.pretraining.shares import Shares, SourceShare
 
 Strategy = Literal["isolated", "concatenated", "xlda", "paired-isolated"]
 
@@ -28,49 +28,6 @@ Strategy = Literal["isolated", "concatenated", "xlda", "paired-isolated"]
 BLOCK_TOKENS = 2**24
 DEFAULT_RHO = 0.5  # ours: Trillion-7B's report has no number
 _ORDER, _SEQUENCES, _LANGUAGES = 1, 2, 3  # what random bits of a block are for
-
-
-@dataclass(frozen=True)
-class SourceShare:
-    """How much of a source is used.
-
-    Attributes:
-        weight: its share of the tokens, against the others'; None where sizes decide.
-        epochs: how often its tokens are used at most.
-        keep_best: share of its documents, the best by score.
-    """
-
-    weight: float | None = None
-    epochs: float = 1.0
-    keep_best: float = 1.0
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How much of each source is used: what `jai pack` recorded, or another configuration says.
-
-    Attributes:
-        sources: by name; sources of the corpus that are not named are not used.
-        alpha, beta: of equation 2, in place of weights.
-        when_dry: what happens when a source is used up.
-    """
-
-    sources: dict[str, SourceShare]
-    alpha: float | None = None
-    beta: dict[str, float] | None = None
-    when_dry: WhenDry = "error"
-
-    @classmethod
-    def packed(cls, corpus: PackedCorpus) -> "Shares":
-        """What the configuration said when the corpus was packed."""
-        sources = {source.name: SourceShare(**source.entry.mixture) for source in corpus.sources}
-        return cls(sources, **corpus.shares)
-
-    @classmethod
-    def configured(cls, config: CorpusConfig) -> "Shares":
-        """What a configuration says; what its text is does not matter here."""
-        sources = {each.name: SourceShare(each.weight, each.epochs, each.keep_best) for each in config.sources}
-        return cls(sources, config.alpha, config.beta, config.when_dry)
 
 
 @dataclass(frozen=True)
@@ -101,7 +58,7 @@ class SequencePlan:
 
     Attributes:
         sequences: how many there are: as many as the sources last for.
-        sources: those that are used, in the order of the corpus.
+        sources: those that are used, in the order of the shares.
         is_isolated: whether documents do not see each other.
         languages: those that `language_ids` count, in order.
 
@@ -128,14 +85,15 @@ class SequencePlan:
         if not 0 <= rho <= 1:
             raise UserError(f"rho is {rho}; expected a probability, from 0 to 1.")
         self.corpus, self.context, self.strategy, self.seed, self.rho = corpus, context, strategy, seed, rho
-        self.shares = shares or Shares.packed(corpus)
+        self.shares = shares or corpus.shares
         self.is_isolated = strategy in ("isolated", "paired-isolated")
         self.languages = corpus.languages
-        used = _used_sources(corpus, self.shares)
-        self.sources = [source for source in corpus.sources if source.name in used]
-        self.orders = [SourceOrder(source, seed, used[source.name].keep_best) for source in self.sources]
+        self.sources = [_source(corpus, name, share) for name, share in self.shares.sources.items()]
+        used = list(self.shares.sources.values())
+        self.orders = [SourceOrder(source, seed, share.choice) for source, share in zip(self.sources, used)]
+        _refuse_empty(self.orders)
         self._starts = [(starts or {}).get(source.name, 0) for source in self.sources]
-        self.mixture = self._mixture([used[source.name] for source in self.sources], at_most)
+        self.mixture = self._mixture(used, at_most)
         # Which of all languages a source's are, for its documents in turn.
         self._language_ids = [
             np.array([self.languages.index(language) for language in source.entry.languages]) for source in self.sources
@@ -210,10 +168,7 @@ class SequencePlan:
             "rho": self.rho if self._mixes_languages else None,
             "tokens": {order.source.name: order.tokens for order in self.orders},
             "starts": self._starts,
-            "shares": {name: [each.weight, each.epochs, each.keep_best] for name, each in self.shares.sources.items()},
-            "alpha": self.shares.alpha,
-            "beta": self.shares.beta,
-            "when_dry": self.shares.when_dry,
+            "shares": asdict(self.shares),
         }
 
     def _why_it_ends(self) -> str:
@@ -337,8 +292,8 @@ class SequencePlan:
 class AnnealedPlan:
     """A plan that goes over to other shares: Trillion-7B's annealing (section 3.2), more of a language and better text.
 
-    A source whose `keep_best` stays the same goes on where it was, and `epochs` count over both parts. One whose
-    `keep_best` changes begins anew: of its best documents, most were seen before.
+    A source whose choice of documents (`keep_best`, …) stays the same goes on where it was, and `epochs` count over
+    both parts. One whose choice changes begins anew: of its best documents, most were seen before.
 
     Args:
         corpus, context, strategy, seed, rho: as `SequencePlan` takes them.
@@ -372,7 +327,7 @@ class AnnealedPlan:
         starts = {
             name: tokens
             for name, tokens in stable.tokens_seen(begins).items()
-            if name in after and after[name].keep_best == before[name].keep_best
+            if name in after and after[name].choice == before[name].choice
         }
         annealed = SequencePlan(corpus, context, strategy=strategy, seed=seed, rho=rho, shares=annealing, starts=starts)
         self.corpus, self.context, self.begins = corpus, context, begins
@@ -452,17 +407,28 @@ def _uniform(*key: int) -> Iterator[float]:
         yield from ((bits.random_raw(1024) >> np.uint64(11)) * 2.0**-53).tolist()
 
 
-def _used_sources(corpus: PackedCorpus, shares: Shares) -> dict[str, SourceShare]:
+def _source(corpus: PackedCorpus, name: str, share: SourceShare) -> PackedSource:
+    """The packed source that a share is of, under the share's name."""
     packed = {source.name: source for source in corpus.sources}
-    for name, share in shares.sources.items():
-        if name not in packed:
+    source = packed.get(share.packed or name)
+    if source is None:
+        raise UserError(
+            f"The source {share.packed or name} is not in {corpus.folder}, which has {', '.join(packed)}. Pack it too, "
+            "or leave it out of the mixture."
+        )
+    if share.choice.keep_best < 1 and not source.entry.has_quality:
+        raise UserError(
+            f"The best {share.choice.keep_best:.0%} of {name} are asked for, but it was packed without scores. Pack it "
+            "with a `quality_column`."
+        )
+    return source if source.name == name else source.named(name)
+
+
+def _refuse_empty(orders: Sequence[SourceOrder]) -> None:
+    for order in orders:
+        if not order.tokens:
+            least, most = order.choice.min_tokens, order.choice.max_tokens or "any"
             raise UserError(
-                f"The source {name} is not in {corpus.folder}, which has {', '.join(packed)}. Pack it too, or leave it "
-                "out of the mixture."
+                f"No document of the source {order.source.name} has from {least} to {most} tokens. Choose others, or "
+                "leave the source out."
             )
-        if share.keep_best < 1 and not packed[name].entry.has_quality:
-            raise UserError(
-                f"The best {share.keep_best:.0%} of {name} are asked for, but it was packed without scores. Pack it "
-                "with a `quality_column`."
-            )
-    return shares.sources

@@ -12,7 +12,7 @@ import bisect
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,6 +21,7 @@ import numpy as np
 
 from jai.errors import UserError
 from jai.files import read_json, sha256
+from jai.pretraining.shares import Shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +61,6 @@ class PackedSourceEntry:
         bytes: of its text in UTF-8.
         empty: rows without text, which were left out.
         shards: in order.
-        mixture: what the configuration said when it was packed: weight, epochs, keep_best.
         licence: of the text, if the configuration named one.
     """
 
@@ -72,7 +72,6 @@ class PackedSourceEntry:
     bytes: int = 0
     empty: int = 0
     shards: list[ShardEntry] = field(default_factory=list)
-    mixture: dict[str, Any] = field(default_factory=dict)
     licence: str | None = None
 
 
@@ -131,6 +130,10 @@ class PackedSource:
     def __getstate__(self) -> dict[str, Any]:
         # A memory map is pickled as all that it maps; another process maps it anew.
         return self.__dict__ | {"_maps": {}}
+
+    def named(self, name: str) -> "PackedSource":
+        """The same documents as a source of another name."""
+        return PackedSource(self.folder, replace(self.entry, name=name), self.dtype)
 
     @property
     def name(self) -> str:
@@ -217,7 +220,7 @@ class PackedCorpus:
         tokenizer: name, sha256, vocabulary and eos_token_id of the tokenizer.
         sources: in the order of the configuration.
         content_sha256: of all tokens and borders: the same for the same text and tokenizer.
-        shares: alpha, beta and when_dry of the configuration.
+        shares: how much of each source the configuration said is used.
     """
 
     folder: Path
@@ -225,7 +228,7 @@ class PackedCorpus:
     tokenizer: dict[str, Any]
     sources: list[PackedSource]
     content_sha256: str
-    shares: dict[str, Any]
+    shares: Shares
 
     @property
     def eos_token_id(self) -> int:
@@ -260,7 +263,8 @@ class PackedCorpus:
                 for entry in index["sources"]
             ]
             sources = [PackedSource(folder, entry, dtype) for entry in entries]
-            corpus = cls(folder, dtype, index["tokenizer"], sources, index["content_sha256"], index["shares"])
+            shares = Shares.recorded(index["shares"])
+            corpus = cls(folder, dtype, index["tokenizer"], sources, index["content_sha256"], shares)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / INDEX_FILE} is no index of packed text ({error}). {_REMEDY}") from error
         for path, size in corpus._sizes():
@@ -317,7 +321,7 @@ def write_index(
     dtype: np.dtype,
     tokenizer: dict[str, Any],
     sources: Sequence[PackedSourceEntry],
-    shares: dict[str, Any],
+    shares: Shares,
     versions: dict[str, str],
 ) -> None:
     """Write `packed.json`, which makes a folder of shards one corpus."""
@@ -327,7 +331,7 @@ def write_index(
         "dtype": dtype.str,
         "tokenizer": tokenizer,
         "content_sha256": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
-        "shares": shares,
+        "shares": asdict(shares),
         "sources": [asdict(source) for source in sources],
         "versions": versions,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jai.pretraining.shards import PackedCorpus, PackedSourceEntry, ShardWriter, write_index
+from jai.pretraining.shares import Shares, SourceShare
 
 EOS = 0
 
@@ -29,7 +30,6 @@ def packed_corpus(
     entries, token = [], 1
     for name, lengths in documents.items():
         entry = PackedSourceEntry(name, list((languages or {}).get(name, [name])), name in (quality or {}))
-        entry.mixture = {"weight": None, "epochs": 1.0, "keep_best": 1.0} | dict((mixture or {}).get(name, {}))
         for number, first in enumerate(range(0, len(lengths), shard_documents)):
             part = np.array(lengths[first : first + shard_documents], np.int64)
             writer = ShardWriter(folder, f"{name}-{number:05}", entry.has_quality)
@@ -41,6 +41,6 @@ def packed_corpus(
         entry.documents, entry.tokens = len(lengths), int(sum(lengths))
         entries.append(entry)
     tokenizer = {"name": "none", "sha256": "0", "vocabulary": token, "eos_token_id": EOS}
-    shares = {"alpha": None, "beta": None, "when_dry": when_dry}
+    shares = Shares({name: SourceShare(**(mixture or {}).get(name, {})) for name in documents}, when_dry=when_dry)
     write_index(folder, np.dtype("<u4"), tokenizer, entries, shares, {})
     return PackedCorpus.open(folder)

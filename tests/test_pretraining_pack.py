@@ -25,8 +25,9 @@ from jai.files import work_folder
 from jai.pretraining.config import corpus_config, read_corpus_config
 from jai.pretraining.options import PackOptions
 from jai.pretraining.pack import pack_corpus
-from jai.pretraining.plan import SequencePlan, Shares
+from jai.pretraining.plan import SequencePlan
 from jai.pretraining.shards import INDEX_FILE, PackedCorpus
+from jai.pretraining.shares import Shares
 from jai.tokenization.corpus import HubDataset
 from jai.tokenization.loading import load_tokenizer
 
@@ -133,7 +134,8 @@ class TestContent:
     def test_a_plan_over_it(self, corpus, tmp_path):
         config, _ = corpus
         packed = pack(config, tmp_path / "out")
-        plan = SequencePlan(packed, 64, strategy="xlda", shares=Shares.configured(read_corpus_config(config)))
+        assert packed.shares == Shares.configured(read_corpus_config(config))
+        plan = SequencePlan(packed, 64, strategy="xlda")
         assert sum(plan.tokens_seen(plan.sequences).values()) == plan.sequences * 64
 
 
@@ -233,6 +235,9 @@ class TestRefusals:
             ({"sources": [{"name": "a", "language": "th", "keep_best": 0.5}]}, "has no `quality_column`"),
             ({"sources": [{"name": "a", "language": "th", "epochs": 0}]}, "epochs is 0; expected a number above 0"),
             ({"sources": [{"name": "a", "language": False}]}, "language is False; expected text"),
+            ({"sources": [{"name": "a", "packed": "b"}]}, "The source a is a choice of 'b'; expected another source"),
+            ({"sources": [{"name": "a", "packed": "b", "language": "th"}]}, "of b, which has its own language"),
+            ({"sources": [{"name": "a", "language": "th", "min_tokens": 9, "max_tokens": 8}]}, "which are none"),
             ({"alpha": 0.5}, "alpha is given without beta"),
             ({"alpha": 0.5, "beta": {"th": 0.9}}, "beta sums to 0.9; it must sum to 1"),
             ({"alpha": 0.5, "beta": {"en": 1.0}}, "beta has en; the sources' languages are th"),

@@ -18,10 +18,12 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from jai.errors import UserError
 from jai.pretraining import plan as plans
+from jai.pretraining.config import corpus_config
 from jai.pretraining.dataset import PackedSequences
 from jai.pretraining.mixture import Mixture, language_shares
 from jai.pretraining.packing import best_fit, switch_probabilities
-from jai.pretraining.plan import AnnealedPlan, SequencePlan, Shares, SourceShare, check_same_plan
+from jai.pretraining.plan import AnnealedPlan, SequencePlan, check_same_plan
+from jai.pretraining.shares import DocumentChoice, Shares, SourceShare
 
 STRATEGIES = ("isolated", "concatenated", "xlda", "paired-isolated")
 
@@ -430,12 +432,38 @@ class TestShares:
     def test_the_best_by_score(self, tmp_path, small_blocks):
         scores = np.random.default_rng(0).permutation(200).astype(float).tolist()
         corpus = packed_corpus(tmp_path / "a", {"a": [10] * 200}, quality={"a": scores})
-        plan = SequencePlan(corpus, 20, shares=Shares({"a": SourceShare(keep_best=0.25)}))
+        plan = SequencePlan(corpus, 20, shares=Shares({"a": SourceShare(choice=DocumentChoice(0.25))}))
         kept = {(id_ - 1) // 10 for id_ in ids_of(plan).tolist() if id_ != EOS}
         assert kept == set(np.argsort(scores)[-50:].tolist())
         plain = packed_corpus(tmp_path / "b", {"a": [10] * 20})
         with pytest.raises(UserError, match="The best 25% of a are asked for, but it was packed without scores"):
-            SequencePlan(plain, 20, shares=Shares({"a": SourceShare(keep_best=0.25)}))
+            SequencePlan(plain, 20, shares=Shares({"a": SourceShare(choice=DocumentChoice(0.25))}))
+
+    def test_long_and_short_documents_of_one_packed_source(self, tmp_path, small_blocks):
+        """Trillion-7B's context extension: so much of long documents, so much of short ones."""
+        lengths = lengths_of(400, 300, 0)
+        corpus = packed_corpus(tmp_path / "a", {"web": lengths, "pairs": lengths}, languages={"pairs": ["en", "th"]})
+        config = corpus_config(
+            {
+                "sources": [
+                    {"name": "web", "text": "a", "language": "en", "min_tokens": 65, "weight": 0.6},
+                    {"name": "short", "packed": "web", "max_tokens": 64, "weight": 0.4},
+                ],
+            }
+        )
+        plan = SequencePlan(corpus, 128, shares=Shares.configured(config))
+        seen = plan.tokens_seen(plan.sequences)
+        assert seen["short"] / sum(seen.values()) == pytest.approx(0.4, abs=0.001)
+        for number in range(len(plan)):
+            pieces = plan.pieces(number)
+            for source, document in zip(pieces.source.tolist(), pieces.document.tolist()):
+                assert (lengths[document] > 64) == (plan.sources[source].name == "web")
+        kept = SequencePlan(corpus, 128, shares=Shares({"pairs": SourceShare(choice=DocumentChoice(min_tokens=65))}))
+        parts = [kept.pieces(number) for number in range(len(kept))]
+        documents = {document for each in parts for document in each.document[each.source >= 0].tolist()}
+        assert sorted(documents) == [d for d in range(400) if lengths[d // 2 * 2] > 64]
+        with pytest.raises(UserError, match="No document of the source web has from 1000 to any tokens"):
+            SequencePlan(corpus, 128, shares=Shares({"web": SourceShare(choice=DocumentChoice(min_tokens=1000))}))
 
     def test_unknown_sources_and_values(self, two_languages):
         with pytest.raises(UserError, match=r"The source french is not in .*, which has english, thai"):
@@ -475,8 +503,8 @@ class TestAnnealing:
     def test_better_text_begins_anew(self, tmp_path, small_blocks):
         scores = np.arange(400.0).tolist()
         corpus = packed_corpus(tmp_path / "a", {"a": [10] * 400}, quality={"a": scores})
-        shares = Shares({"a": SourceShare(1.0, keep_best=0.8)})
-        annealing = Shares({"a": SourceShare(1.0, keep_best=0.2)})
+        shares = Shares({"a": SourceShare(1.0, choice=DocumentChoice(0.8))})
+        annealing = Shares({"a": SourceShare(1.0, choice=DocumentChoice(0.2))})
         plan = AnnealedPlan(corpus, 20, annealing=annealing, begins=100, shares=shares)
         dataset = PackedSequences(plan)
         documents = [{(id_ - 1) // 10 for id_ in dataset[number]["input_ids"].tolist()} for number in range(140)]
@@ -509,7 +537,7 @@ class TestPlaces:
         for strategy in ("isolated", "concatenated", "xlda"):
             ids = ids_of(SequencePlan(two_languages, 128, strategy=strategy, seed=7))
             found[strategy] = blake2b(ids.astype("<i8").tobytes(), digest_size=4).hexdigest()
-        assert found == {"isolated": "0d6f9f44", "concatenated": "071c9bb6", "xlda": "aa91974c"}
+        assert found == {"isolated": "2b43bf56", "concatenated": "55233c7f", "xlda": "0d84b3ae"}
 
     def test_ranks_share_the_global_order(self, two_languages):
         """Accelerate deals the batches of a sequential sampler out, so a step has the same sequences on any ranks."""
