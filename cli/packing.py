@@ -13,7 +13,7 @@ app = typer.Typer()
 
 @verb(app, PackOptions)
 def pack(options: PackOptions) -> None:
-    """Tokenise text once, into shards that pre-training maps into memory.
+    """Tokenise text once, into shards for pre-training.
 
     If it is interrupted, the same command resumes it."""
     refuse_existing(options.out)
