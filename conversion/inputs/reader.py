@@ -120,8 +120,9 @@ class CheckpointReader:
         """
         if EMBEDDINGS in self.shapes or LM_HEAD not in self.shapes:
             return []
-        for by_name in (self.shapes, self.dtypes, self._places):
-            by_name[EMBEDDINGS] = by_name.pop(LM_HEAD)  # type: ignore[attr-defined]
+        self.shapes[EMBEDDINGS] = self.shapes.pop(LM_HEAD)
+        self.dtypes[EMBEDDINGS] = self.dtypes.pop(LM_HEAD)
+        self._places[EMBEDDINGS] = self._places.pop(LM_HEAD)
         return [f"config.json ties the head to the embeddings, and only {LM_HEAD} is stored; it is read as both."]
 
     @property
