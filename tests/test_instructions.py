@@ -372,7 +372,8 @@ def test_english_sentences_do_not_end_in_an_abbreviation():
 
 
 def test_the_language_is_told_the_same_way_every_time():
-    assert len({detect_language("Hallo ik ben een test, hello") for _ in range(30)}) == 1
+    for undecided in ("sol a menu", "radio taxi hotel", "el o a in de"):  # of which langdetect says now this, now that
+        assert len({detect_language(undecided) for _ in range(30)}) == 1
     state = random.getstate()
     detect_language(ENGLISH_PROSE)
     assert random.getstate() == state
