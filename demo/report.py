@@ -4,7 +4,7 @@
 import base64
 import html
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,6 +228,25 @@ def _sections(results: Results) -> list[Section]:
             table=ReportTable(["question", "expected", "before", "after"], _answer_rows(results)),
         ),
         Section(
+            "Evaluation",
+            "Which of four answers is the right one, by jai eval: right answers with their 95 % intervals, and how "
+            "often chance alone would set the two so far apart. Guessing gets 25 %.",
+            table=ReportTable(
+                ["questions", "count", "before", "after", "p"],
+                [
+                    [
+                        score.name,
+                        str(score.items),
+                        _interval(score.before),
+                        _interval(score.after),
+                        f"{score.p_value:.2g}",
+                    ]
+                    for score in results.suite
+                ],
+                numbers=True,
+            ),
+        ),
+        Section(
             "Checks",
             "What was checked on the way; any failure stops the demo.",
             table=ReportTable(["check", "finding"], [[name, finding] for name, finding in results.checks.items()]),
@@ -248,6 +267,11 @@ def _sections(results: Results) -> list[Section]:
 
 def _share(correct: dict[str, float] | None, language: str) -> str:
     return "–" if correct is None else f"{100 * correct[language]:.0f} %"
+
+
+def _interval(score: Sequence[float]) -> str:
+    value, low, high = (100 * part for part in score)
+    return f"{value:.0f} % ({low:.0f}–{high:.0f})"
 
 
 def _pieces(pieces: list[str]) -> str:

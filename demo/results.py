@@ -92,6 +92,24 @@ class Fertility:
     extended_pieces: list[str]
 
 
+@dataclass(frozen=True)
+class SuiteScore:
+    """A figure of the demo's suite.
+
+    Attributes:
+        name: of the figure.
+        items: how many questions it is of.
+        before, after: share of right answers before chat training and after all of it, with the ends of its interval.
+        p_value: of the difference, question by question.
+    """
+
+    name: str
+    items: int
+    before: list[float]
+    after: list[float]
+    p_value: float
+
+
 @dataclass
 class Results:
     """Everything that the report shows; `results.json` holds it."""
@@ -112,6 +130,7 @@ class Results:
     alphas_after: dict[int, float]
     answers_before: list[Answer]
     answers_after: list[Answer]
+    suite: list[SuiteScore]
     checks: dict[str, str]
     commands: list[Command] = field(default_factory=list)
     peak_memory_mb: float = 0.0

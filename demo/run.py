@@ -33,6 +33,7 @@ from jai.demo.measure import MeasuredModel
 from jai.demo.options import DemoOptions
 from jai.demo.report import write_demo_report
 from jai.demo.results import Answer, Command, Fertility, MetricCurve, Results, StageResult, StartResult
+from jai.demo.suite import measure_suite_of_demo, write_questions
 from jai.demo.text.corpus import DemoText, build_text, write_text_files
 from jai.errors import UserError
 from jai.files import print_next, read_json, sha256
@@ -154,6 +155,11 @@ def run_demo(options: DemoOptions, *, console: Console | None = None) -> Path:
     router_load = {language: models["dpo"].router_load(texts) for language, texts in heldout.items()}
 
     write_evaluation(out / "dpo", _evaluation(stages, fertility, router_load))
+    _say(console, "Evaluation", "a small suite by jai eval, before chat training and after all of it")
+    write_questions(corpus.eval_chats, out / "questions", seed)
+    suite = measure_suite_of_demo(
+        out / "pretrained", out / "dpo", out / "questions", out / "eval", seed=seed, console=console
+    )
 
     _say(console, "Hub", "pushed to a Hub on this machine, pulled back, compared")
     checks = _round_trip(out, shell)
@@ -178,6 +184,7 @@ def run_demo(options: DemoOptions, *, console: Console | None = None) -> Path:
         alphas_after=models["dpo"].skip_alphas(),
         answers_before=answers["pretrained"],
         answers_after=answers["dpo"],
+        suite=suite,
         checks=checks,
         commands=shell.commands,
         peak_memory_mb=_peak_memory_mb(),

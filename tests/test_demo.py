@@ -73,6 +73,20 @@ def test_what_must_hold_without_training_holds(demo):
     assert all(results["alphas_after"].values())
 
 
+def test_a_small_suite_is_measured_before_and_after(demo):
+    folder, _ = demo
+    suite = json.loads((folder / "results.json").read_text(encoding="utf-8"))["suite"]
+    assert [(score["name"], score["items"]) for score in suite] == [("Thai", 40), ("English", 40), ("mean", 80)]
+    for score in suite:
+        for value, low, high in (score["before"], score["after"]):
+            assert 0 <= low <= value <= high <= 1
+        assert 0 < score["p_value"] <= 1
+    assert "Which of four answers" in (folder / "report.html").read_text(encoding="utf-8")
+    scores = json.loads((folder / "dpo" / "evaluation.json").read_text(encoding="utf-8"))["scores"]
+    recorded = {score["metric_name"]: score["intervals"] for score in scores if score["dataset"] == "jai-demo"}
+    assert recorded["The demo's questions, Thai"] == {"DPO": suite[0]["after"][1:]}
+
+
 def test_the_seed_decides_the_text(demo, tmp_path):
     for seed in (3, 0):
         write_text_files(build_text(seed), tmp_path / str(seed))
