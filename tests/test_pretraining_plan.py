@@ -21,7 +21,7 @@ from jai.pretraining import plan as plans
 from jai.pretraining.config import corpus_config
 from jai.pretraining.dataset import PackedSequences
 from jai.pretraining.mixture import Mixture, language_shares
-from jai.pretraining.packing import best_fit, switch_probabilities
+from jai.pretraining.packing import LanguageMixer, best_fit, switch_probabilities
 from jai.pretraining.plan import AnnealedPlan, SequencePlan, check_same_plan
 from jai.pretraining.shares import DocumentChoice, Shares, SourceShare
 
@@ -167,6 +167,12 @@ class TestIsolated:
         assert sorted(free.tolist()) == sorted([*rooms, *[context] * (count - len(rooms))])
         assert np.bincount(placement.sequence, placement.stop - placement.start, count).max() <= context
 
+    def test_what_is_cut_is_cut_as_seldom_as_can_be(self):
+        """Rooms of 5, 5, 4 and 1 are left for 9 and 6: 5 + 4 and 5 + 1."""
+        placement = best_fit(np.array([15, 15, 16, 19, 9, 6]), 20, 4)
+        parts = placement.stop - placement.start
+        assert [sorted(parts[placement.item == item].tolist()) for item in (4, 5)] == [[4, 5], [1, 5]]
+
     def test_rooms_of_a_long_context(self):
         """Rooms are looked up in two steps above 512 tokens."""
         lengths = np.array([3000, 2000, 1500, 1000, 600, 500, 92, 4])
@@ -277,6 +283,21 @@ class TestLanguages:
         left = shares * switch_probabilities(documents, rho)
         assert left.sum() == pytest.approx(min(rho, 2 * (1 - shares.max())), abs=1e-6)
         assert left.max() <= left.sum() - left.max() + 1e-6
+
+    def test_what_overflows_begins_the_next_sequence(self):
+        lengths, languages = np.array(lengths_of(200, 90, 3)), np.arange(200) % 2
+        sequences = int(lengths.sum()) // 64
+        lengths[-1] -= lengths.sum() - sequences * 64
+        mixer = LanguageMixer(lengths, languages, np.full(200, -1), 64, sequences, 0.5, iter(np.linspace(0, 1, 9999)))
+        placed = mixer.mix()
+        overflows = 0
+        for sequence in range(sequences - 1):
+            last = np.flatnonzero(placed.sequence == sequence)[-1]
+            if placed.stop[last] < lengths[placed.item[last]]:
+                assert placed.item[last + 1] == placed.item[last]
+                assert placed.start[last + 1] == placed.stop[last]
+                overflows += 1
+        assert overflows > 0.5 * sequences
 
     def test_paired_isolated_is_the_same_text_with_documents_apart(self, two_languages):
         for xlda, paired in zip(
