@@ -9,7 +9,7 @@ import typer
 
 from jai.cli.verb import PlainGroup, verb
 from jai.evaluation.judged.options import PairwiseOptions
-from jai.evaluation.options import EvalOptions, LanguageOptions
+from jai.evaluation.options import CompareOptions, EvalOptions, LanguageOptions
 from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
 
 _MEASURE = "run"
@@ -48,6 +48,17 @@ def evaluate(options: EvalOptions) -> None:
         from jai.hub_card.evaluation import record_run  # numpy and the Hub's client
 
         record_run(Path(options.model), run.results, suites)
+
+
+@verb(app, CompareOptions, group=("eval",))
+def compare(options: CompareOptions) -> None:
+    """Put runs beside each other, and beside the papers' figures.
+
+    Each is tested against the first on the items that both have; what differs between their conditions is said."""
+    options.check()
+    from jai.evaluation.comparison_report import report_comparison
+
+    report_comparison(options)
 
 
 @verb(app, PairwiseOptions, group=("eval",))

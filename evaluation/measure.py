@@ -13,9 +13,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.api_models import TemplateAPI
 
 from jai.errors import UserError
+from jai.evaluation.consistency import CONSISTENCY_METRICS, ParallelAnswers, parallel_answers
 from jai.evaluation.kept_answers import KeptAnswers
-from jai.evaluation.results import EvaluationRun, Figure, Item, TaskRecord, mean_figure
-from jai.evaluation.suites import MeanOver, Suite, SuiteMean, SuiteTask
+from jai.evaluation.results import EvaluationRun, Figure, FigurePart, Item, TaskRecord, mean_figure
+from jai.evaluation.suites import MeanOver, Suite, SuiteMean, SuitePair, SuiteTask
 from jai.evaluation.tasks import TaskLoader
 
 if TYPE_CHECKING:
@@ -91,7 +92,12 @@ def measure_suite(
             tell(task.task_name)
             higher |= _measure_task(suite, row, task, model, run, limit=limit, seed=seed)
             run.save()
-    figures = list(_figures(plan, run, higher, seed))
+    for pair in suite.pairs:
+        answers = _parallel_answers(plan, pair, run)
+        run.add(answers.items(pair.name))
+        if answers.unpaired:
+            _note(run, f"{suite.name}, {pair.name}: {answers.unpaired} questions have an outcome in one language only.")
+    figures = [*_figures(plan, run, higher, seed), *_consistency_figures(suite, run, seed)]
     run.replace_figures(suite.name, figures)
     run.save()
     return figures
@@ -156,6 +162,16 @@ def _fit_answers(task: "Task", model: KeptAnswers, run: EvaluationRun) -> None:
             f"{task.task_name}: answers end after {room} tokens, where the task gives them {wanted}: the model takes "
             f"{length} in all.",
         )
+
+
+def _parallel_answers(plan: SuitePlan, pair: SuitePair, run: EvaluationRun) -> ParallelAnswers:
+    def answers(label: str) -> list[tuple[Item, Mapping[str, Any]]]:
+        (task,) = plan.tasks[label]
+        docs = task.eval_docs
+        items = run.of(plan.suite.name, task=task.task_name, metric=pair.metric)
+        return [(item, docs[int(item.id)]) for item in items]
+
+    return parallel_answers(answers(pair.english), answers(pair.thai), key=pair.key, same=pair.same)
 
 
 def _items(suite: Suite, row: SuiteTask, task: str, metric: str, sample: Mapping[str, Any]) -> Iterator[Item]:
@@ -272,6 +288,19 @@ def _figures(
         yield from figure_of(mean.name, metric, parts, mean.over, True)
 
 
+def _consistency_figures(suite: Suite, run: EvaluationRun, seed: int) -> Iterator[Figure]:
+    for pair in suite.pairs:
+        for metric in CONSISTENCY_METRICS:
+            parts = [_Part(pair.name, metric.name, 1.0)]
+            figures = list(
+                _figure(suite.name, run, seed, pair.name, metric.name, parts, "items", metric.higher_is_better)
+            )
+            if not figures:
+                condition = f"{'right' if metric.given_score else 'wrong'} in {metric.given.capitalize()}"
+                _note(run, f"{suite.name}, {pair.name}: no {metric.name}, for no question in both is {condition}.")
+            yield from figures
+
+
 def _parts_of_mean(plan: SuitePlan, run: EvaluationRun, mean: SuiteMean) -> Iterator[_Part]:
     rows = plan.suite.rows_of(mean)
     for row in rows:
@@ -320,4 +349,5 @@ def _figure(
         seed=seed,
     )
     if figure is not None:
-        yield figure
+        shares = [FigurePart(part.task, part.metric, part.weight if over == "tasks" else None) for part in parts]
+        yield replace(figure, parts=tuple(shares))

@@ -9,6 +9,8 @@ from jai.errors import UserError
 from jai.evaluation.judged.options import JudgeOptions
 from jai.options import argument, check_values, option
 
+_PICTURES = (".png", ".svg", ".pdf")
+
 
 @dataclass(kw_only=True)
 class EvalOptions(JudgeOptions):
@@ -107,3 +109,30 @@ class LanguageOptions:
 
     def __post_init__(self) -> None:
         check_values(self)
+
+
+@dataclass(kw_only=True)
+class CompareOptions:
+    """What `jai eval compare` takes."""
+
+    runs: list[str] = argument("RUN...", help="Folders of runs of jai eval; the others are tested against the first.")
+    paper: bool = option(False, help="Show the papers' published figures beside, each with its source.")
+    figure: Path | None = option(
+        None, help="Draw bars and a radar into this file (.png, .svg or .pdf).", metavar="FILE"
+    )
+    markdown: Path | None = option(None, help="Write the tables into this file as Markdown.", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    def check(self) -> None:
+        """Refuse what cannot be compared, before anything heavy is imported.
+
+        Raises:
+            UserError: for runs that are no folders, and a picture of an unknown form.
+        """
+        for run in self.runs:
+            if not Path(run).is_dir():
+                raise UserError(f"The run {run} is no folder. Give the folder of a run of `jai eval`.")
+        if self.figure is not None and self.figure.suffix not in _PICTURES:
+            raise UserError(f"--figure {self.figure} has an unknown ending; expected {', '.join(_PICTURES)}.")

@@ -69,6 +69,20 @@ class Item:
 
 
 @dataclass(frozen=True)
+class FigurePart:
+    """Outcomes that a figure is made of: those of one task by one metric.
+
+    Attributes:
+        task, metric: of the outcomes.
+        weight: of their mean in the figure; None where the figure is the mean over all its outcomes.
+    """
+
+    task: str
+    metric: str
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
 class Figure:
     """A number with its interval.
 
@@ -81,6 +95,7 @@ class Figure:
         items: how many outcomes it is the mean of.
         unscored: how many more have no score.
         higher_is_better: which way is up.
+        parts: what it is made of.
     """
 
     suite: str
@@ -92,6 +107,7 @@ class Figure:
     items: int
     unscored: int = 0
     higher_is_better: bool = True
+    parts: tuple[FigurePart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,7 +235,42 @@ def mean_figure(
     if not scored or math.isnan(value := clusters.mean()):
         return None
     low, high = clusters.interval(seed)
-    return Figure(suite, name, metric, value, low, high, scored, len(items) - scored, higher_is_better)
+    parts = tuple(
+        FigurePart(task, measured, None if weights is None else weights[task])
+        for task, measured in dict.fromkeys((item.task, item.metric) for item in items)
+    )
+    return Figure(suite, name, metric, value, low, high, scored, len(items) - scored, higher_is_better, parts)
+
+
+class FigureItems:
+    """The outcomes of a run, to be looked up by the figures that are made of them.
+
+    Args:
+        items: of the run.
+    """
+
+    def __init__(self, items: Iterable[Item]):
+        self._items: dict[tuple[str, str, str], list[Item]] = defaultdict(list)
+        for item in items:
+            self._items[item.suite, item.task, item.metric].append(item)
+
+    def of(self, figure: Figure) -> tuple[list[Item], dict[str, float] | None] | None:
+        """What a figure is the mean of, in the form that `mean_figure` and `paired_difference` take.
+
+        Each part is a task of its own there: a mean may be over several metrics of one task.
+
+        Returns:
+            Outcomes and weights; None where the parts are not all of it, as of a mean over some questions of a task.
+        """
+        items = [
+            dataclasses.replace(item, task=f"{part.task} {part.metric}")
+            for part in figure.parts
+            for item in self._items[figure.suite, part.task, part.metric]
+        ]
+        if not items or len(items) != figure.items + figure.unscored:
+            return None
+        weights = {f"{part.task} {part.metric}": part.weight for part in figure.parts if part.weight is not None}
+        return items, weights or None
 
 
 def paired_difference(
@@ -419,10 +470,14 @@ def read_run(folder: Path) -> tuple[EvaluationResults, list[Item]]:
     try:
         results = EvaluationResults(**content)
         results.tasks = [TaskRecord(**each) for each in content["tasks"]]
-        results.figures = [Figure(**each) for each in content["figures"]]
+        results.figures = [_figure(each) for each in content["figures"]]
     except (TypeError, KeyError) as error:
         raise UserError(f"{path} is no record of an evaluation ({error}). {remedy}") from None
     return results, list(_read_items(folder / ITEMS_FILE))
+
+
+def _figure(content: Mapping[str, Any]) -> Figure:
+    return Figure(**{**content, "parts": tuple(FigurePart(**part) for part in content.get("parts", ()))})
 
 
 def whole_lines(path: Path) -> list[bytes]:

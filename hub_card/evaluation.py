@@ -112,7 +112,7 @@ def record_run(folder: Path, results: EvaluationResults, suites: Sequence[Suite 
 def _scores(model: str, results: EvaluationResults, suite: Suite | JudgedSuite) -> Iterator[Score]:
     data_of = {record.task: record.data for record in results.tasks if record.suite == suite.name}
     rows = {row.label: row for row in suite.tasks} if isinstance(suite, Suite) else {}
-    means = [mean.name for mean in suite.means] if isinstance(suite, Suite) else []
+    means = [each.name for each in (*suite.means, *suite.pairs)] if isinstance(suite, Suite) else []
     for figure in results.figures:
         row = rows.get(figure.name)
         is_shown = not rows or figure.name in means or (row is not None and figure.metric == row.metric)

@@ -30,7 +30,8 @@ from jai.hub_card.evaluation import Evaluation, Score, read_evaluation, record_r
 
 # The others of lm-eval's tasks: RULER downloads its texts, and the tests of programs come from the Hub with their code.
 NEED_NETWORK = {"code", "ruler"}
-WRITTEN_ANSWERS = {"ifeval-en", "ifeval-th", "mgsm", "reasoning"}  # test_evaluation_generation.py has them
+# test_evaluation_generation.py and test_evaluation_consistency.py have them.
+WRITTEN_ANSWERS = {"consistency", "ifeval-en", "ifeval-th", "mgsm", "reasoning"}
 LM_EVAL_SUITES = [
     name for name in suite_names() if isinstance(read_suite(name), Suite) and name not in NEED_NETWORK | WRITTEN_ANSWERS
 ]

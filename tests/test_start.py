@@ -69,6 +69,8 @@ CASES = [
     (HEAVY, "generate phi3 hello --top-p 5", 1, "top_p is 5.0"),
     (HEAVY, "tokenizer train empty/none.txt --base empty --out out", 1, "none.txt"),
     (HEAVY, "tokenizer ablate --config ablation.yaml --out out", 1, "has the option 'arm', which does not exist"),
+    (HEAVY, "eval compare ./none", 1, "none is no folder"),
+    (HEAVY, "eval compare empty --figure chart.gif", 1, "chart.gif has an unknown ending"),
     (HEAVY, "sft --config none.yaml", 1, "none.yaml does not exist"),
     (HEAVY, "sft", 1, "No model is given"),
     (HEAVY, "sft --model_name_or_path=phi3", 1, "phi3 has no safetensors weights"),

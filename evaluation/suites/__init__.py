@@ -60,6 +60,21 @@ class SuiteMean:
 
 
 @dataclass(kw_only=True)
+class SuitePair:
+    """Two rows with the same questions in two languages, for cross-lingual consistency."""
+
+    name: str = option(help="Of the figures.")
+    english: str = option(help="Label of the row in English.")
+    thai: str = option(help="Label of the row in Thai.")
+    metric: str = option(help="Of both rows; an answer is right where it is 1, wrong where it is 0.")
+    key: str | None = option(None, help="Column that a question has the same in both; none is its position.")
+    same: str | None = option(None, help="Column that must be the same in both, as proof that they are parallel.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(kw_only=True)
 class Suite:
     """What is measured together."""
 
@@ -72,13 +87,16 @@ class Suite:
     metadata: Any = option(None, help="For tasks that make their data, such as RULER's lengths.")
     tasks: list[Any] = option(help="The rows.")
     means: list[Any] = option([], help="Means over rows.")
+    pairs: list[Any] = option([], help="Rows with the same questions in two languages.")
 
     def __post_init__(self) -> None:
         check_values(self)
         _check_mapping("metadata", self.metadata)
         self.tasks = [_entry(SuiteTask, each, f"task {number}") for number, each in enumerate(self.tasks, 1)]
         self.means = [_entry(SuiteMean, each, f"mean {number}") for number, each in enumerate(self.means, 1)]
+        self.pairs = [_entry(SuitePair, each, f"pair {number}") for number, each in enumerate(self.pairs, 1)]
         self._check_names()
+        self._check_pairs()
 
     def rows_of(self, mean: SuiteMean) -> list[SuiteTask]:
         """The rows that a mean is over."""
@@ -100,6 +118,15 @@ class Suite:
                     raise UserError(
                         f"the mean {mean.name!r} takes {missing[0]!r}, which the row {row.label!r} does not have."
                     )
+
+    def _check_pairs(self) -> None:
+        rows = {row.label: row for row in self.tasks}
+        for pair in self.pairs:
+            for label in (pair.english, pair.thai):
+                if label not in rows:
+                    raise UserError(f"the pair {pair.name!r} is of {label!r}, which is no row.")
+                if pair.metric not in rows[label].metrics:
+                    raise UserError(f"the pair {pair.name!r} takes {pair.metric!r}, which {label!r} does not have.")
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A comparison of runs for people: tables as text and Markdown, and a picture."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jai.errors import UserError
+from jai.evaluation.comparison import ComparedFigure, ComparedRun, Comparison, compare_runs
+from jai.evaluation.options import CompareOptions
+from jai.evaluation.published import PublishedFigure, published_figures
+from jai.evaluation.results import Figure
+from jai.reports import ReportTable, figure_style, series_color
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_NOTHING = "–"
+_MOST_AXES = 12  # of a radar; more cannot be read
+_FEWEST_AXES = 3
+
+
+def report_comparison(options: CompareOptions, *, console: "Console | None" = None) -> Comparison:
+    """Print runs beside each other, and write what the options ask for.
+
+    Raises:
+        UserError: as `compare_runs`, and where a file cannot be written.
+    """
+    from rich.console import Console
+
+    console = console or Console()
+    comparison = compare_runs([Path(run) for run in options.runs])
+    sections = [("Runs", runs_table(comparison)), ("Figures", figures_table(comparison))]
+    if options.paper:
+        sections.append(("Published", published_table(comparison)))
+    for title, table in sections:
+        _print_table(title, table, console)
+    notes = [*comparison.notes, *_obstacle_notes(comparison)]
+    if options.paper and not sections[-1][1].rows:
+        notes.append("No paper publishes any of these figures.")
+    for note in notes:
+        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+    if options.markdown is not None:
+        _write(options.markdown, lambda path: path.write_text(_markdown(sections, notes), encoding="utf-8"))
+    if options.figure is not None:
+        _write(options.figure, lambda path: draw_comparison(comparison, path))
+    for path in (options.markdown, options.figure):
+        if path is not None:
+            console.print(f"Written: {path}", markup=False, highlight=False, soft_wrap=True)
+    return comparison
+
+
+def runs_table(comparison: Comparison) -> ReportTable:
+    """What the runs are of."""
+    rows = [
+        [run.name, run.results.model, run.results.revision[:12], str(run.folder), _said(run.results.conditions)]
+        for run in comparison.runs
+    ]
+    return ReportTable(["run", "model", "revision", "folder", "conditions"], rows)
+
+
+def _said(conditions: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in conditions.items() if value is not None)
+
+
+def figures_table(comparison: Comparison) -> ReportTable:
+    """Every figure of every run with its interval, and the difference of each run from the first."""
+    first, *others = comparison.runs
+    header = ["figure", "metric", *(run.name for run in comparison.runs)]
+    header += [f"{run.name} − {first.name}" for run in others]
+    rows = [
+        [
+            f"{row.suite}: {row.name}",
+            row.metric + ("" if row.higher_is_better else " ↓"),
+            *(_value(figure) for figure in row.figures),
+            *(_difference(row, number) for number in range(1, len(comparison.runs))),
+        ]
+        for row in comparison.rows
+    ]
+    return ReportTable(header, rows)
+
+
+def _value(figure: Figure | None, scale: float = 1.0, digits: int = 4) -> str:
+    if figure is None:
+        return _NOTHING
+    ends = f"{figure.low * scale:.{digits}f}–{figure.high * scale:.{digits}f}"
+    unscored = f", {figure.unscored} unscored" if figure.unscored else ""
+    return f"{figure.value * scale:.{digits}f} [{ends}] n={figure.items}{unscored}"
+
+
+def _difference(row: ComparedFigure, number: int) -> str:
+    difference = row.differences[number]
+    if difference is None:
+        return f"{_NOTHING} ({row.obstacles[number]})"
+    unpaired = f", {difference.unpaired} in one only" if difference.unpaired else ""
+    return (
+        f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] p={difference.p_value:.2g} "
+        f"n={difference.items}{unpaired}"
+    )
+
+
+def _obstacle_notes(comparison: Comparison) -> Iterator[str]:
+    """How many figures were not tested, by why."""
+    for number, run in enumerate(comparison.runs):
+        reasons = [row.obstacles[number] for row in comparison.rows if row.obstacles[number]]
+        for reason in dict.fromkeys(reasons):
+            count = reasons.count(reason)
+            yield f"{count} figure{'s' * (count > 1)} of {run.name} not tested against the first run: {reason}."
+
+
+def published_table(comparison: Comparison) -> ReportTable:
+    """The papers' figures that the runs have counterparts of; those of the runs in the papers' units."""
+    header = ["figure", "published for", "published", *(run.name for run in comparison.runs), "source", "judge", "note"]
+    rows = [
+        [
+            f"{row.suite}: {row.name} ({row.metric})",
+            f"{each.model}, {each.name}",
+            f"{each.value:g}",
+            *(_value(figure, each.scale, digits=2) for figure in row.figures),
+            each.source,
+            _judges(each, comparison.runs, row),
+            each.note,
+        ]
+        for row in comparison.rows
+        for each in _published_of(row)
+    ]
+    return ReportTable(header, rows)
+
+
+def _published_of(row: ComparedFigure) -> list[PublishedFigure]:
+    figure = next(figure for figure in row.figures if figure is not None)
+    return [each for each in published_figures() if each.matches(figure)]
+
+
+def _judges(published: PublishedFigure, runs: Sequence[ComparedRun], row: ComparedFigure) -> str:
+    judges = {
+        record.judge
+        for run, figure in zip(runs, row.figures)
+        if figure is not None
+        for record in run.records(figure).values()
+        if record.judge is not None
+    }
+    if not judges and published.judge is None:
+        return ""
+    return f"{published.judge or 'not named'}; here {', '.join(sorted(judges)) or 'none'}"
+
+
+def _print_table(title: str, table: ReportTable, console: "Console") -> None:
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    columns = [Column(escape(name), overflow="fold") for name in table.header]
+    shown = Table(*columns, title=title, title_justify="left", box=None)
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+
+
+def _markdown(sections: Sequence[tuple[str, ReportTable]], notes: Sequence[str]) -> str:
+    parts = [f"## {title}\n\n{table.markdown()}" for title, table in sections if table.rows]
+    if notes:
+        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _write(path: Path, write: Any) -> None:
+    """Write a file whole or not at all; one that is there is replaced."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}. Give another path.") from None
+
+
+# --- The picture ---
+
+
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw every figure as bars with their intervals, and those that all runs have as a radar.
+
+    A radar needs three figures and has at most twelve: of more, each suite's last, which is its mean. All are shares of
+    the largest value that they may have: 1, 10 or 100. Figures of which less is better are left out of it.
+
+    Args:
+        comparison: what to draw.
+        path: file to write; its ending decides its form.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    axes = radar_rows(comparison)
+    has_radar = len(axes) >= _FEWEST_AXES
+    height = 1.2 + len(comparison.rows) * (0.16 * len(comparison.runs) + 0.14)
+    with figure_style():
+        canvas = Canvas(figsize=(14 if has_radar else 8, max(height, 5 if has_radar else 2)), layout="constrained")
+        FigureCanvasAgg(canvas)
+        columns = canvas.add_gridspec(1, 2 if has_radar else 1)
+        _draw_bars(canvas.add_subplot(columns[0, 0]), comparison)
+        if has_radar:
+            _draw_radar(canvas.add_subplot(columns[0, 1], projection="polar"), comparison, axes)
+        canvas.savefig(path, format=path.suffix[1:], dpi=150)
+
+
+def radar_rows(comparison: Comparison) -> list[ComparedFigure]:
+    """The axes of the radar."""
+    rows = [row for row in comparison.rows if row.higher_is_better and None not in row.figures]
+    if len(rows) > _MOST_AXES:
+        rows = list({row.suite: row for row in rows}.values())[:_MOST_AXES]
+    return rows
+
+
+def _full_scale(row: ComparedFigure) -> float:
+    largest = max(figure.high for figure in row.figures if figure is not None)
+    return next((bound for bound in (1.0, 10.0, 100.0) if largest <= bound), largest)
+
+
+def _label(row: ComparedFigure) -> str:
+    scale = _full_scale(row)
+    return f"{row.suite}: {row.name}, {row.metric}" + (f" (of {scale:g})" if scale != 1 else "")
+
+
+def _draw_bars(axis: Any, comparison: Comparison) -> None:
+    width = 0.8 / len(comparison.runs)
+    for number, run in enumerate(comparison.runs):
+        places = [(place, row) for place, row in enumerate(comparison.rows) if row.figures[number] is not None]
+        figures = [(place, row.figures[number], _full_scale(row)) for place, row in places]
+        values = [figure.value / scale for _, figure, scale in figures if figure]
+        # A percentile interval may lie beside the mean, to which a bar of matplotlib's has no negative distance.
+        low = [max(0.0, (figure.value - figure.low) / scale) for _, figure, scale in figures if figure]
+        high = [max(0.0, (figure.high - figure.value) / scale) for _, figure, scale in figures if figure]
+        heights = [place + (number + 0.5) * width - 0.4 for place, _, _ in figures]
+        axis.barh(
+            heights, values, width, xerr=[low, high], color=series_color(number), label=run.name, ecolor="#1c2430"
+        )
+    axis.set_yticks(range(len(comparison.rows)), [_label(row) for row in comparison.rows])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.grid(axis="x")
+    axis.set_axisbelow(True)
+    axis.set_title("Figures with their 95 % intervals")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=3)
+
+
+def _draw_radar(axis: Any, comparison: Comparison, rows: Sequence[ComparedFigure]) -> None:
+    turn = 2 * 3.141592653589793
+    angles = [turn * number / len(rows) for number in range(len(rows))]
+    for number, run in enumerate(comparison.runs):
+        figures = [(row.figures[number], _full_scale(row)) for row in rows]
+        values = [figure.value / scale for figure, scale in figures if figure]
+        axis.plot([*angles, turn], [*values, values[0]], color=series_color(number), label=run.name)
+        axis.fill(angles, values, color=series_color(number), alpha=0.1)
+    axis.set_xticks(angles, [_label(row).replace(": ", ":\n", 1) for row in rows])
+    axis.set_ylim(0, 1)
+    axis.set_title("What all runs have")

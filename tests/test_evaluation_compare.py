@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai eval compare`: figures, tests and conditions of runs side by side, and the papers' figures with sources."""
+
+import dataclasses
+import html
+import re
+from pathlib import Path
+
+import pytest
+
+from jai.errors import UserError
+from jai.evaluation.comparison import compare_runs
+from jai.evaluation.comparison_report import draw_comparison, published_table, radar_rows, report_comparison
+from jai.evaluation.options import CompareOptions
+from jai.evaluation.published import published_figures
+from jai.evaluation.results import FigureItems, Item, TaskRecord, mean_figure, open_run, read_run
+from jai.evaluation.suites import JudgedSuite, read_suite, suite_names
+
+PAPERS = Path(__file__).parents[2] / "shared/papers"
+BEFORE, AFTER = [0.0] * 8 + [1.0] * 11, [1.0] * 8 + [0.0] + [1.0] * 10  # nine changed, eight for the better
+
+
+def make_run(
+    folder: Path,
+    scores: list[float],
+    *,
+    model="org/model",
+    suite="thai-exam",
+    expected="A",
+    finished=True,
+    conditions=(),
+    notes=(),
+    figure="mean over questions",
+    **record,
+) -> Path:
+    """A run of a suite with two tasks, to which the items belong in turns; figures of one task and of both."""
+    items = [
+        Item(suite, f"task {number % 2}", str(number), "acc", score, texts={"expected": expected})
+        for number, score in enumerate(scores)
+    ]
+    with open_run(folder, model=model, revision="c0ffee", conditions=dict(conditions)) as run:
+        run.add(items)
+        parts = {name: [item for item in items if name in (item.task, "both")] for name in ("task 0", "both")}
+        figures = [
+            mean_figure(some, suite=suite, name=name.replace("both", figure), metric="acc")
+            for name, some in parts.items()
+        ]
+        run.replace_figures(suite, [each for each in figures if each])
+        for task in ("task 0", "task 1"):
+            values = {"version": "1", "prompt_hash": "a" * 64, "data": "owner/data", **record}
+            run.replace_task(TaskRecord(suite, task, **values))
+        run.results.notes = list(notes)
+        run.finish() if finished else run.save()
+    return folder
+
+
+def test_runs_are_tested_on_their_items(tmp_path):
+    first, second = make_run(tmp_path / "a", BEFORE), make_run(tmp_path / "b", AFTER, model="org/other")
+    comparison = compare_runs([first, second])
+    assert [run.name for run in comparison.runs] == ["model", "other"]
+    task, mean = comparison.rows
+    assert (task.name, mean.name) == ("task 0", "mean over questions")
+    assert [figure.value for figure in mean.figures] == [11 / 19, 18 / 19]
+    difference = mean.differences[1]
+    assert difference.value == pytest.approx(7 / 19)
+    assert difference.p_value == pytest.approx(20 / 512, abs=0.006)  # 2 · (1 + 9) / 2^9, of the binomial
+    assert (difference.items, difference.unpaired) == (19, 0)
+    assert task.differences[1].items == 10
+    assert mean.differences[0] is None
+    assert list(comparison.notes) == []
+
+
+def test_figures_find_their_items_with_their_weights(tmp_path):
+    items = [Item("s", "a", "0", "acc", 1.0), Item("s", "b", "0", "acc", 0.0), Item("s", "b", "1", "acc", 1.0)]
+    weights = {"a": 0.5, "b": 0.5}
+    figure = mean_figure(items, suite="s", name="mean", metric="acc", weights=weights)
+    found, shares = FigureItems(items).of(figure)
+    again = mean_figure(found, suite="s", name="mean", metric="acc", weights=shares)
+    assert (again.value, again.low, again.high) == (figure.value, figure.low, figure.high) == (0.75, 0.5, 1.0)
+    # Of the first item of each task alone, the parts do not say which items they are.
+    some = mean_figure(items[:2], suite="s", name="first", metric="acc")
+    assert FigureItems(items).of(some) is None
+    with open_run(tmp_path / "run", model="m", revision="r") as run:
+        run.replace_figures("s", [figure])
+        run.finish()
+    assert read_run(tmp_path / "run")[0].figures == [figure]
+
+
+@pytest.mark.parametrize(
+    ("other", "obstacle", "note"),
+    [
+        ({"version": "2"}, "other version", "thai-exam, task 0, task 1: version: model 1, other 2."),
+        ({"data": "owner/new"}, "other data", "data: model owner/data, other owner/new."),
+        ({"judge": "j"}, "other judge", "judge: model none, other j."),
+        ({"expected": "B"}, "other questions", None),
+        ({"prompt_hash": "b" * 64}, "", "thai-exam, task 0, task 1: prompts differ: other questions, examples or chat"),
+        ({"shots": 5}, "", "examples before a question: model 0, other 5."),
+        ({"conditions": {"limit": 20}}, "", "The limit differs: model none, other 20."),
+        ({"conditions": {"dtype": "float16"}}, "", "The dtype differs: model none, other float16."),
+        ({"finished": False}, "", "other is not finished"),
+        ({"notes": ["s: half was left out"]}, "", "other: s: half was left out"),
+    ],
+)
+def test_what_differs_is_said(tmp_path, other, obstacle, note):
+    first = make_run(tmp_path / "a", BEFORE)
+    second = make_run(tmp_path / "b", AFTER, model="other", **other)
+    comparison = compare_runs([first, second])
+    assert {row.obstacles[1] for row in comparison.rows} == {obstacle}
+    assert {row.differences[1] is None for row in comparison.rows} == {bool(obstacle)}
+    if note:
+        assert note in "\n".join(comparison.notes)
+    else:
+        assert not comparison.notes
+
+
+def test_items_of_one_run_only_are_counted(tmp_path):
+    first, second = make_run(tmp_path / "a", BEFORE), make_run(tmp_path / "b", AFTER[:12])
+    row = compare_runs([first, second]).rows[1]
+    assert (row.differences[1].items, row.differences[1].unpaired) == (12, 7)
+    third = make_run(tmp_path / "c", AFTER, suite="onet")
+    rows = compare_runs([first, third]).rows
+    assert {row.obstacles[1] for row in rows} == {"not measured in both"}
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    folders = [make_run(tmp_path / name, BEFORE) for name in ("x", "y", "deep/x")]
+    assert [run.name for run in compare_runs(folders[:2]).runs] == ["x", "y"]
+    assert [run.name for run in compare_runs(folders).runs] == [str(tmp_path / "x"), "y", str(tmp_path / "deep/x")]
+
+
+def test_bad_input_is_one_error(tmp_path):
+    run = make_run(tmp_path / "a", BEFORE)
+    for folders, message in [
+        ([run, tmp_path / "a" / ".." / "a"], "is given twice"),
+        ([tmp_path], "results.json does not exist. Give the folder of a run"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            compare_runs(folders)
+    with open_run(tmp_path / "empty", model="m", revision="r"):
+        pass
+    with pytest.raises(UserError, match="has no figures yet"):
+        compare_runs([tmp_path / "empty"])
+    with pytest.raises(UserError, match=r"chart.gif has an unknown ending; expected .png, .svg, .pdf"):
+        CompareOptions(runs=[str(run)], figure=Path("chart.gif")).check()
+    with pytest.raises(UserError, match="none is no folder"):
+        CompareOptions(runs=["none"]).check()
+
+
+def test_tables_pictures_and_the_papers_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    folders = [make_run(tmp_path / "a", BEFORE), make_run(tmp_path / "b", AFTER, model="other")]
+    options = CompareOptions(
+        runs=[str(each) for each in folders],
+        paper=True,
+        figure=tmp_path / "out" / "chart.svg",
+        markdown=tmp_path / "out" / "table.md",
+    )
+    report_comparison(options)
+    said = capsys.readouterr().out
+    written = (tmp_path / "out" / "table.md").read_text()
+    for text in ("0.9474 [", "+0.3684 [", "62.32", "94.74 [", "JAI-1, Table 7 (2025-10)", "does not say over what"):
+        assert text in said
+        assert text in written
+    assert "JTS-1-PLM, Thai-Exam" in written
+    assert (tmp_path / "out" / "chart.svg").read_text().startswith("<?xml")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["chart.svg", "table.md"]
+    report_comparison(CompareOptions(runs=[str(folders[0])]))
+    assert "JAI-1, Table 7" not in capsys.readouterr().out
+    plain = make_run(tmp_path / "c", BEFORE, suite="mine")
+    report_comparison(CompareOptions(runs=[str(plain)], paper=True))
+    assert "No paper publishes any of these figures." in capsys.readouterr().out
+
+
+def test_judged_figures_are_shown_in_the_papers_unit_with_both_judges(tmp_path):
+    run = make_run(tmp_path / "a", [7.0, 7.0, 8.0, 8.0], suite="mt-bench-th", figure="all turns", judge="gpt-5")
+    table = published_table(compare_runs([run]))
+    rows = {(row[1], row[4]): row for row in table.rows}
+    assert rows["Typhoon2-70B, MT-Bench TH", "JAI-1, Table 13 (2025-10)"][2:4] == ["73.6", "75.00 [70.00–80.00] n=4"]
+    merged = rows["Merged, MT-Bench-TH", "JAI-1, Table 11 (2025-10)"]
+    assert merged[2:] == ["7.33", "7.50 [7.00–8.00] n=4", merged[4], "GPT-4o-2024-08-06; here gpt-5", ""]
+
+
+def test_the_radar_has_what_all_runs_have_and_more_is_better(tmp_path):
+    comparison = compare_runs([make_run(tmp_path / "a", BEFORE), make_run(tmp_path / "b", AFTER)])
+    row = comparison.rows[0]
+    lower = dataclasses.replace(row, name="lower", higher_is_better=False)
+    half = dataclasses.replace(row, name="half", figures=(row.figures[0], None))
+    rows = [dataclasses.replace(row, name=str(number)) for number in range(4)]
+    some = dataclasses.replace(comparison, rows=[lower, half, *rows])
+    assert [each.name for each in radar_rows(some)] == ["0", "1", "2", "3"]
+    suites = [dataclasses.replace(each, suite=suite) for suite in "abc" for each in rows * 2]
+    many = dataclasses.replace(comparison, rows=suites)
+    assert [(each.suite, each.name) for each in radar_rows(many)] == [("a", "3"), ("b", "3"), ("c", "3")]
+    sizes = []
+    for number, drawn in enumerate((comparison, some)):
+        path = tmp_path / f"{number}.png"
+        draw_comparison(drawn, path)
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        sizes.append(int.from_bytes(data[16:20]))
+    assert sizes == [8 * 150, 14 * 150]  # a radar stands beside the bars where there are three axes
+
+
+# --- What the papers publish ---
+
+
+def test_typhoons_ifeval_is_there_as_both_papers_have_it():
+    found = {
+        (each.paper, each.table, each.name): each.value
+        for each in published_figures()
+        if each.model in ("Typhoon2-70B", "Typhoon2 70B") and each.name.startswith("IFEval")
+    }
+    assert (found["JAI-1", "13", "IFEval EN"], found["JAI-1", "13", "IFEval TH"]) == (86.7, 81.0)
+    assert (found["Typhoon2-R1", "1", "IFEval EN"], found["Typhoon2-R1", "1", "IFEval TH"]) == (88.7, 81.4)
+
+
+def test_published_figures_name_suites_figures_and_metrics_that_there_are():
+    suites = {name: read_suite(name) for name in suite_names()}
+    for each in published_figures():
+        assert set(each.suites) <= set(suites), each
+        for suite in (suites[name] for name in each.suites):
+            if not isinstance(suite, JudgedSuite):
+                names = [row.label for row in suite.tasks] + [mean.name for mean in suite.means]
+                assert any(name in names for name in each.ours) or not each.ours, each
+
+
+def test_published_averages_are_those_of_their_rows():
+    """Typhoon2-R1's averages are of twelve columns, MT-Bench times ten; it prints 76.1 for 76.18."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for each in published_figures():
+        if each.paper == "Typhoon2-R1":
+            rows.setdefault((each.table, each.model), {})[each.name] = each.value
+    assert len(rows) == 22
+    for values in rows.values():
+        tens = [value * (10 if name.startswith("MT") else 1) for name, value in values.items() if name != "Avg."]
+        assert sum(tens) / 12 == pytest.approx(values["Avg."], abs=0.11)
+
+
+@pytest.mark.skipif(not PAPERS.exists(), reason=f"{PAPERS} is not there: it is no part of the repository")
+def test_published_figures_are_those_of_the_papers_texts():
+    texts = {"JAI-1": "000_*", "Typhoon2-R1": "002_*", "Trillion-7B": "004_*"}
+    grids = {paper: tables_of(next(PAPERS.glob(name)).read_text(errors="replace")) for paper, name in texts.items()}
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    for each in published_figures():
+        rows.setdefault((each.paper, each.table, each.model), []).append(each.value)
+    assert len(rows) == 71
+    for (paper, table, model), values in rows.items():
+        grid = grids[paper][table]
+        columns = [list(column) for column in zip(*grid)] if len({len(row) for row in grid}) == 1 else []
+        lines = [line for line in [*grid, *columns] if bare(model) in bare(" ".join(line))]
+        assert any(numbers(line)[-len(values) :] == values for line in lines), (paper, table, model, values)
+
+
+def tables_of(text: str) -> dict[str, list[list[str]]]:
+    """The cells of each table by its number: HTML, or lines with tabs before the caption."""
+    found = {}
+    for table, after in re.findall(r"(<table.*?</table>)(.*?)</details>", text, re.DOTALL):
+        rows = [
+            re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+        ]
+        cells = [[html.unescape(re.sub("<.*?>", "", cell)).strip() for cell in row] for row in rows]
+        found[re.findall(r"Table (\d+):", after)[-1]] = cells
+    lines = [line for line in text.split("\n") if line.strip()]
+    for index, line in enumerate(lines):
+        if caption := re.match(r"Table (\d+)(:| \|)", line):
+            first = index
+            while "\t" in lines[first - 1]:
+                first -= 1
+            found.setdefault(caption[1], [row.split("\t") for row in lines[first:index]])
+    return found
+
+
+def numbers(cells: list[str]) -> list[float]:
+    plain = [re.sub(r"</?u>|%| \(\d\)", "", cell).strip() for cell in cells]
+    return [float(cell) for cell in plain if re.fullmatch(r"\d+(\.\d+)?", cell)]
+
+
+def bare(text: str) -> str:
+    return re.sub(r"[^\wα.+]", "", text)
