@@ -162,6 +162,10 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
             [CHAT, {"messages": [user("a"), assistant("", tool_calls=[{"name": "f", "arguments": "{"}])]}],
             r"Row 2 of .*arguments of a call that are no valid JSON in message 2",
         ),
+        (
+            [CHAT, {"messages": [user("a"), assistant("", tool_calls=[CALL]), assistant("b")]}],
+            r"Row 2 of .*has a turn of the assistant after a call \(message 3\)",
+        ),
         ([{"conversations": [{"from": "human", "value": None}]}], r"Row 1 of .*has no content in message 1"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}], r"Row 2 of .*`completion` is null"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], r"Row 2 of .*`completion` is empty"),
@@ -213,6 +217,10 @@ def test_a_stream_ends_at_its_first_faulty_row():
         (
             [{"prompt": "x", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}],
             r"Row 1 of .*`chosen` and `rejected` begin from `prompt`",
+        ),
+        (
+            [{"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant(" b\n")]}],
+            r"Row 1 of .*`chosen` and `rejected` are the same",
         ),
         ([{"chosen": "b", "rejected": "c"}], r"Row 1 of .*begin differently"),
         ([{"chosen": "Q: b", "rejected": "Q: b c"}], r"is the beginning of the other"),
@@ -366,6 +374,10 @@ FORMS = {
     "developer": (
         {"messages": [{"role": "developer", "content": "s"}, *CHAT["messages"]]},
         {"messages": [SYSTEM, *CHAT["messages"]]},
+    ),
+    "empty-left-out": (
+        {"messages": [user("a"), assistant("", weight=0), user("c"), assistant("d")]},
+        {"messages": [user("a"), assistant("", weight=0), user("c"), assistant("d")]},
     ),
     "thoughts": (
         {"messages": [user("a"), assistant("b", reasoning="hm")]},
