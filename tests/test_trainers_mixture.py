@@ -268,6 +268,8 @@ def test_rows_that_are_too_long_are_left_out_on_demand(tiny_tokenizer):
     result = prepared(tiny_tokenizer, name, training={"max_length": 40}, drop_truncated=True)
     assert questions(result.train) == ["a"]
     assert "they have more than 40 tokens (row 2 of rows.jsonl)" in result.notes[0]
+    ends = {"max_length": 20, "assistant_only_loss": True, "truncation_mode": "keep_end"}
+    assert prepared(tiny_tokenizer, write("asked.jsonl", [chat("a " * 100, "yes")]), training=ends).rows == 1
     with pytest.raises(UserError, match="nothing that the loss is taken on lies in their first 4 tokens"):
         prepared(tiny_tokenizer, name, training={"max_length": 4, "assistant_only_loss": True})
 
@@ -424,8 +426,9 @@ def test_losses_of_categories_on_what_is_cut_off_split_and_evaluated(checkpoint,
     """Documents that are longer than a sequence are known by their parts."""
     Path("data").mkdir()
     for split in ("train", "test"):
-        write(f"data/{split}.jsonl", grouped)
-    shared = {"dataset_name": "data", "category_column": "kind", "learning_rate": 0.0, "max_length": 32}
+        write(f"data/{split}.jsonl", [{**row, "all": "x"} for row in grouped])
+    shared = {"dataset_name": "data", "category_column": "kind", "language_column": "all", "learning_rate": 0.0}
+    shared |= {"max_length": 32, "router_aux_loss_coef": 0.0}
     for index, options in enumerate(({"packing": True}, {"packing": True, "packing_strategy": "bfd_split"})):
         out = run(
             checkpoint,
@@ -443,6 +446,7 @@ def test_losses_of_categories_on_what_is_cut_off_split_and_evaluated(checkpoint,
         )
         (trained,) = [log for log in logs_of(out) if "loss" in log]
         evaluated = [log for log in logs_of(out) if "eval_loss" in log][-1]
+        assert trained["loss/language/x"] == pytest.approx(trained["loss"], abs=1e-5)
         for key in ("loss/category/chat", "loss/category/task"):
             assert evaluated[f"eval_{key}"] == pytest.approx(trained[key], abs=1e-5)
 
