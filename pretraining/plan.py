@@ -102,8 +102,8 @@ class SequencePlan:
         self.sequences = self._sequences_of_two_languages() if self._mixes_languages else self.mixture.sequences
         if not self.sequences:
             raise UserError(
-                f"The text in {corpus.folder} is not enough for one sequence of {context:,} tokens by these shares. "
-                "Give more text, or a shorter context."
+                f"The text in {corpus.folder} is not enough for one sequence of {context:,} tokens by these "
+                f"shares{self._why_it_ends()}. Give more text, or a shorter context."
             )
 
     def __len__(self) -> int:
@@ -133,7 +133,8 @@ class SequencePlan:
 
     def tokens_seen(self, sequences: int) -> dict[str, int]:
         """Tokens of each source in the first so many sequences, padding left out."""
-        if sequences >= self.sequences:
+        sequences = min(sequences, self.sequences)
+        if sequences == self.mixture.sequences:
             ends = [stop for _, stop in self.mixture.block(self.mixture.blocks - 1).ranges]
             return dict(zip((source.name for source in self.sources), ends))
         number, index = self.mixture.place(sequences)

@@ -130,6 +130,8 @@ class TestEveryTokenOnce:
         assert sorted(ids[ids != EOS].tolist()) == list(range(1, corpus.sources[0].tokens + 1))
         (order,) = plan.orders
         whole = np.concatenate(order.pieces(0, order.tokens)[:1])
+        other = order.pieces(order.tokens, 2 * order.tokens)[0]
+        assert set(other[:32].tolist()) != set(whole[:32].tolist())
         # Neighbours in the files are not neighbours in the order, and a stream may be entered anywhere.
         assert np.count_nonzero(np.abs(np.diff(whole)) == 1) < 40
         for start, stop in ((0, 1), (777, 900), (order.tokens - 1, order.tokens + 5)):
@@ -339,6 +341,7 @@ class TestLanguages:
         corpus = packed_corpus(tmp_path / "a", documents, mixture=mixture, when_dry="renormalize")
         plan = SequencePlan(corpus, 64, strategy="xlda")
         assert 2 * 5000 // 64 - 16 <= plan.sequences <= 2 * 5000 // 64 + 16
+        assert sum(plan.tokens_seen(plan.sequences).values()) == plan.sequences * 64
         assert all(len(set(item["language_ids"].tolist())) == 2 for item in items_of(plan))
         assert SequencePlan(corpus, 64).sequences == -(-25_000 // 64)
 
@@ -520,6 +523,12 @@ class TestAnnealing:
         assert max(english) == 1
         with pytest.raises(UserError, match="then thai is used up"):
             plan.check_lasts(plan.sequences + 1)
+
+    def test_a_source_that_was_used_up_before_is_named(self, two_languages):
+        stable = Shares({"english": SourceShare(1.0), "thai": SourceShare(1.0)})
+        begins = SequencePlan(two_languages, 128, shares=stable).sequences
+        with pytest.raises(UserError, match=r"not enough for one sequence .*; then thai is used up"):
+            AnnealedPlan(two_languages, 128, annealing=stable, begins=begins, shares=stable)
 
     def test_better_text_begins_anew(self, tmp_path, small_blocks):
         scores = np.arange(400.0).tolist()
