@@ -14,6 +14,17 @@ app = typer.Typer()
 
 
 @app.command(**PASS_THROUGH)
+def pretrain(context: typer.Context) -> None:
+    """Pre-train on text that jai pack wrote.
+
+    Give --config FILE, then any of transformers' options."""
+    look_at_arguments(context.args, reads_packed_text=True)
+    from jai.trainers.pretrain import main as run
+
+    run(context.args)
+
+
+@app.command(**PASS_THROUGH)
 def sft(context: typer.Context) -> None:
     """Fine-tune on chats or plain text with TRL's SFTTrainer.
 

@@ -12,7 +12,8 @@ from jai import cli
 from jai.version import __version__
 
 MAKING = ("tokenizer", "convert", "snapshot", "upcycle", "merge", "export")
-VERBS = (*MAKING, "inspect", "sft", "dpo", "generate", "publish", "demo")
+TRAINING = ("pretrain", "sft", "dpo")
+VERBS = (*MAKING, "inspect", *TRAINING, "generate", "publish", "demo")
 
 
 @pytest.fixture
@@ -54,14 +55,14 @@ def test_help_names_what_is_required_and_hides_what_is_hidden(jai, monkeypatch):
     assert "Folder or Hub id of the tokenizer to extend. [required]" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("sft", "dpo")])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in TRAINING])
 def test_every_verb_has_help(jai, verb):
     code, out, _ = jai(verb, "--help")
     assert code == 0
     assert "Usage" in out
 
 
-@pytest.mark.parametrize("verb", ["sft", "dpo"])
+@pytest.mark.parametrize("verb", TRAINING)
 def test_training_verbs_show_trls_help(jai, verb):
     code, out, _ = jai(verb, "--help")
     assert code == 0

@@ -12,11 +12,17 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 from jai.cli.app import app
 from jai.cli.verb import VERBS
 from jai.options import options_of
+from jai.trainers import pretrain
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
+from jai.trainers.data_arguments import DataArguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TRAINING = {"sft": SFTConfig, "dpo": DPOConfig}  # their options are TRL's
+SFT_AND_DPO = {
+    verb: (ScriptArguments, config, ModelConfig, JaiTrainingArguments, DataArguments)
+    for verb, config in {"sft": SFTConfig, "dpo": DPOConfig}.items()
+}
+TRAINING = {"pretrain": pretrain.OPTIONS, **SFT_AND_DPO}  # their options are TRL's and transformers'
 OTHERS = ("serve",)  # its options are transformers'
 
 
@@ -39,8 +45,7 @@ def test_a_shown_command_is_taken(line, monkeypatch):
     if words[0] in TRAINING:
         if not is_torch_bf16_gpu_available():
             words += ["--bf16", "false"]
-        options = (ScriptArguments, TRAINING[words[0]], ModelConfig, JaiTrainingArguments)
-        parse_arguments(options, words[1:], prog=f"jai {words[0]}")
+        parse_arguments(TRAINING[words[0]], words[1:], prog=f"jai {words[0]}")
         return
     called = []
     for verb in VERBS:
@@ -75,8 +80,9 @@ def test_options_in_running_text_exist(page):
     }
     for command in re.findall(r"`jai ([^`\n]+)`", page.read_text(encoding="utf-8")):
         words = command.split()
-        name = " ".join(words[:2]) if words[0] == "tokenizer" else words[0]
-        if name in (*TRAINING, *OTHERS, "--help", "VERB", "tokenizer"):
+        pair = " ".join(words[:2])
+        name = pair if pair in flags else words[0]
+        if name in (*TRAINING, *OTHERS, "--help", "VERB", *(verb.split()[0] for verb in flags if " " in verb)):
             continue
         assert name in flags, f"{page.name} names `jai {command}`"
         given = {word.partition("=")[0].replace("--no-", "--", 1) for word in words if word.startswith("--")}

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import SchedulerType
 
-from jai.trainers.arguments import StageArguments, TrlConfig
+from jai.trainers.arguments import StageArguments, StageConfig
 from jai.trainers.base_model import BaseModel
 from jai.trainers.chosen_parts import recorded_new_rows, untaught
 from jai.trainers.context import context_of
@@ -24,7 +24,7 @@ from jai.trainers.tokens import TokenCount
 _NAMED = 12  # targets of LoRA; of single layers there may be hundreds
 
 
-def estimate_steps(training_args: TrlConfig, rows: int | None, tokens: TokenCount) -> int | None:
+def estimate_steps(training_args: StageConfig, rows: int | None, tokens: TokenCount) -> int | None:
     """Optimiser steps of the run; None where the number of rows is unknown and no `max_steps` is set."""
     if training_args.max_steps > 0:
         return training_args.max_steps
@@ -57,47 +57,69 @@ def print_plan(
         training_args.gradient_accumulation_steps,
         training_args.world_size,
     )
-    model_name, data_name = escape(base.name), escape(data.name)
+    data_name = escape(data.name)
+    rows = list(model_rows(arguments, base, lora, parameters))
+    rows.append(("data", f"{data_name}: {_size(data.rows, train_tokens)}; {_sequences(training_args)}"))
+    for number, line in enumerate(_mixture(data)):
+        rows.append(("" if number else "mixture", escape(line)))
+    if training_args.max_length:
+        rows.append(("cut off", _cut(train_tokens, training_args, data)))
+    rows.append(("context", context_text(training_args, base)))
+    if evaluation_tokens is not None:
+        evaluated = len(data.evaluation) if isinstance(data.evaluation, Dataset) else None
+        rows.append(("evaluation", _size(evaluated, evaluation_tokens)))
+        if training_args.max_length:
+            rows.append(("", f"cut off: {_cut(evaluation_tokens, training_args, data)}"))
+    rows.append(("loss on", _loss_on(data, training_args)))
+    rows.append(
+        (
+            "steps",
+            f"{'unknown' if steps is None else f'about {steps:,}'}, each on {math.prod(batch):,} sequences "
+            f"({batch[0]} a device x {batch[1]} accumulated x {batch[2]} processes)",
+        )
+    )
+    schedule = SchedulerType(training_args.lr_scheduler_type).value
+    rows.append(("learning rate", f"{training_args.learning_rate:g}, {schedule}"))
+    rows += device_rows(arguments, lora, parameters)
+    print_rows(console, title, rows)
+
+
+def print_rows(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print labels and their texts, which may have rich's markup, as a plan."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def model_rows(
+    arguments: StageArguments, base: BaseModel, lora: LoraConfig | None, parameters: TrainedParameters
+) -> Iterator[tuple[str, str]]:
+    """The rows of a plan that say which model it is and what of it learns."""
+    model_name = escape(base.name)
     if base.is_jai:
         code = "the installed jai package (no code from the checkpoint runs)"
-    elif training_args.trust_remote_code:
+    elif arguments.training.trust_remote_code:
         code = f"[bold]runs the model code in {model_name}[/] (trust_remote_code)"
     else:
         code = "transformers"
     trained = f"{parameters.trained:,} are trained ({parameters.trained / parameters.total:.2%})"
+    yield "model", model_name
+    yield "code", code
+    yield "parameters", f"{parameters.total:,}, of which {trained}"
+    yield "adapter", escape(_adapter(lora))
+    yield from _parts(arguments, base, parameters)
 
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("model", model_name)
-    table.add_row("code", code)
-    table.add_row("parameters", f"{parameters.total:,}, of which {trained}")
-    table.add_row("adapter", escape(_adapter(lora)))
-    for label, line in _parts(arguments, base, parameters):
-        table.add_row(label, line)
-    table.add_row("data", f"{data_name}: {_size(data.rows, train_tokens)}; {_sequences(training_args)}")
-    for number, line in enumerate(_mixture(data)):
-        table.add_row("" if number else "mixture", escape(line))
-    if training_args.max_length:
-        table.add_row("cut off", _cut(train_tokens, training_args, data))
-    table.add_row("context", _context(training_args, base))
-    if evaluation_tokens is not None:
-        rows = len(data.evaluation) if isinstance(data.evaluation, Dataset) else None
-        table.add_row("evaluation", _size(rows, evaluation_tokens))
-        if training_args.max_length:
-            table.add_row("", f"cut off: {_cut(evaluation_tokens, training_args, data)}")
-    table.add_row("loss on", _loss_on(data, training_args))
-    table.add_row(
-        "steps",
-        f"{'unknown' if steps is None else f'about {steps:,}'}, each on {math.prod(batch):,} sequences "
-        f"({batch[0]} a device x {batch[1]} accumulated x {batch[2]} processes)",
-    )
-    schedule = SchedulerType(training_args.lr_scheduler_type).value
-    table.add_row("learning rate", f"{training_args.learning_rate:g}, {schedule}")
-    table.add_row("device", f"{training_args.device.type}, {_weights(arguments, parameters)}")
+
+def device_rows(
+    arguments: StageArguments, lora: LoraConfig | None, parameters: TrainedParameters
+) -> Iterator[tuple[str, str]]:
+    """The rows of a plan that say on what it runs and what it leaves."""
+    yield "device", f"{arguments.training.device.type}, {_weights(arguments, parameters)}"
     kind = "adapter" if lora and not arguments.jai.merge_adapter else "full checkpoint"
-    table.add_row("output", f"{escape(str(training_args.output_dir))} ({kind})")
-    console.print(table)
+    yield "output", f"{escape(str(arguments.training.output_dir))} ({kind})"
 
 
 def _adapter(lora: LoraConfig | None) -> str:
@@ -176,7 +198,7 @@ def _mixture(data: TrainingData) -> list[str]:
     return lines
 
 
-def _sequences(training_args: TrlConfig) -> str:
+def _sequences(training_args: StageConfig) -> str:
     length = f"at most {training_args.max_length:,} tokens each" if training_args.max_length else "of any length"
     if not getattr(training_args, "packing", False):
         return length
@@ -187,7 +209,8 @@ def _sequences(training_args: TrlConfig) -> str:
     return f"packed (documents do not see each other), {length}"
 
 
-def _context(training_args: TrlConfig, base: BaseModel) -> str:
+def context_text(training_args: StageConfig, base: BaseModel) -> str:
+    """The context that a checkpoint gets, and what of it is to be minded; with rich's markup."""
     length, theta = context_of(base.config)
     before, theta_before = context_of(base.given_config or base.config)
     text = "unknown" if length is None else f"{length:,} tokens"
@@ -212,7 +235,7 @@ def _context(training_args: TrlConfig, base: BaseModel) -> str:
     return text
 
 
-def _cut(tokens: TokenCount, training_args: TrlConfig, data: TrainingData) -> str:
+def _cut(tokens: TokenCount, training_args: StageConfig, data: TrainingData) -> str:
     if not tokens.cut:
         return f"nothing in the first {tokens.rows:,} rows" if data.rows is None else "nothing"
     where = f" of a sample of {tokens.rows:,} rows" if tokens.is_sample else ""
@@ -238,7 +261,7 @@ def _weights(arguments: StageArguments, parameters: TrainedParameters) -> str:
     )
 
 
-def _loss_on(data: TrainingData, training_args: TrlConfig) -> str:
+def _loss_on(data: TrainingData, training_args: StageConfig) -> str:
     if getattr(training_args, "assistant_only_loss", False):
         return "the assistant's turns"
     if data.type is DatasetType.PREFERENCE:

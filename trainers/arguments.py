@@ -20,8 +20,9 @@ from jai.trainers.data_arguments import DataArguments
 from jai.trainers.field_values import read_field
 from jai.trainers.first_look import refuse_used_output
 from jai.trainers.parts import PART_TEXTS, check_part_names, read_entries
+from jai.trainers.pretrain_config import PretrainConfig
 
-TrlConfig: TypeAlias = SFTConfig | DPOConfig
+StageConfig: TypeAlias = SFTConfig | DPOConfig | PretrainConfig
 
 
 @dataclass
@@ -119,7 +120,7 @@ class StageArguments:
     """
 
     script: ScriptArguments
-    training: TrlConfig
+    training: StageConfig
     model: ModelConfig
     jai: JaiTrainingArguments
     data: DataArguments = field(default_factory=DataArguments)
@@ -183,7 +184,7 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
         raise UserError(f"{error}{hint}") from error
 
 
-def resume_point(training_args: TrlConfig) -> str | None:
+def resume_point(training_args: StageConfig) -> str | None:
     """The checkpoint to resume from, or None for a fresh start.
 
     `resume_from_checkpoint` is a folder, or "true" for the last checkpoint in the output folder.

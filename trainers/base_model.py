@@ -15,7 +15,7 @@ from jai.provenance import Step, read_step
 from jai.tokenization.chat import with_chat_template
 from jai.tokenization.loading import load_tokenizer
 from jai.tokenization.stops import END_OF_TURN
-from jai.trainers.arguments import TrlConfig
+from jai.trainers.arguments import StageConfig
 from jai.trainers.data import TrainingData
 from jai.trainers.first_look import check_model_files
 
@@ -56,7 +56,7 @@ class BaseModel:
         return path if path.is_file() else None
 
 
-def open_base_model(model_args: ModelConfig, training_args: TrlConfig) -> BaseModel:
+def open_base_model(model_args: ModelConfig, training_args: StageConfig) -> BaseModel:
     """Read the configuration and the tokenizer of the model to train; its weights are left for the trainer.
 
     Raises:
@@ -92,7 +92,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def prepare_chat(base: BaseModel, data: TrainingData, training_args: TrlConfig) -> None:
+def prepare_chat(base: BaseModel, data: TrainingData, training_args: StageConfig) -> None:
     """See to it that the tokenizer can render the data's conversations.
 
     The template in `chat_template_path` is put into the tokenizer; a tokenizer with phi-3's special tokens and no

@@ -207,7 +207,8 @@ def _read_all(
     if arguments.script.dataset_streaming:
         streams = [_stream(split, limit) for split in (train[0], *evaluation)]
         return replace(data, train=streams[0], evaluation=streams[1] if evaluation else None)
-    read = [_read(split, arguments.training.dataset_num_proc) for split in (*train, *evaluation)]
+    processes = getattr(arguments.training, "dataset_num_proc", None)
+    read = [_read(split, processes) for split in (*train, *evaluation)]
     faulty = [fault for split, rows in zip([*train, *evaluation], read) for fault in faults_in(rows, data, split.split)]
     total = sum(map(len, read))
     notes = refuse_faults(faulty, total, limit)

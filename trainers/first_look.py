@@ -11,6 +11,7 @@ from pathlib import Path
 from jai.errors import UserError
 from jai.files import read_json
 from jai.hub import local_folder
+from jai.pretraining.shards import PackedCorpus
 from jai.tokenization.loading import tokenizer_folder
 from jai.trainers.config_file import read_config_file
 
@@ -19,8 +20,12 @@ DATA_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv
 READABLE_DATA = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet or .csv"
 
 
-def look_at_arguments(argv: Sequence[str]) -> None:
-    """Check the configuration file of `jai sft` or `jai dpo`, and the model, the data and the output folder given.
+def look_at_arguments(argv: Sequence[str], *, reads_packed_text: bool = False) -> None:
+    """Check the configuration file of a stage, and the model, the data and the output folder given.
+
+    Args:
+        argv: the command line after the verb.
+        reads_packed_text: whether the data is a folder that `jai pack` wrote, which `packed` names.
 
     Raises:
         UserError: if one of them is missing, not there, or no such thing; a model on the Hub is asked for.
@@ -35,7 +40,12 @@ def look_at_arguments(argv: Sequence[str]) -> None:
     # What is no text is for TRL's parser to refuse. Of `datasets`, each is looked at when it is opened.
     if isinstance(model, str | None):
         check_model_files(model, given.get("model_revision"))
-    if isinstance(data, str | None) and "datasets" not in given:
+    if reads_packed_text:
+        packed = given.get("packed")
+        if not packed:
+            raise UserError("No text is given. Set `packed` to a folder that `jai pack` wrote.")
+        PackedCorpus.open(str(packed))
+    elif isinstance(data, str | None) and "datasets" not in given:
         check_data_name(data)
     if isinstance(out, str) and resume in (None, False, "false") and not given.get("preview"):
         refuse_used_output(Path(out))

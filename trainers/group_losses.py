@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from jai.trainers.arguments import TrlConfig
+from jai.trainers.arguments import StageConfig
 from jai.trainers.data import CATEGORY, LANGUAGE, TrainingData
 
 _ATTRIBUTES = (CATEGORY, LANGUAGE)
@@ -27,7 +27,7 @@ class GroupLosses:
     documents with the same tokens the first decides the group of both.
     """
 
-    def __init__(self, data: TrainingData, training: TrlConfig):
+    def __init__(self, data: TrainingData, training: StageConfig):
         """
         Args:
             data: tokenised, with the columns `category` and `language`, or one of them.
@@ -54,7 +54,7 @@ class GroupLosses:
         self._groups = list(numbers)
 
     @staticmethod
-    def can_tell(data: TrainingData, training: TrlConfig) -> bool:
+    def can_tell(data: TrainingData, training: StageConfig) -> bool:
         """Whether there are groups, and documents that keep their ends: `wrapped` packing takes those away."""
         is_wrapped = getattr(training, "packing", False) and getattr(training, "packing_strategy", "") == "wrapped"
         has_groups = isinstance(data.train, Dataset) and bool({*_ATTRIBUTES} & {*data.train.column_names})
@@ -106,7 +106,7 @@ class GroupLosses:
         return logs
 
 
-def _as_trained(ids: np.ndarray, training: TrlConfig, packing: bool) -> Iterator[np.ndarray]:
+def _as_trained(ids: np.ndarray, training: StageConfig, packing: bool) -> Iterator[np.ndarray]:
     """The parts of a document that training sees: cut off, or split, as packing and `max_length` say."""
     limit = training.max_length
     if limit is None:

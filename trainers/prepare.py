@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jai.errors import UserError
 from jai.evaluation.language import ANSWER_LANGUAGES, language_fault
-from jai.trainers.arguments import StageArguments, TrlConfig
+from jai.trainers.arguments import StageArguments, StageConfig
 from jai.trainers.data import (
     CATEGORY,
     CHOOSING_COLUMNS,
@@ -179,7 +179,7 @@ def _gate_tokens(data: TrainingData, arguments: StageArguments) -> TrainingData:
     return replace(data, evaluation=_taught(data.evaluation, limit, training))
 
 
-def _is_taught(rows: AnyDataset | None, limit: int | None, training: TrlConfig) -> np.ndarray:
+def _is_taught(rows: AnyDataset | None, limit: int | None, training: StageConfig) -> np.ndarray:
     """Whether a row has a label among the tokens that are left of it. Shape (rows,)."""
     keeps_end = getattr(training, "truncation_mode", "keep_start") == "keep_end" and not getattr(
         training, "packing", False
@@ -193,7 +193,7 @@ def _is_taught(rows: AnyDataset | None, limit: int | None, training: TrlConfig) 
     return np.array(found, dtype=bool)
 
 
-def _taught(rows: AnyDataset | None, limit: int | None, training: TrlConfig) -> AnyDataset | None:
+def _taught(rows: AnyDataset | None, limit: int | None, training: StageConfig) -> AnyDataset | None:
     if not isinstance(rows, Dataset):
         return rows
     is_taught = _is_taught(rows, limit, training)

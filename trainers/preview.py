@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from jai.trainers.arguments import TrlConfig
+from jai.trainers.arguments import StageConfig
 from jai.trainers.data import TrainingData
 from jai.trainers.tokens import IGNORED, RowTokenizer, splits_rows
 
 
 def print_preview(
-    console: Console, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig, rows: int
+    console: Console, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: StageConfig, rows: int
 ) -> None:
     """Print the first rows, each as runs of tokens that the loss is taken on (`loss`) or not (`-`).
 

@@ -43,6 +43,13 @@ _RECORDED_TRAINING = (
     "loss_type",
     "beta",
     "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "rho",
+    "annealing",
+    "annealing_learning_rate",
+    "annealing_weight_decay",
+    "first_accumulation_steps",
+    "batch_ramp",
     "gradient_checkpointing",
     "bf16",
     "fp16",
@@ -57,7 +64,7 @@ def write_record(
     step: str,
     arguments: StageArguments,
     base: BaseModel,
-    data: TrainingData,
+    dataset: dict[str, Any],
     parameters: TrainedParameters,
     logs: list[dict[str, Any]],
     steps: int,
@@ -70,7 +77,7 @@ def write_record(
         step: "sft", "dpo" or "pretrain".
         arguments: the run's.
         base: the checkpoint that the stage started from; its history and the logs of its training come along.
-        data: what was trained on.
+        dataset: what was trained on: its name, and its rows or tokens.
         parameters: what learnt.
         logs: all that the trainer logged.
         steps: optimiser steps that were made.
@@ -96,7 +103,7 @@ def write_record(
     record = {
         "step": step,
         "inputs": [input_of("model", base.name, files=files, made_by=base.made_by)],
-        "dataset": _recorded_data(data),
+        "dataset": dataset,
         "options": _recorded_options(arguments),
         "result": {TRAINED_PARTS: [each.kind for each in parameters.kinds if each.trained]},
         "metrics": {**metrics, **(evaluations[-1] if evaluations else {})},
@@ -111,7 +118,7 @@ def write_record(
     write_step(out, record)
 
 
-def _recorded_data(data: TrainingData) -> dict[str, Any]:
+def recorded_data(data: TrainingData) -> dict[str, Any]:
     """Name and rows, and of a mixture each source's; of local files the last part of the path alone."""
 
     def name_of(path: str) -> str:

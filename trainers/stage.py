@@ -24,7 +24,7 @@ from jai.trainers.announce import print_plan
 from jai.trainers.arguments import (
     JaiTrainingArguments,
     StageArguments,
-    TrlConfig,
+    StageConfig,
     parse_arguments,
     resume_point,
 )
@@ -41,7 +41,7 @@ from jai.trainers.parameters import count_trained_parameters, empty_model
 from jai.trainers.parts import TrainableParts
 from jai.trainers.prepare import prepare_rows
 from jai.trainers.preview import print_preview
-from jai.trainers.record import write_record
+from jai.trainers.record import recorded_data, write_record
 from jai.trainers.rows import DatasetType
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.tokens import count_tokens
@@ -62,7 +62,7 @@ class Stage:
     verb: str
     title: str
     trainer_class: type[JaiTrainerMixin]
-    config_class: type[TrlConfig]
+    config_class: type[StageConfig]
     dataset_types: tuple[DatasetType, ...]
 
 
@@ -117,12 +117,20 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     trainer = _build(stage, arguments, base, data, parts, lora, loading, console)
     with _explaining_resumption(checkpoint):
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    out = _save(trainer, arguments, base, console)
+    out = save_result(trainer, arguments, base, console)
     if trainer.is_world_process_zero():
         write_record(
-            out, step, arguments, base, data, parameters, trainer.state.log_history, trainer.state.global_step, metrics
+            out,
+            step,
+            arguments,
+            base,
+            recorded_data(data),
+            parameters,
+            trainer.state.log_history,
+            trainer.state.global_step,
+            metrics,
         )
-        _say_what_is_next(out, step, arguments, base, console)
+        say_what_is_next(out, step, arguments, base, console)
     if arguments.training.push_to_hub:
         trainer.push_to_hub(dataset_name=data.name)
     if hasattr(trainer, "end"):  # transformers 5.18 and later
@@ -192,7 +200,7 @@ def _build(
     return trainer
 
 
-def _choose_packing(training: TrlConfig, data: TrainingData) -> None:
+def _choose_packing(training: StageConfig, data: TrainingData) -> None:
     """Conversations stay whole, and plain text loses nothing: "bfd" drops what is longer than a sequence."""
     if isinstance(training, SFTConfig) and training.packing_strategy is None:
         training.packing_strategy = "bfd_split" if data.is_plain_text else "bfd"
@@ -237,7 +245,7 @@ def _report_dropped(console: Console, data: TrainingData, dropped: int, left: in
         console.print(f"[yellow]Left out {dropped:,} of {dropped + left:,} examples:[/] {why}.")
 
 
-def _save(trainer: JaiTrainerMixin, arguments: StageArguments, base: BaseModel, console: Console) -> Path:
+def save_result(trainer: JaiTrainerMixin, arguments: StageArguments, base: BaseModel, console: Console) -> Path:
     """Save the model, or the adapter, or with `merge_adapter` both, in the output folder."""
     out = Path(str(arguments.training.output_dir))
     merge = arguments.jai.merge_adapter
@@ -254,7 +262,8 @@ def _save(trainer: JaiTrainerMixin, arguments: StageArguments, base: BaseModel, 
     return out
 
 
-def _say_what_is_next(out: Path, step: str, arguments: StageArguments, base: BaseModel, console: Console) -> None:
+def say_what_is_next(out: Path, step: str, arguments: StageArguments, base: BaseModel, console: Console) -> None:
+    """Print where the result is, and the commands that use it."""
     shown = escape(str(out))
     if arguments.model.use_peft and not arguments.jai.merge_adapter:
         console.print(f"[bold green]Adapter written to[/] {shown} (for {escape(base.name)})")

@@ -21,7 +21,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length, extract_prompt
 
 from jai.errors import UserError
-from jai.trainers.arguments import TrlConfig
+from jai.trainers.arguments import StageConfig
 from jai.trainers.data import FAULT, FAULT_KIND, ROW, TrainingData, faults_in, without_faults
 from jai.trainers.data_files import AnyDataset
 from jai.trainers.faults import FaultyRow, refuse_faults
@@ -54,7 +54,7 @@ class RowTokenizer:
     chat_template: str | None
 
     @classmethod
-    def of(cls, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig) -> "RowTokenizer":
+    def of(cls, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: StageConfig) -> "RowTokenizer":
         """The one for a stage's data and options."""
         assistant_only = getattr(training, "assistant_only_loss", False)
         is_marked = not assistant_only or has_generation_markers(str(tokenizer.chat_template))
@@ -173,7 +173,7 @@ def _tools(row: Row) -> Any:
 
 
 def tokenize_rows(
-    data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig, limit: float = 0.0
+    data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: StageConfig, limit: float = 0.0
 ) -> TrainingData:
     """The data with `input_ids` and `labels` beside what the rows had; preference pairs as they are.
 
@@ -210,8 +210,8 @@ def _size(data: TrainingData) -> int:
     return sum(len(rows) for rows in (data.train, data.evaluation) if isinstance(rows, Dataset))
 
 
-def _map_options(training: TrlConfig, description: str) -> dict[str, Any]:
-    return {"num_proc": training.dataset_num_proc, "desc": description}
+def _map_options(training: StageConfig, description: str) -> dict[str, Any]:
+    return {"num_proc": getattr(training, "dataset_num_proc", None), "desc": description}
 
 
 def _add_tokens(row: Row, encoder: RowTokenizer) -> Row:
@@ -255,7 +255,7 @@ class TokenCount:
 
 
 def count_tokens(
-    data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig
+    data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: StageConfig
 ) -> tuple[TokenCount, TokenCount | None]:
     """Count the tokens of the rows to train on and, where there are any, of those to evaluate on.
 
@@ -273,7 +273,7 @@ def count_tokens(
 
 
 def _count(
-    rows: AnyDataset, packing: bool, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: TrlConfig
+    rows: AnyDataset, packing: bool, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: StageConfig
 ) -> TokenCount:
     is_tokenized = data.type in _TOKENIZED
     limit = None if packing and splits_rows(training) else training.max_length
@@ -296,7 +296,7 @@ def _count(
     return TokenCount(counted, is_sample, int(lengths.sum()), _cut(lengths, limit))
 
 
-def splits_rows(training: TrlConfig) -> bool:
+def splits_rows(training: StageConfig) -> bool:
     """Whether packing goes on with a long row in another sequence, so that nothing of it is cut off."""
     return getattr(training, "packing_strategy", None) in ("bfd_split", "wrapped")
 

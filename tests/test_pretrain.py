@@ -1,0 +1,511 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai pretrain`: the steps' sequences, losses and schedules, resumption to the bit, what stops or is refused."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+import jai.recipes
+from jai.errors import UserError
+from jai.pretraining.config import read_corpus_config
+from jai.pretraining.dataset import PackedSequences
+from jai.pretraining.options import PackOptions
+from jai.pretraining.pack import pack_corpus
+from jai.pretraining.plan import SequencePlan
+from jai.pretraining.shards import PackedCorpus
+from jai.provenance import chain, read_step
+from jai.trainers import pretrain
+from jai.trainers.arguments import parse_arguments
+from jai.trainers.pretrain_trainer import TOKENS_SEEN
+from jai.trainers.schedules import annealing_begins, warmup_stable_decay
+from jai.trainers.steps import StepLayout
+
+RECIPES = Path(jai.recipes.__file__).parent
+CONTEXT = 48
+_MORE_THAI = (("english", 1), ("thai", 3))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model(vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, checkpoint, sentences) -> Path:
+    """Two sources, of 3 parts English and 1 part Thai, by the real `jai pack`."""
+    folder = tmp_path_factory.mktemp("text")
+    sources = []
+    for name, weight, kept in (("english", 3, sentences[2:4]), ("thai", 1, sentences[:2])):
+        texts = [f"{number} {kept[number % 2]} " * (1 + number % 4) for number in range(60)]
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        sources.append({"name": name, "text": str(path), "language": name[:2], "weight": weight, "epochs": 3})
+    config = folder / "corpus.yaml"
+    config.write_text(yaml.safe_dump({"tokenizer": str(checkpoint), "sources": sources}))
+    return pack_corpus(PackOptions(out=folder / "packed", config=config, workers=1), Console(quiet=True))
+
+
+@pytest.fixture
+def options(checkpoint, packed, tmp_path) -> dict[str, Any]:
+    """Of a short run; all that is random is by the seed."""
+    return {
+        "model_name_or_path": checkpoint,
+        "packed": packed,
+        "output_dir": tmp_path / "out",
+        "max_length": CONTEXT,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+
+
+def command_line(options: dict[str, Any]) -> list[str]:
+    return [part for key, value in options.items() for part in (f"--{key}", str(value))]
+
+
+def run(options: dict[str, Any], **more: Any) -> Path:
+    return pretrain.main(command_line({**options, **more}))
+
+
+def arguments_of(options: dict[str, Any]) -> tuple:
+    return parse_arguments(pretrain.OPTIONS, command_line(options), "jai pretrain")
+
+
+def logs_of(out: Path) -> list[dict[str, Any]]:
+    """The logs of the training steps, without what depends on the time."""
+    logs = json.loads((out / read_step(out)["log_history"]).read_text())
+    return [{key: value for key, value in log.items() if key != "tokens_per_second"} for log in logs if "loss" in log]
+
+
+class TestSteps:
+    def test_batches_grow_in_stages_and_every_sequence_comes_once(self):
+        layout = StepLayout(steps=20, batch_sequences=6, accumulation=4, first_accumulation=2, ramp_steps=10)
+        assert [layout.batches(step) for step in (0, 3, 4, 6, 7, 19)] == [2, 2, 3, 3, 4, 4]
+        sequences = [layout.sequence(slot) for slot in range(layout.slots)]
+        present = [sequence for sequence in sequences if sequence is not None]
+        assert present == [*range(layout.first_sequence(20))]
+        for step in range(20):
+            of_step = sequences[step * 24 : (step + 1) * 24]
+            absent = 24 - layout.batches(step) * 6
+            assert of_step[:absent] == [None] * absent  # first: processes share gradients after the last
+            assert of_step[absent] == layout.first_sequence(step)
+
+
+class TestSchedules:
+    def test_the_decay_is_inverse_and_ends_at_its_share(self):
+        rates = [warmup_stable_decay(s, warmup=10, decay=90, steps=100, final=0.1) for s in range(101)]
+        assert rates[:11] == [step / 10 for step in range(11)]
+        assert set(rates[10:91]) == {1.0}
+        assert rates[95] == pytest.approx(1 / (1 + 9 * 0.5))
+        assert rates[100] == pytest.approx(0.1)
+        assert annealing_begins(100, 0.1) == 90
+
+
+class TestRun:
+    def test_it_is_the_models_own_loss_on_the_plans_sequences(self, options, packed, checkpoint, capsys):
+        """Losses of the first two steps and weights, against a loop written by hand on `SequencePlan`'s pieces."""
+        more = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "router_aux_loss_coef": 0, "max_grad_norm": 0}
+        out = run(options, annealing=0, warmup_steps=0, **more)
+        plan = SequencePlan(PackedCorpus.open(packed), CONTEXT, seed=42)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
+        logs = logs_of(out)
+        for step in range(2):
+            model.zero_grad()
+            total, count = torch.zeros(()), 0
+            for number in range(step * 4, step * 4 + 4):
+                pieces = plan.pieces(number)
+                for piece in range(len(pieces)):  # each document alone
+                    source, document, start, stop = (
+                        int(column[piece]) for column in (pieces.source, pieces.document, pieces.start, pieces.stop)
+                    )
+                    ids = torch.tensor(plan.sources[source].read(document, start, stop).astype("int64"))[None]
+                    if ids.shape[1] > 1:
+                        logits = model(ids).logits[0, :-1]
+                        total = total + F.cross_entropy(logits, ids[0, 1:], reduction="sum")
+                        count += ids.shape[1] - 1
+            loss = total / count
+            loss.backward()
+            assert logs[step]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.1 * parameter.grad
+        for name, weight in load_file(out / "model.safetensors").items():
+            torch.testing.assert_close(weight, model.state_dict()[name], atol=1e-5, rtol=1e-4)
+        seen = read_step(out)["dataset"][TOKENS_SEEN]
+        assert seen == plan.tokens_seen(8)
+        assert sum(seen.values()) == 8 * CONTEXT
+        assert [log[TOKENS_SEEN] for log in logs] == [4 * CONTEXT, 8 * CONTEXT]
+        assert logs[1][f"{TOKENS_SEEN}/thai"] == seen["thai"]
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"384: english {seen['english']} ({seen['english'] / 384:.1%}), thai {seen['thai']}" in shown
+
+    def test_accumulation_gives_the_large_batchs_losses(self, options, tmp_path):
+        """Without the routers' losses, which are a batch's and not a token's."""
+        options |= {"router_aux_loss_coef": 0, "max_steps": 3}
+        sizes = {"whole": (4, 1), "halves": (2, 2)}
+        runs = {
+            name: logs_of(
+                run(
+                    options,
+                    output_dir=tmp_path / name,
+                    per_device_train_batch_size=batch,
+                    gradient_accumulation_steps=accumulated,
+                )
+            )
+            for name, (batch, accumulated) in sizes.items()
+        }
+        for ours, theirs in zip(runs["halves"], runs["whole"], strict=True):
+            of_batches = [key for key in theirs if key.startswith("router/aux_loss")]
+            assert {**ours, **{key: theirs[key] for key in of_batches}} == pytest.approx(theirs, abs=1e-6)
+
+    def test_the_batch_grows(self, options):
+        out = run(options, gradient_accumulation_steps=3, first_accumulation_steps=1, batch_ramp=0.5)
+        seen = [log[TOKENS_SEEN] // CONTEXT for log in logs_of(out)]
+        assert seen == [2, 6, 12, 18, 24, 30]  # 1, 2, then 3 batches of 2 sequences
+
+    def test_languages_and_layers_have_losses_that_make_the_loss(self, options, packed, checkpoint):
+        weights = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25}
+        weights |= {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
+        log = logs_of(run(options, max_steps=1, **weights))[0]
+        plan = SequencePlan(PackedCorpus.open(packed), CONTEXT, seed=42)
+        items = [PackedSequences(plan)[number] for number in range(12)]
+        batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        with torch.no_grad():
+            output = model(batch["input_ids"], position_ids=batch["position_ids"], output_router_logits=True)
+        losses = F.cross_entropy(
+            output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none"
+        )
+        languages = batch["language_ids"][:, 1:].flatten()
+        counted = batch["labels"][:, 1:].flatten() != -100
+        assert set(languages[counted].tolist()) == {0, 1}
+        for number, language in enumerate(plan.languages):
+            of_language = losses[counted & (languages == number)]
+            assert log[f"loss/language/{language}"] == pytest.approx(of_language.mean().item(), abs=1e-5)
+        balance = [load_balancing_loss_func((each,), 4, 2).item() for each in output.router_logits]
+        z = [each.logsumexp(-1).square().mean().item() for each in output.router_logits]
+        for layer in range(7):
+            assert log[f"router/aux_loss/layer_{layer:02}"] == pytest.approx(balance[layer], abs=1e-5)
+            assert log[f"router/z_loss/layer_{layer:02}"] == pytest.approx(z[layer], rel=1e-5)
+        expected = losses[counted].mean().item() + 0.5 * sum(balance) / 7 + 0.25 * sum(z) / 7
+        assert log["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def test_annealing_changes_text_weight_decay_and_learning_rate(self, options, packed, tmp_path):
+        mixture = {"sources": [{"name": name, "language": name[:2], "weight": weight} for name, weight in _MORE_THAI]}
+        (tmp_path / "annealing.yaml").write_text(yaml.safe_dump(mixture))
+        decays = []
+
+        class Watch(TrainerCallback):
+            def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+                decays.append([group["weight_decay"] for group in optimizer.param_groups])
+
+        options |= {"annealing": 0.5, "annealing_mixture": tmp_path / "annealing.yaml", "warmup_steps": 1}
+        given = arguments_of(options | {"weight_decay": 0.1, "annealing_weight_decay": 0.033})
+        out = pretrain.run_pretrain(*given, console=Console(quiet=True), callbacks=[Watch()])
+        assert decays == [[0.1, 0]] * 3 + [[0.033, 0]] * 3
+        logs = logs_of(out)
+        assert [log["learning_rate"] for log in logs] == pytest.approx(
+            [1e-3 * share for share in (0, 1, 1, 1, 1 / 4, 1 / 7)]
+        )
+        thai = [log[f"{TOKENS_SEEN}/thai"] for log in logs]
+        assert thai[2] < 0.35 * 3 * 4 * CONTEXT
+        assert thai[5] - thai[2] > 0.5 * 3 * 4 * CONTEXT
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    """Every log and every weight, to the bit."""
+    assert logs_of(out) == logs_of(expected)
+    weights = weights_of(expected)
+    for name, weight in weights_of(out).items():
+        assert torch.equal(weight, weights[name]), name
+
+
+RESUMABLE = {
+    "max_steps": 9,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "logging_steps": 3,  # no divisor of where it resumes
+    "gradient_accumulation_steps": 3,
+    "first_accumulation_steps": 1,
+    "batch_ramp": 0.7,
+    "annealing": 0.4,
+    "weight_decay": 0.1,
+    "annealing_weight_decay": 0.03,
+    "router_aux_loss_coef": 0.01,
+    "router_z_loss_coef": 0.001,
+}
+
+
+def start(options: dict[str, Any], processes: int = 1) -> subprocess.Popen:
+    launcher = []
+    if processes > 1:  # accelerate's `--cpu` starts one process only; torchrun is behind `--multi_gpu`
+        launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--multi_gpu"]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--main_process_port", "0"]
+    command = [sys.executable, *launcher, "-m", "jai.trainers.pretrain", *command_line(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    return out
+
+
+def kill_after(process: subprocess.Popen, checkpoint: Path) -> None:
+    """SIGKILL to the process and all that it started, as soon as a checkpoint is begun."""
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+class TestResume:
+    def test_a_killed_run_ends_as_an_uninterrupted_one_to_the_bit(self, options, tmp_path):
+        """Losses, tokens seen, router statistics, alphas, learning rates and weights, while the batch grows."""
+        options |= RESUMABLE
+        expected = run(options, output_dir=tmp_path / "whole")
+        process = start(options)
+        kill_after(process, options["output_dir"] / "checkpoint-4")
+        assert not (options["output_dir"] / "checkpoint-8").exists()
+        unfinished = options["output_dir"] / "checkpoint-99"  # as a kill while saving leaves it
+        unfinished.mkdir()
+        (unfinished / "trainer_state.json").write_text('{"epoch": 0.')
+        out = run(options, resume_from_checkpoint="true")
+        assert not unfinished.exists()  # or the Trainer, which keeps two, would keep it and not a whole one
+        assert_same_run(out, expected)
+
+    @pytest.mark.slow
+    def test_two_processes_resume_to_the_bit_and_train_as_one(self, options, tmp_path):
+        """Router statistics are sums over processes; the routers' losses, a batch's, are left out."""
+        options |= RESUMABLE | {"router_aux_loss_coef": 0, "router_z_loss_coef": 0, "first_accumulation_steps": 3}
+        one = run(options, output_dir=tmp_path / "one", per_device_train_batch_size=4)
+        whole = {**options, "output_dir": tmp_path / "whole"}
+        finish(start(whole, processes=2))
+        for ours, theirs in zip(logs_of(tmp_path / "whole"), logs_of(one), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-5)
+        kill_after(start(options, processes=2), options["output_dir"] / "checkpoint-4")
+        finish(start({**options, "resume_from_checkpoint": "true"}, processes=2))
+        assert_same_run(options["output_dir"], tmp_path / "whole")
+        # From one process to two: the same text comes.
+        moved = tmp_path / "moved"
+        shutil.copytree(tmp_path / "one" / "checkpoint-6", moved / "checkpoint-6")
+        finish(start({**options, "output_dir": moved, "resume_from_checkpoint": "true"}, processes=2))
+        for ours, theirs in zip(logs_of(moved), logs_of(one), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-5)
+
+    def test_other_options_are_refused(self, options, packed, tmp_path):
+        options |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "save_total_limit": 1}
+        out = run(options)
+        before = weights_of(out)
+        again = {**options, "resume_from_checkpoint": "true"}
+        for changed, message in (
+            ({"seed": 7}, r"other data: seed was 42 and is 7"),
+            ({"max_length": 32}, r"other data: context was 48 and is 32"),
+            ({"learning_rate": 0.1}, r"other options: learning_rate was 0.001 and is 0.1"),
+            ({"trainable": "router"}, r"other options: trainable was \['all'\] and is \['router'\]"),
+            ({"max_steps": 3}, r"other options: steps was 2 and is 3"),
+            ({"per_device_train_batch_size": 1}, r"other options: sequences_a_step was 4 and is 2"),
+        ):
+            with pytest.raises(UserError, match=message):
+                run(again, **changed)
+        for name, weight in weights_of(out).items():
+            assert torch.equal(weight, before[name])
+        with pytest.raises(UserError, match="not empty"):
+            run(options)
+        (out / "checkpoint-2" / "trainer_state.json").unlink()
+        with pytest.raises(UserError, match="has no checkpoint that is whole"):
+            run(again)
+        with pytest.raises(UserError, match="no whole checkpoint: it has no readable trainer_state"):
+            run(options, resume_from_checkpoint=out / "checkpoint-2")
+
+
+class TestFaults:
+    def test_a_loss_that_is_not_a_number_names_its_text_and_keeps_the_checkpoint(self, options, packed, checkpoint):
+        """A token of step 3 has an embedding of infinity, which a callback puts there: the loss is NaN by itself."""
+        plan = SequencePlan(PackedCorpus.open(packed), CONTEXT, seed=42)
+
+        class Break(TrainerCallback):
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                if state.global_step == 2:
+                    with torch.no_grad():
+                        model.get_input_embeddings().weight.fill_(math.inf)
+
+        given = arguments_of({**options, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1})
+        with pytest.raises(UserError) as error:
+            pretrain.run_pretrain(*given, console=Console(quiet=True), callbacks=[Break()])
+        pieces = plan.pieces(4)
+        first = f"{plan.sources[pieces.source[0]].name} {pieces.document[0]}"
+        assert f"The loss of step 3 is nan, in sequences 4, 5 of the plan (documents {first}" in str(error.value)
+        kept = weights_of(options["output_dir"] / "checkpoint-2")
+        assert all(torch.isfinite(weight).all() for weight in kept.values())
+        assert not (options["output_dir"] / "checkpoint-3").exists()
+
+    def test_gradients_that_are_not_finite_stop_the_run_before_the_weights(self, options):
+        class Break(TrainerCallback):
+            def on_train_begin(self, args, state, control, model=None, **kwargs):
+                model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+
+        with pytest.raises(UserError, match="loss of step 1 is finite, and its gradients are not"):
+            pretrain.run_pretrain(*arguments_of(options), console=Console(quiet=True), callbacks=[Break()])
+
+    def test_a_full_disk_keeps_the_checkpoint_before(self, options, tmp_path):
+        """A real limit on the size of files, from the second checkpoint on; then the run goes on, to the bit."""
+        options |= {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+        expected = run(options, output_dir=tmp_path / "whole")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        class FillDisk(TrainerCallback):
+            def __init__(self, size: int):
+                self.size = size
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 3:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, limits[1]))
+
+        for size in (100_000, 800_000):  # too little for the weights; for the optimiser's moments
+            shutil.rmtree(options["output_dir"], ignore_errors=True)
+            fill = FillDisk(size)
+            try:
+                with pytest.raises(UserError, match=r"checkpoint-4 could not be written.*checkpoint-2 is whole"):
+                    pretrain.run_pretrain(*arguments_of(options), console=Console(quiet=True), callbacks=[fill])
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert_same_run(run(options, resume_from_checkpoint="true"), expected)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"packed": "nowhere"}, r"nowhere is no folder of packed text"),
+            ({"max_steps": 5000}, r"The run takes 20,000 sequences of 48 tokens, and the text lasts for"),
+            ({"packing_strategy": "wrapped"}, r"invalid choice: .wrapped."),
+            ({"rho": 1.5}, r"`rho` is 1.5; expected a share"),
+            ({"annealing": -1}, r"`annealing` is -1.0; expected a share"),
+            ({"first_accumulation_steps": 3}, r"`first_accumulation_steps` is 3; expected 1 to .* 2"),
+            ({"num_train_epochs": 2}, r"`num_train_epochs` is 2.0, but pre-training needs 1"),
+            ({"annealing_mixture": "a.yaml", "annealing": 0}, r"`annealing_mixture` is given, but `annealing` is 0"),
+            ({"eval_strategy": "steps", "eval_steps": 1}, r"`eval_strategy` is on"),
+            ({"annealing_learning_rate": 0}, r"`annealing_learning_rate` is 0.0"),
+            ({"router_z_loss_coef": -1}, r"`router_z_loss_coef` is -1.0; expected 0 or more"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, options, changed, message):
+        with pytest.raises(UserError, match=message):
+            run(options, **changed)
+        assert not options["output_dir"].exists()
+
+    def test_text_of_another_tokenizer_is_refused(self, options, checkpoint, tmp_path):
+        other = tmp_path / "other"
+        shutil.copytree(checkpoint, other)
+        tokenizer = json.loads((other / "tokenizer.json").read_text())
+        tokenizer["model"]["merges"].pop()
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        with pytest.raises(UserError, match=r"packed with the tokenizer .*, which is not that of"):
+            run(options, model_name_or_path=other)
+
+
+class TestRecipes:
+    @pytest.mark.parametrize(
+        "path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+    )
+    def test_all_are_read(self, path, monkeypatch):
+        """Text and mixtures as `jai pack` reads them; runs by the parser, with the mixtures that they name."""
+        monkeypatch.chdir(RECIPES.parent)
+        if "corpus" in path.name or "mixture" in path.name:
+            read_corpus_config(path)
+            return
+        config, _, stage = parse_arguments(pretrain.OPTIONS, ["--config", str(path), "--bf16", "false"], "jai")
+        for mixture in filter(None, (config.mixture, config.annealing_mixture)):
+            packed = {source.name for source in read_corpus_config(path.parent / "corpus.yaml").sources}
+            for source in read_corpus_config(Path(mixture)).sources:
+                assert (source.packed or source.name) in packed
+        assert config.packed == "packed"
+        if stage.max_position_embeddings is not None:
+            assert stage.max_position_embeddings == config.max_length
+            assert stage.rope_theta == 1e6
+
+    def test_trillions_steps_follow_from_its_tokens(self):
+        config, *_ = parse_arguments(
+            pretrain.OPTIONS, ["--config", str(RECIPES / "trillion" / "pretrain.yaml"), "--bf16", "false"], "jai"
+        )
+        ramp = round(config.max_steps * config.batch_ramp)
+        layout = StepLayout(config.max_steps, 2 * 64, 4, 2, ramp)
+        trillions = [4096 * layout.first_sequence(step) / 1e12 for step in (ramp, config.max_steps)]
+        assert layout.first_sequence(1) * 4096 == 2**20
+        assert (layout.first_sequence(ramp + 1) - layout.first_sequence(ramp)) * 4096 == 2**21
+        assert trillions == pytest.approx([1, 2], rel=0.001)
+        last = annealing_begins(config.max_steps, config.annealing)
+        assert (
+            pytest.approx(4096 * (layout.first_sequence(config.max_steps) - layout.first_sequence(last)), rel=0.01)
+            == 2e12 / 10
+        )
+
+    @pytest.mark.parametrize("steps", [3, pytest.param(None, marks=pytest.mark.slow)])
+    def test_the_tiny_one_runs_through_its_three_phases(self, steps, checkpoint, sentences, tmp_path, monkeypatch):
+        """From `jai pack` on; whole in `make test-slow`, where English is learnt and Thai after it."""
+        (tmp_path / "recipes").symlink_to(RECIPES)
+        (tmp_path / "converted").symlink_to(checkpoint)
+        monkeypatch.chdir(tmp_path)
+        for name, kept in (("english", sentences[2:4]), ("thai", sentences[:2])):
+            texts = [f"{number} {kept[number % 2]} " * (1 + number % 9) for number in range(300)]
+            Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        config = Path("recipes/tiny/corpus.yaml")
+        pack_corpus(
+            PackOptions(out=Path("packed"), config=config, tokenizer="converted", workers=1), Console(quiet=True)
+        )
+        for phase in (1, 2, 3):
+            short = [] if steps is None else ["--max_steps", str(steps)]
+            given = ["--config", f"recipes/tiny/phase-{phase}.yaml", "--disable_tqdm", "true", "--use_cpu", "true"]
+            out = pretrain.main([*given, "--logging_steps", "1", *short])
+            logs = logs_of(out)
+            assert {source for log in logs for source in log if source.startswith(TOKENS_SEEN)} == {
+                TOKENS_SEEN,
+                f"{TOKENS_SEEN}/english",
+                *([] if phase == 1 else [f"{TOKENS_SEEN}/thai"]),
+            }
+            if steps is None and phase < 3:
+                language = ("en", "th")[phase - 1]
+                losses = [log[f"loss/language/{language}"] for log in logs if f"loss/language/{language}" in log]
+                assert losses[-1] < losses[0] - 1
+        config = json.loads((out / "config.json").read_text())
+        assert (config["max_position_embeddings"], config["rope_parameters"]["rope_theta"]) == (512, 1e6)
+        history = read_step(out)
+        assert [step["step"] for step in chain(history)][-3:] == ["pretrain"] * 3

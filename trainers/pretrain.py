@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-training on text that `jai pack` wrote: transformers' Trainer, on any number of processes, exactly resumable.
+
+jai pretrain --config recipes/tiny/phase-1.yaml
+accelerate launch -m jai.trainers.pretrain --config recipes/jai-1/phase-1.yaml
+"""
+
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from peft import get_peft_model
+from rich.console import Console
+from rich.markup import escape
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, SchedulerType, TrainerCallback
+from trl import ModelConfig, ScriptArguments
+
+from jai.errors import UserError
+from jai.pretraining.config import read_corpus_config
+from jai.pretraining.plan import AnnealedPlan, AnyPlan, SequencePlan, Strategy
+from jai.pretraining.shards import PackedCorpus
+from jai.pretraining.shares import Shares
+from jai.trainers.announce import context_text, device_rows, model_rows, print_rows
+from jai.trainers.arguments import JaiTrainingArguments, StageArguments, parse_arguments
+from jai.trainers.base_model import BaseModel, open_base_model
+from jai.trainers.checks import check_options, check_options_with_model, check_partial_training
+from jai.trainers.chosen_parts import choose_parts
+from jai.trainers.context import with_context
+from jai.trainers.lora import lora_config
+from jai.trainers.mixin import prepare_liger
+from jai.trainers.parameters import count_trained_parameters, empty_model
+from jai.trainers.pretrain_config import PretrainConfig, deciding_options
+from jai.trainers.pretrain_trainer import TOKENS_SEEN, JaiPretrainTrainer
+from jai.trainers.record import write_record
+from jai.trainers.schedules import annealing_begins
+from jai.trainers.snapshots import SnapshotCallback
+from jai.trainers.stage import loading_arguments, run_as_script, save_result, say_what_is_next
+from jai.trainers.steps import StepLayout
+from jai.trainers.whole_checkpoints import check_same_run, last_whole_checkpoint, resume_checkpoint
+
+OPTIONS = (PretrainConfig, ModelConfig, JaiTrainingArguments)
+
+
+def run_pretrain(
+    config: PretrainConfig,
+    model_args: ModelConfig,
+    jai_args: JaiTrainingArguments,
+    *,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Train a model on packed text and leave a whole checkpoint (or an adapter) with its record.
+
+    Args:
+        config: transformers' options and those of pre-training.
+        model_args: TRL's: which model, its dtype, LoRA.
+        jai_args: ours: what learns, and the context.
+        console: where the plan and the result are printed; None is standard output, on the main process.
+        callbacks: for the Trainer.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UserError: for a model, text or options that cannot be trained with, and a loss that is not finite; the message
+            says what to change.
+    """
+    console = console or Console(quiet=not PartialState().is_main_process)
+    arguments = StageArguments(ScriptArguments(dataset_name=config.packed), config, model_args, jai_args)
+    check_options(arguments)
+    _check(config, model_args)
+    if config.use_liger_kernel:
+        prepare_liger()
+    checkpoint, unfinished = resume_checkpoint(config)
+    base = with_context(open_base_model(model_args, config), arguments)
+    check_options_with_model(arguments, base.config)
+    corpus = PackedCorpus.open(str(config.packed))
+    corpus.check_tokenizer(base.name, base.tokenizer)
+    plan, layout = plan_run(config, corpus)
+    model = empty_model(base)
+    parts = choose_parts(jai_args, model_args, base, model)
+    options = {**deciding_options(config), "trainable": list(parts.names), "use_peft": model_args.use_peft}
+    identity = {"plan": plan.identity(), "layout": layout.identity(), "options": options}
+    if checkpoint is not None:
+        check_same_run(checkpoint, plan, identity)
+    _remove_unfinished(unfinished, console)
+    lora = lora_config(model_args, parts, model)
+    check_partial_training(arguments, parts.masked(lora is not None))
+    parameters = count_trained_parameters(model, base, parts, lora, model_args)
+    rows = [*model_rows(arguments, base, lora, parameters), *_text_rows(config, plan, layout)]
+    rows += [
+        ("context", context_text(config, base)),
+        *_step_rows(config, layout),
+        *device_rows(arguments, lora, parameters),
+    ]
+    print_rows(console, "Pre-training", rows)
+
+    loaded = _load(base, loading_arguments(arguments, base))
+    trainer = JaiPretrainTrainer(
+        cast(PreTrainedModel, get_peft_model(loaded, lora) if lora is not None else loaded),
+        config,
+        plan=plan,
+        layout=layout,
+        identity=identity,
+        processing_class=base.tokenizer,
+        router_statistics=jai_args.router_statistics,
+        linear_cross_entropy=jai_args.linear_cross_entropy,
+        parts=parts,
+        callbacks=[*callbacks, *([SnapshotCallback(jai_args.snapshot_steps)] if jai_args.snapshot_steps else [])],
+    )
+    with _explaining_full_disks(config):
+        metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    out = save_result(trainer, arguments, base, console)
+    seen = plan.tokens_seen(layout.first_sequence(layout.steps))
+    if trainer.is_world_process_zero():
+        dataset = {"name": corpus.folder.name, "content_sha256": corpus.content_sha256, TOKENS_SEEN: seen}
+        logs, steps = trainer.state.log_history, trainer.state.global_step
+        write_record(out, "pretrain", arguments, base, dataset, parameters, logs, steps, metrics)
+        console.print(f"Seen: {_listed(seen)}")
+        say_what_is_next(out, "pretrain", arguments, base, console)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=corpus.folder.name)
+    return out
+
+
+def plan_run(config: PretrainConfig, corpus: PackedCorpus) -> tuple[AnyPlan, StepLayout]:
+    """The sequences of a run, and which of them each step takes.
+
+    Raises:
+        UserError: for shares that do not fit the text, and a run that is longer than it.
+    """
+    how: dict[str, Any] = {
+        "strategy": cast(Strategy, config.packing_strategy),
+        "seed": config.seed if config.data_seed is None else config.data_seed,
+        "rho": config.rho,
+        "shares": _shares(config.mixture),
+    }
+    if config.max_steps > 0:
+        layout = _layout(config, config.max_steps)
+        if config.annealing_mixture is not None:
+            annealing = Shares.configured(read_corpus_config(Path(config.annealing_mixture)))
+            begins = layout.first_sequence(annealing_begins(layout.steps, config.annealing))
+            plan: AnyPlan = AnnealedPlan(corpus, config.max_length, annealing=annealing, begins=begins, **how)
+        else:
+            plan = SequencePlan(corpus, config.max_length, **how)
+    else:  # as long as the text lasts
+        if config.annealing_mixture is not None:
+            raise UserError("`annealing_mixture` begins at a step, and `max_steps` is not given. Give a number.")
+        plan = SequencePlan(corpus, config.max_length, **how)
+        steps = plan.sequences // (_batch_sequences(config) * config.gradient_accumulation_steps)
+        if steps < 1:
+            raise UserError(
+                f"The text in {corpus.folder} has {plan.sequences:,} sequences of {config.max_length:,} tokens, fewer "
+                "than one step takes. Give more text, a smaller batch or a shorter `max_length`."
+            )
+        layout = _layout(config, steps)
+        config.max_steps = steps
+    plan.check_lasts(layout.first_sequence(layout.steps))
+    return plan, layout
+
+
+def _shares(mixture: str | None) -> Shares | None:
+    return None if mixture is None else Shares.configured(read_corpus_config(Path(mixture)))
+
+
+def _batch_sequences(config: PretrainConfig) -> int:
+    return config.per_device_train_batch_size * config.world_size
+
+
+def _layout(config: PretrainConfig, steps: int) -> StepLayout:
+    grown = config.gradient_accumulation_steps
+    first = config.first_accumulation_steps or grown
+    return StepLayout(steps, _batch_sequences(config), grown, first, round(steps * config.batch_ramp))
+
+
+def _check(config: PretrainConfig, model_args: ModelConfig) -> None:
+    if not config.packed:
+        raise UserError("No text is given. Set `packed` to a folder that `jai pack` wrote.")
+    if config.max_length < 2:
+        raise UserError(f"`max_length` is {config.max_length}; expected 2 or more.")
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise UserError("Pre-training is on whole numbers: leave `load_in_4bit` and `load_in_8bit` out.")
+    checkpointing = cast(dict[str, Any], config.gradient_checkpointing_kwargs or {})
+    if config.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        raise UserError(
+            "With reentrant checkpointing the routers' losses have no gradient. Leave `use_reentrant` out of "
+            "`gradient_checkpointing_kwargs`."
+        )
+
+
+def _remove_unfinished(checkpoints: Sequence[Path], console: Console) -> None:
+    """Or the Trainer, which counts folders to keep to `save_total_limit`, would remove whole ones for them."""
+    for folder in checkpoints:
+        console.print(f"[yellow]{escape(str(folder))} is removed:[/] it was not written to its end")
+        if PartialState().is_main_process:
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _explaining_full_disks(config: PretrainConfig) -> Iterator[None]:
+    """What PyTorch and safetensors raise when they cannot write a checkpoint, with what is left."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        whole, unfinished = last_whole_checkpoint(Path(str(config.output_dir)))
+        if not unfinished:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        left = f"{whole} is whole" if whole else "There is none before it"
+        raise UserError(
+            f"{unfinished[0]} could not be written: {reason}. {left}. Make room on the disk, and go on with "
+            "`--resume_from_checkpoint true`."
+        ) from error
+
+
+def _load(base: BaseModel, loading: dict[str, Any]) -> PreTrainedModel:
+    dtype = loading.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        loading = {**loading, "dtype": getattr(torch, dtype)}
+    try:
+        return AutoModelForCausalLM.from_pretrained(base.name, **loading)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"The model {base.name} cannot be loaded with these options: {error}") from error
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise UserError(f"`model_init_kwargs` does not fit the model: {error}.") from error
+        raise
+
+
+def _text_rows(config: PretrainConfig, plan: AnyPlan, layout: StepLayout) -> Iterator[tuple[str, str]]:
+    sequences = layout.first_sequence(layout.steps)
+    seen = plan.tokens_seen(sequences)
+    strategy = config.packing_strategy
+    if strategy in ("xlda", "paired-isolated"):
+        strategy += f", rho {config.rho:g}"
+    yield (
+        "text",
+        f"{escape(str(config.packed))}: {sequences:,} sequences of {config.max_length:,} tokens, {escape(strategy)}",
+    )
+    yield "tokens", escape(_listed(seen))
+
+
+def _listed(tokens: dict[str, int]) -> str:
+    total = sum(tokens.values())
+    parts = ", ".join(f"{name} {count:,} ({count / total:.1%})" for name, count in tokens.items())
+    return f"{total:,}: {parts}"
+
+
+def _step_rows(config: PretrainConfig, layout: StepLayout) -> Iterator[tuple[str, str]]:
+    batch = config.per_device_train_batch_size, config.world_size
+    accumulated = str(layout.accumulation)
+    if layout.first_accumulation < layout.accumulation:
+        accumulated = f"{layout.first_accumulation} to {layout.accumulation}, growing over {layout.ramp_steps:,} steps,"
+    yield (
+        "steps",
+        f"{layout.steps:,}, the last on {layout.accumulation * layout.batch_sequences:,} sequences ({batch[0]} a "
+        f"device x {accumulated} accumulated x {batch[1]} processes)",
+    )
+    begins = annealing_begins(layout.steps, config.annealing)
+    schedule = SchedulerType(config.lr_scheduler_type)
+    text = f"{config.learning_rate:g}, {schedule.value}"
+    if schedule is SchedulerType.WARMUP_STABLE_DECAY and not config.lr_scheduler_kwargs:
+        final = config.learning_rate * config.annealing_learning_rate
+        warmup = config.get_warmup_steps(layout.steps)
+        text = f"{config.learning_rate:g} after {warmup:,} steps; from step {begins:,}, decays to {final:g}"
+    yield "learning rate", text
+    if begins < layout.steps:
+        changes = [
+            f"{what} {value}"
+            for what, value in (("text by", config.annealing_mixture), ("weight decay", config.annealing_weight_decay))
+            if value is not None
+        ]
+        if changes:
+            yield "annealing", escape(f"from step {begins:,}: {', '.join(changes)}")
+
+
+def main(argv: Sequence[str]) -> Path:
+    """`jai pretrain`: parse the options and run.
+
+    Raises:
+        UserError: as `run_pretrain`, and for options that cannot be parsed.
+    """
+    warnings.filterwarnings("ignore", message=".*activation_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found.*")
+    return run_pretrain(*parse_arguments(OPTIONS, argv, prog="jai pretrain"))
+
+
+if __name__ == "__main__":
+    run_as_script(main)

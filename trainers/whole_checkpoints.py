@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run that can be killed at any time: which are whole, and whether a run may go on from one."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from jai.errors import UserError
+from jai.pretraining.plan import AnyPlan, check_same_plan
+from jai.trainers.first_look import refuse_used_output
+
+_STATE = "trainer_state.json"
+
+
+class RunIdentity(TrainerCallback, ExportableState):
+    """Writes what decides a run into its checkpoints: text, layout of the steps, options.
+
+    It goes into trainer_state.json, which the Trainer writes last of all: where it is whole, so is the checkpoint.
+    """
+
+    def __init__(self, identity: dict[str, Any] | None = None):
+        self.identity = identity or {}
+
+    def state(self) -> dict[str, Any]:
+        """What transformers saves of it."""
+        return {"args": {}, "attributes": {"identity": self.identity}}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Logs whenever a checkpoint is saved, so that means in the logs begin anew where a resumed run's do."""
+        if control.should_save:
+            control.should_log = True
+
+
+def last_whole_checkpoint(out: Path) -> tuple[Path | None, list[Path]]:
+    """The last checkpoint in a folder that was written to its end, and the later ones that were not."""
+    unfinished: list[Path] = []
+    for checkpoint in sorted(_checkpoints(out), key=_step, reverse=True):
+        if _read_state(checkpoint) is not None:
+            return checkpoint, unfinished
+        unfinished.append(checkpoint)
+    return None, unfinished
+
+
+def resume_checkpoint(config: TrainingArguments) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to go on from, None for a fresh start; and those that are passed over.
+
+    `resume_from_checkpoint` is a folder, or "true" for the last whole checkpoint in the output folder.
+
+    Raises:
+        UserError: if there is none, it is not whole, or a fresh start would write into a folder that is not empty.
+    """
+    out, wanted = Path(str(config.output_dir)), str(config.resume_from_checkpoint or "false")
+    if wanted.lower() == "false":
+        refuse_used_output(out)
+        return None, []
+    if wanted.lower() == "true":
+        checkpoint, unfinished = last_whole_checkpoint(out)
+        if checkpoint is None:
+            raise UserError(
+                f"`resume_from_checkpoint` is on, but {out} has no checkpoint that is whole. Remove the folder and "
+                "start afresh; `save_steps` says how often checkpoints are written."
+            )
+        return checkpoint, unfinished
+    if _read_state(Path(wanted)) is None:
+        raise UserError(
+            f"`resume_from_checkpoint` names {wanted}, which is no whole checkpoint: it has no readable {_STATE}. Give "
+            "a checkpoint-N folder of an earlier run, or `true` for the last one in `output_dir`."
+        )
+    return Path(wanted), []
+
+
+def check_same_run(checkpoint: Path, plan: AnyPlan, identity: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint with other text, other batches or other options.
+
+    Args:
+        checkpoint: of the run.
+        plan: what the run would go on with.
+        identity: of the run as it would go on, as `RunIdentity` has it.
+
+    Raises:
+        UserError: naming what has changed.
+    """
+    state = _read_state(checkpoint) or {}
+    saved = state.get("stateful_callbacks", {}).get(RunIdentity.__name__, {}).get("attributes", {}).get("identity")
+    if not isinstance(saved, dict):
+        raise UserError(f"{checkpoint} was not written by `jai pretrain`. Give a checkpoint of such a run.")
+    check_same_plan(saved["plan"], plan)
+    for part in ("layout", "options"):
+        old, new = saved[part], json.loads(json.dumps(identity[part]))
+        changed = [
+            f"{name} was {old.get(name)} and is {new.get(name)}"
+            for name in {**old, **new}
+            if old.get(name) != new.get(name)
+        ]
+        if changed:
+            raise UserError(
+                f"The run in {checkpoint} was begun with other options: {'; '.join(changed)}. It goes on with the same "
+                "ones only, or what comes out would be neither run's. Give them as they were, or begin a new run."
+            )
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    if not out.is_dir():
+        return []
+    return [path for path in out.iterdir() if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
