@@ -3,16 +3,19 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from peft import LoraConfig
 from transformers import MixtralConfig, Phi3Config
+from transformers.utils import is_flash_attn_2_available
 from trl import DPOConfig, ModelConfig, ScriptArguments
 
 from jai.errors import UserError
@@ -31,6 +34,31 @@ DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments, Da
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+class FinderWithout:
+    """What finds modules, but for one package."""
+
+    def __init__(self, finder: Any, package: str):
+        self.finder, self.package = finder, package
+
+    def find_spec(self, name: str, *where: Any) -> ModuleSpec | None:
+        return None if name.partition(".")[0] == self.package else self.finder.find_spec(name, *where)
+
+
+@pytest.fixture
+def without_package(monkeypatch) -> Iterator[Callable[[str], None]]:
+    """`without_package(name)`: as if it had not been installed."""
+
+    def hide(package: str) -> None:
+        monkeypatch.setattr(sys, "meta_path", [FinderWithout(finder, package) for finder in sys.meta_path])
+        for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+        is_flash_attn_2_available.cache_clear()
+
+    yield hide
+    monkeypatch.undo()
+    is_flash_attn_2_available.cache_clear()
 
 
 def read(text: str, *overrides: str, options: tuple[type, ...] = SFT_OPTIONS) -> StageArguments:
@@ -172,9 +200,8 @@ def test_values_of_dpo_that_cannot_be_are_refused(text, message):
         ("deepspeed", "deepspeed: {zero_optimization: {stage: 2}}", r"`deepspeed` is on, and is not installed"),
     ],
 )  # fmt: skip
-def test_a_missing_package_is_named(package, text, message):
-    if importlib.util.find_spec(package):
-        pytest.skip(f"{package} is installed")
+def test_a_missing_package_is_named(package, text, message, without_package):
+    without_package(package)
     with pytest.raises(UserError, match=message):
         read(text)
 
