@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jai.errors import UserError
+from jai.errors import UnfinishableError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -243,7 +243,8 @@ class UnfinishedFolder:
 def resumable_folder(out: Path, identity: dict[str, Any]) -> Iterator[UnfinishedFolder]:
     """Make the folder `out`: going on where an earlier run of the same work stopped, whole at the end.
 
-    Where the block ends with an error, what is finished stays for the next run; where nothing is, nothing stays.
+    Where the block ends with an error, what is finished stays for the next run; where nothing is, or no run of the same
+    work could end otherwise (`UnfinishableError`), nothing stays.
 
     Args:
         out: folder to make; it must not exist, or be empty.
@@ -268,7 +269,7 @@ def resumable_folder(out: Path, identity: dict[str, Any]) -> Iterator[Unfinished
             yield job
             job.complete()
         except BaseException as error:
-            if job.finished:
+            if job.finished and not isinstance(error, UnfinishableError):
                 count = (
                     "1 finished file stays" if len(job.finished) == 1 else f"{len(job.finished)} finished files stay"
                 )

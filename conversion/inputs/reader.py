@@ -19,7 +19,7 @@ from jai.conversion.inputs.values import DTYPES
 from jai.conversion.inputs.weight_files import weight_map
 from jai.conversion.inputs.weight_sources import LocalFiles, WeightFiles
 from jai.conversion.names import EMBEDDINGS, LM_HEAD
-from jai.errors import UserError
+from jai.errors import UnfinishableError, UserError
 from jai.files import hash_each
 
 UNTIED_NOTE = (
@@ -184,7 +184,9 @@ class CheckpointReader:
         with self.files.path(copied.file).open("rb") as file:
             file.seek(copied.start)
             if file.readinto(data) != copied.length:
-                raise UserError(f"{self.files.path(copied.file)} is shorter than it was. Fetch it and start again.")
+                raise UnfinishableError(
+                    f"{self.files.path(copied.file)} is shorter than it was. Fetch it and start again."
+                )
         if not data:
             return torch.empty(0, *shape[1:], dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).view(-1, *shape[1:])

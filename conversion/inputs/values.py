@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from jai.conversion.inputs.header import Header
-from jai.errors import UserError
+from jai.errors import UnfinishableError, UserError
 
 # As safetensors spells them.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -86,7 +86,7 @@ def _checked_chunks(path: Path, header: Header) -> Iterator[memoryview]:
             for at in range(0, length, _CHUNK_BYTES):
                 chunk = buffer[: min(_CHUNK_BYTES, length - at)]
                 if file.readinto(chunk) != len(chunk):
-                    raise UserError(f"{path} is shorter than it was. Fetch it and start again.")
+                    raise UnfinishableError(f"{path} is shorter than it was. Fetch it and start again.")
                 if dtype and not is_finite(chunk, dtype):
                     values = torch.frombuffer(chunk, dtype=dtype)
                     value = values[~values.isfinite()][0].item()

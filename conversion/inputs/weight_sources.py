@@ -10,7 +10,7 @@ import torch
 from jai.conversion.inputs.header import Header, read_header
 from jai.conversion.inputs.values import DTYPE_NAMES, sha256_of_finite
 from jai.conversion.inputs.weight_files import WEIGHTS_FILE, weight_files
-from jai.errors import UserError
+from jai.errors import UnfinishableError
 
 
 class WeightFiles(Protocol):
@@ -48,7 +48,7 @@ class WeightFiles(Protocol):
         """
 
     def check_unchanged(self, name: str) -> None:
-        """Raise `UserError` if a file is not what it was when this object was made."""
+        """Raise `UnfinishableError` if a file is not what it was when this object was made."""
 
 
 class LocalFiles:
@@ -77,7 +77,7 @@ class LocalFiles:
 
     def check_unchanged(self, name: str) -> None:
         if not self.path(name).exists() or self._identity(name) != self._identities[name]:
-            raise UserError(
+            raise UnfinishableError(
                 f"{self.path(name)} changed while it was read. Let nothing write to the inputs, and start again."
             )
 

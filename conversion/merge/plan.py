@@ -19,7 +19,7 @@ from jai.conversion.merge.methods import Passes
 from jai.conversion.merge.options import MergeOptions
 from jai.conversion.names import EMBEDDINGS, LM_HEAD
 from jai.conversion.output.tensors import PlannedTensor
-from jai.errors import UserError
+from jai.errors import UnfinishableError, UserError
 
 # Values of a tensor at a time: 2 MB in fp32, so that a few models' stay in the processor's cache. What DARE drops
 # follows from it: with another number, another result.
@@ -178,7 +178,7 @@ def _read_into(file: FileIO, start: int, buffer: torch.Tensor) -> None:
     while view:
         size = os.preadv(file.fileno(), [view], start)
         if not size:
-            raise UserError(
+            raise UnfinishableError(
                 f"{file.name} is shorter than it was. Let nothing write to the inputs; fetch it and start again."
             )
         view, start = view[size:], start + size

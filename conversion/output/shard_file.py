@@ -15,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
-from jai.errors import UserError
+from jai.errors import UnfinishableError
 
 _BUFFER_BYTES = 4 << 20  # a multiple of any block size
 _COPY_BYTES = 64 << 20  # between two looks at whether to stop
@@ -69,7 +69,7 @@ class ShardFile:
         """Append bytes `start` to `start + length` of another file, yielding how many were copied in each step.
 
         Raises:
-            UserError: if the other file ends before.
+            UnfinishableError: if the other file ends before.
         """
         done = 0
         while done < length:
@@ -78,7 +78,7 @@ class ShardFile:
             else:
                 size = self._copy_in_kernel(source, start + done, length - done)
             if not size:
-                raise UserError(
+                raise UnfinishableError(
                     f"{source.name!s} is shorter than it was. Let nothing write to the inputs; fetch it and start "
                     "again."
                 )

@@ -29,7 +29,7 @@ from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE
 from jai.conversion.inputs.weight_sources import WeightFiles
 from jai.conversion.output.shard_file import ShardFile
 from jai.conversion.output.tensors import PlannedTensor
-from jai.errors import UserError
+from jai.errors import UnfinishableError, UserError
 from jai.files import UnfinishedFolder
 
 _COMPARED_BYTES = 1 << 20
@@ -102,8 +102,9 @@ def write_shards(
         console: where to show the progress; None is standard output.
 
     Raises:
-        UserError: if the disk has too little room, a source is cut short or changed while it is read, or a value that
-            is computed is NaN, infinite, or too large for its dtype.
+        UserError: if the disk has too little room.
+        UnfinishableError: if a source is cut short or changed while it is read, or a value that is computed is NaN,
+            infinite, or too large for its dtype.
     """
     console = console or Console()
     shards = plan_shards(tensors, max_shard_bytes)
@@ -162,7 +163,7 @@ def compare_shards(folder: Path, tensors: list[PlannedTensor], max_shard_bytes: 
         The bytes compared, headers aside.
 
     Raises:
-        UserError: naming the first tensor that differs.
+        UnfinishableError: naming the first tensor that differs.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     total, inputs = sum(tensor.bytes for tensor in tensors), _InputFiles(shards)
@@ -173,14 +174,14 @@ def compare_shards(folder: Path, tensors: list[PlannedTensor], max_shard_bytes: 
             header = read_header(path)
             with path.open("rb") as file:
                 if file.read(header.data_start) != shard.header:
-                    raise UserError(f"{path} does not hold the tensors that were planned. Convert again.")
+                    raise UnfinishableError(f"{path} does not hold the tensors that were planned. Convert again.")
                 for tensor in shard.tensors:
                     for part in tensor.parts:
                         for expected in _chunks(tensor, part):
                             if file.read(len(expected)) != expected:
-                                raise UserError(
+                                raise UnfinishableError(
                                     f"{tensor.name} in {path} is not what its source gives. The disk or the source has "
-                                    "changed: remove the folder and convert again."
+                                    "changed: convert again."
                                 )
                             progress.advance(task, len(expected))
             inputs.release(shard)
@@ -212,7 +213,7 @@ def _chunks(tensor: PlannedTensor, part: Part) -> Iterator[bytes]:
         while left:
             chunk = source.read(min(_COMPARED_BYTES, left))
             if not chunk:
-                raise UserError(f"{source.name} is shorter than it was. Fetch it and start again.")
+                raise UnfinishableError(f"{source.name} is shorter than it was. Fetch it and start again.")
             left -= len(chunk)
             yield chunk
 

@@ -8,7 +8,7 @@ import torch
 
 from jai.conversion.inputs.parts import Computed, Part
 from jai.conversion.inputs.values import bytes_of, is_finite
-from jai.errors import UserError
+from jai.errors import UnfinishableError
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class PlannedTensor:
         """Computed values in the tensor's dtype.
 
         Raises:
-            UserError: if one of them is NaN, infinite, or too large for the dtype.
+            UnfinishableError: if one of them is NaN, infinite, or too large for the dtype.
         """
         result = values.to(self.dtype)
         if not is_finite(bytes_of(result), self.dtype):
-            raise UserError(_not_finite(self, part, values[~result.isfinite()][0].item()))
+            raise UnfinishableError(_not_finite(self, part, values[~result.isfinite()][0].item()))
         return result
 
     @property
