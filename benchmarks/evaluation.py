@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions per second of `jai eval`'s shared prefixes, beside lm-eval's own loop, on four-way multiple choice.
 
-    python benchmarks/evaluation.py --data DIR --tokenizer CKPT [--questions 24] [--batch-size 4] [--save]
+    python benchmarks/evaluation.py --data DIR --tokenizer CKPT [--questions 16] [--batch-size 4] [--save]
 
 Belebele with the letter as the answer (as lm-eval asks it) and with the answer's text, and XQuAD with the answers to
 four questions on one paragraph as the choices. The model is a small JAI with weights that were drawn at random, on one
 thread; both loops get the same requests in batches of the same size, and must choose the same answers. Time is the
 processor's, so that what else runs on the machine does not count. `--data` is as in `jai eval`: belebele_th.jsonl.gz
-and xquad_th.jsonl.gz, or the Hub's names. About five minutes.
+and xquad_th.jsonl.gz, or the Hub's names. About a minute.
 """
 
 import argparse
@@ -76,10 +76,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--save", action="store_true", help="append the rows to results/evaluation.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

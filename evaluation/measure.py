@@ -133,6 +133,7 @@ def _measure_task(
     samples = [sample for sample in found if sample["filter"] == reading]
     if not samples:
         raise UserError(f"The task {name} has no filter {reading!r}. It has {sorted({s['filter'] for s in found})}.")
+    _begin_record(run, _record(suite, task, samples))
     for metric in row.metrics:
         scored = [sample for sample in samples if metric in sample]
         if not scored:
@@ -140,7 +141,6 @@ def _measure_task(
         items = [item for sample in scored for item in _items(suite, row, name, metric, sample)]
         _check_mean(items, row.scale, name, metric, results["results"][name].get(f"{metric},{reading}"))
         run.add(items)
-    run.replace_task(_record(suite, task, samples))
     if count := model.too_long[name]:
         _note(run, f"{name}: {count} requests are longer than the model takes, and lost their beginning.")
     if row.task == name:  # the tasks of a group may each take their part of the same data
@@ -227,6 +227,22 @@ def _check_mean(items: Sequence[Item], scale: float, task: str, metric: str, the
         return
     if abs(sum(scores) / len(scores) - theirs * scale) > 1e-9 * max(1.0, abs(theirs * scale)):
         raise UserError(f"The metric {metric!r} of {task} is no mean over its items, so a suite cannot take it.")
+
+
+def _begin_record(run: EvaluationRun, record: TaskRecord) -> None:
+    """Write down how a task is measured, before its outcomes are.
+
+    Raises:
+        UserError: if the run has outcomes of other questions, as those of other data.
+    """
+    for other in run.results.tasks:
+        if (other.suite, other.task) == (record.suite, record.task) and other.prompt_hash != record.prompt_hash:
+            raise UserError(
+                f"{run.folder} has {record.task} with other questions: the data, the shots or the task has changed "
+                "since. Give another output folder."
+            )
+    run.replace_task(record)
+    run.save()
 
 
 def _record(suite: Suite, task: "Task", samples: Sequence[Mapping[str, Any]]) -> TaskRecord:

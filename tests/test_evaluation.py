@@ -300,6 +300,18 @@ def test_a_stopped_run_goes_on_with_what_is_there(plan_of, tmp_path):
     assert whole.results.finished
 
 
+def test_other_questions_do_not_mix_with_those_of_an_earlier_run(plan_of, data, tmp_path):
+    plan = plan_of("thai-exam")
+    measure(plan, Knows(), tmp_path / "run")
+    folder = tmp_path / "data"
+    shutil.copytree(data / "scb10x", folder / "scb10x")
+    path = folder / "scb10x/thai_exam/onet/test.jsonl"
+    path.write_text(path.read_text().replace("ข้อ 0", "ข้อ ศูนย์"))
+    changed = plan_suite(read_suite("thai-exam"), TaskLoader(data=folder))
+    with pytest.raises(UserError, match="has thai_exam_onet with other questions"):
+        measure(changed, Knows(), tmp_path / "run")
+
+
 def test_answers_are_kept_by_batches(tmp_path, data):
     """A run that stops within a task asks only the batches again that were not answered."""
     rows = [
