@@ -380,6 +380,7 @@ def test_the_recipe_of_the_public_thai_sets():
 
 
 class TestHub:
+    @pytest.mark.slow  # a process of its own, as the Hub's client is told once where the Hub is
     def test_streamed_by_column_score_and_revision(self, tmp_path, tokenizer, sentences):
         texts = documents(sentences, 60)
         rows = {"body": texts, "score": [float(number) for number in range(60)]}
