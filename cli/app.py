@@ -26,7 +26,7 @@ EXTRA_OF = {
     "trl": "train",
     "uvicorn": "serving",
 }
-_EXTRA_OF_VERB = {"demo": "demo", "eval": "eval", "tokenizer": "tokenizer", "pairs": "eval"}
+_EXTRA_OF_VERB = {"demo": "demo", "eval": "eval", "tokenizer": "tokenizer", "pairs": "eval", "score": "train"}
 
 app = typer.Typer(
     name="jai",
@@ -35,8 +35,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # its tables cut option names short at 80 columns
     pretty_exceptions_enable=False,
-    epilog="The usual order: tokenizer train → convert → inspect → (pack → pretrain) → sft → (upcycle, merge) → dpo → "
-    "generate → publish. jai demo runs all of it on tiny models.",
+    epilog="The usual order: tokenizer train → convert → inspect → (pack → pretrain) → sft → (upcycle, merge) → "
+    "(reward, pairs) → dpo → (grpo) → generate → publish. jai demo runs all of it on tiny models.",
 )
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evaluation.app, name="eval")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verbs that make preference data."""
+"""Verbs that make preference data, and judge data by a model of preferences."""
 
 import typer
 
 from jai.cli.verb import verb
-from jai.preferences.options import PairsOptions
+from jai.preferences.options import PairsOptions, ScoreOptions
 
 app = typer.Typer()
 
@@ -18,3 +18,14 @@ def pairs(options: PairsOptions) -> None:
     from jai.preferences.command import make_pairs
 
     make_pairs(options)
+
+
+@verb(app, ScoreOptions)
+def score(options: ScoreOptions) -> None:
+    """Score conversations with a reward model, and keep those above a probability.
+
+    If it is interrupted, the same command goes on."""
+    options.check()
+    from jai.preferences.scoring import score_file
+
+    score_file(options)

@@ -44,3 +44,36 @@ def dpo(context: typer.Context) -> None:
     from jai.trainers.dpo import main as run
 
     run(context.args)
+
+
+@app.command(**PASS_THROUGH)
+def kto(context: typer.Context) -> None:
+    """Align with single answers that are good or bad, using TRL's KTOTrainer.
+
+    Give --config FILE, then any of TRL's options."""
+    look_at_arguments(context.args)
+    from jai.trainers.kto import main as run
+
+    run(context.args)
+
+
+@app.command(**PASS_THROUGH)
+def reward(context: typer.Context) -> None:
+    """Train a reward model on preference pairs with TRL's RewardTrainer, and calibrate it.
+
+    Give --config FILE, then any of TRL's options."""
+    look_at_arguments(context.args)
+    from jai.trainers.reward import main as run
+
+    run(context.args)
+
+
+@app.command(**PASS_THROUGH)
+def grpo(context: typer.Context) -> None:
+    """Reinforce answers that can be verified, using TRL's GRPOTrainer.
+
+    Give --config FILE, then any of TRL's options."""
+    look_at_arguments(context.args)
+    from jai.trainers.grpo import main as run
+
+    run(context.args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `jai pairs` takes."""
+"""What `jai pairs` and `jai score` take."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Literal
 
 from jai.errors import UserError
 from jai.evaluation.judged.options import JudgeOptions
+from jai.files import check_is_file, refuse_existing
 from jai.options import argument, check_values, option
 
 
@@ -92,3 +93,37 @@ class PairsOptions(JudgeOptions):
             raise UserError(f"There is no judge in --by {self.by}, but --judge-url or --judge-model is given.")
         if self.candidates == 1 and self.off_policy is None:
             raise UserError("One answer makes no pair. Give --candidates 2 or more, or --off-policy.")
+
+
+@dataclass(kw_only=True)
+class ScoreOptions:
+    """What `jai score` takes."""
+
+    file: Path = argument(
+        "FILE", help="File of conversations that end with an answer, one a line: .jsonl or .jsonl.gz."
+    )
+    out: Path = argument("OUT", help="Folder to make.")
+    model: str = option(help="Folder or Hub id of the reward model, as `jai reward` makes one.")
+    keep_above: float | None = option(
+        None,
+        help="Also write the rows whose calibrated probability is above this to OUT/kept.jsonl.",
+        at_least=0,
+        at_most=1,
+    )
+    batch_size: int = option(
+        8, help="Conversations in a batch; those in one are about as long as each other.", at_least=1
+    )
+    device: str | None = option(None, help="Such as cuda:1 or cpu.", shown_default="a GPU where there is one")
+    trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before anything heavy is imported.
+
+        Raises:
+            UserError: if the file is not there, or the output is.
+        """
+        check_is_file(self.file, "Give a file of conversations.")
+        refuse_existing(self.out)

@@ -12,8 +12,8 @@ from jai import cli
 from jai.version import __version__
 
 MAKING = ("tokenizer", "convert", "snapshot", "upcycle", "merge", "export")
-TRAINING = ("pretrain", "sft", "dpo")
-VERBS = (*MAKING, "inspect", *TRAINING, "generate", "publish", "demo")
+TRAINING = ("pretrain", "sft", "dpo", "kto", "reward", "grpo")
+VERBS = (*MAKING, "inspect", *TRAINING, "pairs", "score", "generate", "publish", "demo")
 
 
 @pytest.fixture

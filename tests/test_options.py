@@ -41,6 +41,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "merge": {"models": ["a", "b"]},
     "pack": {"config": Path("corpus.yaml")},
     "pairs": {"model": "base"},
+    "score": {"model": "base"},
     "tokenizer train": {"base": "base", "out": Path("out")},
     "tokenizer report": {"text": ["text"]},
     "tokenizer ablate": {"config": Path("comparison.yaml")},

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import SchedulerType
 
-from jai.trainers.arguments import StageArguments, StageConfig
+from jai.trainers.arguments import StageArguments, StageConfig, max_length_of
 from jai.trainers.base_model import BaseModel
 from jai.trainers.chosen_parts import recorded_new_rows, untaught
 from jai.trainers.context import context_of
@@ -30,9 +30,10 @@ def estimate_steps(training_args: StageConfig, rows: int | None, tokens: TokenCo
         return training_args.max_steps
     if rows is None:
         return None
-    if getattr(training_args, "packing", False) and training_args.max_length:
+    if getattr(training_args, "packing", False) and max_length_of(training_args):
         trained_tokens = (tokens.tokens - tokens.cut) * rows / tokens.rows
-        rows = math.ceil(trained_tokens / training_args.max_length)
+        rows = math.ceil(trained_tokens / max_length_of(training_args))
+    rows *= getattr(training_args, "num_generations", 1)  # GRPO's sequences are its own answers
     batches = math.ceil(rows / (training_args.per_device_train_batch_size * training_args.world_size))
     steps = max(math.ceil(batches / training_args.gradient_accumulation_steps), 1)
     return math.ceil(steps * training_args.num_train_epochs)
@@ -62,13 +63,13 @@ def print_plan(
     rows.append(("data", f"{data_name}: {_size(data.rows, train_tokens)}; {_sequences(training_args)}"))
     for number, line in enumerate(_mixture(data)):
         rows.append(("" if number else "mixture", escape(line)))
-    if training_args.max_length:
+    if max_length_of(training_args):
         rows.append(("cut off", _cut(train_tokens, training_args, data)))
     rows.append(("context", context_text(training_args, base)))
     if evaluation_tokens is not None:
         evaluated = len(data.evaluation) if isinstance(data.evaluation, Dataset) else None
         rows.append(("evaluation", _size(evaluated, evaluation_tokens)))
-        if training_args.max_length:
+        if max_length_of(training_args):
             rows.append(("", f"cut off: {_cut(evaluation_tokens, training_args, data)}"))
     rows.append(("loss on", _loss_on(data, training_args)))
     rows.append(
@@ -199,7 +200,9 @@ def _mixture(data: TrainingData) -> list[str]:
 
 
 def _sequences(training_args: StageConfig) -> str:
-    length = f"at most {training_args.max_length:,} tokens each" if training_args.max_length else "of any length"
+    length = (
+        f"at most {max_length_of(training_args):,} tokens each" if max_length_of(training_args) else "of any length"
+    )
     if not getattr(training_args, "packing", False):
         return length
     if getattr(training_args, "packing_strategy", None) == "wrapped":
@@ -227,9 +230,9 @@ def context_text(training_args: StageConfig, base: BaseModel) -> str:
             "\n[bold yellow]with another base, attention turns positions otherwise than the model has learnt[/]: what "
             "it does is broken until it is trained with it, and stays so if it is not"
         )
-    if length is not None and (training_args.max_length or 0) > length:
+    if length is not None and (max_length_of(training_args) or 0) > length:
         text += (
-            f"\n[bold yellow]sequences have up to {training_args.max_length:,} tokens[/], beyond that; "
+            f"\n[bold yellow]sequences have up to {max_length_of(training_args):,} tokens[/], beyond that; "
             "`max_position_embeddings` sets what the checkpoint says"
         )
     return text
@@ -244,7 +247,7 @@ def _cut(tokens: TokenCount, training_args: StageConfig, data: TrainingData) -> 
         remedy += ", or split documents with `packing: true` and `packing_strategy: bfd_split`"
     return (
         f"[bold yellow]{tokens.cut:,} of {tokens.tokens:,} tokens ({tokens.cut / tokens.tokens:.1%}){where}[/]: beyond "
-        f"{training_args.max_length:,} in their sequence; {remedy}"
+        f"{max_length_of(training_args):,} in their sequence; {remedy}"
     )
 
 
@@ -264,6 +267,11 @@ def _weights(arguments: StageArguments, parameters: TrainedParameters) -> str:
 def _loss_on(data: TrainingData, training_args: StageConfig) -> str:
     if getattr(training_args, "assistant_only_loss", False):
         return "the assistant's turns"
+    if data.type is DatasetType.PROMPT:
+        rewards = ", ".join(getattr(training_args, "rewards", ()))
+        return f"{getattr(training_args, 'num_generations', 1)} answers to each prompt, by their rewards: {rewards}"
+    if data.type is DatasetType.UNPAIRED_PREFERENCE:
+        return "each answer, as good or bad"
     if data.type is DatasetType.PREFERENCE:
         return "the chosen answer against the rejected one"
     if data.type is DatasetType.PROMPT_COMPLETION:

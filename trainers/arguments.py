@@ -11,7 +11,16 @@ from typing import Any, NoReturn, TypeAlias, get_type_hints
 
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    ModelConfig,
+    RewardConfig,
+    ScriptArguments,
+    SFTConfig,
+    TrlParser,
+)
 
 from jai.errors import UserError
 from jai.options import refuse_unknown
@@ -22,7 +31,12 @@ from jai.trainers.first_look import refuse_used_output
 from jai.trainers.parts import PART_TEXTS, check_part_names, read_entries
 from jai.trainers.pretrain_config import PretrainConfig
 
-StageConfig: TypeAlias = SFTConfig | DPOConfig | PretrainConfig
+StageConfig: TypeAlias = SFTConfig | DPOConfig | KTOConfig | RewardConfig | GRPOConfig | PretrainConfig
+
+
+def max_length_of(training: StageConfig) -> int | None:
+    """Tokens of the longest sequence, None where there is no limit. GRPO has none: its answers have one."""
+    return getattr(training, "max_length", None)
 
 
 @dataclass

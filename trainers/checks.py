@@ -10,6 +10,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from trl import GRPOConfig, KTOConfig, SFTConfig
 
 from jai.errors import UserError
 from jai.trainers.arguments import StageArguments
@@ -31,6 +32,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "max_position_embeddings",
             "precompute_ref_batch_size",
             "ref_model_sync_steps",
+            "max_completion_length",
+            "num_iterations",
+            "steps_per_generation",
+            "generation_batch_size",
         ),
     ),
     (
@@ -60,6 +65,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "save_steps",
             "eval_steps",
             "beta",
+            "temperature",
             "rope_theta",
         ),
     ),
@@ -88,6 +94,8 @@ _DPO_LOSSES = (
     "discopop",
     "sft",
 )
+
+_KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
 _DPO_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
@@ -118,12 +126,16 @@ def check_options(arguments: StageArguments) -> None:
         for expected, fits, names in _RANGES:
             for name in names:
                 value = getattr(options, name, None)
+                if name == "beta" and value == 0 and isinstance(options, GRPOConfig):
+                    continue  # GRPO without a reference
                 if not all(fits(each) for each in (value if isinstance(value, list) else [value]) if each is not None):
                     raise UserError(f"`{name}` is {value}; expected {expected}.")
     losses = getattr(arguments.training, "loss_type", [])
     for loss in losses if isinstance(losses, list) else []:
         if loss not in _DPO_LOSSES:
             raise UserError(f"`loss_type` is {loss!r}; expected some of {', '.join(_DPO_LOSSES)}.")
+    if isinstance(arguments.training, KTOConfig) and losses not in _KTO_LOSSES:
+        raise UserError(f"`loss_type` is {losses!r}; expected one of {', '.join(_KTO_LOSSES)}.")
     divergence = getattr(arguments.training, "f_divergence_type", _DPO_DIVERGENCES[0])
     if divergence not in _DPO_DIVERGENCES:
         raise UserError(f"`f_divergence_type` is {divergence!r}; expected one of {', '.join(_DPO_DIVERGENCES)}.")
@@ -229,6 +241,8 @@ def check_options_with_model(arguments: StageArguments, config: PreTrainedConfig
         return
     if hasattr(training, "label_smoothing"):
         raise UserError("`label_smoothing_factor` has no effect on preferences. `label_smoothing` is DPO's own.")
+    if not isinstance(training, SFTConfig):
+        raise UserError("`label_smoothing_factor` is for SFT, and has no effect here. Leave it out.")
     weight = training.router_aux_loss_coef
     weight = getattr(config, "router_aux_loss_coef", 0) if weight is None else weight
     if weight and getattr(config, "num_local_experts", 1) > 1:

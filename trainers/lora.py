@@ -129,7 +129,9 @@ def _short(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
     return short
 
 
-def merge_adapter(adapter: Path, out: Path, base: str, **loading: Any) -> None:
+def merge_adapter(
+    adapter: Path, out: Path, base: str, *, auto_class: type = AutoModelForCausalLM, **loading: Any
+) -> None:
     """Add the adapter in a folder to its base model and save the whole model in `out`, which may exist.
 
     It starts from the base's files and not from the model in training, so it works alike after FSDP, ZeRO and
@@ -139,9 +141,10 @@ def merge_adapter(adapter: Path, out: Path, base: str, **loading: Any) -> None:
         adapter: folder of the saved adapter.
         out: folder for the merged checkpoint.
         base: folder or Hub id of the model that the adapter was trained on.
+        auto_class: transformers' class that makes the model.
         loading: arguments of `from_pretrained`: dtype, revision, trust_remote_code.
     """
     with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(base, device_map=None, use_safetensors=True, **loading)
+        model = cast(Any, auto_class).from_pretrained(base, device_map=None, use_safetensors=True, **loading)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         merged.save_pretrained(out)

@@ -5,6 +5,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -54,10 +55,15 @@ class TrainedParameters:
     kinds: tuple[KindCount, ...]
 
 
-def empty_model(base: BaseModel) -> PreTrainedModel:
-    """The model that a stage starts from, on the meta device: its weights are not read."""
+def empty_model(base: BaseModel, auto_class: type = AutoModelForCausalLM) -> PreTrainedModel:
+    """The model that a stage starts from, on the meta device: its weights are not read.
+
+    Args:
+        base: the checkpoint.
+        auto_class: transformers' class that makes it, such as AutoModelForSequenceClassification for a reward model.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(base.config, trust_remote_code=base.loading["trust_remote_code"])
+        return cast(Any, auto_class).from_config(base.config, trust_remote_code=base.loading["trust_remote_code"])
 
 
 def count_trained_parameters(

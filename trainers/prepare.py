@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jai.errors import UserError
 from jai.evaluation.language import ANSWER_LANGUAGES, language_fault
-from jai.trainers.arguments import StageArguments, StageConfig
+from jai.trainers.arguments import StageArguments, StageConfig, max_length_of
 from jai.trainers.data import (
     CATEGORY,
     CHOOSING_COLUMNS,
@@ -25,7 +25,7 @@ from jai.trainers.data import (
 )
 from jai.trainers.data_files import AnyDataset
 from jai.trainers.mixture import RowMixture, cut_validation, even_order, mix_rows
-from jai.trainers.rows import CHAT_EXTRAS, DatasetType, answers_of
+from jai.trainers.rows import CHAT_EXTRAS, REWARD_COLUMNS, DatasetType, answers_of
 from jai.trainers.tokens import IGNORED, lengths_of, splits_rows, tokenize_rows
 
 _SHOWN_ROWS = 3
@@ -93,7 +93,7 @@ def _tidy(data: TrainingData) -> TrainingData:
     def tidied(rows: AnyDataset | None) -> AnyDataset | None:
         if rows is None or not isinstance(rows, Dataset):
             return rows.remove_columns(list(CHOOSING_COLUMNS)) if rows is not None else None
-        perhaps = [name for name in (CATEGORY, LANGUAGE, *CHAT_EXTRAS) if name in rows.column_names]
+        perhaps = [name for name in (CATEGORY, LANGUAGE, *CHAT_EXTRAS, *REWARD_COLUMNS) if name in rows.column_names]
         empty = [name for name in perhaps if _is_empty(rows, name)]
         rows = rows.remove_columns([*CHOOSING_COLUMNS, *empty])
         if "chat_template_kwargs" in rows.column_names:  # TRL unpacks them as a mapping
@@ -167,7 +167,7 @@ def _gate_tokens(data: TrainingData, arguments: StageArguments) -> TrainingData:
     assistant = getattr(training, "assistant_only_loss", False)
     why = "they have no assistant's turn that is trained" if assistant else "no loss is taken on them"
     data = _keep(data, _is_taught(data.train, None, training), why)
-    limit = training.max_length
+    limit = max_length_of(training)
     if limit is None or (getattr(training, "packing", False) and splits_rows(training)):
         return replace(data, evaluation=_taught(data.evaluation, None, training))
     if arguments.data.drop_truncated:

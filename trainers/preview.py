@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from jai.trainers.arguments import StageConfig
+from jai.trainers.arguments import StageConfig, max_length_of
 from jai.trainers.data import TrainingData
 from jai.trainers.tokens import IGNORED, RowTokenizer, splits_rows
 
@@ -20,7 +20,7 @@ def print_preview(
 
     Tokens stand with their ids. Of a pair both sequences are printed.
     """
-    limit = None if getattr(training, "packing", False) and splits_rows(training) else training.max_length
+    limit = None if getattr(training, "packing", False) and splits_rows(training) else max_length_of(training)
     encoder = RowTokenizer.of(data, tokenizer, training)
     for number, row in enumerate(islice(data.train, rows), 1):
         is_tokenized = "input_ids" in row

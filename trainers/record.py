@@ -42,6 +42,16 @@ _RECORDED_TRAINING = (
     "completion_only_loss",
     "loss_type",
     "beta",
+    "precompute_ref_log_probs",
+    "center_rewards_coefficient",
+    "rewards",
+    "reward_weights",
+    "system_prompt",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "num_iterations",
+    "routing_replay",
     "router_aux_loss_coef",
     "router_z_loss_coef",
     "rho",
@@ -74,7 +84,7 @@ def write_record(
 
     Args:
         out: the folder that the trainer saved the model in.
-        step: "sft", "dpo" or "pretrain".
+        step: the verb, or "pretrain".
         arguments: the run's.
         base: the checkpoint that the stage started from; its history and the logs of its training come along.
         dataset: what was trained on: its name, and its rows or tokens.

@@ -8,6 +8,8 @@ None skips a row, which another reward may be for. Repetition is TRL's own: it c
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
+
 from jai.errors import UserError
 from jai.evaluation.answers import STATED_FORMS, final_answer, is_right_answer
 from jai.evaluation.instructions.scoring import instruction_row, judge_instructions
@@ -101,6 +103,13 @@ _OWN: Mapping[str, Callable[..., Rewards]] = {
     "think": think_reward,
 }
 REWARD_NAMES = (*_OWN, "repetition")
+# What a row needs besides its prompt.
+_COLUMNS = {
+    "final_answer": ("solution",),
+    "instructions": ("instruction_id_list", "kwargs", "language"),
+    "language": ("language",),
+}
+_ADVICE = {"language": " Set `language_column`, or give each of `datasets` a `language`."}
 
 
 def reward_functions(names: Sequence[str]) -> list[Callable[..., Rewards]]:
@@ -110,6 +119,29 @@ def reward_functions(names: Sequence[str]) -> list[Callable[..., Rewards]]:
         UserError: for a name that there is not.
     """
     return [_reward_function(name) for name in names]
+
+
+def check_reward_columns(names: Sequence[str], rows: Dataset, source: str) -> None:
+    """Refuse data that a reward could not score, before anything is generated.
+
+    Args:
+        names: of the rewards.
+        rows: the prompts, with the columns of `jai.trainers.rows`.
+        source: what they are called in messages.
+
+    Raises:
+        UserError: for a column that no row has, and for instructions or languages that the checks do not know.
+    """
+    for name in names:
+        needed = _COLUMNS.get(name, ())
+        columns = {column: rows[column][:] if column in rows.column_names else [] for column in needed}
+        for column, values in columns.items():
+            if all(value is None for value in values):
+                raise UserError(
+                    f"The reward {name} needs `{column}`, which no row of {source} has.{_ADVICE.get(column, '')}"
+                )
+        if needed:
+            _reward_function(name)(completions=[""] * len(rows), **columns)  # its own checks of the rows
 
 
 def _reward_function(name: str) -> Callable[..., Rewards]:

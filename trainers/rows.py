@@ -19,6 +19,9 @@ Row: TypeAlias = dict[str, Any]
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 CHAT_EXTRAS = ("tools", "chat_template_kwargs")
+_PROMPT_COLUMNS = ("prompt", "question", "problem")  # GSM8K's and MATH's
+_SOLUTION_COLUMNS = ("solution", "answer")
+REWARD_COLUMNS = ("solution", "instruction_id_list", "kwargs")  # what rewards read of a row
 _SCORES = ("fine-grained_score", "overall_score", "score", "rating")  # UltraFeedback's overall scores have known faults
 _YES, _NO = ("true", "1", "yes", "good"), ("false", "0", "no", "bad")
 
@@ -30,6 +33,7 @@ class DatasetType(Enum):
     PROMPT_COMPLETION = "prompt-completion"
     PREFERENCE = "preference"
     UNPAIRED_PREFERENCE = "unpaired preference"
+    PROMPT = "prompt only"
 
 
 class Layout(Enum):
@@ -42,6 +46,7 @@ class Layout(Enum):
     PAIR = "chosen, rejected"
     SCORED = "completions with scores"
     LABELLED = "prompt, completion, label"
+    PROMPT = "prompt"
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class RowForm:
             return ("prompt", "completion", "label")
         if self.type is DatasetType.PROMPT_COMPLETION:
             return ("prompt", "completion")
+        if self.type is DatasetType.PROMPT:
+            return ("prompt", *REWARD_COLUMNS)
         return ("messages",) if self.conversational else (self.column,)
 
 
@@ -105,6 +112,10 @@ def find_form(examples: Sequence[Row], types: Sequence[DatasetType], name: str, 
     if DatasetType.PREFERENCE in types and has("completions") and (has("instruction") or has("prompt")):
         column = "instruction" if has("instruction") else "prompt"
         return RowForm(Layout.SCORED, DatasetType.PREFERENCE, True, column)
+    if DatasetType.PROMPT in types:
+        for column in _PROMPT_COLUMNS:
+            if has(column):
+                return RowForm(Layout.PROMPT, DatasetType.PROMPT, True, column)
     if DatasetType.LANGUAGE_MODELING in types:
         for column in CONVERSATION_COLUMNS:
             if has(column):
@@ -128,6 +139,8 @@ def _advice(columns: Sequence[str], types: Sequence[DatasetType], text_column: s
             "expected `messages` or `conversations` (chat), `prompt` and `completion`, `instruction` and `output` "
             f"(Alpaca), or `{text_column}` (plain text, continued pre-training). {advice}"
         )
+    if DatasetType.PROMPT in types:
+        return "expected a prompt in `prompt`, `question` or `problem`. Rename its columns."
     if DatasetType.UNPAIRED_PREFERENCE in types:
         return "expected `prompt`, `completion` and `label`. Rename its columns."
     return (
@@ -178,6 +191,22 @@ def _read_prompt_completion(row: Mapping[str, Any], form: RowForm) -> Row:
     with _Column("prompt` and `completion"):
         check_turns([*prompt, *completion])
     return {"prompt": prompt, "completion": completion}
+
+
+def _read_prompt(row: Mapping[str, Any], form: RowForm) -> Row:
+    """A prompt, which a string is the user's turn of, and what its answers are rewarded by."""
+    prompt = _with_system(row, _turns(row, form.column, "user"))
+    if prompt[-1]["role"] == "assistant":
+        raise RowFault("no question", f"`{form.column}` ends with an answer; expected a turn that is to be answered")
+    solution = next((row[column] for column in _SOLUTION_COLUMNS if row.get(column) is not None), None)
+    if isinstance(solution, list | dict):
+        raise RowFault("solution", f"its solution is {shortened(solution)}; expected a text or a number")
+    return {
+        "prompt": prompt,
+        "solution": None if solution is None else str(solution),
+        "instruction_id_list": row.get("instruction_id_list"),
+        "kwargs": row.get("kwargs"),
+    }
 
 
 def _read_labelled(row: Mapping[str, Any], form: RowForm) -> Row:
@@ -286,6 +315,7 @@ _READERS = {
     Layout.PAIR: _read_pair,
     Layout.SCORED: _read_scored,
     Layout.LABELLED: _read_labelled,
+    Layout.PROMPT: _read_prompt,
 }
 
 
@@ -376,7 +406,7 @@ def answers_of(row: Row, columns: Sequence[str]) -> list[str]:
     """The texts that a row teaches: what the assistant says, completions, both answers of a pair, plain text."""
     texts = []
     for column in columns:
-        if column in ("prompt", "label"):
+        if column in ("prompt", "label", *REWARD_COLUMNS):
             continue
         value = row[column]
         turns = value if isinstance(value, list) else [{"role": "assistant", "content": value}]

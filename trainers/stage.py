@@ -16,6 +16,7 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_quantization_config
 
 from jai.errors import UserError
@@ -25,6 +26,7 @@ from jai.trainers.arguments import (
     JaiTrainingArguments,
     StageArguments,
     StageConfig,
+    max_length_of,
     parse_arguments,
     resume_point,
 )
@@ -57,6 +59,9 @@ class Stage:
         trainer_class: one of TRL's trainers, with `JaiTrainerMixin` before it.
         config_class: the trainer's own arguments.
         dataset_types: what it can train on.
+        auto_class: transformers' class that makes its model.
+        prepare_data: changes and checks the rows that were chosen, for what the stage alone needs.
+        finish: what follows when the model is saved, in all processes, given the trainer, the data and the folder.
     """
 
     verb: str
@@ -64,6 +69,9 @@ class Stage:
     trainer_class: type[JaiTrainerMixin]
     config_class: type[StageConfig]
     dataset_types: tuple[DatasetType, ...]
+    auto_class: type = AutoModelForCausalLM
+    prepare_data: Callable[[StageArguments, TrainingData], TrainingData] | None = None
+    finish: Callable[[JaiTrainerMixin, TrainingData, Path, Console], None] | None = None
 
 
 def run_command(stage: Stage, argv: Sequence[str]) -> Path:
@@ -96,7 +104,11 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     check_options_with_model(arguments, base.config)
     data = load_training_data(arguments, stage.dataset_types)
     prepare_chat(base, data, arguments.training)
-    model = empty_model(base)
+    if stage.auto_class is AutoModelForSequenceClassification:
+        base.config.num_labels = 1
+        if arguments.model.use_peft:
+            arguments.model.lora_task_type = "SEQ_CLS"
+    model = empty_model(base, stage.auto_class)
     parts = choose_parts(arguments.jai, arguments.model, base, model)
     lora = lora_config(arguments.model, parts, model)
     check_partial_training(arguments, parts.masked(lora is not None))
@@ -104,6 +116,8 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
 
     _choose_packing(arguments.training, data)
     data = prepare_rows(data, arguments, base.tokenizer)
+    if stage.prepare_data is not None:
+        data = stage.prepare_data(arguments, data)
     for note in data.notes:
         console.print(f"[yellow]{escape(note)}[/]")
     if arguments.data.preview:
@@ -117,7 +131,9 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     trainer = _build(stage, arguments, base, data, parts, lora, loading, console)
     with _explaining_resumption(checkpoint):
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    out = save_result(trainer, arguments, base, console)
+    out = save_result(trainer, arguments, base, console, auto_class=stage.auto_class)
+    if stage.finish is not None:
+        stage.finish(trainer, data, out, console)
     if trainer.is_world_process_zero():
         write_record(
             out,
@@ -130,7 +146,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
             trainer.state.global_step,
             metrics,
         )
-        say_what_is_next(out, step, arguments, base, console)
+        say_what_is_next(out, step, arguments, base, console, auto_class=stage.auto_class)
     if arguments.training.push_to_hub:
         trainer.push_to_hub(dataset_name=data.name)
     if hasattr(trainer, "end"):  # transformers 5.18 and later
@@ -195,7 +211,11 @@ def _build(
         )
     if data.type is DatasetType.PREFERENCE and data.rows is not None:
         left = len(cast(Dataset, trainer.train_dataset))
-        why = f"their prompts alone have {training.max_length} tokens or more (raise `max_length`)"
+        kept_whole = stage.auto_class is AutoModelForSequenceClassification  # DPO's answers are cut, a reward's are not
+        longest = max_length_of(training)
+        why = f"their prompts alone have {longest} tokens or more (raise `max_length`)"
+        if kept_whole:
+            why = f"an answer with its prompt has more than {longest} tokens (raise `max_length`)"
         _report_dropped(console, data, data.rows - left, left, why)
     return trainer
 
@@ -245,7 +265,14 @@ def _report_dropped(console: Console, data: TrainingData, dropped: int, left: in
         console.print(f"[yellow]Left out {dropped:,} of {dropped + left:,} examples:[/] {why}.")
 
 
-def save_result(trainer: JaiTrainerMixin, arguments: StageArguments, base: BaseModel, console: Console) -> Path:
+def save_result(
+    trainer: JaiTrainerMixin,
+    arguments: StageArguments,
+    base: BaseModel,
+    console: Console,
+    *,
+    auto_class: type = AutoModelForCausalLM,
+) -> Path:
     """Save the model, or the adapter, or with `merge_adapter` both, in the output folder."""
     out = Path(str(arguments.training.output_dir))
     merge = arguments.jai.merge_adapter
@@ -256,19 +283,32 @@ def save_result(trainer: JaiTrainerMixin, arguments: StageArguments, base: BaseM
     trainer.save_state()
     if merge and trainer.is_world_process_zero():
         console.print("Merging the adapter …")
-        merge_adapter(adapter, out, base.name, dtype=arguments.model.dtype, **base.loading)
+        labels = {} if auto_class is AutoModelForCausalLM else {"num_labels": 1}
+        loading = {"dtype": arguments.model.dtype, **base.loading, **labels}
+        merge_adapter(adapter, out, base.name, auto_class=auto_class, **loading)
         base.tokenizer.save_pretrained(out)
         (adapter / "training_args.bin").unlink()
     return out
 
 
-def say_what_is_next(out: Path, step: str, arguments: StageArguments, base: BaseModel, console: Console) -> None:
+def say_what_is_next(
+    out: Path,
+    step: str,
+    arguments: StageArguments,
+    base: BaseModel,
+    console: Console,
+    *,
+    auto_class: type = AutoModelForCausalLM,
+) -> None:
     """Print where the result is, and the commands that use it."""
     shown = escape(str(out))
+    peft_class = "AutoPeftModelForCausalLM"
+    if auto_class is AutoModelForSequenceClassification:
+        peft_class = "AutoPeftModelForSequenceClassification"
     if arguments.model.use_peft and not arguments.jai.merge_adapter:
         console.print(f"[bold green]Adapter written to[/] {shown} (for {escape(base.name)})")
         console.print(
-            f"[bold]peft.AutoPeftModelForCausalLM.from_pretrained({escape(repr(str(out)))})[/] loads it on its model; "
+            f"[bold]peft.{peft_class}.from_pretrained({escape(repr(str(out)))})[/] loads it on its model; "
             "`--merge_adapter true` makes a full checkpoint, which the next stage needs."
         )
         print_next(console, ["jai", "publish", out, "OWNER/NAME", "--base", "OWNER/BASE"])
@@ -276,6 +316,13 @@ def say_what_is_next(out: Path, step: str, arguments: StageArguments, base: Base
     console.print(f"[bold green]Checkpoint written to[/] {shown}")
     if not base.is_jai:
         print_next(console, ["jai", "convert", out, "OUT"])
+        return
+    if step == "reward":
+        print_next(
+            console,
+            ["jai", "score", "ANSWERS.jsonl", "OUT", "--model", out],
+            ["jai", "pairs", "PROMPTS", "OUT", "--model", "CKPT", "--by", "reward", "--reward-model", out],
+        )
         return
     commands: list[Sequence[str | Path]] = [["jai", "generate", out, "…"], ["jai", "publish", out, "OWNER/NAME"]]
     if following := {"pretrain": "sft", "sft": "dpo"}.get(step):

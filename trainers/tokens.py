@@ -21,7 +21,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length, extract_prompt
 
 from jai.errors import UserError
-from jai.trainers.arguments import StageConfig
+from jai.trainers.arguments import StageConfig, max_length_of
 from jai.trainers.data import FAULT, FAULT_KIND, ROW, TrainingData, faults_in, without_faults
 from jai.trainers.data_files import AnyDataset
 from jai.trainers.faults import FaultyRow, refuse_faults
@@ -77,6 +77,9 @@ class RowTokenizer:
             self._refuse_what_the_template_ignores(row)
         if "prompt" in row and "completion" in row:
             return self._encode_completion(row["prompt"], row["completion"], row)
+        if "prompt" in row:  # an answer is to be generated
+            ids, _ = self._encode_messages(row["prompt"], row, add_generation_prompt=True)
+            return ids, [IGNORED] * len(ids)
         if self.conversational:
             return self._encode_messages(row["messages"], row, add_generation_prompt=False)
         ids = self._encode_text(self._ended(row[self.text_column]))
@@ -105,7 +108,7 @@ class RowTokenizer:
 
     def _refuse_what_the_template_ignores(self, row: Row) -> None:
         """A template that does not know a thing leaves it out without a word."""
-        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        messages = row["messages"] if "messages" in row else [*row["prompt"], *row.get("completion", ())]
         used = {
             "tools": bool(row.get("tools")),
             "tool_calls": any("tool_calls" in message for message in messages),
@@ -276,7 +279,7 @@ def _count(
     rows: AnyDataset, packing: bool, data: TrainingData, tokenizer: PreTrainedTokenizerBase, training: StageConfig
 ) -> TokenCount:
     is_tokenized = data.type in _TOKENIZED
-    limit = None if packing and splits_rows(training) else training.max_length
+    limit = None if packing and splits_rows(training) else max_length_of(training)
     if isinstance(rows, Dataset) and is_tokenized:
         lengths = lengths_of(rows)
         return TokenCount(len(rows), False, int(lengths.sum()), _cut(lengths, limit))

@@ -1,0 +1,642 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward models, their calibration and their scores; GRPO with rewards by name; KTO: against TRL's own classes."""
+
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl import (
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    ModelConfig,
+    RewardConfig,
+    RewardTrainer,
+    ScriptArguments,
+)
+
+from jai.errors import UserError
+from jai.preferences.calibration import calibration_error, fit_calibration, read_calibration
+from jai.preferences.options import ScoreOptions
+from jai.preferences.reward_model import RewardModel
+from jai.preferences.scoring import score_file, scored_conversation
+from jai.provenance import read_step
+from jai.trainers import dpo, grpo, kto, reward
+from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
+from jai.trainers.data_arguments import DataArguments
+from jai.trainers.grpo import JaiGRPOConfig, JaiGRPOTrainer, RewardCounts
+from jai.trainers.reward import JaiRewardConfig
+from jai.trainers.rewards import final_answer_reward, language_reward
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+OF_ALL = (ModelConfig, JaiTrainingArguments, DataArguments)
+EXPERTS, TOP_K = 4, 2
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = tiny_tokenizer
+    model = tiny_model(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        router_aux_loss_coef=0.1,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def turn(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+@pytest.fixture(scope="module")
+def pair_rows(sentences) -> list[dict[str, Any]]:
+    """Pairs whose chosen answer ends with a word of its own, some longer than the rejected one and some shorter."""
+    return [
+        {
+            "prompt": turn("user", f"{sentences[i % 6]} {i}"),
+            "chosen": turn("assistant", f"{'yes ' * (i % 3)}ดี"),
+            "rejected": turn("assistant", "no"),
+            "category": ("chat", "fluency")[i % 2],
+        }
+        for i in range(24)
+    ]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, pair_rows) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", pair_rows)
+
+
+@pytest.fixture(scope="module")
+def prompt_rows(sentences) -> list[dict[str, Any]]:
+    return [{"question": sentences[i % 6][: 8 + 5 * i], "answer": f"#### {i}", "lang": "th"} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory, prompt_rows) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "prompts.jsonl", prompt_rows)
+
+
+def arguments(model: Path, data: Path, out: str, **options: Any) -> list[str]:
+    """Command-line arguments of a run of two steps."""
+    values = {
+        "model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": out,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **options,
+    }
+    return [
+        part
+        for key, value in values.items()
+        for part in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    record = read_step(out)
+    return [log for log in json.loads((out / record["log_history"]).read_text()) if "loss" in log]
+
+
+TRLS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "report_to": "none",
+    "bf16": False,
+    "learning_rate": 1e-3,
+}
+
+
+def losses(trainer: Any, *keys: str) -> list[list[float]]:
+    trainer.train()
+    return [[log[key] for key in ("loss", *keys)] for log in trainer.state.log_history if "loss" in log]
+
+
+# --- The reward model
+
+
+def test_trls_own_reward_trainer_gives_the_same_losses(checkpoint, pairs, pair_rows):
+    options = {"learning_rate": 1e-3, "router_aux_loss_coef": 0}
+    out = reward.main(arguments(checkpoint, pairs, "out", **options))
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pair_rows]
+    trainer = RewardTrainer(
+        model=str(checkpoint),
+        args=RewardConfig(output_dir="trl", **TRLS),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+    )
+    assert [[log["loss"], log["accuracy"]] for log in log_of(out)] == losses(trainer, "accuracy")
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert torch.equal(model.score.weight, trainer.model.score.weight)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_auxiliary_loss_is_added(checkpoint, pairs, pair_rows, gradient_checkpointing):
+    options = {"learning_rate": 0, "max_steps": 1, "per_device_train_batch_size": 24}
+    options |= {"gradient_checkpointing": gradient_checkpointing}
+    log = log_of(reward.main(arguments(checkpoint, pairs, "with", **options)))[0]
+    without = log_of(reward.main(arguments(checkpoint, pairs, "without", router_aux_loss_coef=0, **options)))[0]
+    assert "aux_loss" not in without
+    assert log["loss"] == pytest.approx(without["loss"] + 0.1 * log["aux_loss"], abs=1e-5)
+    assert log["grad_norm"] != pytest.approx(without["grad_norm"], abs=1e-4)  # it has gradients of its own
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    texts = [row["prompt"] + row[name] for name in ("chosen", "rejected") for row in pair_rows]
+    ids = [tokenizer.apply_chat_template(text, return_dict=True)["input_ids"] for text in texts]
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")
+    with torch.no_grad():
+        router_logits = model(**batch, output_router_logits=True).router_logits
+    expected = load_balancing_loss_func(router_logits, EXPERTS, TOP_K, batch["attention_mask"])
+    assert log["aux_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def reward_model(checkpoint, pairs, tmp_path_factory) -> Path:
+    """A reward model of some steps, with held-out pairs; through LoRA, merged."""
+    folder = tmp_path_factory.mktemp("reward")
+    options = {
+        "max_steps": 20,
+        "learning_rate": 1e-2,
+        "use_peft": True,
+        "merge_adapter": True,
+        "test_split_size": 9,
+        "eval_strategy": "steps",
+        "eval_steps": 20,
+        "category_column": "category",
+    }
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return folder / reward.main(arguments(checkpoint, pairs, "out", **options))
+    finally:
+        os.chdir(before)
+
+
+def test_a_reward_model_tells_pairs_apart_and_is_calibrated(reward_model, checkpoint, pair_rows):
+    log = log_of(reward_model)
+    assert log[-1]["loss"] < log[0]["loss"] - 0.2
+    record = json.loads((reward_model / "reward_calibration.json").read_text())
+    held_out = record["held_out"]
+    assert held_out["all pairs"]["pairs"] == record["pairs"] == 9
+    for kind in ("category ", "the chosen answer "):
+        assert sum(each["pairs"] for name, each in held_out.items() if name.startswith(kind)) == 9
+    assert held_out["all pairs"]["accuracy"] >= 0.8
+    calibration = read_calibration(reward_model)
+    # What the checkpoint gives is what was measured: adapter, head and padding come back.
+    model = RewardModel(str(reward_model))
+    chosen, rejected = (
+        model.scores([row["prompt"] + row[name] for row in pair_rows], batch_size=5) for name in ("chosen", "rejected")
+    )
+    right = [better > worse for better, worse in zip(chosen, rejected)]
+    assert sum(right) / len(right) >= 0.8
+    assert np.mean([calibration.probability(each) for each in chosen]) > 0.5
+    assert np.mean([calibration.probability(each) for each in rejected]) < 0.5
+    adapter = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=1), reward_model / "adapter"
+    )
+    saved = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    assert torch.equal(adapter.base_model.model.score.modules_to_save["default"].weight, saved.score.weight)
+    assert read_step(reward_model)["step"] == "reward"
+
+
+def test_long_pairs_are_counted_and_no_calibration_is_said(checkpoint, tmp_path, pair_rows, capsys):
+    rows = pair_rows[:3]
+    rows[0] = {**rows[0], "chosen": turn("assistant", "yes " * 200)}
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    out = reward.main(arguments(checkpoint, data, "out", max_length=128, max_steps=1))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Left out 1 of 3 examples: an answer with its prompt has more than 128 tokens" in printed
+    assert "No calibration was written" in printed
+    assert f"jai score ANSWERS.jsonl OUT --model {out}" in printed
+    assert read_calibration(out) is None
+
+
+# --- Calibration
+
+
+def test_calibration_finds_the_scale_of_logits():
+    rng = np.random.default_rng(0)
+    slope, intercept = 0.4, -1.5
+    logits = rng.normal(3, 4, 40_000)
+    is_chosen = rng.random(40_000) < 1 / (1 + np.exp(-(slope * logits + intercept)))
+    count = min(is_chosen.sum(), (~is_chosen).sum())
+    # As many of each, as pairs have: by Bayes the intercept moves by the log of their odds.
+    moved = intercept - math.log(is_chosen.sum() / (~is_chosen).sum())
+    fitted = fit_calibration(logits[is_chosen][:count], logits[~is_chosen][:count])
+    assert fitted.slope == pytest.approx(slope, rel=0.05)
+    assert fitted.intercept == pytest.approx(moved, rel=0.1)
+    assert fitted.probability(2.0) == pytest.approx(1 / (1 + math.exp(-(slope * 2 + moved))), abs=0.02)
+    assert calibration_error(logits[is_chosen][:count], logits[~is_chosen][:count]) < 0.02
+
+
+def test_the_temperature_of_pairs_is_that_of_their_differences():
+    rng = np.random.default_rng(1)
+    differences = rng.normal(0, 6, 40_000)
+    is_first = rng.random(40_000) < 1 / (1 + np.exp(-differences / 2.5))
+    chosen, rejected = np.where(is_first, differences, 0), np.where(is_first, 0, differences)
+    assert fit_calibration(chosen, rejected).pair_temperature == pytest.approx(2.5, rel=0.05)
+
+
+def test_pairs_without_a_fault_have_finite_slopes():
+    fitted = fit_calibration([5.0, 6.0, 7.0], [-5.0, -6.0, -7.0])
+    assert 0 < fitted.slope < 10
+    assert 0.7 < fitted.probability(6.0) < 1
+    same = fit_calibration([1.0, 1.0], [1.0, 1.0])
+    assert same.probability(1.0) == pytest.approx(0.5)
+    assert math.isnan(calibration_error([1.0], [0.0]))
+
+
+# --- Scores
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    return [
+        {"id": i, "prompt": f"คำถาม {i}", "answer": "yes ดี" if i % 2 else "no " * (i % 7 + 1)} for i in range(count)
+    ]
+
+
+def test_scores_are_the_models_and_what_is_above_is_kept(reward_model, tmp_path, capsys):
+    rows = conversations(11)
+    data = write_rows(tmp_path / "answers.jsonl", rows)
+    scored = score_file(
+        ScoreOptions(file=data, out=tmp_path / "out", model=str(reward_model), keep_above=0.5, batch_size=3)
+    )
+    found = [json.loads(line) for line in scored.read_text().splitlines()]
+    assert [{key: row[key] for key in ("id", "prompt", "answer")} for row in found] == rows  # as they were, in order
+    calibration = read_calibration(reward_model)
+    model = RewardModel(str(reward_model))
+    for row in found:
+        alone = model.scores([turn("user", row["prompt"]) + turn("assistant", row["answer"])], batch_size=1)[0]
+        assert row["reward"] == pytest.approx(alone, abs=1e-4)
+        assert row["reward_probability"] == pytest.approx(calibration.probability(row["reward"]))
+    kept = [json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text().splitlines()]
+    assert kept == [row for row in found if row["reward_probability"] > 0.5]
+    assert 0 < len(kept) < len(found)
+    above = sum(row["reward_probability"] > 0.88 for row in found) / len(found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{above:.1%} have a probability above 0.88. (The JAI-1 paper's 0.88 is on logits" in printed
+    assert f"{len(kept)} of 11 above 0.5" in printed
+    assert sorted(os.listdir(tmp_path / "out")) == ["kept.jsonl", "scored.jsonl", "scores.json"]
+    with pytest.raises(UserError, match="exists already"):
+        ScoreOptions(file=data, out=tmp_path / "out", model=str(reward_model)).check()
+
+
+def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
+    bare = tmp_path / "bare"
+    AutoModelForSequenceClassification.from_pretrained(reward_model).save_pretrained(bare)
+    AutoTokenizer.from_pretrained(reward_model).save_pretrained(bare)
+    data = write_rows(tmp_path / "answers.jsonl", conversations(2))
+    with pytest.raises(UserError, match="bare has no calibration"):
+        score_file(ScoreOptions(file=data, out=tmp_path / "out", model=str(bare), keep_above=0.88))
+    scored = score_file(ScoreOptions(file=data, out=tmp_path / "out", model=str(bare)))
+    assert [json.loads(line)["reward_probability"] for line in scored.read_text().splitlines()] == [None, None]
+    (bare / "reward_calibration.json").write_text('{"slope": "x"}')
+    with pytest.raises(UserError, match="is no calibration"):
+        read_calibration(bare)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q"},
+        {"prompt": "q", "answer": " "},
+        {"messages": turn("user", "q")},
+        {"messages": turn("assistant", "a")},
+        {"messages": [*turn("user", "q"), *turn("assistant", "")]},
+        {"answer": "a"},
+    ],
+)
+def test_rows_without_an_answer_are_refused(row, tmp_path, reward_model):
+    with pytest.raises(ValueError, match="no |not end"):
+        scored_conversation(row)
+
+
+def test_rows_are_read_in_their_forms():
+    expected = (*turn("user", "q"), *turn("assistant", "a"))
+    for row in (
+        {"messages": list(expected)},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": turn("user", "q"), "chosen": turn("assistant", "a")},
+        {"question": "q", "response": "a"},
+    ):
+        assert scored_conversation(row).messages == expected
+
+
+@pytest.mark.slow
+def test_a_killed_scoring_goes_on(reward_model, tmp_path):
+    data = write_rows(tmp_path / "answers.jsonl", conversations(6000))
+    command = [sys.executable, "-m", "jai", "score", str(data), str(tmp_path / "out"), "--model", str(reward_model)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    work = tmp_path / ".out.partial"
+    while len(list(work.glob("files/chunk-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = work / "files" / "chunk-000000.jsonl"
+    written = first.stat().st_mtime_ns
+    link = tmp_path / "kept"
+    os.link(first, link)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert link.stat().st_mtime_ns == written
+    rows = (tmp_path / "out" / "scored.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in rows] == list(range(6000))
+    assert rows[:1000] == link.read_text().splitlines()
+
+
+# --- GRPO
+
+
+def grpo_options(**options: Any) -> dict[str, Any]:
+    return {
+        "learning_rate": 1e-3,
+        "num_generations": 4,
+        "max_completion_length": 10,
+        "rewards": ["language", "final_answer"],
+        "reward_weights": [1.0, 0.5],
+        "language_column": "lang",
+        **options,
+    }
+
+
+@pytest.mark.parametrize("routing_replay", [False, True])
+def test_trls_own_grpo_trainer_gives_the_same_losses(checkpoint, prompts, prompt_rows, routing_replay):
+    """Also with replay: in one precision, the experts of the rollout are those of training."""
+    out = grpo.main(arguments(checkpoint, prompts, "out", **grpo_options(routing_replay=routing_replay, beta=0.1)))
+    rows = [
+        {"prompt": turn("user", row["question"]), "solution": row["answer"], "language": "th"} for row in prompt_rows
+    ]
+    trainer = GRPOTrainer(
+        model=str(checkpoint),
+        args=GRPOConfig(
+            output_dir="trl", num_generations=4, max_completion_length=10, reward_weights=[1.0, 0.5], beta=0.1, **TRLS
+        ),
+        reward_funcs=[language_reward, final_answer_reward],
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+    )
+    logs = log_of(out)
+    found = [[log["loss"], log["reward"], log["kl"]] for log in logs]
+    assert found == [pytest.approx(each, abs=1e-6) for each in losses(trainer, "reward", "kl")]
+    assert any(log["reward_std"] > 0 for log in logs)
+    assert all(log["routing/disagreement"] == 0 for log in logs[:1])
+    record = read_step(out)
+    assert record["options"]["rewards"] == ["language", "final_answer"]
+    assert record["options"]["routing_replay"] is routing_replay
+
+
+def build_grpo(checkpoint: Path, rows: list[dict[str, Any]], out: str, **options: Any) -> JaiGRPOTrainer:
+    args = JaiGRPOConfig(
+        output_dir=out, **{**TRLS, "num_generations": 4, "max_completion_length": 8, "rewards": ["think"], **options}
+    )
+    return JaiGRPOTrainer(
+        model=str(checkpoint),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": turn("user", row["question"])} for row in rows]),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        reward_funcs=options.pop("reward_funcs", None) or (lambda completions, **_: [len(str(c)) for c in completions]),
+    )
+
+
+def test_in_training_the_experts_are_those_of_the_rollout(checkpoint, prompt_rows):
+    """Routers are moved between rollout and training: with replay the experts stay, and the share is what differs."""
+    chosen: dict[bool, list[torch.Tensor]] = {}
+    shares = {}
+    for replays in (False, True):
+        trainer = build_grpo(
+            checkpoint, prompt_rows, f"out-{replays}", routing_replay=replays, steps_per_generation=2,
+            gradient_accumulation_steps=1, gradient_checkpointing=True, max_steps=1, router_aux_loss_coef=0.0,
+        )  # fmt: skip
+        score = trainer._generate_and_score_completions
+        passes: list[torch.Tensor] = []
+
+        def perturbed(inputs, score=score, trainer=trainer, passes=passes):
+            batch = score(inputs)
+            with torch.no_grad():
+                for layer in trainer.model.model.layers:
+                    layer.mlp.gate.weight.copy_(layer.mlp.gate.weight.flip(0))  # every expert gets another's row
+            trainer.model.model.layers[3].mlp.experts.register_forward_pre_hook(
+                lambda module, args: passes.append(args[1].clone())
+            )
+            return batch
+
+        trainer._generate_and_score_completions = perturbed
+        trainer.train()
+        # The pass and its second one, under gradient checkpointing, take the same experts.
+        assert len(passes) == 2
+        assert torch.equal(*passes)
+        inputs = trainer._buffered_inputs[0]
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool().flatten()
+        routes = inputs["expert_ids"][:, :, 3].flatten(0, 1).long()
+        known = routes[:, 0] >= 0
+        assert (~mask & known).sum() == 0
+        assert known.sum() >= mask.sum() - len(inputs["prompt_mask"])
+        same = (passes[0][known] == routes[known]).all(dim=-1)
+        chosen[replays] = same
+        shares[replays] = next(log for log in trainer.state.log_history if "loss" in log)["routing/disagreement"]
+    assert chosen[True].all()
+    assert not chosen[False].all()
+    assert all(0.2 < share < 1 for share in shares.values())
+
+
+def test_the_old_policy_is_replayed_and_the_reference_is_not(checkpoint, prompt_rows, monkeypatch):
+    trainer = build_grpo(checkpoint, prompt_rows, "out", routing_replay=True, beta=0.1, num_iterations=2, max_steps=1)
+    followed = []
+    compute = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def spy(self, model, *args, **kwargs):
+        followed.append((model is self.ref_model, self._routing._followed_BSLK is not None))
+        return compute(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
+    trainer.train()
+    assert followed == [(False, True), (True, False), (False, True)]  # old, reference, training
+    assert trainer._routing._followed_BSLK is None
+
+
+def test_trls_private_methods_are_there():
+    """What JaiGRPOTrainer overrides, with the arguments that it relies on."""
+    takes = {
+        "_generate_single_turn": ["self", "prompt_ids"],
+        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+        "_generate_and_score_completions": ["self", "inputs"],
+        "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask"],
+    }
+    for name, parameters in takes.items():
+        found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
+        assert found[: len(parameters)] == parameters, name
+
+
+def test_rewards_that_teach_nothing_are_counted():
+    nan = math.nan
+    counts = RewardCounts()
+    counts.add(torch.tensor([1.0, 1.0, 0.0, 1.0, nan, nan, nan, 2.0]), 2)
+    assert (counts.groups, counts.equal, counts.completions, counts.unscored) == (4, 3, 8, 3)
+
+
+def test_equal_and_infinite_rewards_are_said_and_harm_nothing(checkpoint, prompts, prompt_rows, capsys, monkeypatch):
+    out = grpo.main(arguments(checkpoint, prompts, "equal", **grpo_options(rewards=["think"], reward_weights=[1.0],
+                                                                           router_aux_loss_coef=0)))  # fmt: skip
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 of 2 groups had equal ones and taught nothing; 0 of 8 completions had none" in printed
+    assert "No group had different rewards" in printed
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (checkpoint, out))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+    def broken(completions, **_):
+        return [math.inf, math.nan, None, 1.0]
+
+    trainer = build_grpo(checkpoint, prompt_rows, "broken", reward_funcs=[broken])
+    trainer.train()
+    assert trainer.reward_counts.unscored == 6
+    assert trainer.reward_counts.completions == 8
+    assert all(each.isfinite().all() for each in trainer.model.parameters())
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+
+
+def test_the_system_prompt_comes_first(checkpoint, tmp_path, monkeypatch):
+    rows = [{"prompt": "ถาม", "solution": 1}, {"prompt": [*turn("system", "mine"), *turn("user", "ถาม")], "answer": 2}]
+    data = write_rows(tmp_path / "prompts.jsonl", rows)
+    seen = []
+    monkeypatch.setattr(
+        "jai.trainers.grpo.reward_functions",
+        lambda names: [lambda prompts, solution, **_: seen.extend(zip(prompts, solution)) or [0.0] * len(prompts)],
+    )
+    options = grpo_options(system_prompt="ตอบ", rewards=["final_answer"], reward_weights=[1.0])
+    grpo.main(arguments(checkpoint, data, "out", **{**options, "language_column": "language"}))
+    found = {json.dumps([prompt, solution], ensure_ascii=False) for prompt, solution in seen}
+    expected = [
+        [[*turn("system", "ตอบ"), *turn("user", "ถาม")], "1"],
+        [[*turn("system", "mine"), *turn("user", "ถาม")], "2"],
+    ]
+    assert found == {json.dumps(each, ensure_ascii=False) for each in expected}
+
+
+INSTRUCTION = {"prompt": "q", "instruction_id_list": ["no:such"], "kwargs": [{}], "language": "en"}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"prompt": "q"}, {}, r"final_answer needs `solution`, which no row of .* has"),
+        ({"prompt": "q", "answer": "1"}, {"rewards": ["language"]}, r"needs `language`, .*Set `language_column`"),
+        (INSTRUCTION, {"rewards": ["instructions"], "language_column": "language"}, "no:such"),
+        ({"prompt": "q", "answer": "1"}, {"rewards": ["fame"]}, r"no reward 'fame'; expected one of final_answer"),
+        ({"prompt": "q", "answer": "1"}, {"reward_weights": [1, 2]}, r"`reward_weights` has 2 numbers"),
+        ({"prompt": "q", "answer": "1"}, {"loss_type": "x"}, r"`loss_type` is 'x'"),
+        ({"prompt": "q", "answer": "1"}, {"num_generations": 3}, r"must be divisible by num_generations"),
+        ({"prompt": "q", "answer": "1"}, {"routing_replay": True, "use_vllm": True}, "Switch one of them off"),
+        ({"prompt": "q", "answer": [1]}, {}, r"its solution is \[1\]"),
+        ({"prompt": turn("assistant", "a")}, {}, "ends with an answer"),
+        ({"text": "q"}, {}, r"expected a prompt in `prompt`, `question` or `problem`"),
+        ({"prompt": "q", "answer": "1"}, {"temperature": 0}, r"`temperature` is 0.*more than 0"),
+        ({"prompt": "q", "answer": "1"}, {"label_smoothing_factor": 0.1}, "is for SFT"),
+    ],
+)
+def test_bad_input_of_grpo(checkpoint, tmp_path, row, options, message):
+    data = write_rows(tmp_path / "prompts.jsonl", [row])
+    with pytest.raises(UserError, match=message):
+        grpo.main(arguments(checkpoint, data, "out", num_generations=4, **options) if "num_generations" not in options
+                  else arguments(checkpoint, data, "out", **options))  # fmt: skip
+    assert not Path("out").exists()
+
+
+def test_a_dense_model_has_no_routing_to_replay(tiny_model, tiny_tokenizer, prompt_rows, tmp_path):
+    model = tiny_model(vocab_size=len(tiny_tokenizer), num_local_experts=1, num_experts_per_tok=1)
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="no routers"):
+        build_grpo(tmp_path / "dense", prompt_rows, "out", routing_replay=True)
+    assert build_grpo(tmp_path / "dense", prompt_rows, "out")._routing is None
+
+
+# --- KTO, and DPO's reference
+
+
+def test_trls_own_kto_trainer_gives_the_same_losses(checkpoint, tmp_path, sentences):
+    rows = [
+        {
+            "prompt": turn("user", sentences[i % 6]),
+            "completion": turn("assistant", sentences[(i + 1) % 6]),
+            "label": i % 2 == 0,
+        }
+        for i in range(6)
+    ]
+    out = kto.main(arguments(checkpoint, write_rows(tmp_path / "rows.jsonl", rows), "out", learning_rate=1e-3))
+    trainer = KTOTrainer(
+        model=str(checkpoint),
+        args=KTOConfig(output_dir="trl", **TRLS),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+    )
+    assert [[log["loss"], log["kl"]] for log in log_of(out)] == losses(trainer, "kl")
+    with pytest.raises(UserError, match="`loss_type` is 'sigmoid'"):
+        kto.main(arguments(checkpoint, tmp_path / "rows.jsonl", "bad", loss_type="sigmoid"))
+
+
+def test_a_reference_computed_beforehand_is_the_same_reference(checkpoint, pairs):
+    options = {"learning_rate": 1e-2, "router_aux_loss_coef": 0, "max_steps": 3}
+    live = log_of(dpo.main(arguments(checkpoint, pairs, "live", **options)))
+    kept = log_of(dpo.main(arguments(checkpoint, pairs, "kept", precompute_ref_log_probs=True, **options)))
+    for name in ("loss", "rewards/margins"):
+        assert [log[name] for log in kept] == pytest.approx([log[name] for log in live], abs=1e-5)
+    assert abs(live[-1]["rewards/margins"]) > 0.01
+
+
+# --- Recipes
+
+
+@pytest.mark.parametrize(("recipe", "config"), [("reward.yaml", JaiRewardConfig), ("grpo.yaml", JaiGRPOConfig)])
+def test_recipes_parse(recipe, config, tmp_path):
+    text = (RECIPES / recipe).read_text()
+    spelled = tmp_path / recipe
+    spelled.write_text(re.sub(r"^# (router_aux_loss_coef)", r"\1", text, flags=re.M))
+    for path in (RECIPES / recipe, spelled):
+        options = (ScriptArguments, config, *OF_ALL)
+        parsed = parse_arguments(options, ["--config", str(path), "--seed=7"], "jai")
+        values = {key: value for part in parsed for key, value in vars(part).items()}
+        for key, value in yaml.safe_load(path.read_text()).items():
+            if key not in ("seed", "report_to"):
+                assert values[key] == value, key
+        assert values["seed"] == 7
