@@ -178,7 +178,7 @@ def test_the_auxiliary_loss_is_added(checkpoint, pairs, pair_rows, gradient_chec
     without = log_of(reward.main(arguments(checkpoint, pairs, "without", router_aux_loss_coef=0, **options)))[0]
     assert "aux_loss" not in without
     assert log["loss"] == pytest.approx(without["loss"] + 0.1 * log["aux_loss"], abs=1e-5)
-    assert log["grad_norm"] != pytest.approx(without["grad_norm"], abs=1e-4)  # it has gradients of its own
+    assert log["grad_norm"] != pytest.approx(without["grad_norm"], abs=1e-5)  # it has gradients of its own
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -348,7 +348,7 @@ def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
     ],
 )
 def test_rows_without_an_answer_are_refused(row, tmp_path, reward_model):
-    with pytest.raises(ValueError, match="no |not end"):
+    with pytest.raises(ValueError, match=r"no |not end"):
         scored_conversation(row)
 
 
@@ -426,7 +426,13 @@ def test_trls_own_grpo_trainer_gives_the_same_losses(checkpoint, prompts, prompt
     assert record["options"]["routing_replay"] is routing_replay
 
 
-def build_grpo(checkpoint: Path, rows: list[dict[str, Any]], out: str, **options: Any) -> JaiGRPOTrainer:
+def by_length(completions: list[Any], **_: Any) -> list[float]:
+    return [float(len(str(completion))) for completion in completions]
+
+
+def build_grpo(
+    checkpoint: Path, rows: list[dict[str, Any]], out: str, reward_func: Any = by_length, **options: Any
+) -> JaiGRPOTrainer:
     args = JaiGRPOConfig(
         output_dir=out, **{**TRLS, "num_generations": 4, "max_completion_length": 8, "rewards": ["think"], **options}
     )
@@ -435,7 +441,7 @@ def build_grpo(checkpoint: Path, rows: list[dict[str, Any]], out: str, **options
         args=args,
         train_dataset=Dataset.from_list([{"prompt": turn("user", row["question"])} for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
-        reward_funcs=options.pop("reward_funcs", None) or (lambda completions, **_: [len(str(c)) for c in completions]),
+        reward_funcs=[reward_func],
     )
 
 
@@ -527,7 +533,7 @@ def test_equal_and_infinite_rewards_are_said_and_harm_nothing(checkpoint, prompt
     def broken(completions, **_):
         return [math.inf, math.nan, None, 1.0]
 
-    trainer = build_grpo(checkpoint, prompt_rows, "broken", reward_funcs=[broken])
+    trainer = build_grpo(checkpoint, prompt_rows, "broken", broken)
     trainer.train()
     assert trainer.reward_counts.unscored == 6
     assert trainer.reward_counts.completions == 8
@@ -611,7 +617,7 @@ def test_trls_own_kto_trainer_gives_the_same_losses(checkpoint, tmp_path, senten
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
     )
     assert [[log["loss"], log["kl"]] for log in log_of(out)] == losses(trainer, "kl")
-    with pytest.raises(UserError, match="`loss_type` is 'sigmoid'"):
+    with pytest.raises(UserError, match="invalid choice: 'sigmoid'"):
         kto.main(arguments(checkpoint, tmp_path / "rows.jsonl", "bad", loss_type="sigmoid"))
 
 

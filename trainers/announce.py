@@ -30,9 +30,9 @@ def estimate_steps(training_args: StageConfig, rows: int | None, tokens: TokenCo
         return training_args.max_steps
     if rows is None:
         return None
-    if getattr(training_args, "packing", False) and max_length_of(training_args):
+    if getattr(training_args, "packing", False) and (length := max_length_of(training_args)):
         trained_tokens = (tokens.tokens - tokens.cut) * rows / tokens.rows
-        rows = math.ceil(trained_tokens / max_length_of(training_args))
+        rows = math.ceil(trained_tokens / length)
     rows *= getattr(training_args, "num_generations", 1)  # GRPO's sequences are its own answers
     batches = math.ceil(rows / (training_args.per_device_train_batch_size * training_args.world_size))
     steps = max(math.ceil(batches / training_args.gradient_accumulation_steps), 1)

@@ -10,10 +10,10 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-from trl import GRPOConfig, KTOConfig, SFTConfig
+from trl import GRPOConfig, SFTConfig
 
 from jai.errors import UserError
-from jai.trainers.arguments import StageArguments
+from jai.trainers.arguments import StageArguments, max_length_of
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
@@ -95,8 +95,6 @@ _DPO_LOSSES = (
     "sft",
 )
 
-_KTO_LOSSES = ("kto", "apo_zero_unpaired")
-
 _DPO_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 # By a part of the optimiser's name; the first that fits.
@@ -134,12 +132,10 @@ def check_options(arguments: StageArguments) -> None:
     for loss in losses if isinstance(losses, list) else []:
         if loss not in _DPO_LOSSES:
             raise UserError(f"`loss_type` is {loss!r}; expected some of {', '.join(_DPO_LOSSES)}.")
-    if isinstance(arguments.training, KTOConfig) and losses not in _KTO_LOSSES:
-        raise UserError(f"`loss_type` is {losses!r}; expected one of {', '.join(_KTO_LOSSES)}.")
     divergence = getattr(arguments.training, "f_divergence_type", _DPO_DIVERGENCES[0])
     if divergence not in _DPO_DIVERGENCES:
         raise UserError(f"`f_divergence_type` is {divergence!r}; expected one of {', '.join(_DPO_DIVERGENCES)}.")
-    if getattr(arguments.training, "packing", False) and arguments.training.max_length is None:
+    if getattr(arguments.training, "packing", False) and max_length_of(arguments.training) is None:
         raise UserError("`packing` fills sequences of `max_length` tokens, and `max_length` is null. Give a number.")
     if arguments.jai.merge_adapter and not arguments.model.use_peft:
         raise UserError(

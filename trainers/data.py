@@ -129,7 +129,8 @@ class _SourceSplit:
     def features(self) -> Features:
         """The columns' types: messages may hold anything, and Arrow wants one type of all calls' arguments."""
         kind = Json() if self.form.conversational else Value("string")
-        columns = {name: Value("bool") if name == "label" else kind for name in self.form.columns}
+        kinds = {"label": Value("bool"), "solution": Value("string")}
+        columns = {name: kinds.get(name, kind) for name in self.form.columns}
         extras = dict.fromkeys(CHAT_EXTRAS, Json()) if self.form.conversational else {}
         numbers = dict.fromkeys((ROW, SOURCE, DIGEST, QUESTION), Value("int64"))
         texts = dict.fromkeys((CATEGORY, LANGUAGE, FAULT_KIND, FAULT), Value("string"))

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from jai.trainers.arguments import StageConfig
+from jai.trainers.arguments import StageConfig, max_length_of
 from jai.trainers.data import CATEGORY, LANGUAGE, TrainingData
 
 _ATTRIBUTES = (CATEGORY, LANGUAGE)
@@ -108,7 +108,7 @@ class GroupLosses:
 
 def _as_trained(ids: np.ndarray, training: StageConfig, packing: bool) -> Iterator[np.ndarray]:
     """The parts of a document that training sees: cut off, or split, as packing and `max_length` say."""
-    limit = training.max_length
+    limit = max_length_of(training)
     if limit is None:
         yield ids
     elif packing and getattr(training, "packing_strategy", "") == "bfd_split":

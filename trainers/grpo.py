@@ -154,8 +154,8 @@ class JaiGRPOTrainer(JaiTrainerMixin, GRPOTrainer):
         rewards = torch.where(rewards.isfinite(), rewards, torch.nan)
         unscored = rewards.isnan().all(dim=1)
         total = (rewards * self.reward_weights.to(rewards)).nansum(dim=1).masked_fill(unscored, torch.nan)
-        if self.model.training:
-            self.reward_counts.add(total, self.num_generations)
+        if cast(nn.Module, self.model).training:
+            self.reward_counts.add(total, cast(int, self.num_generations))
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

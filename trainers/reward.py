@@ -51,12 +51,12 @@ class JaiRewardTrainer(JaiTrainerMixin, RewardTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
-        config, weight = model.config, getattr(self.args, "router_aux_loss_coef", None)
-        weight = getattr(config, "router_aux_loss_coef", 0.0) if weight is None else weight
-        self._aux_weight = float(weight) if getattr(config, "num_local_experts", 1) > 1 else 0.0
+        config, given = model.config, self.args.router_aux_loss_coef
+        weight = float(getattr(config, "router_aux_loss_coef", 0.0) if given is None else given)
+        self._aux_weight = weight if getattr(config, "num_local_experts", 1) > 1 else 0.0
         self._router_logits: tuple[torch.Tensor, ...] = ()
         if self._aux_weight:
-            inner = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+            inner = model.get_base_model() if isinstance(model, PeftModel) else model
             inner.base_model.register_forward_hook(self._keep_router_logits)
 
     def _keep_router_logits(self, backbone: nn.Module, args: tuple, output: Any) -> None:
@@ -74,7 +74,10 @@ class JaiRewardTrainer(JaiTrainerMixin, RewardTrainer):
         aux_loss = cast(
             torch.Tensor,
             load_balancing_loss_func(
-                self._router_logits, config.num_local_experts, config.num_experts_per_tok, inputs["attention_mask"]
+                cast(Any, self._router_logits),
+                config.num_local_experts,
+                config.num_experts_per_tok,
+                inputs["attention_mask"],
             ),
         )
         self._router_logits = ()
@@ -98,7 +101,7 @@ class JaiRewardTrainer(JaiTrainerMixin, RewardTrainer):
                 collate_fn=self.data_collator,
             )
         )
-        model = cast(nn.Module, self.model_wrapped)
+        model = self.model_wrapped
         was_training = model.training
         model.eval()
         logits = []
