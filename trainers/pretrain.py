@@ -5,6 +5,7 @@ jai pretrain --config recipes/tiny/phase-1.yaml
 accelerate launch -m jai.trainers.pretrain --config recipes/jai-1/phase-1.yaml
 """
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ from jai.trainers.pretrain_config import PretrainConfig, deciding_options
 from jai.trainers.pretrain_trainer import TOKENS_SEEN, JaiPretrainTrainer
 from jai.trainers.record import write_record
 from jai.trainers.schedules import annealing_begins
+from jai.trainers.second_token import drop_second_token_layer
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.stage import loading_arguments, run_as_script, save_result, say_what_is_next
 from jai.trainers.steps import StepLayout
@@ -74,7 +76,7 @@ def run_pretrain(
     console = console or Console(quiet=not PartialState().is_main_process)
     arguments = StageArguments(ScriptArguments(dataset_name=config.packed), config, model_args, jai_args)
     check_options(arguments)
-    _check(config, model_args)
+    _check(config, model_args, jai_args)
     if config.use_liger_kernel:
         prepare_liger()
     checkpoint, unfinished = resume_checkpoint(config)
@@ -116,6 +118,8 @@ def run_pretrain(
     )
     with _explaining_full_disks(config):
         metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    if config.mtp_weight:
+        drop_second_token_layer(trainer.accelerator.unwrap_model(trainer.model))
     out = save_result(trainer, arguments, base, console)
     seen = plan.tokens_seen(layout.first_sequence(layout.steps))
     if trainer.is_world_process_zero():
@@ -179,13 +183,25 @@ def _layout(config: PretrainConfig, steps: int) -> StepLayout:
     return StepLayout(steps, _batch_sequences(config), grown, first, round(steps * config.batch_ramp))
 
 
-def _check(config: PretrainConfig, model_args: ModelConfig) -> None:
+def _check(config: PretrainConfig, model_args: ModelConfig, jai_args: JaiTrainingArguments) -> None:
     if not config.packed:
         raise UserError("No text is given. Set `packed` to a folder that `jai pack` wrote.")
     if config.max_length < 2:
         raise UserError(f"`max_length` is {config.max_length}; expected 2 or more.")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise UserError("Pre-training is on whole numbers: leave `load_in_4bit` and `load_in_8bit` out.")
+    if config.mtp_weight:
+        for option, is_on in (
+            ("use_peft", model_args.use_peft),
+            ("linear_cross_entropy", jai_args.linear_cross_entropy),
+            ("deepspeed", config.deepspeed),
+            ("fsdp", config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"),
+        ):
+            if is_on:
+                raise UserError(
+                    f"`mtp_weight` is {config.mtp_weight:g}, and `{option}` is on, with which the layer for the second "
+                    "next token does not work. Leave one of them out."
+                )
     checkpointing = cast(dict[str, Any], config.gradient_checkpointing_kwargs or {})
     if config.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise UserError(
@@ -262,6 +278,11 @@ def _step_rows(config: PretrainConfig, layout: StepLayout) -> Iterator[tuple[str
         f"{layout.steps:,}, the last on {layout.accumulation * layout.batch_sequences:,} sequences ({batch[0]} a "
         f"device x {accumulated} accumulated x {batch[1]} processes)",
     )
+    if config.mtp_weight:
+        yield (
+            "second token",
+            f"one more layer learns to predict it, weight {config.mtp_weight:g}; the layer is dropped at the end",
+        )
     begins = annealing_begins(layout.steps, config.annealing)
     schedule = SchedulerType(config.lr_scheduler_type)
     text = f"{config.learning_rate:g}, {schedule.value}"
@@ -273,7 +294,11 @@ def _step_rows(config: PretrainConfig, layout: StepLayout) -> Iterator[tuple[str
     if begins < layout.steps:
         changes = [
             f"{what} {value}"
-            for what, value in (("text by", config.annealing_mixture), ("weight decay", config.annealing_weight_decay))
+            for what, value in (
+                ("text by", config.annealing_mixture),
+                ("weight decay", config.annealing_weight_decay),
+                ("the second next token's weight", config.annealing_mtp_weight),
+            )
             if value is not None
         ]
         if changes:

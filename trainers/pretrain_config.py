@@ -10,7 +10,7 @@ from jai.errors import UserError
 from jai.pretraining.plan import DEFAULT_RHO
 
 _SHARES = ("rho", "annealing", "batch_ramp")
-_AT_LEAST_0 = ("annealing_weight_decay", "router_z_loss_coef")
+_AT_LEAST_0 = ("annealing_weight_decay", "router_z_loss_coef", "mtp_weight", "annealing_mtp_weight")
 
 
 @dataclass
@@ -85,6 +85,16 @@ class PretrainConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "Weight of the routers' z-loss, the mean over layers and tokens of (log Σ exp of logits)²."},
     )
+    mtp_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the second next token's loss, which one more layer learns to predict (multi-token "
+            "prediction, as Trillion-7B has it); the layer is dropped at the end. 0: none."
+        },
+    )
+    annealing_mtp_weight: float | None = field(
+        default=None, metadata={"help": "`mtp_weight` in the annealing. Default: no change."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that a checkpoint brings along. A JAI needs none."}
     )
@@ -149,6 +159,8 @@ class PretrainConfig(TrainingArguments):
             )
         if self.annealing_mixture is not None and not self.annealing:
             raise UserError("`annealing_mixture` is given, but `annealing` is 0. Give a share of the steps.")
+        if self.annealing_mtp_weight is not None and not self.mtp_weight:
+            raise UserError("`annealing_mtp_weight` is given, and `mtp_weight` is 0, so that there is no such layer.")
         for name, only in (
             ("num_train_epochs", 1),
             ("logging_nan_inf_filter", False),
@@ -193,6 +205,8 @@ DECIDING_OPTIONS = (
     "max_grad_norm",
     "router_aux_loss_coef",
     "router_z_loss_coef",
+    "mtp_weight",
+    "annealing_mtp_weight",
     "seed",
     "bf16",
     "fp16",

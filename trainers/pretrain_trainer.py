@@ -18,6 +18,7 @@ from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.pretrain_config import PretrainConfig
 from jai.trainers.router_losses import RouterLosses, mean_of
 from jai.trainers.schedules import AnnealedWeightDecay, annealing_begins, inverse_decay_schedule
+from jai.trainers.second_token import add_second_token_layer
 from jai.trainers.steps import SEQUENCE, StepLayout, StepSequences, collate_present, is_absent
 from jai.trainers.whole_checkpoints import RunIdentity
 
@@ -54,6 +55,7 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
         config = inner.config.get_text_config()
         config.output_router_logits = False  # the routers' losses are ours, by layer
         add_fused_lm_head(inner)
+        second = add_second_token_layer(inner, args.seed, plan.corpus.eos_token_id) if args.mtp_weight else None
         self.plan, self.layout = plan, layout
         self.annealing_step = annealing_begins(layout.steps, args.annealing)
         callbacks = [*(callbacks or []), RunIdentity(identity), FiniteGradients()]
@@ -67,6 +69,8 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
             callbacks=callbacks,
             **kwargs,
         )
+        if second is not None:
+            second.requires_grad_(True)  # it is no part of the model that `trainable` could name
         given = args.router_aux_loss_coef
         self._balance_weight = float(getattr(config, "router_aux_loss_coef", 0.0) if given is None else given)
         self._z_weight = args.router_z_loss_coef
@@ -122,13 +126,15 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of the next token over all of the step's labels, and the routers' losses over its batches."""
+        args = cast(PretrainConfig, self.args)
+        # Gradients are means over processes, and the count of labels is of all of them.
+        processes = self.accelerator.num_processes if args.average_tokens_across_devices else 1
         languages = inputs.pop("language_ids")
         inputs.pop(SEQUENCE)
         outputs = model(**inputs, fused_lm_head=True)
         losses = -outputs.log_probs
-        loss = losses.sum() / cast(torch.Tensor, num_items_in_batch)
-        if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients are means over processes
+        loss = losses.sum() / cast(torch.Tensor, num_items_in_batch) * processes
+        self._figures.add("loss/next_token", losses.sum(), outputs.label_mask.sum())
         self._add_language_losses(losses, outputs.label_mask, languages)
         balance, z = self._router_losses.pop((languages >= 0).flatten())
         if balance:
@@ -137,7 +143,18 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
                 loss = loss + self._balance_weight * mean_of(balance).to(loss.device) / self._present
             if self._z_weight:
                 loss = loss + self._z_weight * mean_of(z).to(loss.device) / self._present
+        if args.mtp_weight:
+            self._figures.add("loss/second_token", outputs.second_loss, outputs.second_tokens)
+            second = outputs.second_loss / cast(torch.Tensor, num_items_in_batch)
+            loss = loss + self.mtp_weight * second.to(loss.device) * processes
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def mtp_weight(self) -> float:
+        """Weight of the second next token's loss in the running step."""
+        args = cast(PretrainConfig, self.args)
+        is_annealed = self.state.global_step >= self.annealing_step and args.annealing_mtp_weight is not None
+        return cast(float, args.annealing_mtp_weight) if is_annealed else args.mtp_weight
 
     def _add_language_losses(self, losses: torch.Tensor, mask: torch.Tensor, languages: torch.Tensor) -> None:
         with torch.no_grad():

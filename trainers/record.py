@@ -54,6 +54,8 @@ _RECORDED_TRAINING = (
     "routing_replay",
     "router_aux_loss_coef",
     "router_z_loss_coef",
+    "mtp_weight",
+    "annealing_mtp_weight",
     "rho",
     "annealing",
     "annealing_learning_rate",
