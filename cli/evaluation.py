@@ -9,8 +9,9 @@ import typer
 
 from jai.cli.verb import PlainGroup, verb
 from jai.evaluation.judged.options import PairwiseOptions
-from jai.evaluation.options import CompareOptions, EvalOptions, LanguageOptions
+from jai.evaluation.options import CompareOptions, ContaminationOptions, EvalOptions, LanguageOptions
 from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
+from jai.tokenization.corpus import open_sources
 
 _MEASURE = "run"
 
@@ -59,6 +60,19 @@ def compare(options: CompareOptions) -> None:
     from jai.evaluation.comparison_report import report_comparison
 
     report_comparison(options)
+
+
+@verb(app, ContaminationOptions, group=("eval",))
+def contamination(options: ContaminationOptions) -> None:
+    """Find the questions of suites in training data, and a run's figures without them.
+
+    By n-grams, and by Wikipedia article where rows have a title or an address."""
+    options.check()
+    suites = read_suites(options.suite)
+    sources = open_sources(options.texts)
+    from jai.evaluation.contamination_report import report_contamination
+
+    report_contamination(options, suites, sources)
 
 
 @verb(app, PairwiseOptions, group=("eval",))

@@ -34,7 +34,7 @@ def report_comparison(options: CompareOptions, *, console: "Console | None" = No
     if options.paper:
         sections.append(("Published", published_table(comparison)))
     for title, table in sections:
-        _print_table(title, table, console)
+        print_table(title, table, console)
     notes = [*comparison.notes, *_obstacle_notes(comparison)]
     if options.paper and not sections[-1][1].rows:
         notes.append("No paper publishes any of these figures.")
@@ -145,7 +145,8 @@ def _judges(published: PublishedFigure, runs: Sequence[ComparedRun], row: Compar
     return f"{published.judge or 'not named'}; here {', '.join(sorted(judges)) or 'none'}"
 
 
-def _print_table(title: str, table: ReportTable, console: "Console") -> None:
+def print_table(title: str, table: ReportTable, console: "Console") -> None:
+    """Print a report's table; cells that are too long for the console go on in another line."""
     from rich.markup import escape
     from rich.table import Column, Table
 

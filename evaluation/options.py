@@ -7,6 +7,7 @@ from typing import Literal
 
 from jai.errors import UserError
 from jai.evaluation.judged.options import JudgeOptions
+from jai.files import refuse_existing
 from jai.options import argument, check_values, option
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -136,3 +137,36 @@ class CompareOptions:
                 raise UserError(f"The run {run} is no folder. Give the folder of a run of `jai eval`.")
         if self.figure is not None and self.figure.suffix not in _PICTURES:
             raise UserError(f"--figure {self.figure} has an unknown ending; expected {', '.join(_PICTURES)}.")
+
+
+@dataclass(kw_only=True)
+class ContaminationOptions:
+    """What `jai eval contamination` takes."""
+
+    texts: list[str] = argument(
+        "TEXT...", help="Training data: files (.txt, .jsonl, .jsonl.gz, .parquet), folders of them, or Hub datasets."
+    )
+    suite: list[str] = option(help="A suite whose questions are looked for; give it again for more.", metavar="NAME")
+    data: Path | None = option(None, help="Folder with the suites' data sets, as of jai eval.", metavar="DIR")
+    ngram: int = option(13, help="Words of an n-gram; five characters of Thai are one.", at_least=8)
+    run: Path | None = option(
+        None, help="Folder of a run of jai eval, whose figures are shown without what was found.", metavar="DIR"
+    )
+    out: Path | None = option(None, help="Folder for the report, with a line for each question.", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    def check(self) -> None:
+        """Refuse what is not there, before anything heavy is imported.
+
+        Raises:
+            UserError: for folders that do not exist, and an output that does.
+        """
+        if not self.suite:
+            raise UserError("No suite is given. Name one with --suite; `jai eval run CKPT` lists them.")
+        for flag, folder in (("--data", self.data), ("--run", self.run)):
+            if folder is not None and not folder.is_dir():
+                raise UserError(f"{flag} {folder} is no folder. Give one that exists.")
+        if self.out is not None:
+            refuse_existing(self.out)
