@@ -94,7 +94,7 @@ def data(tmp_path):
 def measured(folder, data, replies, limit=None):
     plan = plan_suite(read_suite("consistency"), TaskLoader(data=data))
     with open_run(folder, model="oracle", revision="0") as run:
-        model = KeptAnswers(KnowingModel(replies), folder / "answers.jsonl", 8)
+        model = KeptAnswers(KnowingModel(replies, max_length=16384), folder / "answers.jsonl", 8)
         measure_suite(plan, model, run, limit=limit, seed=0, tell=lambda name: None)
         run.finish()
     return read_run(folder)[0]
