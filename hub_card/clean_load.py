@@ -6,6 +6,7 @@ nothing of `jai`, so that only the code that lies in the folder can be what load
 other way round: the installed package loads the weights, and no code in the folder is run.
 """
 
+import gc
 import hashlib
 import importlib.abc
 import json
@@ -191,4 +192,5 @@ def main(argument: str) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # half a million objects are imported, and then used once: 4.0 s of processor time instead of 4.6
     main(sys.argv[1])

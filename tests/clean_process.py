@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`clean_process.py OUT STEP FOLDER …`: what test_remote_code.py runs where `jai` cannot be imported."""
 
+import gc
 import json
 import sys
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+
+gc.disable()  # imports take a seventh less
 
 
 class NoJai(MetaPathFinder):
