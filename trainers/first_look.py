@@ -11,7 +11,6 @@ from pathlib import Path
 from jai.errors import UserError
 from jai.files import read_json
 from jai.hub import local_folder
-from jai.pretraining.shards import PackedCorpus
 from jai.tokenization.loading import tokenizer_folder
 from jai.trainers.config_file import read_config_file
 
@@ -44,6 +43,8 @@ def look_at_arguments(argv: Sequence[str], *, reads_packed_text: bool = False) -
         packed = given.get("packed")
         if not packed:
             raise UserError("No text is given. Set `packed` to a folder that `jai pack` wrote.")
+        from jai.pretraining.shards import PackedCorpus  # imports numpy, which no help should take
+
         PackedCorpus.open(str(packed))
     elif isinstance(data, str | None) and "datasets" not in given:
         check_data_name(data)
