@@ -22,7 +22,7 @@ from jai.files import read_json
 from jai.hub_card.contents import size_text
 from jai.hub_card.evaluation import TOKENS_PER_CHARACTER, Evaluation, Score, read_evaluation
 from jai.hub_card.readme import mark_generated
-from jai.hub_card.weights import read_number, read_tensors
+from jai.hub_card.weights import has_untied_head, read_number, read_tensors
 from jai.provenance import Input, Step, chain, read_step, redact
 from jai.reports import BlockCopy, ReportTable, layer_plan_svg, markdown_text, router_load_svg
 
@@ -63,6 +63,8 @@ def card_files(folder: str | os.PathLike, repo_id: str | None = None) -> dict[st
     folder = Path(folder)
     config = load_jai_config(folder)
     tensors = read_tensors(folder)
+    if config.tie_word_embeddings and has_untied_head(folder, tensors):
+        config.tie_word_embeddings = False  # so that both are counted
     evaluation = read_evaluation(folder)
     last = read_step(folder)
     steps = chain(last)

@@ -12,9 +12,13 @@ import pytest
 from huggingface_hub import ModelCard, constants, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from jai.conversion.names import EMBEDDINGS, LM_HEAD
 from jai.errors import UserError
 from jai.hub_card.card import card_files
+from jai.hub_card.check import check_checkpoint
 from jai.hub_card.evaluation import EVALUATION_FILE, Evaluation, Score, read_evaluation, write_evaluation
 from jai.provenance import PROVENANCE_FILE, input_of, write_step
 from loopback_hub import LoopbackHub
@@ -94,6 +98,20 @@ def test_the_hub_reads_the_results_of_the_evaluation(checkpoint, tmp_path, monke
         card.data.pipeline_tag = ["not", "one"]
         with pytest.raises(ValueError, match="pipeline_tag"):
             card.validate()
+
+
+@pytest.mark.parametrize("factor", [None, 1, 2], ids=["no head", "a copy", "a head of its own"])
+def test_parameters_are_those_that_transformers_loads(folder, tiny_model, factor):
+    """A tied configuration does not say whether the weights have a head of their own."""
+    tiny_model(vocab_size=400, tie_word_embeddings=True).save_pretrained(folder)
+    if factor:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[LM_HEAD] = tensors[EMBEDDINGS] * factor
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert f"| parameters | {loaded:,} |" in card_files(folder)["README.md"]
+    if factor == 2:
+        assert check_checkpoint(folder, forward=False).auto_class == "AutoModelForCausalLM"
 
 
 def test_a_quantised_checkpoint_says_so(folder):
