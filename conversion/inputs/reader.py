@@ -28,6 +28,7 @@ UNTIED_NOTE = (
 )
 
 _CHUNK_BYTES = 8_000_000
+_CAST_BYTES = 1_000_000  # chunks of 8 MB and their copies in fp32 made the whole process 27 MB larger
 _LISTED_PROBLEMS = 3
 
 # What wraps a model puts its own name before those of the weights, and saving the wrapper saves it with them.
@@ -172,24 +173,30 @@ class CheckpointReader:
         return Computed(
             size,
             f"{name}[{start}:{'' if stop is None else stop}] as {dtype}".replace("torch.", ""),
-            lambda: self.chunks(name, start, stop),
+            lambda: self.chunks(name, start, stop, _CAST_BYTES),
             ((self.files, copied.file),),
         )
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start:stop` of a tensor, read from the file."""
-        shape, dtype = self.shapes[name], self.dtypes[name]
-        copied = self.copied(name, start, stop)
-        data = bytearray(copied.length)
-        with self.files.path(copied.file).open("rb") as file:
-            file.seek(copied.start)
-            if file.readinto(data) != copied.length:
+        row = self.shapes[name][1:]
+        stop = self.shapes[name][0] if stop is None else stop
+        if not math.prod(row):
+            return torch.empty(stop - start, *row, dtype=self.dtypes[name])
+        return self.values(name, start * math.prod(row), (stop - start) * math.prod(row)).view(-1, *row)
+
+    def values(self, name: str, start: int, count: int) -> torch.Tensor:
+        """`count` values of a tensor from the one numbered `start`, as the file has them one behind the other."""
+        dtype = self.dtypes[name]
+        file_name, offset = self._places[name]
+        data = bytearray(count * dtype.itemsize)
+        with self.files.path(file_name).open("rb") as file:
+            file.seek(offset + start * dtype.itemsize)
+            if file.readinto(data) != len(data):
                 raise UnfinishableError(
-                    f"{self.files.path(copied.file)} is shorter than it was. Fetch it and start again."
+                    f"{self.files.path(file_name)} is shorter than it was. Fetch it and start again."
                 )
-        if not data:
-            return torch.empty(0, *shape[1:], dtype=dtype)
-        return torch.frombuffer(data, dtype=dtype).view(-1, *shape[1:])
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
     def chunks(
         self, name: str, start: int = 0, stop: int | None = None, chunk_bytes: int = _CHUNK_BYTES
@@ -199,11 +206,18 @@ class CheckpointReader:
         A single row is never cut, so a chunk may be larger than `chunk_bytes` where rows are. The cuts depend on the
         tensor alone, never on where a run was resumed.
         """
+        for first, end in self.chunk_rows(name, start, stop, chunk_bytes):
+            yield self.rows(name, first, end)
+
+    def chunk_rows(
+        self, name: str, start: int = 0, stop: int | None = None, chunk_bytes: int = _CHUNK_BYTES
+    ) -> Iterator[tuple[int, int]]:
+        """For each of `chunks`, its first row and the row behind its last."""
         shape = self.shapes[name]
         stop = shape[0] if stop is None else stop
         step = max(1, chunk_bytes // max(1, math.prod(shape[1:]) * self.dtypes[name].itemsize))
         for at in range(start, stop, step):
-            yield self.rows(name, at, min(at + step, stop))
+            yield at, min(at + step, stop)
 
     def same_values(self, first: str, second: str) -> bool:
         """Whether two tensors have the same shape and values, whatever their dtypes."""

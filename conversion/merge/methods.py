@@ -19,6 +19,7 @@ Passes = Callable[[], Iterable[list[torch.Tensor]]]
 
 PARALLEL = 0.9995  # cosine beyond which slerp is lerp: sin(angle) is too small to divide by
 _HIGH_BINS, _LOW_BITS = 1 << 16, 15  # of the 31 bits of a magnitude in fp32
+_COUNTED = 1 << 16  # at a time: bincount makes 64-bit numbers of them, 20 MB of a process with whole chunks
 
 
 def linear(passes: Passes, weights: Sequence[float]) -> Iterator[torch.Tensor]:
@@ -180,13 +181,14 @@ def _trim_thresholds(passes: Passes, models: int, density: float) -> list[float]
     for base, *values in passes():
         count += base.numel()
         for value, bins in zip(values, high):
-            bins += torch.bincount(_size_bits(value, base) >> _LOW_BITS, minlength=_HIGH_BINS)
+            for bits in _size_bits(value, base).split(_COUNTED):
+                bins += torch.bincount(bits >> _LOW_BITS, minlength=_HIGH_BINS)
     found = [_bin_of(bins, max(1, round(density * count))) for bins in high]
     for base, *values in passes():
         for value, bins, (high_bits, _) in zip(values, low, found):
-            bits = _size_bits(value, base)
-            inside = bits[bits >> _LOW_BITS == high_bits] & ((1 << _LOW_BITS) - 1)
-            bins += torch.bincount(inside, minlength=1 << _LOW_BITS)
+            for bits in _size_bits(value, base).split(_COUNTED):
+                inside = bits[bits >> _LOW_BITS == high_bits] & ((1 << _LOW_BITS) - 1)
+                bins += torch.bincount(inside, minlength=1 << _LOW_BITS)
     bits_of = [(high_bits << _LOW_BITS) + _bin_of(bins, left)[0] for bins, (high_bits, left) in zip(low, found)]
     return torch.tensor(bits_of, dtype=torch.int32).view(torch.float32).tolist()
 

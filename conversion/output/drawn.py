@@ -65,20 +65,20 @@ def with_noise(
     reader: CheckpointReader, source: str, name: str, relative_std: float, seed: int, dtype: torch.dtype
 ) -> Computed:
     """A source tensor plus normal noise, whose standard deviation is `relative_std` times that of the tensor."""
-    count = math.prod(reader.shapes[source])
+    count, row = math.prod(reader.shapes[source]), math.prod(reader.shapes[source][1:])
 
     def make() -> Iterator[torch.Tensor]:
         total = squares = 0.0
-        for chunk in reader.chunks(source):
-            for piece in chunk.flatten().split(_PIECE):
-                values = piece.double()
+        for first, end in reader.chunk_rows(source):
+            for at in range(first * row, end * row, _PIECE):
+                values = reader.values(source, at, min(_PIECE, end * row - at)).double()
                 total += values.sum().item()
                 squares += values.square_().sum().item()
         std = relative_std * math.sqrt(max(squares - total * total / count, 0.0) / max(count - 1, 1))
-        for number, chunk in enumerate(reader.chunks(source)):
-            values, at = chunk.flatten(), 0
-            for noise in normal_pieces(f"{name}[{number}]", chunk.numel(), seed):
-                yield noise.mul_(std).add_(values[at : at + len(noise)])
+        for number, (first, end) in enumerate(reader.chunk_rows(source)):
+            at = first * row
+            for noise in normal_pieces(f"{name}[{number}]", (end - first) * row, seed):
+                yield noise.mul_(std).add_(reader.values(source, at, len(noise)))
                 at += len(noise)
 
     formula = f"{source} + noise({name}, relative std {relative_std:g}, seed {seed})"
