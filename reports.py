@@ -4,6 +4,7 @@
 The SVG figures need nothing but a browser, so a model card has them without matplotlib.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ GREY = "#8b96a3"
 SERIES = (BLUE, ORANGE, "#3a8f5c", "#8a5ab0", "#b8476b", "#3d9fb3", "#a58b2a", "#5b4a3f")
 _ONCE, _REPEATED = "#dbe6f3", "#f8e3d0"  # a block that is there once, a copy of one that is repeated
 _THAI_FONTS = ("Noto Sans Thai", "Sarabun", "Thonburi", "Leelawadee UI", "Tahoma")
+
+
+_NAMED_LINES = 11  # of a chart: what fits beside it
 
 
 def series_color(number: int) -> str:
@@ -211,6 +215,45 @@ def router_load_svg(load: Mapping[str, Sequence[Sequence[float]]]) -> str:
         parts.append(_text(left - 10, top + 12, "layer", 10, MUTED, anchor="end"))
         top += 30
     return _document(top, "Share of choices that each expert gets, in percent", parts)
+
+
+def line_chart_svg(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Lines over steps, each named, with the smallest and the largest value at the left.
+
+    Args:
+        title: what is drawn.
+        series: points (step, value) by name; at least one point in all. Values that are not finite are left out.
+    """
+    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    xs = [x for points in finite.values() for x, _ in points]
+    ys = [y for points in finite.values() for _, y in points]
+    left, top, height, legend = 84.0, 34.0, 180.0, 210.0
+    width = _WIDTH - left - legend
+    low, high = min(ys), max(ys)
+    wide, tall = max(xs) - min(xs) or 1, high - low or 1
+    parts = [_text(left, 20, title, 13, INK, anchor="start", weight=600)]
+    for y, value in ((top + height, low), (top, high)):
+        parts.append(f'<line x1="{left}" y1="{y}" x2="{left + width}" y2="{y}" stroke="{RULE}"/>')
+        parts.append(_text(left - 8, y + 4, f"{value:.4g}", 11, MUTED, anchor="end"))
+    for x, step in ((left, min(xs)), (left + width, max(xs))):
+        parts.append(_text(x, top + height + 18, f"{step:,.0f}", 11, MUTED))
+    for number, (name, points) in enumerate(finite.items()):
+        places = [(left + (x - min(xs)) / wide * width, top + (high - y) / tall * height) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        color = series_color(number)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"><title>{escape(name)}</title>'
+            "</polyline>"
+        )
+        if len(places) == 1:
+            parts.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="2.5" fill="{color}"/>')
+        if number < _NAMED_LINES:
+            last = f"{name}: {points[-1][1]:.4g}" if points else f"{name}: no number"
+            parts.append(_text(left + width + 12, top + 12 + 16 * number, last, 11, color, anchor="start"))
+    if len(finite) > _NAMED_LINES:
+        more = f"and {len(finite) - _NAMED_LINES} more"
+        parts.append(_text(left + width + 12, top + 12 + 16 * _NAMED_LINES, more, 11, MUTED, anchor="start"))
+    return _document(top + height + 34, title, parts)
 
 
 def _text(

@@ -7,8 +7,9 @@ which takes seconds.
 
 import typer
 
-from jai.cli.verb import PASS_THROUGH
+from jai.cli.verb import PASS_THROUGH, verb
 from jai.trainers.first_look import look_at_arguments
+from jai.trainers.run_report_options import RunReportOptions
 
 app = typer.Typer()
 
@@ -77,3 +78,14 @@ def grpo(context: typer.Context) -> None:
     from jai.trainers.grpo import main as run
 
     run(context.args)
+
+
+@verb(app, RunReportOptions, name="report", config=None)
+def report(options: RunReportOptions) -> None:
+    """Draw one page of a training run, with alarms.
+
+    Alarms are for a run that turns unstable, a router that starves an expert, and an old language that does not come
+    back. The run may still be going on."""
+    from jai.trainers.run_report import report_run
+
+    report_run(options)

@@ -63,7 +63,7 @@ def add_second_token_layer(model: PreTrainedModel, seed: int, eos_token_id: int)
     reference = decoder.layers[0]  # a plain one: the first layer adds no anchor
     norm = next(type(module) for name, module in reference.named_modules() if "norm" in name)
     mtp_config = config.get_mtp_config()
-    weight = model.get_input_embeddings().weight
+    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = MtpLayer(mtp_config, type(reference), norm, 0).to(weight.dtype)
