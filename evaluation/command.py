@@ -14,6 +14,7 @@ from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.measure import SuitePlan, measure_suite, plan_suite
 from jai.evaluation.models import check_chat_template, load_answering_model, revision_of
 from jai.evaluation.options import EvalOptions
+from jai.evaluation.progress import quiet_bars
 from jai.evaluation.results import EvaluationRun, Figure, open_run
 from jai.evaluation.suites import JudgedSuite, Suite
 from jai.evaluation.tasks import TaskLoader
@@ -56,7 +57,7 @@ def evaluate_suites(
         "max_length": options.max_length,
         "seed": options.seed,
     }
-    _quiet_bars()
+    quiet_bars()
     plans = [
         plan_judged(suite, data=options.data, limit=options.limit)
         if isinstance(suite, JudgedSuite)
@@ -96,15 +97,6 @@ class _Models:
             lm = load_answering_model(self._options, chat=chat)
             self._loaded[key] = KeptAnswers(lm, self._folder / ANSWERS_FILE, self._options.batch_size)
         return self._loaded[key]
-
-
-def _quiet_bars() -> None:
-    """There is one bar, ours: `datasets` and `transformers` would show one for each task and each file."""
-    from datasets import disable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bars()
-    disable_progress_bar()
 
 
 def _loader(options: EvalOptions, suite: Suite) -> TaskLoader:

@@ -109,22 +109,24 @@ def _obstacle_notes(comparison: Comparison) -> Iterator[str]:
 
 
 def published_table(comparison: Comparison) -> ReportTable:
-    """The papers' figures that the runs have counterparts of; those of the runs in the papers' units."""
-    header = ["figure", "published for", "published", *(run.name for run in comparison.runs), "source", "judge", "note"]
-    rows = [
-        [
-            f"{row.suite}: {row.name} ({row.metric})",
-            f"{each.model}, {each.name}",
-            f"{each.value:g}",
-            *(_value(figure, each.scale, digits=2) for figure in row.figures),
-            each.source,
-            _judges(each, comparison.runs, row),
-            each.note,
-        ]
-        for row in comparison.rows
-        for each in _published_of(row)
-    ]
-    return ReportTable(header, rows)
+    """The runs' figures in the papers' units, and under each what the papers publish for the same."""
+    rows: list[list[str]] = []
+    for row in comparison.rows:
+        published = _published_of(row)
+        for scale in dict.fromkeys(each.scale for each in published):
+            title = f"{row.suite}: {row.name} ({row.metric})" + (f" × {scale:g}" if scale != 1 else "")
+            ours = [
+                ["", run.name, _value(figure, scale, digits=2), str(run.folder), _judges_of(run, figure), _cut(run)]
+                for run, figure in zip(comparison.runs, row.figures)
+                if figure is not None
+            ]
+            theirs = [
+                ["", f"{each[0].model}, {each[0].name}", f"{each[0].value:g}", _source(each), *_conditions(each[0])]
+                for each in _printed_alike([each for each in published if each.scale == scale])
+            ]
+            ours[0][0] = title
+            rows += ours + theirs
+    return ReportTable(["figure", "model", "value", "source", "judge", "note"], rows)
 
 
 def _published_of(row: ComparedFigure) -> list[PublishedFigure]:
@@ -132,17 +134,31 @@ def _published_of(row: ComparedFigure) -> list[PublishedFigure]:
     return [each for each in published_figures() if each.matches(figure)]
 
 
-def _judges(published: PublishedFigure, runs: Sequence[ComparedRun], row: ComparedFigure) -> str:
-    judges = {
-        record.judge
-        for run, figure in zip(runs, row.figures)
-        if figure is not None
-        for record in run.records(figure).values()
-        if record.judge is not None
-    }
-    if not judges and published.judge is None:
-        return ""
-    return f"{published.judge or 'not named'}; here {', '.join(sorted(judges)) or 'none'}"
+def _printed_alike(published: Sequence[PublishedFigure]) -> list[list[PublishedFigure]]:
+    """A paper's figures of one model; those that several tables repeat are together."""
+    groups: dict[tuple[str, str, str, float], list[PublishedFigure]] = {}
+    for each in published:
+        groups.setdefault((each.paper, each.model, each.name, each.value), []).append(each)
+    return list(groups.values())
+
+
+def _source(alike: Sequence[PublishedFigure]) -> str:
+    tables = ", ".join(each.table for each in alike)
+    return f"{alike[0].paper}, Table{'s' * (len(alike) > 1)} {tables} ({alike[0].date})"
+
+
+def _conditions(published: PublishedFigure) -> tuple[str, str]:
+    return published.judge or "", published.note
+
+
+def _cut(run: ComparedRun) -> str:
+    limit = run.results.conditions.get("limit")
+    return "" if limit is None else f"the first {limit} questions of each task alone"
+
+
+def _judges_of(run: ComparedRun, figure: Figure) -> str:
+    judges = {record.judge for record in run.records(figure).values() if record.judge is not None}
+    return ", ".join(sorted(judges))
 
 
 def print_table(title: str, table: ReportTable, console: "Console") -> None:
@@ -202,7 +218,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         _draw_bars(canvas.add_subplot(columns[0, 0]), comparison)
         if has_radar:
             _draw_radar(canvas.add_subplot(columns[0, 1], projection="polar"), comparison, axes)
-        canvas.savefig(path, format=path.suffix[1:], dpi=150)
+        canvas.savefig(path, format=path.suffix[1:], dpi=150, bbox_inches="tight")
 
 
 def radar_rows(comparison: Comparison) -> list[ComparedFigure]:
@@ -253,6 +269,8 @@ def _draw_radar(axis: Any, comparison: Comparison, rows: Sequence[ComparedFigure
         values = [figure.value / scale for figure, scale in figures if figure]
         axis.plot([*angles, turn], [*values, values[0]], color=series_color(number), label=run.name)
         axis.fill(angles, values, color=series_color(number), alpha=0.1)
-    axis.set_xticks(angles, [_label(row).replace(": ", ":\n", 1) for row in rows])
+    labels = [_label(row).replace(": ", ":\n", 1).replace(", ", ",\n", 1) for row in rows]
+    axis.set_xticks(angles, labels, fontsize=8)
+    axis.tick_params(axis="x", pad=22)
     axis.set_ylim(0, 1)
     axis.set_title("What all runs have")

@@ -30,3 +30,12 @@ def counted_progress(console: "Console | None", what: str, total: int) -> Iterat
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+def quiet_bars() -> None:
+    """There is one bar, ours: `datasets` and `transformers` would show one for each task and each file."""
+    from datasets import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bars()
+    disable_progress_bar()

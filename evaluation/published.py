@@ -51,11 +51,6 @@ class PublishedFigure:
             and self.metric in (None, figure.metric)
         )
 
-    @property
-    def source(self) -> str:
-        """Paper and table, for people."""
-        return f"{self.paper}, Table {self.table} ({self.date})"
-
 
 @cache
 def published_figures() -> tuple[PublishedFigure, ...]:

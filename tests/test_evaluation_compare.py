@@ -173,11 +173,26 @@ def test_tables_pictures_and_the_papers_figures(tmp_path, capsys, monkeypatch):
 
 def test_judged_figures_are_shown_in_the_papers_unit_with_both_judges(tmp_path):
     run = make_run(tmp_path / "a", [7.0, 7.0, 8.0, 8.0], suite="mt-bench-th", figure="all turns", judge="gpt-5")
+    cut = make_run(tmp_path / "b", [7.0], suite="mt-bench-th", figure="all turns", conditions={"limit": 1})
+    assert published_table(compare_runs([cut])).rows[0][-1] == "the first 1 questions of each task alone"
     table = published_table(compare_runs([run]))
-    rows = {(row[1], row[4]): row for row in table.rows}
-    assert rows["Typhoon2-70B, MT-Bench TH", "JAI-1, Table 13 (2025-10)"][2:4] == ["73.6", "75.00 [70.00–80.00] n=4"]
-    merged = rows["Merged, MT-Bench-TH", "JAI-1, Table 11 (2025-10)"]
-    assert merged[2:] == ["7.33", "7.50 [7.00–8.00] n=4", merged[4], "GPT-4o-2024-08-06; here gpt-5", ""]
+    as_printed, tens = (
+        [row for row in table.rows if row[0] == f"mt-bench-th: all turns (acc){scale}"] for scale in ("", " × 10")
+    )
+    assert as_printed == [["mt-bench-th: all turns (acc)", "model", "7.50 [7.00–8.00] n=4", str(run), "gpt-5", ""]]
+    assert tens[0][2] == "75.00 [70.00–80.00] n=4"
+    published = {(row[1], row[3]): row for row in table.rows}
+    judge = "GPT-4o-2024-08-06"
+    assert published["Merged, MT-Bench-TH", "JAI-1, Table 11 (2025-10)"][2:] == [
+        "7.33",
+        "JAI-1, Table 11 (2025-10)",
+        judge,
+        "",
+    ]
+    assert published["Typhoon2-70B, MT-Bench TH", "JAI-1, Table 13 (2025-10)"][2:5:2] == ["73.6", judge]
+    # What several tables of a paper repeat is one row; the order is that of the scales.
+    assert ("Deepseek R1 70B, MT-Bench TH", "Typhoon2-R1, Tables 1, 3, 10, 11 (2025-02)") in published
+    assert table.rows.index(tens[0]) > table.rows.index(as_printed[0])
 
 
 def test_the_radar_has_what_all_runs_have_and_more_is_better(tmp_path):
@@ -198,7 +213,7 @@ def test_the_radar_has_what_all_runs_have_and_more_is_better(tmp_path):
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG")
         sizes.append(int.from_bytes(data[16:20]))
-    assert sizes == [8 * 150, 14 * 150]  # a radar stands beside the bars where there are three axes
+    assert sizes[1] > 1.4 * sizes[0]  # a radar stands beside the bars where there are three axes
 
 
 # --- What the papers publish ---
