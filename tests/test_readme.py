@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from jai.cli.app import app
 from jai.cli.verb import VERBS
@@ -15,14 +15,22 @@ from jai.options import options_of
 from jai.trainers import pretrain
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
 from jai.trainers.data_arguments import DataArguments
+from jai.trainers.grpo import JaiGRPOConfig
+from jai.trainers.reward import JaiRewardConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SFT_AND_DPO = {
+OF_TRL = {
     verb: (ScriptArguments, config, ModelConfig, JaiTrainingArguments, DataArguments)
-    for verb, config in {"sft": SFTConfig, "dpo": DPOConfig}.items()
+    for verb, config in {
+        "sft": SFTConfig,
+        "dpo": DPOConfig,
+        "kto": KTOConfig,
+        "reward": JaiRewardConfig,
+        "grpo": JaiGRPOConfig,
+    }.items()
 }
-TRAINING = {"pretrain": pretrain.OPTIONS, **SFT_AND_DPO}  # their options are TRL's and transformers'
+TRAINING = {"pretrain": pretrain.OPTIONS, **OF_TRL}  # their options are TRL's and transformers'
 OTHERS = ("serve",)  # its options are transformers'
 
 

@@ -250,6 +250,8 @@ def test_long_pairs_are_counted_and_no_calibration_is_said(checkpoint, tmp_path,
     assert "No calibration was written" in printed
     assert f"jai score ANSWERS.jsonl OUT --model {out}" in printed
     assert read_calibration(out) is None
+    with pytest.raises(UserError, match="a reward model lacks"):
+        reward.main(arguments(checkpoint, data, "other", linear_cross_entropy=True))
 
 
 # --- Calibration

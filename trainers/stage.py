@@ -105,6 +105,10 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     data = load_training_data(arguments, stage.dataset_types)
     prepare_chat(base, data, arguments.training)
     if stage.auto_class is AutoModelForSequenceClassification:
+        if arguments.jai.linear_cross_entropy:
+            raise UserError(
+                "`linear_cross_entropy` is about the head for words, which a reward model lacks. Leave it out."
+            )
         base.config.num_labels = 1
         if arguments.model.use_peft:
             arguments.model.lora_task_type = "SEQ_CLS"
