@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import (
@@ -170,7 +172,7 @@ def test_trls_own_reward_trainer_gives_the_same_losses(checkpoint, pairs, pair_r
     assert torch.equal(model.score.weight, trainer.model.score.weight)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_auxiliary_loss_is_added(checkpoint, pairs, pair_rows, gradient_checkpointing):
     options = {"learning_rate": 0, "max_steps": 1, "per_device_train_batch_size": 24}
     options |= {"gradient_checkpointing": gradient_checkpointing}
@@ -433,7 +435,12 @@ def by_length(completions: list[Any], **_: Any) -> list[float]:
 
 
 def build_grpo(
-    checkpoint: Path, rows: list[dict[str, Any]], out: str, reward_func: Any = by_length, **options: Any
+    checkpoint: Path,
+    rows: list[dict[str, Any]],
+    out: str,
+    reward_func: Any = by_length,
+    peft_config: LoraConfig | None = None,
+    **options: Any,
 ) -> JaiGRPOTrainer:
     args = JaiGRPOConfig(
         output_dir=out, **{**TRLS, "num_generations": 4, "max_completion_length": 8, "rewards": ["think"], **options}
@@ -444,6 +451,7 @@ def build_grpo(
         train_dataset=Dataset.from_list([{"prompt": turn("user", row["question"])} for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
         reward_funcs=[reward_func],
+        peft_config=peft_config,
     )
 
 
@@ -488,19 +496,46 @@ def test_in_training_the_experts_are_those_of_the_rollout(checkpoint, prompt_row
     assert all(0.2 < share < 1 for share in shares.values())
 
 
-def test_the_old_policy_is_replayed_and_the_reference_is_not(checkpoint, prompt_rows, monkeypatch):
-    trainer = build_grpo(checkpoint, prompt_rows, "out", routing_replay=True, beta=0.1, num_iterations=2, max_steps=1)
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_old_policy_is_replayed_and_the_reference_is_not(checkpoint, prompt_rows, monkeypatch, lora):
+    adapter = LoraConfig(target_modules=["q_proj"]) if lora else None
+    trainer = build_grpo(
+        checkpoint,
+        prompt_rows,
+        "out",
+        peft_config=adapter,
+        routing_replay=True,
+        beta=0.1,
+        num_iterations=2,
+        max_steps=1,
+    )
     followed = []
     compute = GRPOTrainer._get_per_token_logps_and_entropies
 
-    def spy(self, model, *args, **kwargs):
-        followed.append((model is self.ref_model, self._routing._followed_BSLK is not None))
-        return compute(self, model, *args, **kwargs)
+    def spy(self, *args, **kwargs):
+        followed.append(self._routing._followed_BSLK is not None)
+        return compute(self, *args, **kwargs)
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
     trainer.train()
-    assert followed == [(False, True), (True, False), (False, True)]  # old, reference, training
+    assert followed == [True, False, True]  # the old policy, the reference, training
     assert trainer._routing._followed_BSLK is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["grpo", "reward"])
+def test_resuming_continues_the_same_run(checkpoint, prompts, pairs, verb):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    data, main = (prompts, grpo.main) if verb == "grpo" else (pairs, reward.main)
+    if verb == "grpo":
+        options = grpo_options(routing_replay=True, **options)
+    whole = main(arguments(checkpoint, data, "whole", **options))
+    Path("resumed").mkdir()
+    shutil.copytree(whole / "checkpoint-2", "resumed/checkpoint-2")
+    resumed = main(arguments(checkpoint, data, "resumed", resume_from_checkpoint="true", **options))
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_trls_private_methods_are_there():
