@@ -38,6 +38,7 @@ torch.set_num_threads(1)
 LONGEST_FIRST = (
     "test_demo",
     "test_trainers",
+    "test_pretrain",
     "test_publish_ways",
     "test_kernels_experts",
     "test_publish",

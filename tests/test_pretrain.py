@@ -6,13 +6,13 @@ import math
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -352,9 +352,7 @@ def start(options: dict[str, Any], processes: int = 1) -> subprocess.Popen:
         launcher += ["--main_process_port", "0"]
     command = [sys.executable, *launcher, "-m", "jai.trainers.pretrain", *command_line(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -368,7 +366,9 @@ def kill_after(process: subprocess.Popen, checkpoint: Path) -> None:
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun gives its processes sessions of their own, so that the group is not all.
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
     process.communicate()
 
 

@@ -130,6 +130,8 @@ def run_pretrain(
         say_what_is_next(out, "pretrain", arguments, base, console)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=corpus.folder.name)
+    if hasattr(trainer, "end"):  # transformers 5.18 and later
+        trainer.end()
     return out
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import MtpLayer
 from trl.trainer.utils import FusedCausalLMOutput
 
 IGNORED = -100
@@ -57,6 +56,8 @@ def add_second_token_layer(model: PreTrainedModel, seed: int, eos_token_id: int)
 
     Call it after TRL's `add_fused_lm_head`. The layer's weights are drawn as the model's are, from the seed alone.
     """
+    from transformers.modeling_layers import MtpLayer  # not in the oldest transformers that this package takes
+
     config = model.config
     config.num_mtp_layers = 1
     decoder = cast(Any, model.get_decoder())
