@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evaluation.app, name="eval")
-for group in (conversion, packing, training, use, hub, preferences):
+for group in (conversion, packing, training, preferences, use, hub):
     app.add_typer(group.app)
 
 

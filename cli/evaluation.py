@@ -64,9 +64,10 @@ def compare(options: CompareOptions) -> None:
 
 @verb(app, ContaminationOptions, group=("eval",))
 def contamination(options: ContaminationOptions) -> None:
-    """Find the questions of suites in training data, and a run's figures without them.
+    """Find the questions of suites in training data.
 
-    By n-grams, and by Wikipedia article where rows have a title or an address."""
+    Also gives a run's figures without them. By n-grams, and by Wikipedia article where rows have a title or an
+    address."""
     options.check()
     suites = read_suites(options.suite)
     sources = open_sources(options.texts)
@@ -77,7 +78,7 @@ def contamination(options: ContaminationOptions) -> None:
 
 @verb(app, PairwiseOptions, group=("eval",))
 def pairwise(options: PairwiseOptions) -> None:
-    """Compare two models' answers to the same questions, judged in both orders.
+    """Have a judge compare two models' answers, in both orders.
 
     If it is interrupted, the same command goes on."""
     options.check_judge()

@@ -11,9 +11,10 @@ app = typer.Typer()
 
 @verb(app, PairsOptions, config="recipes/pairs.yaml")
 def pairs(options: PairsOptions) -> None:
-    """Make preference pairs: several answers to each prompt, the best of them paired with the worst.
+    """Make preference pairs of a model's own answers.
 
-    If it is interrupted, the same command goes on."""
+    Of several answers to each prompt, the best is paired with the worst. If it is interrupted, the same command
+    goes on."""
     options.check()
     from jai.preferences.command import make_pairs
 
@@ -22,7 +23,7 @@ def pairs(options: PairsOptions) -> None:
 
 @verb(app, ScoreOptions)
 def score(options: ScoreOptions) -> None:
-    """Score conversations with a reward model, and keep those above a probability.
+    """Score conversations with a reward model, and filter them.
 
     If it is interrupted, the same command goes on."""
     options.check()

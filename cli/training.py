@@ -49,7 +49,7 @@ def dpo(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def kto(context: typer.Context) -> None:
-    """Align with single answers that are good or bad, using TRL's KTOTrainer.
+    """Align with good and bad single answers, using TRL's KTOTrainer.
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments(context.args)
@@ -60,9 +60,9 @@ def kto(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def reward(context: typer.Context) -> None:
-    """Train a reward model on preference pairs with TRL's RewardTrainer, and calibrate it.
+    """Train a reward model on preference pairs, and calibrate it.
 
-    Give --config FILE, then any of TRL's options."""
+    With TRL's RewardTrainer. Give --config FILE, then any of TRL's options."""
     look_at_arguments(context.args)
     from jai.trainers.reward import main as run
 
@@ -71,7 +71,7 @@ def reward(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def grpo(context: typer.Context) -> None:
-    """Reinforce answers that can be verified, using TRL's GRPOTrainer.
+    """Reinforce verifiable answers, using TRL's GRPOTrainer.
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments(context.args)

@@ -37,7 +37,7 @@ def test_help_names_every_verb(jai):
     assert all(verb in out for verb in VERBS)
 
 
-@pytest.mark.parametrize("group", [(), ("tokenizer",)], ids=str)
+@pytest.mark.parametrize("group", [(), ("tokenizer",), ("eval",)], ids=str)
 def test_help_shows_what_each_verb_does_in_one_whole_sentence(jai, monkeypatch, group):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = jai(*group, "--help")

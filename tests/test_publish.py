@@ -270,7 +270,7 @@ def test_the_card_says_what_the_records_say(checkpoint, api):
     for part in (
         f"| parameters | {parameters:,} |",
         "| layers | 4, made from 3 of the base |",
-        "| 1 | 2 of 2 | 2 | 1 | 0.25 |",  # the trained alpha, not the configuration's 0.3
+        "| 2 | 2 of 2 | 2 | 1 | 0.25 |",  # the trained alpha, not the configuration's 0.3
         f"### 1. Conversion\n\nFrom base [{BASE}](https://huggingface.co/{BASE}).",
         f"| [{BASE}](https://huggingface.co/{BASE}) | config.json | `{'ab' * 32}` |",
         "| duplicate_init | identity |",
