@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,10 @@ def _vllm(options: EvalOptions, folder: Path) -> LM:
 
 
 def _server(options: EvalOptions, *, chat: bool) -> LM:
-    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+    from jai.evaluation.served_models import ServedChat, ServedCompletions  # brings aiohttp and requests
 
+    # Of several requests that fail, the first ends the run; asyncio would print the traceback of each other one.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     shared: dict[str, Any] = {
         "model": options.model,
         "num_concurrent": options.batch_size,
@@ -112,10 +115,10 @@ def _server(options: EvalOptions, *, chat: bool) -> LM:
     }
     address = str(options.base_url).rstrip("/")
     if chat:
-        return LocalChatCompletion(base_url=f"{address}/chat/completions", **shared)
+        return ServedChat(base_url=f"{address}/chat/completions", **shared)
     if options.tokenizer is None:
         raise UserError("Log-likelihoods from a server need --tokenizer, with which the questions are cut into tokens.")
-    return LocalCompletionsAPI(
+    return ServedCompletions(
         base_url=f"{address}/completions",
         tokenizer=str(local_folder(options.tokenizer)),
         tokenizer_backend="huggingface",

@@ -524,7 +524,9 @@ class TestCommand:
         code, _, err = self.run(monkeypatch, capsys, *common, "--sample-bytes", "lots")
         assert (code, err.count("\n")) == (1, 1)
         assert err.startswith("Error: sample_bytes is 'lots'; expected a size")
-        assert self.run(monkeypatch, capsys, *common, "--unit", "letter")[0] == 2
+        code, _, err = self.run(monkeypatch, capsys, *common, "--unit", "letter")
+        assert (code, err.count("\n")) == (1, 1)
+        assert err.startswith("Error: unit is 'letter'; expected one of")
         assert not (tmp_path / "out").exists()
 
 
