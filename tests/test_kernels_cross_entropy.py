@@ -693,7 +693,7 @@ def test_models_that_it_cannot_serve_are_refused(tiny_model):
     model.lm_head = torch.nn.Linear(32, 99)
     with pytest.raises(ValueError, match="has a bias"):
         use_linear_cross_entropy(model)
-    with pytest.raises(ValueError, match="adapter on the head"):
+    with pytest.raises(ValueError, match="LoRA on the head"):
         use_linear_cross_entropy(
             get_peft_model(build("llama", tiny_model), LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
         )
