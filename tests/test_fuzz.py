@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,20 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 from jai.cli.app import main
 from jai.cli.verb import VERBS, Verb
 from jai.errors import UserError
+from jai.evaluation.results import Item, mean_figure, open_run
 from jai.files import work_folder
 from jai.options import Option, options_of
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments
 from jai.trainers.data import load_training_data
+from jai.trainers.data_arguments import DataArguments
 from jai.trainers.rows import DatasetType
+from jai.trainers.sft import JaiSFTConfig
 
 SECONDS = float(os.environ.get("JAI_FUZZ_SECONDS", "600"))
 HANG_SECONDS = 60  # an example takes a quarter of a second
 MEMORY = 3 * 2**30  # bytes that may be added to what this process has
 LARGEST_FILE = 2**28
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
 # --- Running jai, and what must hold whatever it was given ---
@@ -229,7 +233,22 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, sentences) -> Path:
     weights = {f"base_model.model.model.layers.0.q_proj.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
     save_file(weights, home / "adapter" / "adapter_model.safetensors")
     (home / "text.txt").write_text("".join(f"{sentence}\n\n" for sentence in sentences * 4), encoding="utf-8")
+    write_rows(home / "chats.jsonl", [{"messages": CHAT}, {"messages": [*CHAT, *CHAT]}])
+    write_rows(home / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
+    corpus = {"sources": [{"name": "t", "text": [str(home / "text.txt")], "language": "th"}]}
+    (home / "corpus.yaml").write_text(yaml.safe_dump(corpus), encoding="utf-8")
+    with open_run(home / "run", model="m", revision="r") as evaluation:
+        evaluation.add([Item("s", "t", str(number), "acc", number % 2) for number in range(4)])
+        evaluation.replace_figures("s", [mean_figure([*evaluation.items.values()], suite="s", name="t", metric="acc")])
+        evaluation.finish()
+    (home / "trained-run").mkdir()
+    history = [{"step": step, "loss": 3.0 - step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in range(3)]
+    (home / "trained-run" / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 2}))
     return home
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -338,6 +357,11 @@ VALID: dict[str, dict[str, Any]] = {
     "tokenizer train": {"text": ["the/text.txt"], "base": "the/base", "out": "OUT", "vocab_size": EXTENDED},
     "tokenizer report": {"tokenizer": ["the/base"], "text": ["the/text.txt"]},
     "generate": {"model": "the/jai", "prompt": "A", "max_new_tokens": 2},
+    "inspect": {"model": "the/jai"},
+    "eval language": {"files": ["the/chats.jsonl"]},
+    "eval compare": {"runs": ["the/run", "the/run"]},
+    "pack": {"out": "OUT", "config": "the/corpus.yaml", "tokenizer": "the/jai"},
+    "report": {"run": "the/trained-run", "out": "OUT"},
 }
 FUZZED = [verb for verb in VERBS if verb.name in VALID]
 
@@ -441,19 +465,37 @@ def fuzz_options(checkpoints: Path, figures: Figures, verb: Verb, seconds: float
     fuzz(lines(verb), lambda line: figures.add(check_line(checkpoints, line)), examples=20, seconds=seconds)
 
 
-TRAINING = {"sft": (ScriptArguments, SFTConfig, ModelConfig, JaiTrainingArguments)}
-TRAINING["dpo"] = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments)
+TRAINING = {
+    verb: (config, data, (ScriptArguments, config, ModelConfig, JaiTrainingArguments, DataArguments))
+    for verb, config, data in (("sft", JaiSFTConfig, "the/chats.jsonl"), ("dpo", DPOConfig, "the/pairs.jsonl"))
+}
+
+
+@st.composite
+def training_values(draw: st.DrawFn, each: Field) -> Any:
+    """A value that an option of a dataclass may have, or anything at all."""
+    if draw(st.integers(0, 2)) == 0:
+        return draw(st.sampled_from((*VALUES, *WORDS, *NUMBERS)))
+    if choices := each.metadata.get("choices"):
+        return draw(st.sampled_from(choices))
+    kind = next((kind for kind in (bool, int, float) if kind.__name__ in re.findall(r"\w+", str(each.type))), str)
+    if kind is bool:
+        return draw(st.booleans())
+    return draw(st.sampled_from({int: (1, 2, 8, 64), float: (1, 0.5, 0.1, 1e-5)}.get(kind, ("no", "steps", "auto"))))
 
 
 @st.composite
 def training_lines(draw: st.DrawFn, verb: str) -> Line:
-    """Options of TRL and JAI without a model, so that none is taken."""
-    known = sorted({option.name for each in TRAINING[verb] for option in fields(each)} - {"model_name_or_path"})
-    names = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True))
-    values = {name: draw(st.sampled_from((*VALUES, *WORDS, *NUMBERS))) for name in names}
+    """Options of TRL and JAI beside those that a run needs; with `preview` it ends before a model is loaded."""
+    _, data, dataclasses = TRAINING[verb]
+    known = {option.name: option for each in dataclasses for option in fields(each)}
+    values: dict[str, Any] = {"model_name_or_path": "the/jai", "dataset_name": data, "output_dir": "OUT", "preview": 1}
+    for name in draw(st.lists(st.sampled_from(sorted(known)), min_size=1, max_size=3, unique=True)):
+        values[name] = draw(training_values(known[name]))
+    values |= {"preview": 1}
     if draw(st.booleans()):
         return Line((verb, "--config", "CONFIG"), yaml.safe_dump(values).encode(errors="surrogatepass"))
-    return Line((verb, *(word for name in names for word in (f"--{name}", shell_word(str(values[name]))))), None)
+    return Line((verb, *(word for name in values for word in (f"--{name}", shell_word(str(values[name]))))), None)
 
 
 @pytest.mark.parametrize("verb", TRAINING)
@@ -476,7 +518,6 @@ def fuzz_training_options(checkpoints: Path, figures: Figures, verb: str, second
         finally:  # transformers' arguments write into it
             os.environ.clear()
             os.environ.update(environment)
-        assert outcome.code == 1 or "--help" in line.words
         figures.add(outcome)
 
     fuzz(training_lines(verb), check, examples=15, seconds=seconds)
@@ -485,7 +526,6 @@ def fuzz_training_options(checkpoints: Path, figures: Figures, verb: str, second
 # --- Text and training data ---
 
 TEXTS = ("text.txt", "text.jsonl", "text.jsonl.gz", "text.parquet")
-CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "messages": [{"messages": CHAT}, {"messages": [{"role": "system", "content": "ก"}, *CHAT]}],
     "tools": [{"messages": CHAT, "tools": "[]", "chat_template_kwargs": {"x": 1}}, {"messages": CHAT, "tools": "[]"}],
