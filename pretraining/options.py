@@ -17,7 +17,7 @@ class PackOptions:
     )
     tokenizer: str | None = option(None, help="Folder or Hub id of the tokenizer.", shown_default="the one in the file")
     workers: int | None = option(
-        None, help="Processes that tokenise.", shown_default="one for each processor", at_least=1
+        None, help="Processes that tokenise.", shown_default="one for each processor", at_least=1, at_most=1024
     )
     # 250 million tokens are 500 MB as uint16, and what an interruption loses at most.
     shard_tokens: int = option(250_000_000, help="Tokens of a shard, one document more or less.", at_least=1)

@@ -477,7 +477,7 @@ def training_values(draw: st.DrawFn, each: Field) -> Any:
     if draw(st.integers(0, 2)) == 0:
         return draw(st.sampled_from((*VALUES, *WORDS, *NUMBERS)))
     if choices := each.metadata.get("choices"):
-        return draw(st.sampled_from(choices))
+        return draw(st.sampled_from([*choices]))
     kind = next((kind for kind in (bool, int, float) if kind.__name__ in re.findall(r"\w+", str(each.type))), str)
     if kind is bool:
         return draw(st.booleans())
@@ -590,11 +590,11 @@ def fuzz_text(checkpoints: Path, texts: Path, figures: Figures, file: str, secon
     fuzz(damages_of(file, (texts / file).read_bytes()), check, examples=15, seconds=seconds)
 
 
-def check_rows(folder: Path, content: bytes, types: tuple[DatasetType, ...]) -> str:
+def check_rows(folder: Path, content: bytes, types: tuple[DatasetType, ...], file: str = "rows.jsonl") -> str:
     """What `jai sft` and `jai dpo` say of rows before they load a model."""
     with tempfile.TemporaryDirectory(dir=folder) as work, pytest.MonkeyPatch.context() as patch, no_hanging():
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(work) / "cache")
-        (path := Path(work) / "rows.jsonl").write_bytes(content)
+        (path := Path(work) / file).write_bytes(content)
         config = DPOConfig if DatasetType.PREFERENCE in types else SFTConfig
         script, training = ScriptArguments(dataset_name=str(path)), config(str(Path(work) / "out"), bf16=False)
         try:
@@ -626,6 +626,29 @@ def fuzz_rows(folder: Path, figures: Figures, form: str, seconds: float | None) 
         figures.add(check_rows(folder, change[1], types))
 
     fuzz(changed_rows(ROWS[form]), check, examples=8, seconds=seconds)
+
+
+def test_damaged_gzipped_rows(tmp_path, figures):
+    fuzz_gzipped_rows(tmp_path, figures, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 600)
+def test_damaged_gzipped_rows_for_minutes(tmp_path, figures):
+    fuzz_gzipped_rows(tmp_path, figures, SECONDS / 40)
+
+
+def fuzz_gzipped_rows(folder: Path, figures: Figures, seconds: float | None) -> None:
+    file, types = "rows.jsonl.gz", (DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS["messages"] * 20).encode()
+    whole = gzip.compress(lines, mtime=0)
+    assert check_rows(folder, whole, types, file) == "ok"
+
+    def check(damage: Damage) -> None:
+        if damage.content is not None:  # what is no file is refused in test_files.py
+            figures.add(check_rows(folder, damage.content, types, file))
+
+    fuzz(damages_of(file, whole), check, examples=15, seconds=seconds)
 
 
 # --- What was found by chance once, each of its kind ---
@@ -675,6 +698,10 @@ def test_what_fuzzing_found_is_refused(checkpoints, name, file, change, message)
             "no script that Unicode",
         ),
         (("generate", "the/jai", "\udcff"), "The prompt is not UTF-8"),
+        (
+            ("pack", "OUT", "--config", "the/corpus.yaml", "--tokenizer", "the/jai", "--workers", "9" * 30),
+            "expected a whole number from 1 up to 1024",
+        ),
     ],
 )
 def test_lines_that_fuzzing_found_are_refused(checkpoints, words, message):
