@@ -160,7 +160,7 @@ def cut_validation(questions: np.ndarray, size: float, seed: int) -> tuple[np.nd
     wanted = round(size * len(questions)) if size < 1 else round(size)
     unique, group_of, counts = np.unique(questions, return_inverse=True, return_counts=True)
     # Multiplied by an odd number and read from the top bits, the hashes have another order for each seed.
-    odd = np.uint64(np.random.default_rng(seed).integers(0, 2**63) * 2 + 1)
+    odd = np.uint64(int(np.random.default_rng(seed).integers(0, 2**63)) * 2 + 1)
     order = np.argsort(unique.astype(np.uint64) * odd, kind="stable")
     # All that fit: a question with many answers may be too much where the next one is not.
     held_out, rows = np.zeros(len(unique), dtype=bool), 0
