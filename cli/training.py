@@ -20,9 +20,9 @@ def pretrain(context: typer.Context) -> None:
 
     Give --config FILE, then any of transformers' options."""
     look_at_arguments(context.args, reads_packed_text=True)
-    from jai.trainers.pretrain import main as run
+    from jai.trainers.pretrain import main
 
-    run(context.args)
+    main(context.args)
 
 
 @app.command(**PASS_THROUGH)
@@ -31,9 +31,9 @@ def sft(context: typer.Context) -> None:
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments(context.args)
-    from jai.trainers.sft import main as run
+    from jai.trainers.sft import main
 
-    run(context.args)
+    main(context.args)
 
 
 @app.command(**PASS_THROUGH)
@@ -42,9 +42,9 @@ def dpo(context: typer.Context) -> None:
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments(context.args)
-    from jai.trainers.dpo import main as run
+    from jai.trainers.dpo import main
 
-    run(context.args)
+    main(context.args)
 
 
 @app.command(**PASS_THROUGH)
@@ -53,9 +53,9 @@ def kto(context: typer.Context) -> None:
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments(context.args)
-    from jai.trainers.kto import main as run
+    from jai.trainers.kto import main
 
-    run(context.args)
+    main(context.args)
 
 
 @app.command(**PASS_THROUGH)
@@ -64,9 +64,9 @@ def reward(context: typer.Context) -> None:
 
     With TRL's RewardTrainer. Give --config FILE, then any of TRL's options."""
     look_at_arguments(context.args)
-    from jai.trainers.reward import main as run
+    from jai.trainers.reward import main
 
-    run(context.args)
+    main(context.args)
 
 
 @app.command(**PASS_THROUGH)
@@ -75,9 +75,9 @@ def grpo(context: typer.Context) -> None:
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments(context.args)
-    from jai.trainers.grpo import main as run
+    from jai.trainers.grpo import main
 
-    run(context.args)
+    main(context.args)
 
 
 @verb(app, RunReportOptions, name="report", config=None)

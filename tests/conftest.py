@@ -253,6 +253,30 @@ def tiny_tokenizer(sentences: tuple[str, ...]) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[..., Path]:
+    """`tiny_checkpoint(folder, seed=0, **config_overrides) -> folder` with a tiny JAI and the tiny tokenizer."""
+
+    def save(folder: Path, seed: int = 0, **overrides) -> Path:
+        ids = {"eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": tiny_tokenizer.pad_token_id}
+        values = {"vocab_size": len(tiny_tokenizer), **ids, **overrides}
+        build_tiny_model(seed, **values).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, with a cache of its own for what `datasets` prepares."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with the real Phi-3 tokenizer and texts; tests that need it are skipped where it is absent."""
     folder = Path(__file__).parents[2] / "shared" / "data"

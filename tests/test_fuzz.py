@@ -33,6 +33,7 @@ from damage import VALUES, Damage, changed_rows, damages, damages_of, hard_linke
 from huggingface_hub import constants
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from json_lines import write_rows
 from pyarrow import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -245,10 +246,6 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, sentences) -> Path:
     history = [{"step": step, "loss": 3.0 - step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in range(3)]
     (home / "trained-run" / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 2}))
     return home
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 @dataclass(frozen=True)

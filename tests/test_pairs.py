@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from json_lines import write_rows
 from rich.console import Console
 
 import jai.recipes
@@ -139,11 +140,6 @@ def test_prompts_have_an_id_each():
 
 
 # --- Pairs from servers ---
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import peft
 import pytest
 import torch
@@ -38,20 +37,14 @@ OLD = sorted(set(range(400)) - set(NEW))
 LATER_COPIES = (1, 3, 4, 6)  # of the plan [2, 3, 2] of single layers
 
 
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+def checkpoint(tmp_path_factory, tiny_checkpoint, tiny_tokenizer) -> Path:
     """A tiny JAI as `jai convert` leaves it: alphas 0, and a record that says which rows are new."""
-    folder = tmp_path_factory.mktemp("made") / "checkpoint"
-    model = tiny_model(vocab_size=len(tiny_tokenizer), skip_alpha=0.0, pad_token_id=tiny_tokenizer.pad_token_id)
     assert len(tiny_tokenizer) == len(NEW) + len(OLD)
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("made") / "checkpoint", skip_alpha=0.0)
     base = input_of("base", "microsoft/Phi-3-mini-4k-instruct", files={}, made_by=None)
     write_step(folder, {"step": "convert", "inputs": [base], "options": {}, "result": {"new_row_ids": NEW_ROWS}})
     return folder

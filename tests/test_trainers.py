@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 from datasets import Dataset
+from json_lines import write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
@@ -45,30 +45,16 @@ SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments,
 DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments, DataArguments)
 
 
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+def checkpoint(tmp_path_factory, tiny_checkpoint) -> Path:
     """A whole tiny JAI with its tokenizer, as `jai convert` leaves it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = tiny_tokenizer
-    model = tiny_model(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     base = input_of("base", "microsoft/Phi-3-mini-4k-instruct", files={}, made_by=None)
     write_step(folder, {"step": "convert", "inputs": [base], "options": {}})
     return folder
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def chat(*turns: str) -> list[dict[str, str]]:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
@@ -18,19 +17,13 @@ from jai.trainers import dpo, sft
 CONTEXT = {"max_position_embeddings": 256, "rope_theta": 1e6}
 
 
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+def checkpoint(tmp_path_factory, tiny_checkpoint) -> Path:
     """Made for 128 tokens, with the base 10,000."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    ids = {"eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": tiny_tokenizer.pad_token_id}
-    tiny_model(vocab_size=len(tiny_tokenizer), **ids).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 128}))
     return folder

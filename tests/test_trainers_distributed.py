@@ -22,11 +22,8 @@ from jai.trainers.monitor import RouterMonitor
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_model(vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def checkpoint(tmp_path_factory, tiny_checkpoint) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -32,21 +31,12 @@ OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments, Dat
 SFT_TYPES = (DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION)
 
 
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = tiny_tokenizer
-    tiny_model(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def checkpoint(tmp_path_factory, tiny_checkpoint) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:

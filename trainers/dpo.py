@@ -8,14 +8,11 @@ accelerate launch -m jai.trainers.dpo --config recipes/dpo.yaml
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments
+from trl import DPOConfig, DPOTrainer
 
-from jai.trainers.arguments import JaiTrainingArguments, StageArguments
-from jai.trainers.data_arguments import DataArguments
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.rows import DatasetType
-from jai.trainers.stage import Stage, run_as_script, run_command, run_stage
+from jai.trainers.stage import Stage, run_as_script, run_command
 
 
 class JaiDPOTrainer(JaiTrainerMixin, DPOTrainer):
@@ -31,42 +28,8 @@ DPO = Stage(
 )
 
 
-def run_dpo(
-    script_args: ScriptArguments,
-    training_args: DPOConfig,
-    model_args: ModelConfig,
-    jai_args: JaiTrainingArguments,
-    data_args: DataArguments | None = None,
-    *,
-    console: Console | None = None,
-) -> Path:
-    """Align a model with preferences: the reference is the model itself as it was before (paper, section 7).
-
-    Args:
-        script_args: TRL's: which data.
-        training_args: TRL's: how to train.
-        model_args: TRL's: which model, its dtype, LoRA.
-        jai_args: ours.
-        data_args: ours, on the data.
-        console: where the plan and the result are printed; None is standard output, on the main process.
-
-    Returns:
-        The output folder: a whole checkpoint with `provenance.json`, or an adapter.
-
-    Raises:
-        UserError: for a model, data or options that cannot be trained with; the message says what to change.
-    """
-    return run_stage(
-        DPO, StageArguments(script_args, training_args, model_args, jai_args, data_args or DataArguments()), console
-    )
-
-
 def main(argv: Sequence[str]) -> Path:
-    """`jai dpo`: parse the options and run.
-
-    Raises:
-        UserError: as `run_dpo`, and for options that cannot be parsed.
-    """
+    """`jai dpo`; returns and raises what `run_command` does."""
     return run_command(DPO, argv)
 
 

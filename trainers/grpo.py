@@ -18,17 +18,16 @@ from peft import PeftModel, get_model_status
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments
+from trl import GRPOConfig, GRPOTrainer
 
 from jai.errors import UserError
-from jai.trainers.arguments import JaiTrainingArguments, StageArguments
+from jai.trainers.arguments import StageArguments
 from jai.trainers.data import TrainingData
-from jai.trainers.data_arguments import DataArguments
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.rewards import REWARD_NAMES, check_reward_columns, reward_functions
 from jai.trainers.routing_replay import RoutingReplay
 from jai.trainers.rows import DatasetType
-from jai.trainers.stage import Stage, run_as_script, run_command, run_stage
+from jai.trainers.stage import Stage, run_as_script, run_command
 
 _EXPERT_IDS = "expert_ids"  # in the trainer's batches, beside TRL's own tensors
 _LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
@@ -284,42 +283,8 @@ GRPO = Stage(
 )
 
 
-def run_grpo(
-    script_args: ScriptArguments,
-    training_args: JaiGRPOConfig,
-    model_args: ModelConfig,
-    jai_args: JaiTrainingArguments,
-    data_args: DataArguments | None = None,
-    *,
-    console: Console | None = None,
-) -> Path:
-    """Reinforce what is rewarded among several answers to each prompt (group relative policy optimisation).
-
-    Args:
-        script_args: TRL's: which prompts.
-        training_args: TRL's and ours: how to train, and for what.
-        model_args: TRL's: which model, its dtype, LoRA.
-        jai_args: ours.
-        data_args: ours, on the data.
-        console: where the plan and the result are printed; None is standard output, on the main process.
-
-    Returns:
-        The output folder: a whole checkpoint with `provenance.json`, or an adapter.
-
-    Raises:
-        UserError: for a model, data or options that cannot be trained with; the message says what to change.
-    """
-    return run_stage(
-        GRPO, StageArguments(script_args, training_args, model_args, jai_args, data_args or DataArguments()), console
-    )
-
-
 def main(argv: Sequence[str]) -> Path:
-    """`jai grpo`: parse the options and run.
-
-    Raises:
-        UserError: as `run_grpo`, and for options that cannot be parsed.
-    """
+    """`jai grpo`; returns and raises what `run_command` does."""
     return run_command(GRPO, argv)
 
 

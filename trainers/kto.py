@@ -29,11 +29,7 @@ KTO = Stage(
 
 
 def main(argv: Sequence[str]) -> Path:
-    """`jai kto`: parse the options and run.
-
-    Raises:
-        UserError: for a model, data or options that cannot be trained with, and for options that cannot be parsed.
-    """
+    """`jai kto`; returns and raises what `run_command` does."""
     return run_command(KTO, argv)
 
 

@@ -19,15 +19,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
+from trl import RewardConfig, RewardTrainer
 
 from jai.preferences.calibration import CALIBRATION_FILE, calibration_error, fit_calibration
-from jai.trainers.arguments import JaiTrainingArguments, StageArguments
 from jai.trainers.data import CATEGORY, LANGUAGE, TrainingData
-from jai.trainers.data_arguments import DataArguments
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.rows import DatasetType
-from jai.trainers.stage import Stage, run_as_script, run_command, run_stage
+from jai.trainers.stage import Stage, run_as_script, run_command
 
 
 @dataclass
@@ -164,42 +162,8 @@ REWARD = Stage(
 )
 
 
-def run_reward(
-    script_args: ScriptArguments,
-    training_args: JaiRewardConfig,
-    model_args: ModelConfig,
-    jai_args: JaiTrainingArguments,
-    data_args: DataArguments | None = None,
-    *,
-    console: Console | None = None,
-) -> Path:
-    """Train a reward model on pairs of a better and a worse answer, and calibrate it on held-out ones.
-
-    Args:
-        script_args: TRL's: which data.
-        training_args: TRL's and ours: how to train.
-        model_args: TRL's: which model, its dtype, LoRA.
-        jai_args: ours.
-        data_args: ours, on the data.
-        console: where the plan and the result are printed; None is standard output, on the main process.
-
-    Returns:
-        The output folder: a sequence classifier with `provenance.json`, or an adapter.
-
-    Raises:
-        UserError: for a model, data or options that cannot be trained with; the message says what to change.
-    """
-    return run_stage(
-        REWARD, StageArguments(script_args, training_args, model_args, jai_args, data_args or DataArguments()), console
-    )
-
-
 def main(argv: Sequence[str]) -> Path:
-    """`jai reward`: parse the options and run.
-
-    Raises:
-        UserError: as `run_reward`, and for options that cannot be parsed.
-    """
+    """`jai reward`; returns and raises what `run_command` does."""
     return run_command(REWARD, argv)
 
 

@@ -9,14 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
-from jai.trainers.arguments import JaiTrainingArguments, StageArguments
-from jai.trainers.data_arguments import DataArguments
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.rows import DatasetType
-from jai.trainers.stage import Stage, run_as_script, run_command, run_stage
+from jai.trainers.stage import Stage, run_as_script, run_command
 
 
 class JaiSFTTrainer(JaiTrainerMixin, SFTTrainer):
@@ -49,42 +46,8 @@ SFT = Stage(
 )
 
 
-def run_sft(
-    script_args: ScriptArguments,
-    training_args: SFTConfig,
-    model_args: ModelConfig,
-    jai_args: JaiTrainingArguments,
-    data_args: DataArguments | None = None,
-    *,
-    console: Console | None = None,
-) -> Path:
-    """Fine-tune a model on conversations, on prompts with completions, or on plain text.
-
-    Args:
-        script_args: TRL's: which data.
-        training_args: TRL's: how to train.
-        model_args: TRL's: which model, its dtype, LoRA.
-        jai_args: ours.
-        data_args: ours, on the data.
-        console: where the plan and the result are printed; None is standard output, on the main process.
-
-    Returns:
-        The output folder: a whole checkpoint with `provenance.json`, or an adapter.
-
-    Raises:
-        UserError: for a model, data or options that cannot be trained with; the message says what to change.
-    """
-    return run_stage(
-        SFT, StageArguments(script_args, training_args, model_args, jai_args, data_args or DataArguments()), console
-    )
-
-
 def main(argv: Sequence[str]) -> Path:
-    """`jai sft`: parse the options and run.
-
-    Raises:
-        UserError: as `run_sft`, and for options that cannot be parsed.
-    """
+    """`jai sft`; returns and raises what `run_command` does."""
     return run_command(SFT, argv)
 
 
