@@ -457,6 +457,8 @@ class TestChat:
         assert listed.startswith("<|system|>\nBe brief.\n\n# Tools")
         assert f"<tools>\n{json.dumps(tool)}\n</tools>" in listed
         assert rest.count("<|system|>") == 0
+        parts = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *chat[1:]]
+        assert spans(parts, tools=[tool]) == (text, trained)
         results = "<|user|>\n<tool_response>\nrain\n</tool_response>\n<tool_response>\nsun\n</tool_response><|end|>\n"
         assert text.count(results) == 1
         # As OpenAI's client has it: arguments are JSON, and a call has no content.
