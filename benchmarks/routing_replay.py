@@ -2,11 +2,10 @@
 """How far training drifts from a rollout in another precision, with routing replay and without.
 
 A small mixture of experts with random weights generates in bfloat16 and learns in float32, by GRPO, to write Thai
-letters.
-For every sampled token, the logarithm of the importance ratio is that of its probability in training over that in the
-rollout's precision with the rollout's experts. Arms share their seeds.
+letters. A sampled token's importance ratio is its probability in training over its probability in the rollout's
+precision with the rollout's experts. Arms share their seeds.
 
-    python benchmarks/routing_replay.py --seeds 0 1 2        # some minutes on a processor
+    python benchmarks/routing_replay.py --steps 25           # some minutes on a processor
 
 One row a seed and arm goes to results/routing_replay.csv.
 """
