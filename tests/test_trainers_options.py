@@ -23,12 +23,14 @@ from jai.trainers.arguments import JaiTrainingArguments, StageArguments, parse_a
 from jai.trainers.base_model import BaseModel
 from jai.trainers.checks import check_options, check_options_with_model
 from jai.trainers.data_arguments import DataArguments
+from jai.trainers.grpo import JaiGRPOConfig
 from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
 from jai.trainers.parts import select_parts
 from jai.trainers.sft import JaiSFTConfig
 
 SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments, DataArguments)
 DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments, DataArguments)
+GRPO_OPTIONS = (ScriptArguments, JaiGRPOConfig, ModelConfig, JaiTrainingArguments, DataArguments)
 
 
 @pytest.fixture(autouse=True)
@@ -228,14 +230,14 @@ def pairs(options: tuple[type, ...]) -> list[tuple[str, object]]:
     return [(name, value) for name in names if name not in process for value in WRONG]
 
 
-@pytest.mark.parametrize("options", [SFT_OPTIONS, DPO_OPTIONS], ids=["sft", "dpo"])
+@pytest.mark.parametrize("options", [SFT_OPTIONS, DPO_OPTIONS, GRPO_OPTIONS], ids=["sft", "dpo", "grpo"])
 def test_no_value_of_any_option_is_a_traceback(options):
     for name, value in random.Random(0).sample(pairs(options), 60):
         check_no_traceback(name, value, options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [SFT_OPTIONS, DPO_OPTIONS], ids=["sft", "dpo"])
+@pytest.mark.parametrize("options", [SFT_OPTIONS, DPO_OPTIONS, GRPO_OPTIONS], ids=["sft", "dpo", "grpo"])
 def test_no_value_of_any_option_is_a_traceback_at_all(options):
     for name, value in pairs(options):
         check_no_traceback(name, value, options)

@@ -42,11 +42,13 @@ from jai.preferences.reward_model import RewardModel
 from jai.preferences.scoring import score_file, scored_conversation
 from jai.provenance import read_step
 from jai.trainers import dpo, grpo, kto, reward
+from jai.trainers.announce import estimate_steps
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.grpo import JaiGRPOConfig, JaiGRPOTrainer, RewardCounts
 from jai.trainers.reward import JaiRewardConfig
 from jai.trainers.rewards import final_answer_reward, language_reward
+from jai.trainers.tokens import TokenCount
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OF_ALL = (ModelConfig, JaiTrainingArguments, DataArguments)
@@ -560,6 +562,13 @@ def test_equal_and_infinite_rewards_are_said_and_harm_nothing(checkpoint, prompt
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
 
 
+def test_the_plan_knows_how_often_answers_are_learnt_from(checkpoint, prompt_rows):
+    options = {"max_steps": -1, "num_train_epochs": 2, "num_iterations": 3, "gradient_accumulation_steps": 2}
+    trainer = build_grpo(checkpoint, prompt_rows, "out", **options)
+    batches = len(trainer.get_train_dataloader())
+    assert estimate_steps(trainer.args, len(prompt_rows), TokenCount(6, False, 60, 0)) == batches // 2 * 2
+
+
 def test_the_system_prompt_comes_first(checkpoint, tmp_path, monkeypatch):
     rows = [{"prompt": "ถาม", "solution": 1}, {"prompt": [*turn("system", "mine"), *turn("user", "ถาม")], "answer": 2}]
     data = write_rows(tmp_path / "prompts.jsonl", rows)
@@ -569,7 +578,8 @@ def test_the_system_prompt_comes_first(checkpoint, tmp_path, monkeypatch):
         lambda names: [lambda prompts, solution, **_: seen.extend(zip(prompts, solution)) or [0.0] * len(prompts)],
     )
     options = grpo_options(system_prompt="ตอบ", rewards=["final_answer"], reward_weights=[1.0])
-    grpo.main(arguments(checkpoint, data, "out", **{**options, "language_column": "language"}))
+    del options["language_column"]
+    grpo.main(arguments(checkpoint, data, "out", **options))
     found = {json.dumps([prompt, solution], ensure_ascii=False) for prompt, solution in seen}
     expected = [
         [[*turn("system", "ตอบ"), *turn("user", "ถาม")], "1"],
@@ -590,10 +600,12 @@ INSTRUCTION = {"prompt": "q", "instruction_id_list": ["no:such"], "kwargs": [{}]
         ({"prompt": "q", "answer": "1"}, {"rewards": ["fame"]}, r"no reward 'fame'; expected one of final_answer"),
         ({"prompt": "q", "answer": "1"}, {"reward_weights": [1, 2]}, r"`reward_weights` has 2 numbers"),
         ({"prompt": "q", "answer": "1"}, {"loss_type": "x"}, r"`loss_type` is 'x'"),
+        ({"prompt": "q", "answer": "1"}, {"num_generations": 0}, r"`num_generations` is 0; expected 2 or more"),
         ({"prompt": "q", "answer": "1"}, {"num_generations": 3}, r"must be divisible by num_generations"),
         ({"prompt": "q", "answer": "1"}, {"routing_replay": True, "use_vllm": True}, "Switch one of them off"),
         ({"prompt": "q", "answer": [1]}, {}, r"its solution is \[1\]"),
         ({"prompt": turn("assistant", "a")}, {}, "ends with an answer"),
+        ({"prompt": turn("assistant", "a") + turn("user", "b")}, {}, "`prompt` has a turn of the assistant at the beg"),
         ({"text": "q"}, {}, r"expected a prompt in `prompt`, `question` or `problem`"),
         ({"prompt": "q", "answer": "1"}, {"temperature": 0}, r"`temperature` is 0.*more than 0"),
         ({"prompt": "q", "answer": "1"}, {"label_smoothing_factor": 0.1}, "is for SFT"),

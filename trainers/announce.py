@@ -33,7 +33,8 @@ def estimate_steps(training_args: StageConfig, rows: int | None, tokens: TokenCo
     if getattr(training_args, "packing", False) and (length := max_length_of(training_args)):
         trained_tokens = (tokens.tokens - tokens.cut) * rows / tokens.rows
         rows = math.ceil(trained_tokens / length)
-    rows *= getattr(training_args, "num_generations", 1)  # GRPO's sequences are its own answers
+    # GRPO's sequences are its own answers, and `num_iterations` is how often it learns from each.
+    rows *= getattr(training_args, "num_generations", 1) * getattr(training_args, "num_iterations", 1)
     batches = math.ceil(rows / (training_args.per_device_train_batch_size * training_args.world_size))
     steps = max(math.ceil(batches / training_args.gradient_accumulation_steps), 1)
     return math.ceil(steps * training_args.num_train_epochs)

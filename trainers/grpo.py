@@ -65,6 +65,8 @@ class JaiGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.num_generations is None or self.num_generations < 2:  # TRL divides by it before it looks at it
+            raise UserError(f"`num_generations` is {self.num_generations}; expected 2 or more answers to compare.")
         super().__post_init__()
         if not self.rewards:
             raise UserError(f"`rewards` is empty. Name some of {', '.join(REWARD_NAMES)}.")
@@ -124,7 +126,7 @@ class JaiGRPOTrainer(JaiTrainerMixin, GRPOTrainer):
     """TRL's GRPOTrainer with rewards by name, counts of what they could not teach, and routing replay.
 
     Of TRL it overrides three methods that are not public: where completions are generated, where they are scored, and
-    where log-probabilities are computed (`tests/test_trainers_grpo.py` names them).
+    where log-probabilities are computed (`tests/test_trainers_rewarded.py` names them).
     """
 
     args: JaiGRPOConfig

@@ -198,6 +198,8 @@ def _read_prompt(row: Mapping[str, Any], form: RowForm) -> Row:
     prompt = _with_system(row, _turns(row, form.column, "user"))
     if prompt[-1]["role"] == "assistant":
         raise RowFault("no question", f"`{form.column}` ends with an answer; expected a turn that is to be answered")
+    with _Column(form.column):
+        check_turns(prompt)
     solution = next((row[column] for column in _SOLUTION_COLUMNS if row.get(column) is not None), None)
     if isinstance(solution, list | dict):
         raise RowFault("solution", f"its solution is {shortened(solution)}; expected a text or a number")
