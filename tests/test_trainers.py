@@ -520,7 +520,9 @@ def test_evaluation_and_its_record(checkpoint, tmp_path, sentences):
 def test_streamed_data(checkpoint, chats, capsys):
     out = sft.main(arguments(checkpoint, chats, "out", dataset_streaming=True, assistant_only_loss=True))
     assert len(log_of(out)) == 2
-    assert "streamed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "streamed" in printed
+    assert "those that no loss is taken on are left out" in printed
 
 
 def test_the_plan_comes_first_and_the_next_commands_last(checkpoint, chats, capsys):

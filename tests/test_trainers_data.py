@@ -304,9 +304,9 @@ def test_changed_files_are_read_again_and_others_are_not(capfd):
     capfd.readouterr()
     assert load(name).rows == 1
     assert "Generating" not in capfd.readouterr().err
-    write("rows.jsonl", CHAT, CHAT)
-    assert load(name).rows == 2
-    assert load(name, data={"language_column": "lang"}).rows == 2
+    write("rows.jsonl", CHAT, {**CHAT, "lang": "th"})
+    assert load(name).train[LANGUAGE][:] == [None, None]
+    assert load(name, data={"language_column": "lang"}).train[LANGUAGE][:] == [None, "th"]
 
 
 # --- forms that are read
@@ -702,8 +702,9 @@ def test_rows_that_do_not_fit_the_template_are_faulty(tiny_tokenizer):
         "rows.jsonl", CHAT, {"messages": [{"role": "robot", "content": "x"}, assistant("b")]}, {"messages": None}
     )
     fault = r"Row 2 of rows.jsonl \(split train\) .* does not fit the chat template: .*'robot'"
-    with pytest.raises(UserError, match=rf"{fault}.* 1 of 3 rows are faulty"):
-        prepared(tiny_tokenizer, name, data={"max_faulty_rows": 1})
+    for limit in (1, 0.5):  # those that were found before count
+        with pytest.raises(UserError, match=rf"{fault}.* 2 of 3 rows are faulty.* `max_faulty_rows` \({limit}\)"):
+            prepared(tiny_tokenizer, name, data={"max_faulty_rows": limit})
     data = prepared(tiny_tokenizer, name, data={"max_faulty_rows": 2})
     assert (data.rows, data.faulty, len(data.notes)) == (1, 2, 2)
 
@@ -726,6 +727,34 @@ def test_what_a_template_would_leave_out_in_silence_is_a_fault(tiny_tokenizer, r
     )
     with pytest.raises(UserError, match=rf"Row 1 of .*it has `{word}`, which the chat template does not know"):
         prepared(tokenizer, name, assistant_only_loss=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "word"),
+    [
+        ({"chosen": [assistant("b", reasoning_content="c")]}, "reasoning_content"),
+        ({"rejected": [assistant("b", tool_calls=[CALL])]}, "tool_calls"),
+        ({"tools": [TOOL]}, "tools"),
+    ],
+)
+def test_what_a_template_would_leave_out_of_pairs_is_a_fault(tiny_tokenizer, row, word):
+    pair = {"prompt": [user("a")], "chosen": [assistant("x")], "rejected": [assistant("y")]}
+    data, config = load(write("rows.jsonl", {**pair, **row}), DPO_TYPES), DPOConfig("out", bf16=False)
+    count_tokens(data, tiny_tokenizer, config)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=rf"Row 1 of .*it has `{word}`, which the chat template does not know"):
+        count_tokens(data, tokenizer, config)
+
+
+def test_both_answers_of_a_pair_are_trained(tiny_tokenizer):
+    earlier = [user("a"), assistant("b", weight=0), user("c")]
+    config = DPOConfig("out", bf16=False)
+    pair = {"prompt": earlier, "chosen": [assistant("x")], "rejected": [assistant("y")]}
+    count_tokens(load(write("rows.jsonl", pair), DPO_TYPES), tiny_tokenizer, config)
+    data = load(write("left_out.jsonl", {**pair, "rejected": [assistant("y", weight=0)]}), DPO_TYPES)
+    with pytest.raises(UserError, match=r"Row 1 of .*an answer is not to be trained \(`weight: 0`\)"):
+        count_tokens(data, tiny_tokenizer, config)
 
 
 def test_single_answers_are_counted(tiny_tokenizer):

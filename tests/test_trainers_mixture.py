@@ -209,6 +209,7 @@ def test_fractions_of_sources_and_rows(tiny_tokenizer):
         ({"datasets": [{"category": "a"}]}, "has no `path`"),
         ({"datasets": [{"path": 5}]}, "`path` in `datasets` is 5; expected text"),
         ({"datasets": [{"path": "a", "language": False}]}, "`language` in `datasets` is False; expected text"),
+        ({"datasets": [{"path": "a", "score_column": 5}]}, "`score_column` in `datasets` is 5; expected text"),
         ({"datasets": [{"path": "a", "rows": 0}]}, "`rows` in `datasets` is 0"),
         ({"datasets": [{"path": "a", "fraction": 1}, {"path": "b"}]}, "`fraction` must be set for all"),
         ({"shares": {"a": 1}}, "`shares` are of categories"),
@@ -258,6 +259,11 @@ def test_rows_that_are_too_long_are_left_out_on_demand(tiny_tokenizer):
     result = prepared(tiny_tokenizer, name, training={"max_length": 40}, drop_truncated=True)
     assert questions(result.train) == ["a"]
     assert "they have more than 40 tokens (row 2 of rows.jsonl)" in result.notes[0]
+    split = {"max_length": 40, "packing": True, "packing_strategy": "bfd_split"}
+    for options, why in ((split, "packing goes on"), ({"max_length": None}, "`max_length` is null")):
+        result = prepared(tiny_tokenizer, name, training=options, drop_truncated=True)
+        assert (result.rows, len(result.notes)) == (2, 1)
+        assert result.notes[0].startswith(f"`drop_truncated` leaves nothing out: no row is cut off, for {why}")
     ends = {"max_length": 20, "assistant_only_loss": True, "truncation_mode": "keep_end"}
     assert prepared(tiny_tokenizer, write("asked.jsonl", [chat("a " * 100, "yes")]), training=ends).rows == 1
     with pytest.raises(UserError, match="nothing that the loss is taken on lies in their first 4 tokens"):
@@ -322,6 +328,10 @@ def test_what_cannot_be_had_of_pairs_or_twice_is_refused(tiny_tokenizer):
         prepared(tiny_tokenizer, pairs, types=types, drop_truncated=True)
     with pytest.raises(UserError, match="`shares_of: tokens` is for SFT"):
         prepared(tiny_tokenizer, pairs, types=types, category_column="kind", shares={"d": 1}, shares_of="tokens")
+    with pytest.raises(UserError, match=r"`category_column` is kin, which no row of pairs\.jsonl has"):
+        prepared(tiny_tokenizer, pairs, types=types, category_column="kin")
+    with pytest.raises(UserError, match="`test_split_size` is set, and `eval_strategy` is no"):
+        prepared(tiny_tokenizer, pairs, types=types, test_split_size=0.5)
     with pytest.raises(UserError, match="Both `dataset_name` and `datasets` are given"):
         prepared(tiny_tokenizer, pairs, datasets=[{"path": pairs}])
     with pytest.raises(UserError, match="`eval_strategy` is on, and there are several `datasets`"):
@@ -334,6 +344,19 @@ def test_rows_that_are_trained_and_evaluated_on_are_said(tiny_tokenizer):
     write("data/test.jsonl", [chat("a", "b"), chat("e", "f")])
     notes = prepared(tiny_tokenizer, "data", training={"eval_strategy": "epoch"}).notes
     assert notes == ["1 of 2 rows to evaluate on are among those to train on."]
+
+
+def test_rows_to_evaluate_on_without_a_loss_are_said(tiny_tokenizer):
+    Path("data").mkdir()
+    write("data/train.jsonl", [chat("a", "b")])
+    write("data/test.jsonl", [chat("c", "d"), chat("e " * 100, "f"), chat("g " * 100, "h")])
+    options = {"eval_strategy": "epoch", "max_length": 20, "assistant_only_loss": True}
+    result = prepared(tiny_tokenizer, "data", training=options)
+    assert questions(result.evaluation) == ["c"]
+    assert result.notes == ["Left out 2 of 3 rows to evaluate on: no loss is taken on what is left of them."]
+    write("data/test.jsonl", [chat("e " * 100, "f")])
+    with pytest.raises(UserError, match="None of the rows to evaluate on in data"):
+        prepared(tiny_tokenizer, "data", training=options)
 
 
 # --- the loss of each category
@@ -447,6 +470,13 @@ def test_wrapped_packing_tells_no_categories_apart_and_says_so(tiny_tokenizer, g
     assert data.notes == ["No loss by category and language is logged: `wrapped` packing hides where documents end."]
     assert not GroupLosses.can_tell(data, SFTConfig("out", bf16=False, **options))
     assert GroupLosses.can_tell(data, SFTConfig("out", bf16=False, packing=True))
+
+
+def test_trainers_of_preferences_tell_no_categories_apart_and_say_so(tiny_tokenizer):
+    name = write("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", "kind": "d"}])
+    result = prepared(tiny_tokenizer, name, types=(DatasetType.PREFERENCE,), category_column="kind")
+    assert result.notes == ["No figures by category and language are logged: TRL's trainer keeps no such columns."]
+    assert not prepared(tiny_tokenizer, name, types=(DatasetType.PREFERENCE,)).notes
 
 
 # --- the preview

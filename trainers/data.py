@@ -166,6 +166,8 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
     streaming = script.dataset_streaming
     if streaming and (names := _options_of_whole_data(arguments, sources)):
         raise UserError(f"`dataset_streaming` is on, and {names[0]} needs all rows at once. Leave out one of the two.")
+    if options.test_split_size is not None and arguments.training.eval_strategy == "no":
+        raise UserError("`test_split_size` is set, and `eval_strategy` is no: nothing would evaluate. Set both.")
     opened = [open_splits(source.path, source.name, streaming=streaming) for source in sources]
 
     def find(index: int, split: str, option: str) -> _SourceSplit:
@@ -217,9 +219,27 @@ def _read_all(
     rows = whole[0] if len(train) == 1 else concatenate_datasets(whole[: len(train)])
     if not len(rows):
         raise UserError(f"The data {data.name} has no rows that can be trained on: all {total:,} are faulty.")
+    _check_labels(rows, data)
     return replace(
         data, train=rows, evaluation=whole[-1] if evaluation else None, faulty=len(faulty), notes=[*data.notes, *notes]
     )
+
+
+def _check_labels(rows: Dataset, data: TrainingData) -> None:
+    """See that a column of categories or languages that is named is there: a misspelt one would label no row."""
+    for label in (CATEGORY, LANGUAGE):
+        named = {getattr(source, f"{label}_column") for source in data.sources} - {None}
+        if named and is_empty(rows, label):
+            raise UserError(
+                f"`{label}_column` is {', '.join(sorted(named))}, which no row of {data.name} has. Give the name of a "
+                "column, or leave it out."
+            )
+
+
+def is_empty(rows: Dataset, name: str) -> bool:
+    """Whether a column holds nothing but nulls."""
+    batches = rows.select_columns([name]).with_format("arrow").iter(10_000)
+    return all(batch[name].null_count == len(batch) for batch in batches)
 
 
 def _options_of_whole_data(arguments: StageArguments, sources: Sequence[RowSource]) -> list[str]:

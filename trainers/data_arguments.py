@@ -37,7 +37,8 @@ class RowSource:
     score_column: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("path", "name", "split", "category", "language", "category_column", "language_column"):
+        columns = ("category_column", "language_column", "score_column")
+        for name in ("path", "name", "split", "category", "language", *columns):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name not in ("path", "split")):
                 raise UserError(f"`{name}` in `datasets` is {value!r}; expected text. Write words like no in quotes.")

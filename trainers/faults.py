@@ -27,13 +27,14 @@ class FaultyRow:
     text: str
 
 
-def refuse_faults(faulty: Sequence[FaultyRow], rows: int, limit: float) -> list[str]:
+def refuse_faults(faulty: Sequence[FaultyRow], rows: int, limit: float, *, before: int = 0) -> list[str]:
     """Refuse more faults than are allowed, or say what is left out.
 
     Args:
         faulty: in their order.
         rows: of all sources together, the faulty ones too.
         limit: how many may be faulty; below 1, which share.
+        before: how many others were left out already, which count against the limit.
 
     Returns:
         What to say of the rows that are left out: nothing where none is.
@@ -43,14 +44,14 @@ def refuse_faults(faulty: Sequence[FaultyRow], rows: int, limit: float) -> list[
     """
     if not faulty:
         return []
-    kinds = [_texts(list(group)) for group in _by_kind(faulty)]
-    if len(faulty) > (limit * rows if limit < 1 else limit):
+    kinds = [_texts(group) for group in _by_kind(faulty)]
+    if before + len(faulty) > (limit * rows if limit < 1 else limit):
         first, *others = kinds[:_SHOWN_KINDS]
         also = "".join(f" Also {text[0].lower()}{text[1:]}" for text in others)
         more = f" And {len(kinds) - _SHOWN_KINDS} more kinds." if len(kinds) > _SHOWN_KINDS else ""
         raise UserError(
-            f"{first}{also}{more} {len(faulty):,} of {rows:,} rows are faulty. Mend these rows or leave them out, or "
-            f"raise `max_faulty_rows` ({limit:g}), which leaves out so many."
+            f"{first}{also}{more} {before + len(faulty):,} of {rows:,} rows are faulty. Mend these rows or leave them "
+            f"out, or raise `max_faulty_rows` ({limit:g}), which leaves out so many."
         )
     return [f"Left out {len(faulty):,} of {rows:,} rows, which are faulty. {' '.join(kinds)}"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, KTOConfig
 
 from jai.errors import UserError
 from jai.evaluation.language import ANSWER_LANGUAGES, language_fault
@@ -22,6 +23,7 @@ from jai.trainers.data import (
     SCORE,
     SOURCE,
     TrainingData,
+    is_empty,
 )
 from jai.trainers.data_files import AnyDataset
 from jai.trainers.mixture import RowMixture, cut_validation, even_order, mix_rows
@@ -53,8 +55,6 @@ def prepare_rows(data: TrainingData, arguments: StageArguments, tokenizer: PreTr
         mixture = _mix(data, arguments, seed)
         data = replace(data, train=_rows(data.train).select(mixture.positions), mixture=mixture)
     if options.test_split_size is not None:
-        if training.eval_strategy == "no":
-            raise UserError("`test_split_size` is set, and `eval_strategy` is no: nothing would evaluate. Set both.")
         rows = _rows(data.train)
         train, held_out = cut_validation(_column(rows, QUESTION), options.test_split_size, seed)
         data = replace(data, train=rows.select(train), evaluation=rows.select(held_out))
@@ -66,11 +66,13 @@ def prepare_rows(data: TrainingData, arguments: StageArguments, tokenizer: PreTr
         and _has_groups(data)
     ):
         data.notes.append("No loss by category and language is logged: `wrapped` packing hides where documents end.")
+    if isinstance(training, DPOConfig | KTOConfig) and _has_groups(data):
+        data.notes.append("No figures by category and language are logged: TRL's trainer keeps no such columns.")
     return _tidy(replace(data, counts=_count_rows(data)))
 
 
 def _has_groups(data: TrainingData) -> bool:
-    return not all(_is_empty(_rows(data.train), name) for name in (CATEGORY, LANGUAGE))
+    return not all(is_empty(_rows(data.train), name) for name in (CATEGORY, LANGUAGE))
 
 
 def _rows(rows: AnyDataset | None) -> Dataset:
@@ -94,7 +96,7 @@ def _tidy(data: TrainingData) -> TrainingData:
         if rows is None or not isinstance(rows, Dataset):
             return rows.remove_columns(list(CHOOSING_COLUMNS)) if rows is not None else None
         perhaps = [name for name in (CATEGORY, LANGUAGE, *CHAT_EXTRAS, *REWARD_COLUMNS) if name in rows.column_names]
-        empty = [name for name in perhaps if _is_empty(rows, name)]
+        empty = [name for name in perhaps if is_empty(rows, name)]
         rows = rows.remove_columns([*CHOOSING_COLUMNS, *empty])
         if "chat_template_kwargs" in rows.column_names:  # TRL unpacks them as a mapping
             rows = rows.map(lambda row: {"chat_template_kwargs": row["chat_template_kwargs"] or {}})
@@ -103,11 +105,6 @@ def _tidy(data: TrainingData) -> TrainingData:
     train = tidied(data.train)
     assert train is not None
     return replace(data, train=train, evaluation=tidied(data.evaluation))
-
-
-def _is_empty(rows: Dataset, name: str) -> bool:
-    batches = rows.select_columns([name]).with_format("arrow").iter(10_000)
-    return all(batch[name].null_count == len(batch) for batch in batches)
 
 
 def _take_rows_of_sources(data: TrainingData, seed: int) -> TrainingData:
@@ -169,14 +166,17 @@ def _gate_tokens(data: TrainingData, arguments: StageArguments) -> TrainingData:
     data = _keep(data, _is_taught(data.train, None, training), why)
     limit = max_length_of(training)
     if limit is None or (getattr(training, "packing", False) and splits_rows(training)):
-        return replace(data, evaluation=_taught(data.evaluation, None, training))
+        if arguments.data.drop_truncated:
+            why = "`max_length` is null" if limit is None else "packing goes on with a long row in another sequence"
+            data.notes.append(f"`drop_truncated` leaves nothing out: no row is cut off, for {why}.")
+        return _keep_taught_evaluation(data, None, training)
     if arguments.data.drop_truncated:
         data = _keep(data, lengths_of(_rows(data.train)) <= limit, f"they have more than {limit:,} tokens")
     mode = getattr(training, "truncation_mode", "keep_start")
     ends = "last" if mode == "keep_end" else "first"
     why = f"nothing that the loss is taken on lies in their {ends} {limit:,} tokens (raise `max_length`)"
     data = _keep(data, _is_taught(data.train, limit, training), why)
-    return replace(data, evaluation=_taught(data.evaluation, limit, training))
+    return _keep_taught_evaluation(data, limit, training)
 
 
 def _is_taught(rows: AnyDataset | None, limit: int | None, training: StageConfig) -> np.ndarray:
@@ -193,11 +193,20 @@ def _is_taught(rows: AnyDataset | None, limit: int | None, training: StageConfig
     return np.array(found, dtype=bool)
 
 
-def _taught(rows: AnyDataset | None, limit: int | None, training: StageConfig) -> AnyDataset | None:
+def _keep_taught_evaluation(data: TrainingData, limit: int | None, training: StageConfig) -> TrainingData:
+    rows = data.evaluation
     if not isinstance(rows, Dataset):
-        return rows
+        return data
     is_taught = _is_taught(rows, limit, training)
-    return rows if is_taught.all() else rows.select(np.flatnonzero(is_taught))
+    if is_taught.all():
+        return data
+    if not is_taught.any():
+        raise UserError(f"None of the rows to evaluate on in {data.name} has a token that the loss is taken on.")
+    data.notes.append(
+        f"Left out {(~is_taught).sum():,} of {len(rows):,} rows to evaluate on: no loss is taken on what is left of "
+        "them."
+    )
+    return replace(data, evaluation=rows.select(np.flatnonzero(is_taught)))
 
 
 def _drop_untaught_of_streams(data: TrainingData) -> TrainingData:
@@ -207,6 +216,7 @@ def _drop_untaught_of_streams(data: TrainingData) -> TrainingData:
     def is_taught(row: dict[str, Any]) -> bool:
         return any(label != IGNORED for label in row["labels"])
 
+    data.notes.append("Rows are streamed: those that no loss is taken on are left out without being counted.")
     evaluation = None if data.evaluation is None else data.evaluation.filter(is_taught)
     return replace(data, train=data.train.filter(is_taught), evaluation=evaluation)
 

@@ -25,7 +25,7 @@ from jai.trainers.arguments import StageConfig, max_length_of
 from jai.trainers.data import FAULT, FAULT_KIND, ROW, TrainingData, faults_in, without_faults
 from jai.trainers.data_files import AnyDataset
 from jai.trainers.faults import FaultyRow, refuse_faults
-from jai.trainers.messages import RowFault, shortened
+from jai.trainers.messages import Message, RowFault, shortened
 from jai.trainers.rows import DatasetType, Row
 
 IGNORED = -100
@@ -74,7 +74,13 @@ class RowTokenizer:
             RowFault: if its conversation does not fit the chat template.
         """
         if self.conversational:
-            self._refuse_what_the_template_ignores(row)
+            messages = row["messages"] if "messages" in row else [*row["prompt"], *row.get("completion", ())]
+            if any(message.get("weight") == 0 for message in messages) and not self.assistant_only_loss:
+                raise RowFault(
+                    "weight",
+                    "it has a turn that is not to be trained (`weight: 0`), which needs `assistant_only_loss: true`",
+                )
+            self._refuse_what_the_template_ignores(messages, row)
         if "prompt" in row and "completion" in row:
             return self._encode_completion(row["prompt"], row["completion"], row)
         if "prompt" in row:  # an answer is to be generated
@@ -101,25 +107,24 @@ class RowTokenizer:
         """
         if "prompt" not in row:
             row = extract_prompt(dict(row))
+        if self.conversational:
+            answers = [*row["chosen"], *row["rejected"]]
+            if any(message.get("weight") == 0 for message in answers):
+                raise RowFault("weight", "an answer is not to be trained (`weight: 0`), and a pair trains both")
+            self._refuse_what_the_template_ignores([*row["prompt"], *answers], row)
         encoded = {name: self._encode_completion(row["prompt"], row[name], row) for name in ("chosen", "rejected")}
         # TRL gives both the same prompt: the shorter one, where tokens merge across its end in one of the two.
         start = min(sum(label == IGNORED for label in labels) for _, labels in encoded.values())
         return {name: (ids, [IGNORED] * start + ids[start:]) for name, (ids, _) in encoded.items()}
 
-    def _refuse_what_the_template_ignores(self, row: Row) -> None:
+    def _refuse_what_the_template_ignores(self, messages: list[Message], row: Row) -> None:
         """A template that does not know a thing leaves it out without a word."""
-        messages = row["messages"] if "messages" in row else [*row["prompt"], *row.get("completion", ())]
         used = {
             "tools": bool(row.get("tools")),
             "tool_calls": any("tool_calls" in message for message in messages),
             "reasoning_content": any("reasoning_content" in message for message in messages),
-            "weight": any(message.get("weight") == 0 for message in messages),
+            "weight": self.assistant_only_loss and any(message.get("weight") == 0 for message in messages),
         }
-        if used["weight"] and not self.assistant_only_loss:
-            raise RowFault(
-                "weight",
-                "it has a turn that is not to be trained (`weight: 0`), which needs `assistant_only_loss: true`",
-            )
         template = str(self.chat_template or self.tokenizer.chat_template)
         if ignored := [name for name, is_used in used.items() if is_used and name not in template]:
             raise RowFault(
@@ -203,7 +208,7 @@ def tokenize_rows(
         elif rows is not None:
             rows = rows.map(_add_tokens_or_refuse, fn_kwargs={"encoder": encoder, "name": data.name})
         splits.append(rows)
-    notes = refuse_faults(faulty, _size(data) + data.faulty, limit - data.faulty if limit >= 1 else limit)
+    notes = refuse_faults(faulty, _size(data) + data.faulty, limit, before=data.faulty)
     return replace(
         data, train=splits[0], evaluation=splits[1], faulty=data.faulty + len(faulty), notes=[*data.notes, *notes]
     )
