@@ -150,10 +150,6 @@ class PackedSource:
         """How many tokens it has."""
         return self.entry.tokens
 
-    def languages_of(self, documents: np.ndarray) -> np.ndarray:
-        """Index in `entry.languages` of each document."""
-        return documents % len(self.entry.languages)
-
     def lengths(self, first: int, last: int) -> np.ndarray:
         """Tokens of the documents from `first` until before `last`, as int64."""
         parts = [np.zeros(0, np.int64)]

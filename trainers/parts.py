@@ -115,11 +115,6 @@ def read_entries(text: str, option: str) -> Entries:
         raise UserError(f"`{option}` is {text!r}; expected ids of tokens, such as 32064-63999.") from None
 
 
-def entries_text(entries: Entries) -> str:
-    """The text that `read_entries` reads."""
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in entries)
-
-
 def count_entries(entries: Entries) -> int:
     return sum(map(len, entries))
 

@@ -7,7 +7,6 @@ last. Then the loop, its resumption and its counting are transformers' own, and 
 """
 
 import itertools
-from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,13 +56,6 @@ class StepLayout:
         grown = len(self._begins) - 1
         batches = self._begins[step] if step <= grown else self._begins[grown] + (step - grown) * self.accumulation
         return batches * self.batch_sequences
-
-    def steps_of(self, sequences: int) -> int:
-        """How many whole steps there are in so many sequences, if the run does not end before."""
-        batches, grown = sequences // self.batch_sequences, len(self._begins) - 1
-        if batches < self._begins[grown]:
-            return bisect_right(self._begins, batches) - 1
-        return grown + (batches - self._begins[grown]) // self.accumulation
 
     def sequence(self, slot: int) -> int | None:
         """The sequence in a slot of the sequential order, None in an absent batch.
