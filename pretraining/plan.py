@@ -127,6 +127,11 @@ class SequencePlan:
         block = self._block(number)
         return block.pieces[block.offsets[index] : block.offsets[index + 1]]
 
+    @property
+    def parts(self) -> "tuple[SequencePlan, ...]":
+        """The plans that follow each other: this one alone."""
+        return (self,)
+
     def part(self, sequence: int) -> "tuple[SequencePlan, int]":
         """The plan that a sequence is in, and its number there: this one, and the number itself."""
         return self, sequence
@@ -194,7 +199,21 @@ class SequencePlan:
         return Mixture(limits, weights, self.context, block_sequences, self.shares.when_dry, fill_last, at_most)
 
     def _weights_by_language(self, alpha: float, beta: dict[str, float]) -> list[float]:
-        """Equation 2; sources of one language share as their sizes are."""
+        """Equation 2; sources of one language share as their sizes are.
+
+        A mixture's languages are checked by `CorpusConfig`; those that the text was packed with may be others.
+        """
+        packed = sorted({language for source in self.sources for language in source.entry.languages})
+        if sorted(beta) != packed:
+            raise UserError(
+                f"beta has {', '.join(sorted(beta))}; the text in {self.corpus.folder} was packed as "
+                f"{', '.join(packed)}. Give a share for each of these languages."
+            )
+        if parallel := next((source.name for source in self.sources if len(source.entry.languages) > 1), None):
+            raise UserError(
+                f"Equation 2 gives each language its share, and {parallel} was packed with several. Give weights "
+                "instead."
+            )
         languages = [source.entry.languages[0] for source in self.sources]
         sizes: dict[str, int] = {}
         for language, order in zip(languages, self.orders):

@@ -453,6 +453,18 @@ class TestShares:
             [english / 3 * total, 2 * english / 3 * total, (1 - english) * total], abs=2
         )
 
+    def test_equation_2_goes_by_the_languages_that_were_packed(self, tmp_path, small_blocks):
+        """A mixture may call them otherwise, which its own check cannot see."""
+        documents = {"english": [40] * 300, "pairs": [40] * 300}
+        languages = {"english": ["en"], "pairs": ["en", "th"]}
+        corpus = packed_corpus(tmp_path / "a", documents, languages=languages)
+        shares = Shares({"english": SourceShare()}, 0.5, {"eng": 1.0})
+        with pytest.raises(UserError, match=r"beta has eng; the text in .* was packed as en\. Give a share for each"):
+            SequencePlan(corpus, 64, shares=shares)
+        shares = Shares({name: SourceShare() for name in documents}, 0.5, {"en": 0.5, "th": 0.5})
+        with pytest.raises(UserError, match="and pairs was packed with several"):
+            SequencePlan(corpus, 64, shares=shares)
+
     def test_the_best_by_score(self, tmp_path, small_blocks):
         scores = np.random.default_rng(0).permutation(200).astype(float).tolist()
         corpus = packed_corpus(tmp_path / "a", {"a": [10] * 200}, quality={"a": scores})
