@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -170,6 +171,8 @@ class TestRun:
         assert [log[TOKENS_SEEN] for log in logs] == [4 * CONTEXT, 8 * CONTEXT]
         assert logs[1][f"{TOKENS_SEEN}/thai"] == seen["thai"]
         shown = " ".join(capsys.readouterr().out.split())
+        assert f": 8 of {len(plan)} sequences of 48 tokens, isolated" in shown
+        assert "load-balancing loss x 0, z-loss x 0" in shown
         assert f"384: english {seen['english']} ({seen['english'] / 384:.1%}), thai {seen['thai']}" in shown
 
     def test_accumulation_gives_the_large_batchs_losses(self, options, tmp_path):
@@ -189,6 +192,66 @@ class TestRun:
         }
         for ours, theirs in zip(runs["halves"], runs["whole"], strict=True):
             assert of_tokens(ours) == pytest.approx(of_tokens(theirs), abs=1e-6)
+
+    def test_what_text_is_taken_and_when_is_as_the_options_say(self, options, packed):
+        """Each option has another value than its default; nothing is trained."""
+        corpus = PackedCorpus.open(packed)
+        taken = {"data_seed": 7, "packing_strategy": "xlda", "rho": 0.25, "max_length": 32, "max_steps": -1}
+        plan, layout = pretrain.plan_run(arguments_of({**options, **taken})[0], corpus)
+        expected = SequencePlan(corpus, 32, strategy="xlda", seed=7, rho=0.25)
+        assert plan.identity() == expected.identity()
+        assert layout.steps == len(expected) // 4 > 10  # as long as the text lasts
+        growth = {"gradient_accumulation_steps": 4, "first_accumulation_steps": 2, "batch_ramp": 0.25, "max_steps": 12}
+        _, layout = pretrain.plan_run(arguments_of({**options, **growth})[0], corpus)
+        assert [layout.batches(step) for step in range(5)] == [2, 3, 4, 4, 4]
+        with pytest.raises(UserError, match="sequences of 48 tokens, fewer than one step takes"):
+            pretrain.plan_run(arguments_of({**options, "max_steps": -1, "gradient_accumulation_steps": 999})[0], corpus)
+
+    def test_the_plan_says_what_is_left_out_and_a_dense_model_leaves_snapshots(
+        self, options, tiny_model, tiny_tokenizer, tmp_path, capsys
+    ):
+        dense = tmp_path / "dense"
+        tiny_model(vocab_size=len(tiny_tokenizer), num_local_experts=1).save_pretrained(dense)
+        tiny_tokenizer.save_pretrained(dense)
+        lengths = PackedCorpus.open(options["packed"]).sources[0].lengths(0, 60)
+        longest = int(sorted(lengths)[30])
+        mixture = {"sources": [{"name": "english", "language": "en", "max_tokens": longest}]}
+        (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(mixture))
+        more = {"mixture": tmp_path / "mixture.yaml", "router_z_loss_coef": 0.1, "snapshot_steps": 1, "max_steps": 1}
+        out = run(options, model_name_or_path=dense, save_strategy="steps", **more)
+        shown = " ".join(capsys.readouterr().out.split())
+        left = int((lengths > longest).sum())
+        assert 0 < left < 60
+        assert f"left out thai: not in the mixture english: {left} of 60 documents, by `keep_best`" in shown
+        assert "routers none: `router_z_loss_coef` has no effect" in shown
+        assert (out / "snapshots" / "step-1").is_dir()
+
+    @pytest.mark.parametrize("head", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["theirs", "ours"])
+    def test_an_adapter_learns_the_same_again(self, options, checkpoint, tmp_path, head):
+        """On a schedule of transformers', without router statistics; our kernels' head compiles for 20 s."""
+        options |= {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lr_scheduler_type": "cosine", "max_steps": 2}
+        options |= {"save_strategy": "steps", "save_steps": 1, "router_statistics": False, "learning_rate": 1e-2}
+        out = run(options)
+        again = run(options, output_dir=tmp_path / "again", linear_cross_entropy=head)
+        logs = logs_of(out)
+        for ours, theirs in zip(logs_of(again), logs, strict=True):
+            assert ours == (pytest.approx(theirs, rel=1e-4) if head else theirs)
+        assert [log["learning_rate"] for log in logs] == pytest.approx([1e-2, 5e-3])
+        keys = {key.partition("/layer")[0] for log in logs for key in log}
+        assert "router/aux_loss" in keys
+        assert "router/load" not in keys
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        ids = torch.arange(3, 40)[None]
+        with torch.no_grad():
+            before = model(ids).logits
+            after = PeftModel.from_pretrained(model, out)(ids).logits
+        assert (after - before).abs().max() > 1e-3
+        for changed, message in (
+            ({"lora_alpha": 16}, "other options: lora_alpha was 8 and is 16"),
+            ({"dtype": "bfloat16"}, "other options: dtype was float32 and is bfloat16"),
+        ):
+            with pytest.raises(UserError, match=message):
+                run(options, resume_from_checkpoint="true", **changed)
 
     def test_the_batch_grows(self, options):
         out = run(options, gradient_accumulation_steps=3, first_accumulation_steps=1, batch_ramp=0.5)
@@ -288,9 +351,11 @@ class TestSecondToken:
         """Resumed to the bit with it; `mtp_weight` changes at the annealing, and so do the logged losses."""
         options |= {"mtp_weight": 0.2, "annealing_mtp_weight": 0.1, "annealing": 0.5, "router_aux_loss_coef": 0}
         options |= {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 1}
-        options |= {"learning_rate": 1e-2, "packing_strategy": "concatenated"}
+        options |= {"learning_rate": 1e-2, "packing_strategy": "concatenated", "annealing_learning_rate": 0.25}
         out = run(options)
         logs = logs_of(out)
+        rates = [log["learning_rate"] for log in logs]
+        assert rates == pytest.approx([1e-2] * 4 + [1e-2 / (1 + 3 / 3), 1e-2 / (1 + 3 * 2 / 3)])
         assert logs[-1]["loss/second_token"] < logs[0]["loss/second_token"]
         corpus = PackedCorpus.open(packed)
         items = PackedSequences(SequencePlan(corpus, CONTEXT, strategy="concatenated", seed=42))
@@ -416,6 +481,7 @@ class TestResume:
             ({"max_length": 32}, r"other data: context was 48 and is 32"),
             ({"learning_rate": 0.1}, r"other options: learning_rate was 0.001 and is 0.1"),
             ({"trainable": "router"}, r"other options: trainable was \['all'\] and is \['router'\]"),
+            ({"rope_theta": 1e6}, r"other options: rope_theta was None and is 1000000.0"),
             ({"max_steps": 3}, r"other options: steps was 2 and is 3"),
             ({"per_device_train_batch_size": 1}, r"other options: sequences_a_step was 4 and is 2"),
         ):
@@ -496,6 +562,20 @@ class TestFaults:
             ({"first_accumulation_steps": 3}, r"`first_accumulation_steps` is 3; expected 1 to .* 2"),
             ({"num_train_epochs": 2}, r"`num_train_epochs` is 2.0, but pre-training needs 1"),
             ({"annealing_mixture": "a.yaml", "annealing": 0}, r"`annealing_mixture` is given, but `annealing` is 0"),
+            (
+                {"annealing_weight_decay": 0.1, "annealing": 0},
+                r"`annealing_weight_decay` is given, but `annealing` is 0",
+            ),
+            ({"annealing_weight_decay": 0.1, "weight_decay": 0}, r"given, and `weight_decay` is 0, so that nothing"),
+            (
+                {"annealing_learning_rate": 0.2, "lr_scheduler_type": "cosine"},
+                r"`annealing_learning_rate` is of our decay, and the schedule is transformers' own",
+            ),
+            ({"use_peft": True, "load_in_4bit": True}, r"Pre-training takes no quantised weights"),
+            (
+                {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
+                r"With reentrant checkpointing the routers' losses have no gradient",
+            ),
             ({"eval_strategy": "steps", "eval_steps": 1}, r"`eval_strategy` is on"),
             ({"annealing_learning_rate": 0}, r"`annealing_learning_rate` is 0.0"),
             ({"mtp_weight": 0.2, "use_peft": True}, r"`mtp_weight` is 0.2, and `use_peft` is on"),

@@ -19,7 +19,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, SchedulerType, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, SchedulerType, TrainerCallback, set_seed
 from trl import ModelConfig, ScriptArguments
 
 from jai.errors import UserError
@@ -35,16 +35,22 @@ from jai.trainers.chosen_parts import choose_parts
 from jai.trainers.context import with_context
 from jai.trainers.lora import lora_config
 from jai.trainers.mixin import prepare_liger
-from jai.trainers.parameters import count_trained_parameters, empty_model
-from jai.trainers.pretrain_config import PretrainConfig, deciding_options
+from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
+from jai.trainers.pretrain_config import PretrainConfig
 from jai.trainers.pretrain_trainer import TOKENS_SEEN, JaiPretrainTrainer
 from jai.trainers.record import write_record
+from jai.trainers.router_losses import balance_weight
 from jai.trainers.schedules import annealing_begins
 from jai.trainers.second_token import drop_second_token_layer
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.stage import loading_arguments, run_as_script, save_result, say_what_is_next
 from jai.trainers.steps import StepLayout
-from jai.trainers.whole_checkpoints import check_same_run, last_whole_checkpoint, resume_checkpoint
+from jai.trainers.whole_checkpoints import (
+    check_same_run,
+    deciding_options,
+    last_whole_checkpoint,
+    resume_checkpoint,
+)
 
 OPTIONS = (PretrainConfig, ModelConfig, JaiTrainingArguments)
 
@@ -85,9 +91,10 @@ def run_pretrain(
     corpus = PackedCorpus.open(str(config.packed))
     corpus.check_tokenizer(base.name, base.tokenizer)
     plan, layout = plan_run(config, corpus)
+    config.max_steps = layout.steps
     model = empty_model(base)
     parts = choose_parts(jai_args, model_args, base, model)
-    options = {**deciding_options(config), "trainable": list(parts.names), "use_peft": model_args.use_peft}
+    options = deciding_options(arguments, parts.names)
     identity = {"plan": plan.identity(), "layout": layout.identity(), "options": options}
     if checkpoint is not None:
         check_same_run(checkpoint, plan, identity)
@@ -99,10 +106,12 @@ def run_pretrain(
     rows += [
         ("context", context_text(config, base)),
         *_step_rows(config, layout),
+        *_router_rows(config, base, parameters),
         *device_rows(arguments, lora, parameters),
     ]
     print_rows(console, "Pre-training", rows)
 
+    set_seed(config.seed)  # an adapter's weights are drawn before the Trainer does it
     loaded = _load(base, loading_arguments(arguments, base))
     trainer = JaiPretrainTrainer(
         cast(PreTrainedModel, get_peft_model(loaded, lora) if lora is not None else loaded),
@@ -149,8 +158,7 @@ def plan_run(config: PretrainConfig, corpus: PackedCorpus) -> tuple[AnyPlan, Ste
     }
     if config.max_steps > 0:
         layout = _layout(config, config.max_steps)
-        if config.annealing_mixture is not None:
-            annealing = Shares.configured(read_corpus_config(Path(config.annealing_mixture)))
+        if (annealing := _shares(config.annealing_mixture)) is not None:
             begins = layout.first_sequence(annealing_begins(layout.steps, config.annealing))
             plan: AnyPlan = AnnealedPlan(corpus, config.max_length, annealing=annealing, begins=begins, **how)
         else:
@@ -166,7 +174,6 @@ def plan_run(config: PretrainConfig, corpus: PackedCorpus) -> tuple[AnyPlan, Ste
                 "than one step takes. Give more text, a smaller batch or a shorter `max_length`."
             )
         layout = _layout(config, steps)
-        config.max_steps = steps
     plan.check_lasts(layout.first_sequence(layout.steps))
     return plan, layout
 
@@ -188,10 +195,8 @@ def _layout(config: PretrainConfig, steps: int) -> StepLayout:
 def _check(config: PretrainConfig, model_args: ModelConfig, jai_args: JaiTrainingArguments) -> None:
     if not config.packed:
         raise UserError("No text is given. Set `packed` to a folder that `jai pack` wrote.")
-    if config.max_length < 2:
-        raise UserError(f"`max_length` is {config.max_length}; expected 2 or more.")
     if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise UserError("Pre-training is on whole numbers: leave `load_in_4bit` and `load_in_8bit` out.")
+        raise UserError("Pre-training takes no quantised weights. Leave `load_in_4bit` and `load_in_8bit` out.")
     if config.mtp_weight:
         for option, is_on in (
             ("use_peft", model_args.use_peft),
@@ -259,9 +264,26 @@ def _text_rows(config: PretrainConfig, plan: AnyPlan, layout: StepLayout) -> Ite
         strategy += f", rho {config.rho:g}"
     yield (
         "text",
-        f"{escape(str(config.packed))}: {sequences:,} sequences of {config.max_length:,} tokens, {escape(strategy)}",
+        f"{escape(str(config.packed))}: {sequences:,} of {len(plan):,} sequences of {config.max_length:,} tokens, "
+        f"{escape(strategy)}",
     )
     yield "tokens", escape(_listed(seen))
+    for number, line in enumerate(_left_out(plan)):
+        yield "" if number else "left out", escape(line)
+
+
+def _left_out(plan: AnyPlan) -> Iterator[str]:
+    """What the packed text holds and no sequence can: sources, and documents of a source."""
+    used = {share.packed or name for part in plan.parts for name, share in part.shares.sources.items()}
+    yield from (f"{source.name}: not in the mixture" for source in plan.corpus.sources if source.name not in used)
+    for when, part in zip(("", "in the annealing, "), plan.parts):
+        for order in part.orders:
+            documents = order.source.documents
+            if left := documents - order.documents:
+                yield (
+                    f"{when}{order.source.name}: {left:,} of {documents:,} documents, by `keep_best`, `min_tokens` or "
+                    "`max_tokens`"
+                )
 
 
 def _listed(tokens: dict[str, int]) -> str:
@@ -305,6 +327,19 @@ def _step_rows(config: PretrainConfig, layout: StepLayout) -> Iterator[tuple[str
         ]
         if changes:
             yield "annealing", escape(f"from step {begins:,}: {', '.join(changes)}")
+
+
+def _router_rows(config: PretrainConfig, base: BaseModel, parameters: TrainedParameters) -> Iterator[tuple[str, str]]:
+    """The weights of the routers' losses, or that there are no routers for them."""
+    given = {name: getattr(config, name) for name in ("router_aux_loss_coef", "router_z_loss_coef")}
+    if any(each.kind == "router" for each in parameters.kinds):
+        balance = balance_weight(config.router_aux_loss_coef, base.config)
+        yield "routers", f"load-balancing loss x {balance:g}, z-loss x {config.router_z_loss_coef:g}"
+    elif named := [f"`{name}`" for name, value in given.items() if value]:
+        yield (
+            "routers",
+            f"[yellow]none: {' and '.join(named)} {'have' if len(named) > 1 else 'has'} no effect[/]",
+        )
 
 
 def main(argv: Sequence[str]) -> Path:

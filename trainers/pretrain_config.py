@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of pre-training: transformers' `TrainingArguments`, and what of text, schedules and losses is ours."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from transformers import SchedulerType, TrainingArguments
 
 from jai.errors import UserError
-from jai.pretraining.plan import DEFAULT_RHO
+from jai.pretraining.plan import DEFAULT_RHO, Strategy
 
 _SHARES = ("rho", "annealing", "batch_ramp")
+_FINAL_RATE = 0.1
 _AT_LEAST_0 = ("annealing_weight_decay", "router_z_loss_coef", "mtp_weight", "annealing_mtp_weight")
 
 
@@ -38,7 +39,7 @@ class PretrainConfig(TrainingArguments):
             "`concatenated`: one after another, each seeing those before it; `xlda`: two languages or more in every "
             "sequence, each document seeing those before it (Trillion-7B, section 2); `paired-isolated`: the same "
             "sequences, documents apart.",
-            "choices": ["isolated", "concatenated", "xlda", "paired-isolated"],
+            "choices": list(get_args(Strategy)),
         },
     )
     rho: float = field(
@@ -59,7 +60,8 @@ class PretrainConfig(TrainingArguments):
         default=None, metadata={"help": "YAML file like `mixture`, for the annealing. Default: no change."}
     )
     annealing_learning_rate: float = field(
-        default=0.1, metadata={"help": "Learning rate at the end of the annealing, as a share of `learning_rate`."}
+        default=_FINAL_RATE,
+        metadata={"help": "Learning rate at the end of the annealing, as a share of `learning_rate`."},
     )
     annealing_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay in the annealing. Default: `weight_decay`."}
@@ -157,8 +159,21 @@ class PretrainConfig(TrainingArguments):
                 f"`first_accumulation_steps` is {first}; expected 1 to `gradient_accumulation_steps`, which is "
                 f"{self.gradient_accumulation_steps}."
             )
-        if self.annealing_mixture is not None and not self.annealing:
-            raise UserError("`annealing_mixture` is given, but `annealing` is 0. Give a share of the steps.")
+        for name in ("annealing_mixture", "annealing_weight_decay", "annealing_mtp_weight"):
+            if getattr(self, name) is not None and not self.annealing:
+                raise UserError(f"`{name}` is given, but `annealing` is 0. Give a share of the steps.")
+        if self.annealing_weight_decay is not None and not self.weight_decay:
+            raise UserError(
+                "`annealing_weight_decay` is given, and `weight_decay` is 0, so that nothing has one to change. Give "
+                "one above 0."
+            )
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        is_ours = schedule == SchedulerType.WARMUP_STABLE_DECAY.value and not self.lr_scheduler_kwargs
+        if self.annealing_learning_rate != _FINAL_RATE and not is_ours:
+            raise UserError(
+                "`annealing_learning_rate` is of our decay, and the schedule is transformers' own (`lr_scheduler_type` "
+                "is another, or `lr_scheduler_kwargs` is given). Leave one of them out."
+            )
         if self.annealing_mtp_weight is not None and not self.mtp_weight:
             raise UserError("`annealing_mtp_weight` is given, and `mtp_weight` is 0, so that there is no such layer.")
         for name, only in (
@@ -187,33 +202,3 @@ _WHY = {
     "ignore_data_skip": "a resumed run goes on with the text that comes next",
     "label_smoothing_factor": "the loss is that of the next token",
 }
-
-# What a resumed run must have the same: all that decides a step, but for the text, which `SequencePlan` knows.
-DECIDING_OPTIONS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "annealing",
-    "annealing_learning_rate",
-    "annealing_weight_decay",
-    "weight_decay",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "mtp_weight",
-    "annealing_mtp_weight",
-    "seed",
-    "bf16",
-    "fp16",
-)
-
-
-def deciding_options(config: PretrainConfig) -> dict[str, Any]:
-    """The options that decide what a step does, as JSON."""
-    values = {each.name: getattr(config, each.name) for each in fields(config) if each.name in DECIDING_OPTIONS}
-    return {name: getattr(value, "value", value) for name, value in values.items()}

@@ -16,7 +16,7 @@ from jai.pretraining.plan import AnyPlan
 from jai.trainers.figures import MeanFigures
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.pretrain_config import PretrainConfig
-from jai.trainers.router_losses import RouterLosses, mean_of
+from jai.trainers.router_losses import RouterLosses, balance_weight, mean_of
 from jai.trainers.schedules import AnnealedWeightDecay, annealing_begins, inverse_decay_schedule
 from jai.trainers.second_token import add_second_token_layer
 from jai.trainers.steps import SEQUENCE, StepLayout, StepSequences, collate_present, is_absent
@@ -71,8 +71,7 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
         )
         if second is not None:
             second.requires_grad_(True)  # it is no part of the model that `trainable` could name
-        given = args.router_aux_loss_coef
-        self._balance_weight = float(getattr(config, "router_aux_loss_coef", 0.0) if given is None else given)
+        self._balance_weight = balance_weight(args.router_aux_loss_coef, config)
         self._z_weight = args.router_z_loss_coef
         self._router_losses = RouterLosses(cast(nn.Module, self.model))
         self._figures = MeanFigures()

@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 # By name and not by class: remote code has classes of its own.
 _ROUTER = re.compile(r"(?P<backbone>.*)\.layers\.(?P<layer>\d+)\.mlp\.gate")
+
+
+def balance_weight(given: float | None, config: PreTrainedConfig) -> float:
+    """Weight of the load-balancing loss: the one that is given, else the model's own."""
+    return float(getattr(config, "router_aux_loss_coef", 0.0)) if given is None else given
 
 
 def balance_loss(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:

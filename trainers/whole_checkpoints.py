@@ -3,6 +3,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,51 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from jai.errors import UserError
 from jai.pretraining.plan import AnyPlan, check_same_plan
+from jai.trainers.arguments import StageArguments
 from jai.trainers.first_look import refuse_used_output
 
 _STATE = "trainer_state.json"
+
+# What a resumed run must have the same: all that decides a step, but for the text, which the plan knows, and for what
+# only rounds otherwise (kernels, attention, checkpointing).
+_DECIDING_TRAINING = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "annealing",
+    "annealing_learning_rate",
+    "annealing_weight_decay",
+    "weight_decay",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+    "average_tokens_across_devices",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "mtp_weight",
+    "annealing_mtp_weight",
+    "model_init_kwargs",
+    "seed",
+    "bf16",
+    "fp16",
+)
+_DECIDING_JAI = ("new_row_ids", "max_position_embeddings", "rope_theta")
+_DECIDING_MODEL = ("dtype", "use_peft")
+_DECIDING_LORA = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
 
 
 class RunIdentity(TrainerCallback, ExportableState):
@@ -72,6 +115,23 @@ def resume_checkpoint(config: TrainingArguments) -> tuple[Path | None, list[Path
             "a checkpoint-N folder of an earlier run, or `true` for the last one in `output_dir`."
         )
     return Path(wanted), []
+
+
+def deciding_options(arguments: StageArguments, parts: Sequence[str]) -> dict[str, Any]:
+    """The options that decide what a step does, as JSON.
+
+    Args:
+        arguments: the run's.
+        parts: of the model, those that learn: by default, they depend on the model.
+    """
+    of_model = (*_DECIDING_MODEL, *(_DECIDING_LORA if arguments.model.use_peft else ()))
+    groups = (
+        (arguments.training, _DECIDING_TRAINING),
+        (arguments.jai, _DECIDING_JAI),
+        (arguments.model, of_model),
+    )
+    values = {name: getattr(options, name) for options, names in groups for name in names}
+    return {name: getattr(value, "value", value) for name, value in values.items()} | {"trainable": list(parts)}
 
 
 def check_same_run(checkpoint: Path, plan: AnyPlan, identity: dict[str, Any]) -> None:
