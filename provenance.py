@@ -6,6 +6,7 @@ needs no other folder to say where it comes from. Records travel to the Hub; `re
 and out of all else that is printed, raised and uploaded.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from typing import Any
 
 from jai.errors import UserError
 from jai.files import hash_each, read_json, sha256
-from jai.hub import is_hub_id
+from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, is_hub_id, local_folder
 from jai.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
@@ -89,6 +90,23 @@ def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of files by name."""
     path_of = {path.name: path for path in paths}
     return hash_each(path_of, lambda name: sha256(path_of[name]))
+
+
+def checkpoint_revision(model: str) -> str:
+    """What tells a checkpoint from others: the Hub's commit, or a hash of the files in a folder.
+
+    Args:
+        model: folder or Hub id, which is downloaded.
+
+    Raises:
+        UserError: as `local_folder`.
+    """
+    folder = local_folder(model, [*METADATA_PATTERNS, WEIGHTS_PATTERN])
+    if not Path(model).is_dir():
+        return folder.name  # in the Hub's cache: snapshots/COMMIT
+    names = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")]
+    hashes = file_hashes(path for path in names if path.name != "evaluation.json")  # which evaluations write
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def versions(*packages: str) -> dict[str, str]:

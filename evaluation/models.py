@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What answers: lm-eval's model classes for a checkpoint or a server."""
 
-import hashlib
-import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +12,7 @@ from jai.auto import causal_model_class
 from jai.errors import UserError
 from jai.evaluation.options import EvalOptions
 from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
-from jai.provenance import file_hashes
+from jai.provenance import checkpoint_revision
 from jai.tokenization.loading import load_tokenizer
 
 
@@ -40,7 +38,10 @@ def check_chat_template(options: EvalOptions) -> None:
     Raises:
         UserError: if its tokenizer has no chat template.
     """
-    if options.backend != "openai" and load_tokenizer(local_folder(options.model)).chat_template is None:
+    if options.backend == "openai":
+        return
+    tokenizer = load_tokenizer(local_folder(options.model), trust_remote_code=options.trust_remote_code)
+    if tokenizer.chat_template is None:
         raise UserError(
             f"{options.model} has no chat template, in which it is asked here. Give a checkpoint that was tuned for "
             "chats, or put a chat_template.jinja into its folder."
@@ -48,15 +49,8 @@ def check_chat_template(options: EvalOptions) -> None:
 
 
 def revision_of(options: EvalOptions) -> str:
-    """What tells the weights from others: the Hub's commit, a hash of a folder's files, a server's address."""
-    if options.backend == "openai":
-        return str(options.base_url)
-    folder = local_folder(options.model, [*METADATA_PATTERNS, WEIGHTS_PATTERN])
-    if not Path(options.model).is_dir():
-        return folder.name  # in the Hub's cache: snapshots/COMMIT
-    names = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")]
-    hashes = file_hashes(path for path in names if path.name != "evaluation.json")  # which evaluations write
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    """What tells the model that answers from others: as `checkpoint_revision`, or a server's address."""
+    return str(options.base_url) if options.backend == "openai" else checkpoint_revision(options.model)
 
 
 def _transformers(options: EvalOptions, folder: Path) -> LM:

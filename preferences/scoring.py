@@ -21,7 +21,7 @@ from jai.preferences.calibration import PAPER_THRESHOLD, Calibration, read_calib
 from jai.preferences.options import ScoreOptions
 from jai.preferences.prompts import preference_prompt
 from jai.preferences.reward_model import RewardModel
-from jai.provenance import versions
+from jai.provenance import checkpoint_revision, versions
 
 SCORED_FILE = "scored.jsonl"
 KEPT_FILE = "kept.jsonl"
@@ -90,8 +90,7 @@ def score_file(options: ScoreOptions, *, console: Console | None = None) -> Path
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     check_is_file(options.file, "Give a file of conversations.")
-    folder = local_folder(options.model, METADATA_PATTERNS)
-    calibration = read_calibration(folder)
+    calibration = read_calibration(local_folder(options.model, METADATA_PATTERNS))
     if calibration is None and options.keep_above is not None:
         raise UserError(
             f"{options.model} has no calibration, so its logits are no probabilities, and --keep-above is one. Train "
@@ -103,7 +102,7 @@ def score_file(options: ScoreOptions, *, console: Console | None = None) -> Path
     identity = {
         "file_sha256": sha256(options.file),
         "model": options.model,
-        "model_files": {path.name: sha256(path) for path in sorted(folder.glob("*.json"))},
+        "model_revision": checkpoint_revision(options.model),
         "keep_above": options.keep_above,
     }
     with resumable_folder(options.out, identity) as job:
@@ -168,14 +167,15 @@ def _join(options: ScoreOptions, job: UnfinishedFolder, count: int) -> dict[str,
         kept_path = job.folder / KEPT_FILE if options.keep_above is not None else Path(os.devnull)
         with kept_path.open("w", encoding="utf-8") as kept_file:
             for chunk in chunks:
-                for line in chunk.read_text(encoding="utf-8").splitlines(keepends=True):
-                    scored.write(line)
+                # Not by splitlines(), for which U+2028 inside of a text ends a line, too.
+                for line in chunk.read_text(encoding="utf-8").split("\n")[:-1]:
+                    scored.write(f"{line}\n")
                     probability = json.loads(line)["reward_probability"]
                     has_probability = has_probability and probability is not None
                     above_paper += probability is not None and probability > PAPER_THRESHOLD
                     if options.keep_above is not None and probability > options.keep_above:
                         kept += 1
-                        kept_file.write(line)
+                        kept_file.write(f"{line}\n")
     for chunk in chunks:
         chunk.unlink()
     share = above_paper / count if has_probability else None

@@ -40,7 +40,7 @@ from jai.preferences.calibration import calibration_error, fit_calibration, read
 from jai.preferences.options import ScoreOptions
 from jai.preferences.reward_model import RewardModel
 from jai.preferences.scoring import score_file, scored_conversation
-from jai.provenance import read_step
+from jai.provenance import checkpoint_revision, read_step
 from jai.trainers import dpo, grpo, kto, reward
 from jai.trainers.announce import estimate_steps
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
@@ -280,8 +280,15 @@ def test_pairs_without_a_fault_have_finite_slopes():
 
 def conversations(count: int) -> list[dict[str, Any]]:
     return [
-        {"id": i, "prompt": f"คำถาม {i}", "answer": "yes ดี" if i % 2 else "no " * (i % 7 + 1)} for i in range(count)
+        # A line separator inside of a text ends no row.
+        {"id": i, "prompt": f"คำถาม\u2028{i}", "answer": "yes ดี" if i % 2 else "no " * (i % 7 + 1)}
+        for i in range(count)
     ]
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def test_scores_are_the_models_and_what_is_above_is_kept(reward_model, tmp_path, capsys):
@@ -290,7 +297,7 @@ def test_scores_are_the_models_and_what_is_above_is_kept(reward_model, tmp_path,
     scored = score_file(
         ScoreOptions(file=data, out=tmp_path / "out", model=str(reward_model), keep_above=0.5, batch_size=3)
     )
-    found = [json.loads(line) for line in scored.read_text().splitlines()]
+    found = json_lines(scored)
     assert [{key: row[key] for key in ("id", "prompt", "answer")} for row in found] == rows  # as they were, in order
     calibration = read_calibration(reward_model)
     model = RewardModel(str(reward_model))
@@ -298,7 +305,7 @@ def test_scores_are_the_models_and_what_is_above_is_kept(reward_model, tmp_path,
         alone = model.scores([turn("user", row["prompt"]) + turn("assistant", row["answer"])], batch_size=1)[0]
         assert row["reward"] == pytest.approx(alone, abs=1e-4)
         assert row["reward_probability"] == pytest.approx(calibration.probability(row["reward"]))
-    kept = [json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text().splitlines()]
+    kept = json_lines(tmp_path / "out" / "kept.jsonl")
     assert kept == [row for row in found if row["reward_probability"] > 0.5]
     assert 0 < len(kept) < len(found)
     above = sum(row["reward_probability"] > 0.88 for row in found) / len(found)
@@ -306,6 +313,12 @@ def test_scores_are_the_models_and_what_is_above_is_kept(reward_model, tmp_path,
     assert f"{above:.1%} have a probability above 0.88. (The JAI-1 paper's 0.88 is on logits" in printed
     assert f"{len(kept)} of 11 above 0.5" in printed
     assert sorted(os.listdir(tmp_path / "out")) == ["kept.jsonl", "scored.jsonl", "scores.json"]
+    revision = json.loads((tmp_path / "out" / "scores.json").read_text())["model_revision"]
+    copy = shutil.copytree(reward_model, tmp_path / "copy")
+    assert checkpoint_revision(str(copy)) == checkpoint_revision(str(reward_model)) == revision
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")  # trained anew under the same name
+    assert checkpoint_revision(str(copy)) != revision
     with pytest.raises(UserError, match="exists already"):
         ScoreOptions(file=data, out=tmp_path / "out", model=str(reward_model)).check()
 
@@ -318,7 +331,7 @@ def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
     with pytest.raises(UserError, match="bare has no calibration"):
         score_file(ScoreOptions(file=data, out=tmp_path / "out", model=str(bare), keep_above=0.88))
     scored = score_file(ScoreOptions(file=data, out=tmp_path / "out", model=str(bare)))
-    assert [json.loads(line)["reward_probability"] for line in scored.read_text().splitlines()] == [None, None]
+    assert [row["reward_probability"] for row in json_lines(scored)] == [None, None]
     (bare / "reward_calibration.json").write_text('{"slope": "x"}')
     with pytest.raises(UserError, match="is no calibration"):
         read_calibration(bare)
@@ -368,9 +381,9 @@ def test_a_killed_scoring_goes_on(reward_model, tmp_path):
     os.link(first, link)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert link.stat().st_mtime_ns == written
-    rows = (tmp_path / "out" / "scored.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in rows] == list(range(6000))
-    assert rows[:1000] == link.read_text().splitlines()
+    rows = json_lines(tmp_path / "out" / "scored.jsonl")
+    assert [row["id"] for row in rows] == list(range(6000))
+    assert (tmp_path / "out" / "scored.jsonl").read_bytes().startswith(link.read_bytes())
 
 
 # --- GRPO
