@@ -14,7 +14,7 @@ from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.measure import SuitePlan, measure_suite, plan_suite
 from jai.evaluation.models import check_chat_template, load_answering_model, revision_of
 from jai.evaluation.options import EvalOptions
-from jai.evaluation.progress import quiet_bars
+from jai.evaluation.progress import quiet_libraries
 from jai.evaluation.results import EvaluationRun, Figure, open_run
 from jai.evaluation.suites import JudgedSuite, Suite
 from jai.evaluation.tasks import TaskLoader
@@ -57,7 +57,7 @@ def evaluate_suites(
         "max_length": options.max_length,
         "seed": options.seed,
     }
-    quiet_bars()
+    quiet_libraries()
     plans = [
         plan_judged(suite, data=options.data, limit=options.limit)
         if isinstance(suite, JudgedSuite)

@@ -16,7 +16,7 @@ from jai.evaluation.comparison_report import print_table
 from jai.evaluation.contamination import ContaminationSearch, ItemOverlap, SuiteQuestion, article_title, texts_of
 from jai.evaluation.data import parsed_rows, rows_file
 from jai.evaluation.options import ContaminationOptions
-from jai.evaluation.progress import quiet_bars
+from jai.evaluation.progress import quiet_libraries
 from jai.evaluation.results import Figure, FigureItems, Item, mean_figure, read_run
 from jai.evaluation.suites import JudgedSuite, Suite
 from jai.files import new_folder
@@ -63,7 +63,7 @@ def report_contamination(
         UserError: if the suites' questions, the text or the run cannot be had.
     """
     console = console or Console()
-    quiet_bars()
+    quiet_libraries()
     items = [item for suite in suites for item in suite_items(suite, options.data)]
     run = read_run(options.run) if options.run is not None else None
     search = ContaminationSearch(items, options.ngram)

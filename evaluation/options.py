@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `jai eval` takes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,25 @@ from jai.files import refuse_existing
 from jai.options import argument, check_values, option
 
 _PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_backend(backend: str, base_url: str | None, ignored: Mapping[str, bool]) -> None:
+    """Refuse what does not go together with a backend.
+
+    Args:
+        backend: that runs the model.
+        base_url: of a server, None where none is given.
+        ignored: whether an option is given that this backend does nothing with, by its flag.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if backend == "openai" and not base_url:
+        raise UserError("--backend openai needs --base-url, such as http://127.0.0.1:8000/v1.")
+    if base_url and backend != "openai":
+        raise UserError(f"--base-url is for --backend openai; the backend is {backend}.")
+    for flag in (flag for flag, is_ignored in ignored.items() if is_ignored):
+        raise UserError(f"{flag} does nothing with --backend {backend}. Leave it out.")
 
 
 @dataclass(kw_only=True)
@@ -79,10 +99,15 @@ class EvalOptions(JudgeOptions):
         Raises:
             UserError: for folders that are not there, and options that do not go together.
         """
-        if self.backend == "openai" and not self.base_url:
-            raise UserError("--backend openai needs --base-url, such as http://127.0.0.1:8000/v1.")
-        if self.base_url and self.backend != "openai":
-            raise UserError(f"--base-url is for --backend openai; the backend is {self.backend}.")
+        ignored = {
+            "--tokenizer": self.tokenizer is not None and self.backend != "openai",
+            "--device": self.device is not None and self.backend != "hf",
+            "--parallelize": self.parallelize and self.backend != "hf",
+            "--dtype": self.dtype != "auto" and self.backend == "openai",
+        }
+        check_backend(self.backend, self.base_url, ignored)
+        if self.parallelize and self.device is not None:
+            raise UserError(f"--parallelize takes all GPUs, and --device {self.device} is one. Leave one of them out.")
         if self.card and not Path(self.model).is_dir():
             raise UserError(f"--card writes into the checkpoint's folder, and {self.model} is none. Give a folder.")
         for flag, folder in (("--data", self.data), ("--include-path", self.include_path)):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a work is, and the time that it has left."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -32,10 +33,12 @@ def counted_progress(console: "Console | None", what: str, total: int) -> Iterat
         yield lambda done: bar.update(task, completed=done)
 
 
-def quiet_bars() -> None:
-    """There is one bar, ours: `datasets` and `transformers` would show one for each task and each file."""
+def quiet_libraries() -> None:
+    """There is one bar, ours: `datasets` and `transformers` would show one for each task and each file. And lm-eval
+    warns of what is meant so, such as a model that is loaded before it."""
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bars()
     disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -24,6 +24,7 @@ from jai.evaluation.judged.prompts import FACTS, LATER_TURN_GRADE, SINGLE_GRADE,
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.models import check_chat_template, load_answering_model, revision_of
 from jai.evaluation.options import EvalOptions
+from jai.evaluation.progress import quiet_libraries
 from jai.evaluation.reply_cache import ReplyCache
 from jai.files import check_is_file, differences, lock_folder, print_next, read_json, sha256
 from jai.preferences.candidates import Candidate, OtherAnswers, add_off_policy, draw_candidates, other_answers
@@ -78,6 +79,7 @@ def make_pairs(options: PairsOptions, *, console: Console | None = None) -> Path
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     options.check()
+    quiet_libraries()
     check_chat_template(_model_options(options))
     work = _Work(options, console)
     with _unfinished(options) as plan:
@@ -85,7 +87,11 @@ def make_pairs(options: PairsOptions, *, console: Console | None = None) -> Path
         say(f"{count}, told apart by {plan['judge']}")
         outcome = work.run()
         _write(options.out / PAIRS_FILE, "".join(_row(pair, plan["judge"]) + "\n" for pair in outcome.pairs))
-        record = plan | _record(outcome, len(work.prompts)) | {"judge_calls_itself": work.judge_calls_itself}
+        record = plan | _record(outcome, options) | {
+            "prompts": len(work.prompts),
+            "cut_prompts": work.cut_prompts,
+            "judge_calls_itself": work.judge_calls_itself,
+        }
         _write(options.out / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     _report(outcome, len(work.prompts), console)
     if not outcome.pairs:
@@ -104,12 +110,14 @@ class _Work:
     Attributes:
         prompts: what is asked.
         judge_calls_itself: names of the judge by its own word.
+        cut_prompts: how many lost their beginning, for they were longer than the model takes.
     """
 
     def __init__(self, options: PairsOptions, console: Console):
         self._options = options
         self._console = console
         self.judge_calls_itself: list[str] = []
+        self.cut_prompts = 0
         check_is_file(options.prompts, "Give a file of prompts.")
         read = list(parsed_rows(options.prompts, preference_prompt))
         self.prompts = number_prompts(read, str(options.prompts))[: options.limit]
@@ -167,7 +175,9 @@ class _Work:
         model = KeptAnswers(lm, options.out / ANSWERS_FILE, options.batch_size)
         asker = CheckpointAsker(model, options.model, seed=options.seed, console=self._console)
         drawn = draw(self.prompts, asker.ask)
-        dropped["prompts that lost their beginning, but were answered"] += asker.cut
+        self.cut_prompts = asker.cut // options.candidates
+        if self.cut_prompts:
+            self._say(f"  {self.cut_prompts:,} prompts were longer than the model takes and lost their beginning.")
         return drawn
 
     def _scores(self, candidates: Sequence[Sequence[Candidate]], judge: Judge | None, dropped: Counter[str]) -> Scores:
@@ -223,6 +233,7 @@ def _plan(options: PairsOptions) -> dict[str, Any]:
         "model": options.model,
         "model_revision": revision_of(_model_options(options)),
         "backend": options.backend,
+        "dtype": options.dtype,
         "candidates_each": options.candidates,
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -253,10 +264,11 @@ def _model_options(options: PairsOptions) -> EvalOptions:
     return EvalOptions(**{name: getattr(options, name) for name in shared})
 
 
-def _record(outcome: _Outcome, prompts: int) -> dict[str, Any]:
-    """What is known of the pairs, for a JSON record."""
+def _record(outcome: _Outcome, options: PairsOptions) -> dict[str, Any]:
+    """What is known of the pairs, for a JSON record: the thresholds, too, which the plan leaves open."""
     return {
-        "prompts": prompts,
+        "min_margin": options.margin,
+        "max_length_ratio": options.max_length_ratio,
         "candidates": outcome.candidates,
         "off_policy_candidates": outcome.off_policy,
         "pairs": len(outcome.pairs),

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jai.errors import UserError
 from jai.evaluation.judged.options import JudgeOptions
+from jai.evaluation.options import check_backend
 from jai.files import check_is_file, refuse_existing
 from jai.options import argument, check_values, option
 
@@ -81,10 +82,11 @@ class PairsOptions(JudgeOptions):
         Raises:
             UserError: for files that are not there, and options that do not go together.
         """
-        if self.backend == "openai" and not self.base_url:
-            raise UserError("--backend openai needs --base-url, such as http://127.0.0.1:8000/v1.")
-        if self.base_url and self.backend != "openai":
-            raise UserError(f"--base-url is for --backend openai; the backend is {self.backend}.")
+        ignored = {
+            "--device": self.device is not None and self.backend != "hf" and self.by != "reward",
+            "--dtype": self.dtype != "auto" and self.backend == "openai",
+        }
+        check_backend(self.backend, self.base_url, ignored)
         if (self.by == "reward") != (self.reward_model is not None):
             raise UserError("--by reward needs --reward-model, and nothing else does.")
         if self.by in ("judge", "facts"):

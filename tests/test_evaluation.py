@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from evaluation_data import ITEMS, Constant, Knows, share_of_first, write_data, write_rows
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -21,6 +22,7 @@ from jai.evaluation import suites
 from jai.evaluation.command import evaluate_suites
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.measure import measure_suite, plan_suite
+from jai.evaluation.models import load_answering_model
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.prefix_sharing import PrefixSharingLM
 from jai.evaluation.results import ITEMS_FILE, RESULTS_FILE, EvaluationRun, open_run, read_run
@@ -357,6 +359,38 @@ def test_a_killed_process_goes_on_and_ends_as_one_that_was_not(checkpoint, data,
 
 
 # --- What is wrong with what is given ---
+
+
+SERVER = {"backend": "openai", "base_url": "http://h/v1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"backend": "openai"}, "needs --base-url"),
+        ({"base_url": "http://h/v1"}, "--base-url is for --backend openai; the backend is hf"),
+        ({"tokenizer": "t"}, "--tokenizer does nothing with --backend hf"),
+        ({**SERVER, "device": "cpu"}, "--device does nothing with --backend openai"),
+        ({**SERVER, "dtype": "float16"}, "--dtype does nothing with --backend openai"),
+        ({**SERVER, "parallelize": True}, "--parallelize does nothing with --backend openai"),
+        ({"backend": "vllm", "device": "cuda:1"}, "--device does nothing with --backend vllm"),
+        ({"parallelize": True, "device": "cuda:1"}, "--parallelize takes all GPUs, and --device cuda:1 is one"),
+        ({"card": True}, "--card writes into the checkpoint's folder, and owner/name is none"),
+        ({"data": Path("nowhere")}, "--data nowhere is no folder"),
+        ({"include_path": Path("nowhere")}, "--include-path nowhere is no folder"),
+    ],
+)
+def test_options_that_do_nothing_or_do_not_go_together(options, problem):
+    with pytest.raises(UserError, match=problem):
+        EvalOptions(model="owner/name", **options).check()
+    EvalOptions(model="owner/name", **SERVER, tokenizer="t").check()
+
+
+def test_options_reach_the_model(checkpoint):
+    options = EvalOptions(model=str(checkpoint), dtype="bfloat16", max_length=77, batch_size=3, device="meta")
+    loaded = load_answering_model(options, chat=False)
+    assert (loaded.model.dtype, loaded.max_length, loaded.batch_size) == (torch.bfloat16, 77, 3)
+    assert loaded.model.device.type == "meta"
 
 
 def options_of(checkpoint, tmp_path, **given):

@@ -42,6 +42,7 @@ from jai.preferences.prompts import PreferencePrompt, number_prompts, preference
 from jai.preferences.reward_model import RewardModel
 
 ANSWER = re.compile(r"\[Begin: answer of the assistant\]\n(.*?)\n\[End: ", re.DOTALL)
+SERVER = {"backend": "openai", "base_url": "http://h/v1"}
 PROMPT = PreferencePrompt("1", ({"role": "user", "content": "q"},), None)
 
 
@@ -194,6 +195,7 @@ def test_five_answers_are_graded_and_best_and_worst_paired(prompts, tmp_path):
     assert len(rows) == record["pairs"] == 4
     assert record["judge_calls_itself"] == ["judge-2024-11-20"]
     assert record["judge_prompt_hash"]
+    assert (record["min_margin"], record["max_length_ratio"], record["prompts"]) == (1.0, 2.0, 4)
     assert record["length_bias_after"] == {"pairs": 4, "longer": 0.5, "ratio": 1.0}
     assert {(each["temperature"], each["top_p"], each["max_tokens"]) for each in model.asked} == {(0.8, 0.95, 1024)}
     assert "4 pairs of 4 prompts and 20 answers." in printed
@@ -381,6 +383,17 @@ def test_a_checkpoint_answers_and_a_reward_model_decides(checkpoint, reward_mode
     assert run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)[1] == rows
 
 
+def test_prompts_that_are_cut_are_counted_once_each(checkpoint, tmp_path):
+    """Of 512 tokens 480 are the answer's, and 32 are too few for the second prompt and the third."""
+    instruction = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    rows = [{"prompt": f"{number}{text}", **instruction} for number, text in enumerate(("?", "?" * 90, "?" * 99))]
+    file = write_rows(tmp_path / "if.jsonl", rows)
+    printed, _, record = run_checkpoint(checkpoint, file, tmp_path / "pairs", by="checks", max_answer_tokens=480)
+    assert (record["prompts"], record["cut_prompts"]) == (3, 2)
+    assert "2 prompts were longer than the model takes and lost their beginning." in printed
+    assert not any("beginning" in reason for reason in record["dropped"])
+
+
 def test_a_checkpoint_without_a_chat_template(checkpoint, prompts, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(checkpoint, bare)
@@ -425,6 +438,8 @@ def test_a_classifier_is_no_reward_model(tiny_config, tiny_tokenizer, tmp_path):
     [
         ({"backend": "openai"}, "needs --base-url"),
         ({"base_url": "http://h/v1"}, "--base-url is for --backend openai"),
+        ({**SERVER, "dtype": "float16"}, "--dtype does nothing with --backend openai"),
+        ({**SERVER, "by": "checks", "device": "cpu"}, "--device does nothing with --backend openai"),
         ({"by": "reward"}, "--by reward needs --reward-model"),
         ({"by": "checks", "reward_model": "x"}, "--by reward needs --reward-model, and nothing else does"),
         ({}, "--judge-url is not given"),
@@ -435,6 +450,11 @@ def test_a_classifier_is_no_reward_model(tiny_config, tiny_tokenizer, tmp_path):
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(UserError, match=message):
         PairsOptions(prompts=Path("p"), out=Path("o"), model="m", **options).check()
+
+
+def test_the_device_of_a_reward_model_is_no_servers():
+    options = {**SERVER, "by": "reward", "reward_model": "r", "device": "cpu"}
+    PairsOptions(prompts=Path("p"), out=Path("o"), model="m", **options).check()
 
 
 def test_the_recipe_is_of_today():

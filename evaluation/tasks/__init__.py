@@ -2,7 +2,6 @@
 """Tasks by name: lm-eval's own, ours (the YAML files beside this one), and a user's; with data from a folder where one
 is given. `lm_eval --include_path` takes this folder as it is."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +36,6 @@ class TaskLoader:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant so
         self._managers = [self._manager([TASKS_FOLDER, *([self.include_path] if self.include_path else [])])]
 
     def _manager(self, folders: Sequence[Path] | None) -> "TaskManager":
