@@ -27,8 +27,13 @@ _MEASURE_FIELDS = {
     "data": "data",
     "judge": "judge",
     "judge_prompt_hash": "prompts of the judge",
+    "judge_parameters": "parameters of the judge",
 }
-_PROMPT_FIELDS = {"shots": "examples before a question", "prompt_hash": "prompts"}
+_PROMPT_FIELDS = {
+    "shots": "examples before a question",
+    "prompt_hash": "prompts",
+    "answer_tokens": "longest answer in tokens",
+}
 _HASHES = ("prompt_hash", "judge_prompt_hash")
 
 

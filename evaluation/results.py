@@ -315,6 +315,8 @@ class TaskRecord:
         data: Hub id, or path, of the questions.
         judge: id of the model that judged, None where none did.
         judge_prompt_hash: SHA-256 of what the judge is told.
+        judge_parameters: of the judge's sampling.
+        answer_tokens: the longest answer that is judged; None where the task itself decides.
     """
 
     suite: str
@@ -325,6 +327,8 @@ class TaskRecord:
     data: str = ""
     judge: str | None = None
     judge_prompt_hash: str | None = None
+    judge_parameters: Mapping[str, Any] | None = None
+    answer_tokens: int | None = None
 
 
 @dataclass

@@ -92,6 +92,12 @@ def test_figures_find_their_items_with_their_weights(tmp_path):
         ({"version": "2"}, "other version", "thai-exam, task 0, task 1: version: model 1, other 2."),
         ({"data": "owner/new"}, "other data", "data: model owner/data, other owner/new."),
         ({"judge": "j"}, "other judge", "judge: model none, other j."),
+        (
+            {"judge_parameters": {"temperature": 1}},
+            "other parameters of the judge",
+            'parameters of the judge: model none, other {"temperature": 1}.',
+        ),
+        ({"answer_tokens": 9}, "", "longest answer in tokens: model none, other 9."),
         ({"expected": "B"}, "other questions", None),
         ({"prompt_hash": "b" * 64}, "", "thai-exam, task 0, task 1: prompts differ: other questions, examples or chat"),
         ({"shots": 5}, "", "examples before a question: model 0, other 5."),

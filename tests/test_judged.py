@@ -216,6 +216,10 @@ def test_what_the_model_and_the_judge_are_shown(servers, asker, model):
     assert {request["temperature"] for request in judge.asked} == {0}
 
 
+def unreadable(outcome) -> int:
+    return sum(each.unreadable for each in outcome.judgements)
+
+
 def test_what_cannot_be_read_is_counted_and_no_score(servers, asker, model):
     def judge(request: dict, before: int) -> Answer | str:
         return {"ตอบ เขียนกลอน": "I like it.", "ตอบ 1 + 1 = ?": Answer(status=400)}.get(
@@ -223,7 +227,7 @@ def test_what_cannot_be_read_is_counted_and_no_score(servers, asker, model):
         )
 
     outcome = measure_mt_bench("mt", CHATS, model[0].ask, Judge(asker(servers(judge), max_failed=1)), max_tokens=50)
-    assert (outcome.unreadable, outcome.failed) == (1, 1)
+    assert (unreadable(outcome), sum(each.failed for each in outcome.judgements)) == (1, 1)
     scores = {item.id: item.score for item in outcome.items}
     assert scores["81 turn 1"] is None
     assert scores["111 turn 1"] is None
@@ -239,7 +243,7 @@ def test_what_cannot_be_read_is_counted_and_no_score(servers, asker, model):
 def test_a_judge_that_talks_in_prose_has_no_figure(servers, asker, model):
     outcome = measure_mt_bench("mt", CHATS, model[0].ask, Judge(asker(servers(lambda *_: "Lovely!"))), max_tokens=50)
     assert outcome.figures == []
-    assert outcome.unreadable == 6
+    assert unreadable(outcome) == 6
 
 
 def test_a_turn_without_an_answer_is_none(servers, asker):
@@ -348,7 +352,7 @@ def test_correct_needs_both_verdicts(servers, asker, model):
     )
     assert value_of(outcome, "all questions", "facts") == 1
     assert {figure.metric for figure in outcome.figures} == {"facts"}
-    assert outcome.unreadable == 10
+    assert unreadable(outcome) == 10
     assert {item.score for item in outcome.items if item.metric in ("fluency", "correct")} == {None}
 
 

@@ -209,6 +209,8 @@ def test_options_reach_the_judge(data, tmp_path):
         prices=(1.0, 2.0),
     )
     results, items = read_run(options.folder)
+    assert results.tasks[0].judge_parameters == {"temperature": 1, "reasoning_effort": "low"}
+    assert results.tasks[0].answer_tokens == 77
     assert "hall-bench-298: Everything was judged 3 times; a score is the mean." in results.notes
     assert {item.score for item in items if item.metric == "agreement"} == {1.0}
 
@@ -335,6 +337,36 @@ def test_two_files_are_compared_in_both_orders(answer_files, data, tmp_path):
     assert figures["judge", "consistent"] == 1
     assert "mt-bench-th-pairwise: 2 of 6 turns lack an answer in one of the files and were not compared." in printed
     assert read_run(tmp_path / "pair")[0].tasks[0].judge == "judge"
+
+
+def test_comparisons_that_fail_or_cannot_be_read_are_counted(answer_files, data, tmp_path):
+    """Of the four comparisons of the first question, as the second one is left out by --limit."""
+    answers = iter(["[[A]]", Answer(status=500), "Hm.", "[[A]]"])
+    with ChatEndpoint(lambda request, before: next(answers), model="judge-2025") as judge:
+        options = {"judge_attempts": 1, "judge_max_failed": 1, "judge_concurrency": 1, "limit": 1}
+        parameters = ["temperature=1"]
+        printed, run = compare(
+            *answer_files, judge, data=data, out=tmp_path / "pair", judge_parameters=parameters, **options
+        )
+    notes = run.results.notes
+    assert notes == [
+        "mt-bench-th-pairwise: The judge calls itself judge-2025.",
+        "mt-bench-th-pairwise: 1 of the judge's replies hold no verdict that can be read; they count for nothing.",
+        "mt-bench-th-pairwise: 1 judgements have no reply; they count for nothing.",
+    ]
+    assert all(note in printed for note in notes)
+    assert {request["temperature"] for request in judge.asked} == {1}
+    assert run.results.tasks[0].judge_parameters == {"temperature": 1, "max_tokens": 2048}
+
+
+def test_the_seed_decides_what_is_sampled(checkpoint, data, tmp_path):
+    answers = []
+    with ChatEndpoint(always("[[7]]")) as judge:
+        for seed in (0, 1):
+            out = tmp_path / f"run {seed}"
+            evaluate("mt-bench-th", judge=judge, model=str(checkpoint), data=data, out=out, seed=seed)
+            answers.append((out / "answers-mt-bench-th.jsonl").read_text())
+    assert answers[0] != answers[1]
 
 
 def test_files_that_cannot_be_compared(answer_files, data, tmp_path):

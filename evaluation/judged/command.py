@@ -13,7 +13,7 @@ from jai.evaluation.endpoint import Endpoint, EndpointClient
 from jai.evaluation.judged.answers import Asker, write_answers
 from jai.evaluation.judged.checkpoint import CheckpointAsker
 from jai.evaluation.judged.hall_bench import criterion_cases
-from jai.evaluation.judged.judging import Case, requests_of
+from jai.evaluation.judged.judging import Case, judge_name_notes, requests_of
 from jai.evaluation.judged.measure import Judge, JudgedOutcome, measure_hall_bench, measure_mt_bench
 from jai.evaluation.judged.mt_bench import grading_cases
 from jai.evaluation.judged.questions import ChatQuestion, FactQuestion, chat_question, check_questions, fact_question
@@ -154,7 +154,7 @@ def measure_judged(
     if isinstance(answering, EndpointClient):
         say(f"  Answers: {answering.summary()}")
     say(f"  Judge: {judge.client.summary()}")
-    _keep(plan, run, outcome, judge, answering)
+    _keep(plan, run, outcome, judge, answering, options.max_answer_tokens)
     return outcome.figures
 
 
@@ -191,6 +191,7 @@ def _keep(
     outcome: JudgedOutcome,
     judge: Judge,
     answering: EndpointClient | CheckpointAsker,
+    answer_tokens: int,
 ) -> None:
     suite = plan.suite
     chats = plan.chats or [ChatQuestion(each.id, each.category, (each.question,)) for each in plan.facts]
@@ -207,6 +208,8 @@ def _keep(
                 data=plan.data,
                 judge=judge.client.endpoint.model,
                 judge_prompt_hash=outcome.judge_prompt_hash,
+                judge_parameters=judge.parameters,
+                answer_tokens=answer_tokens,
             )
         )
     run.replace_notes(suite.name, [*_notes(plan, judge, answering), *outcome.notes()])
@@ -214,10 +217,7 @@ def _keep(
 
 
 def _notes(plan: JudgedPlan, judge: Judge, answering: EndpointClient | CheckpointAsker) -> list[str]:
-    suite, notes = plan.suite, []
-    served = sorted(judge.client.counts.models)
-    if served != [judge.client.endpoint.model]:
-        notes.append(f"The judge calls itself {', '.join(served) or 'nothing'}.")
+    suite, notes = plan.suite, judge_name_notes(judge.client)
     if suite.questions is not None and len(plan.questions) != suite.questions:
         notes.append(f"{len(plan.questions):,} questions of {plan.data}; the published set has {suite.questions:,}.")
     if judge.repeats > 1:

@@ -87,3 +87,21 @@ def judge_cases(
         failed = sum(isinstance(each, FailedRequest) for each in of_case)
         judgements.append(Judgement(verdicts, replies, failed))
     return judgements
+
+
+def judgement_notes(judgements: Sequence[Judgement]) -> list[str]:
+    """How many replies of a judge count for nothing, and why, for those who read the figures."""
+    said = [
+        (
+            sum(each.unreadable for each in judgements),
+            "of the judge's replies hold no verdict that can be read; they count for nothing",
+        ),
+        (sum(each.failed for each in judgements), "judgements have no reply; they count for nothing"),
+    ]
+    return [f"{count:,} {what}." for count, what in said if count]
+
+
+def judge_name_notes(judge: EndpointClient) -> list[str]:
+    """By what name a judge calls itself, where that is another than it was asked by."""
+    served = sorted(judge.counts.models)
+    return [] if served == [judge.endpoint.model] else [f"The judge calls itself {', '.join(served) or 'nothing'}."]

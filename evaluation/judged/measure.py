@@ -13,7 +13,7 @@ from jai.evaluation.judged.hall_bench import (
     hall_bench_figures,
     hall_bench_items,
 )
-from jai.evaluation.judged.judging import Judgement, judge_cases
+from jai.evaluation.judged.judging import Judgement, judge_cases, judgement_notes
 from jai.evaluation.judged.mt_bench import GRADING_PROMPTS, grading_cases, mt_bench_figures, mt_bench_items
 from jai.evaluation.judged.options import JUDGE_PARAMETERS
 from jai.evaluation.judged.prompts import prompts_hash
@@ -58,8 +58,7 @@ class JudgedOutcome:
         answers: what the model said.
         prompt_hash: SHA-256 of the questions, in their order.
         judge_prompt_hash: SHA-256 of what the judge is told.
-        unreadable: judgements without a verdict that could be read.
-        failed: judgements without a reply.
+        judgements: what the judge said of them.
         unanswered: turns that the model did not answer.
         without_reference: questions of one right answer that come without it.
     """
@@ -69,20 +68,17 @@ class JudgedOutcome:
     answers: list[ChatAnswers]
     prompt_hash: str
     judge_prompt_hash: str
-    unreadable: int
-    failed: int
+    judgements: Sequence[Judgement]
     unanswered: int
     without_reference: int = 0
 
     def notes(self) -> list[str]:
         """What a reader of the figures must know."""
         said = [
-            (self.unreadable, "of the judge's replies hold no verdict that can be read; they count for nothing"),
-            (self.failed, "judgements have no reply; they count for nothing"),
             (self.unanswered, "turns have no answer; they count for nothing"),
             (self.without_reference, "questions of one right answer come without it; the judge had to know it"),
         ]
-        return [f"{count:,} {what}." for count, what in said if count]
+        return [*judgement_notes(self.judgements), *(f"{count:,} {what}." for count, what in said if count)]
 
 
 def measure_mt_bench(
@@ -111,9 +107,9 @@ def measure_mt_bench(
         answers=answers,
         prompt_hash=questions_hash(questions),
         judge_prompt_hash=prompts_hash(GRADING_PROMPTS),
+        judgements=judgements,
         unanswered=sum(len(question.turns) for question in questions) - len(cases),
         without_reference=sum(question.lacks_reference for question in questions),
-        **_counts(judgements),
     )
 
 
@@ -154,13 +150,6 @@ def measure_hall_bench(
         answers=answers,
         prompt_hash=questions_hash(questions),
         judge_prompt_hash=prompts_hash([CRITERIA[criterion] for criterion in criteria]),
+        judgements=judgements,
         unanswered=sum(text is None for text in texts),
-        **_counts(judgements),
     )
-
-
-def _counts(judgements: Sequence[Judgement]) -> dict[str, int]:
-    return {
-        "unreadable": sum(each.unreadable for each in judgements),
-        "failed": sum(each.failed for each in judgements),
-    }

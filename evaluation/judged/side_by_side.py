@@ -13,7 +13,7 @@ from jai.evaluation.endpoint import EndpointClient
 from jai.evaluation.figure_table import print_figures
 from jai.evaluation.judged.answers import ChatAnswers, chat_answers
 from jai.evaluation.judged.command import REPLIES_FILE, JudgedPlan, plan_judged
-from jai.evaluation.judged.judging import judge_cases
+from jai.evaluation.judged.judging import Judgement, judge_cases, judge_name_notes, judgement_notes
 from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.judged.pairwise import (
     COMPARISON_PROMPTS,
@@ -66,12 +66,13 @@ def compare_answers(options: PairwiseOptions, *, console: Console | None = None)
         run.results.seeds = {"bootstrap": options.seed}
         judge = EndpointClient(options.endpoint_of_judge(), ReplyCache(run.folder / REPLIES_FILE), console=console)
         cases = [case for pair in pairs for case in comparison_cases(pair)]
-        judgements = judge_cases(cases, judge, parameters=options.parameters_of_judge(), repeats=options.repeats)
+        parameters = options.parameters_of_judge()
+        judgements = judge_cases(cases, judge, parameters=parameters, repeats=options.repeats)
         items = pairwise_items(name_of_suite, pairs, judgements)
         figures = pairwise_figures(name_of_suite, items, options.seed)
         run.replace_items(name_of_suite, items)
         run.replace_figures(name_of_suite, figures)
-        run.replace_notes(name_of_suite, _notes(plan, pairs, sum(each.unreadable for each in judgements)))
+        run.replace_notes(name_of_suite, _notes(plan, pairs, judgements, judge))
         for task in dict.fromkeys(item.task for item in items):
             run.replace_task(
                 TaskRecord(
@@ -82,6 +83,7 @@ def compare_answers(options: PairwiseOptions, *, console: Console | None = None)
                     data=plan.data,
                     judge=judge.endpoint.model,
                     judge_prompt_hash=prompts_hash(COMPARISON_PROMPTS),
+                    judge_parameters=parameters,
                 )
             )
         run.finish()
@@ -109,10 +111,11 @@ def _names(first: Path, second: Path) -> tuple[str, str]:
     return f"{first} against {second}", f"{sha256(first)} {sha256(second)}"
 
 
-def _notes(plan: JudgedPlan, pairs: Sequence[AnswerPair], unreadable: int) -> list[str]:
+def _notes(
+    plan: JudgedPlan, pairs: Sequence[AnswerPair], judgements: Sequence[Judgement], judge: EndpointClient
+) -> list[str]:
     asked = sum(len(question.turns) for question in plan.chats)
-    said = [
-        (asked - len(pairs), f"of {asked:,} turns lack an answer in one of the files and were not compared"),
-        (unreadable, "of the judge's replies hold no verdict that can be read; they count for nothing"),
-    ]
-    return [f"{count:,} {what}." for count, what in said if count]
+    notes = judge_name_notes(judge)
+    if missing := asked - len(pairs):
+        notes.append(f"{missing:,} of {asked:,} turns lack an answer in one of the files and were not compared.")
+    return [*notes, *judgement_notes(judgements)]
