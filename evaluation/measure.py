@@ -16,7 +16,7 @@ from jai.errors import UserError
 from jai.evaluation.consistency import CONSISTENCY_METRICS, ParallelAnswers, parallel_answers
 from jai.evaluation.kept_answers import KeptAnswers
 from jai.evaluation.results import EvaluationRun, Figure, FigurePart, Item, TaskRecord, mean_figure
-from jai.evaluation.suites import MeanOver, Suite, SuiteMean, SuitePair, SuiteTask
+from jai.evaluation.suites import Suite, SuiteMean, SuitePair, SuiteTask
 from jai.evaluation.tasks import TaskLoader
 
 if TYPE_CHECKING:
@@ -276,15 +276,6 @@ def _note(run: EvaluationRun, note: str) -> None:
 # --- Figures ---
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Outcomes of a task by one metric, and their weight in a mean over tasks."""
-
-    task: str
-    metric: str
-    weight: float
-
-
 def _figures(
     plan: SuitePlan, run: EvaluationRun, higher: Mapping[tuple[str, str], bool], seed: int
 ) -> Iterator[Figure]:
@@ -295,36 +286,35 @@ def _figures(
         for metric in row.metrics:
             is_higher = higher.get((tasks[0], metric), True)
             for task in tasks if len(tasks) > 1 else []:
-                yield from figure_of(task, metric, [_Part(task, metric, 1.0)], "items", is_higher)
-            parts = [_Part(task, metric, 1 / len(tasks)) for task in tasks]
-            yield from figure_of(row.label, metric, parts, row.mean, is_higher)
+                yield from figure_of(task, metric, [FigurePart(task, metric)], is_higher)
+            weight = 1 / len(tasks) if row.mean == "tasks" else None
+            yield from figure_of(row.label, metric, [FigurePart(task, metric, weight) for task in tasks], is_higher)
     for mean in plan.suite.means:
         parts = list(_parts_of_mean(plan, run, mean))
         metric = " / ".join(dict.fromkeys(part.metric for part in parts))
-        yield from figure_of(mean.name, metric, parts, mean.over, True)
+        yield from figure_of(mean.name, metric, parts, True)
 
 
 def _consistency_figures(suite: Suite, run: EvaluationRun, seed: int) -> Iterator[Figure]:
     for pair in suite.pairs:
         for metric in CONSISTENCY_METRICS:
-            parts = [_Part(pair.name, metric.name, 1.0)]
-            figures = list(
-                _figure(suite.name, run, seed, pair.name, metric.name, parts, "items", metric.higher_is_better)
-            )
+            parts = [FigurePart(pair.name, metric.name)]
+            figures = list(_figure(suite.name, run, seed, pair.name, metric.name, parts, metric.higher_is_better))
             if not figures:
                 condition = f"{'right' if metric.given_score else 'wrong'} in {metric.given.capitalize()}"
                 _note(run, f"{suite.name}, {pair.name}: no {metric.name}, for no question in both is {condition}.")
             yield from figures
 
 
-def _parts_of_mean(plan: SuitePlan, run: EvaluationRun, mean: SuiteMean) -> Iterator[_Part]:
+def _parts_of_mean(plan: SuitePlan, run: EvaluationRun, mean: SuiteMean) -> Iterator[FigurePart]:
     rows = plan.suite.rows_of(mean)
     for row in rows:
         metrics = mean.metrics or [row.metric]
         for metric in metrics:
             weights = _weights_in_row(plan, run, row, metric)
             for task, weight in weights.items():
-                yield _Part(task, metric, weight / len(metrics) / len(rows))
+                share = weight / len(metrics) / len(rows)
+                yield FigurePart(task, metric, share if mean.over == "tasks" else None)
 
 
 def _weights_in_row(plan: SuitePlan, run: EvaluationRun, row: SuiteTask, metric: str) -> dict[str, float]:
@@ -345,8 +335,7 @@ def _figure(
     seed: int,
     name: str,
     metric: str,
-    parts: Sequence[_Part],
-    over: MeanOver,
+    parts: Sequence[FigurePart],
     higher_is_better: bool,
 ) -> Iterator[Figure]:
     """The figure of some parts, none where they have no outcomes."""
@@ -355,15 +344,15 @@ def _figure(
         for part in parts
         for item in run.of(suite, task=part.task, metric=part.metric)
     ]
+    weights = {f"{part.task} {part.metric}": part.weight for part in parts if part.weight is not None}
     figure = mean_figure(
         items,
         suite=suite,
         name=name,
         metric=metric,
-        weights={f"{part.task} {part.metric}": part.weight for part in parts} if over == "tasks" else None,
+        weights=weights or None,
         higher_is_better=higher_is_better,
         seed=seed,
     )
     if figure is not None:
-        shares = [FigurePart(part.task, part.metric, part.weight if over == "tasks" else None) for part in parts]
-        yield replace(figure, parts=tuple(shares))
+        yield replace(figure, parts=tuple(parts))
