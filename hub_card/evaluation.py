@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from jai.errors import UserError
-from jai.evaluation.results import EvaluationResults
+from jai.evaluation.results import EvaluationResults, Figure
 from jai.evaluation.suites import JudgedSuite, Suite
 from jai.files import read_json
 
@@ -101,33 +102,56 @@ def record_run(folder: Path, results: EvaluationResults, suites: Sequence[Suite 
     before = read_evaluation(folder)
     model = before.model if before else folder.resolve().name
     new = [score for suite in suites for score in _scores(model, results, suite)]
-    replaced = {(score.metric, score.metric_name, score.dataset_name) for score in new}
-    others = before.scores if before else []
-    kept = [each for each in others if (each.metric, each.metric_name, each.dataset_name) not in replaced]
+    replaced = {score.dataset_name for score in new}
+    kept = [each for each in (before.scores if before else []) if each.dataset_name not in replaced]
     evaluation = before or Evaluation(model, [model], [])
     versions = {**evaluation.versions, **results.versions}
     write_evaluation(folder, dataclasses.replace(evaluation, scores=[*kept, *new], versions=versions))
 
 
 def _scores(model: str, results: EvaluationResults, suite: Suite | JudgedSuite) -> Iterator[Score]:
+    shown = [figure for figure in results.figures if figure.suite == suite.name and _is_shown(figure, suite)]
+    metrics_of = Counter(figure.name for figure in shown)
+    for figure in shown:
+        said = [suite.title, figure.name, *([figure.metric] if metrics_of[figure.name] > 1 else [])]
+        yield Score(
+            metric=figure.metric,
+            metric_name=", ".join([*said, *_conditions(results, suite)]),
+            dataset=_dataset(results, suite, figure),
+            dataset_name=suite.title,
+            language=suite.language,
+            higher_is_better=figure.higher_is_better,
+            values={model: figure.value},
+            intervals={model: [figure.low, figure.high]},
+        )
+
+
+def _is_shown(figure: Figure, suite: Suite | JudgedSuite) -> bool:
+    if isinstance(suite, JudgedSuite):
+        return True
+    metrics = {row.label: row.metric for row in suite.tasks}
+    return figure.name in [each.name for each in (*suite.means, *suite.pairs)] or (
+        metrics.get(figure.name) == figure.metric
+    )
+
+
+def _conditions(results: EvaluationResults, suite: Suite | JudgedSuite) -> Iterator[str]:
+    """What makes a figure another than that of the whole suite, or of another judge."""
+    judges = {record.judge for record in results.tasks if record.suite == suite.name and record.judge is not None}
+    yield from (f"judged by {judge}" for judge in sorted(judges))
+    if (limit := results.conditions.get("limit")) is not None:
+        yield f"the first {limit} questions" + ("" if isinstance(suite, JudgedSuite) else " of each task")
+
+
+def _dataset(results: EvaluationResults, suite: Suite | JudgedSuite, figure: Figure) -> str:
+    """Hub id of a figure's data; the suite's name where it has none, or several."""
     data_of = {record.task: record.data for record in results.tasks if record.suite == suite.name}
-    rows = {row.label: row for row in suite.tasks} if isinstance(suite, Suite) else {}
-    means = [each.name for each in (*suite.means, *suite.pairs)] if isinstance(suite, Suite) else []
-    for figure in results.figures:
-        row = rows.get(figure.name)
-        is_shown = not rows or figure.name in means or (row is not None and figure.metric == row.metric)
-        if figure.suite == suite.name and is_shown:
-            data = data_of.get(row.task if row else figure.name, "")
-            yield Score(
-                metric=figure.metric,
-                metric_name=f"{suite.title}, {figure.name}",
-                dataset=data.split()[0] if data else suite.name,
-                dataset_name=suite.title,
-                language=suite.language,
-                higher_is_better=figure.higher_is_better,
-                values={model: figure.value},
-                intervals={model: [figure.low, figure.high]},
-            )
+    if isinstance(suite, JudgedSuite):
+        is_from_hub = suite.dataset is not None and all(data.startswith(suite.dataset) for data in data_of.values())
+        return str(suite.dataset) if is_from_hub else suite.name
+    task = next((row.task for row in suite.tasks if row.label == figure.name), figure.name)
+    data = data_of.get(task, "")
+    return data.split()[0] if data else suite.name
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:

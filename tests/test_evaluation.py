@@ -25,8 +25,17 @@ from jai.evaluation.measure import measure_suite, plan_suite
 from jai.evaluation.models import load_answering_model
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.prefix_sharing import PrefixSharingLM
-from jai.evaluation.results import ITEMS_FILE, RESULTS_FILE, EvaluationRun, open_run, read_run
-from jai.evaluation.suites import Suite, read_suite, suite_names
+from jai.evaluation.results import (
+    ITEMS_FILE,
+    RESULTS_FILE,
+    EvaluationResults,
+    EvaluationRun,
+    Figure,
+    TaskRecord,
+    open_run,
+    read_run,
+)
+from jai.evaluation.suites import JudgedSuite, Suite, read_suite, suite_names
 from jai.evaluation.tasks import TASKS_FOLDER, TaskLoader
 from jai.hub_card.evaluation import Evaluation, Score, read_evaluation, record_run, write_evaluation
 
@@ -477,6 +486,41 @@ def test_the_card_shows_the_figures_with_their_intervals(plan_of, tmp_path):
     assert (mean.values, mean.intervals) == ({"tiny": figure.value}, {"tiny": [figure.low, figure.high]})
     assert {score.dataset for score in evaluation.scores} == {"owner/data", "scb10x/thai_exam", "thai-exam"}
     assert len(evaluation.results()) == 8
+
+
+def card_of(folder: Path, suite: Suite | JudgedSuite, figures, task="t", limit=None, **record) -> dict[str, Score]:
+    """The scores that a run writes for a card, by their names."""
+    results = EvaluationResults("m", "r", {"limit": limit})
+    results.tasks = [TaskRecord(suite.name, task, "1", "0", **record)]
+    results.figures = [Figure(suite.name, *name, 0.5, 0.25, 0.75, 9) for name in figures]
+    folder.mkdir(exist_ok=True)
+    record_run(folder, results, [suite])
+    return {score.metric_name: score for score in read_evaluation(folder).scores}
+
+
+def test_the_card_says_whose_judgement_it_is_and_how_many_questions_there_were(tmp_path):
+    suite = read_suite("mt-bench-th")
+    title, figures = suite.title, [("all turns", "grade"), ("math", "grade")]
+    hub = {"task": "math", "judge": "gpt-x", "data": f"{suite.dataset}, split train"}
+    cards = card_of(tmp_path / "c", suite, figures, limit=20, **hub)
+    assert list(cards) == [
+        f"{title}, {name}, judged by gpt-x, the first 20 questions" for name in ("all turns", "math")
+    ]
+    assert {score.dataset for score in cards.values()} == {suite.dataset}
+    whole = card_of(tmp_path / "c", suite, figures, task="math", judge="gpt-x", data="mt_bench_th.jsonl")
+    assert list(whole) == [f"{title}, {name}, judged by gpt-x" for name in ("all turns", "math")]  # in their place
+    assert {score.dataset for score in whole.values()} == {"mt-bench-th"}
+    exam = card_of(tmp_path / "e", read_suite("thai-exam"), [("mean over questions", "acc")], limit=3)
+    assert [name.partition(", mean over questions, ")[2] for name in exam] == ["the first 3 questions of each task"]
+
+
+@pytest.mark.parametrize(
+    ("suite", "name", "metrics"),
+    [("hall-bench", "all questions", ("correct", "facts")), ("consistency", "MGSM", ("E(T)→T(T)", "T(F)→E(T)"))],
+)
+def test_figures_of_one_name_are_told_apart_on_the_card(tmp_path, suite, name, metrics):
+    cards = card_of(tmp_path / "c", read_suite(suite), [(name, metric) for metric in metrics])
+    assert list(cards) == [f"{read_suite(suite).title}, {name}, {metric}" for metric in metrics]
 
 
 # --- Suites ---
