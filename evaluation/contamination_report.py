@@ -63,6 +63,12 @@ def report_contamination(
         UserError: if the suites' questions, the text or the run cannot be had.
     """
     console = console or Console()
+    for suite in suites:
+        if isinstance(suite, Suite) and suite.metadata:
+            raise UserError(
+                f"The questions of {suite.name} are made anew for each model, so no training data has them. Leave the "
+                "suite out."
+            )
     quiet_libraries()
     items = [item for suite in suites for item in suite_items(suite, options.data)]
     run = read_run(options.run) if options.run is not None else None
@@ -106,7 +112,7 @@ def suite_items(suite: Suite | JudgedSuite, data: Path | None) -> Iterator[Suite
     from jai.evaluation.measure import plan_suite  # lm-eval, which takes seconds
     from jai.evaluation.tasks import TaskLoader
 
-    plan = plan_suite(suite, TaskLoader(data=data, metadata=dict(suite.metadata or {})))
+    plan = plan_suite(suite, TaskLoader(data=data))
     for task in (task for tasks in plan.tasks.values() for task in tasks):
         for number, doc in enumerate(task.eval_docs):
             texts = {name: texts for name, value in doc.items() if (texts := list(texts_of(value)))}

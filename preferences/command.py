@@ -87,11 +87,15 @@ def make_pairs(options: PairsOptions, *, console: Console | None = None) -> Path
         say(f"{count}, told apart by {plan['judge']}")
         outcome = work.run()
         _write(options.out / PAIRS_FILE, "".join(_row(pair, plan["judge"]) + "\n" for pair in outcome.pairs))
-        record = plan | _record(outcome, options) | {
-            "prompts": len(work.prompts),
-            "cut_prompts": work.cut_prompts,
-            "judge_calls_itself": work.judge_calls_itself,
-        }
+        record = (
+            plan
+            | _record(outcome, options)
+            | {
+                "prompts": len(work.prompts),
+                "cut_prompts": work.cut_prompts,
+                "judge_calls_itself": work.judge_calls_itself,
+            }
+        )
         _write(options.out / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     _report(outcome, len(work.prompts), console)
     if not outcome.pairs:
