@@ -21,7 +21,19 @@ ROOT = Path(jai.__file__).parent
 SHIPPED = ("configuration_jai.py", "modeling_jai.py")
 OPTIONAL = ("triton", "liger_kernel", "bitsandbytes")
 GPU = (*OPTIONAL, "kernels")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+# What is imported and comes with a package that is required, or that is imported before; or is looked for first.
+BROUGHT = {
+    "aiohttp": "lm-eval[api]",
+    "anyio": "openai",
+    "cycler": "matplotlib",
+    "liger_kernel": "looked for",
+    "numpy": "transformers",
+    "packaging": "transformers",
+    "requests": "lm-eval[api]",
+    "triton": "looked for",
+}
 HEAVY = (*OPTIONAL, "trl", "peft", "datasets", "matplotlib", "typer", "pythainlp", "torch._inductor")
 
 
@@ -304,6 +316,23 @@ def test_every_package_is_required_or_comes_with_an_extra():
         package = module.lower().replace("_", "-")
         assert package in {name.partition("[")[0] for name in extras[extra]}
         assert package not in required
+
+
+def test_what_is_imported_is_required_or_named_with_its_extra():
+    """So that what is not installed is one line that says what to install, and no traceback."""
+    required = {re.split("[<>=]", name)[0].lower() for name in PROJECT["dependencies"]} | {"yaml"}  # pyyaml's
+    imported: dict[str, str] = {}
+    packages = PYPROJECT["tool"]["setuptools"]["packages"]
+    folders = [ROOT / package.partition(".")[2].replace(".", "/") for package in packages]
+    for path in (path for folder in folders for path in folder.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [str(node.module)]
+            imported |= {name.partition(".")[0]: str(path.relative_to(ROOT)) for name in names}
+    known = {*sys.stdlib_module_names, "jai", *required, *EXTRA_OF, *BROUGHT}
+    assert {name: path for name, path in imported.items() if name not in known} == {}
+    assert imported.keys() >= BROUGHT.keys()
 
 
 @pytest.mark.parametrize(
