@@ -79,19 +79,20 @@ def test_streamed_shard_by_shard(hub, tmp_path):
 
 def test_a_streamed_shard_that_is_not_finite_is_refused(hub, tmp_path):
     """Its hash is the Hub's, so its values are looked at when it has come."""
-    shard = sorted((tmp_path / "base").glob("*.safetensors"))[2]
+    shard = sorted((tmp_path / "base").glob("*.safetensors"))[-1]  # by then, some of the output is finished
     tensors = load_file(shard)
     next(iter(tensors.values())).view(-1)[-1] = math.nan
     save_file(tensors, shard, metadata={"format": "pt"})
     api = HfApi(endpoint=hub.endpoint, token=hub.token)
     api.upload_file(path_or_fileobj=shard, path_in_repo=shard.name, repo_id="lab/base")
-    process = convert(hub, tmp_path / "out", "--stream")
+    process = convert(hub, tmp_path / "out", "--max-shard-size", "150KB", "--stream")
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
     error = process.stderr.strip().splitlines()[-1]
     assert error.startswith("Error: ")
     assert f"{shard.name} holds nan" in error
     assert not (tmp_path / "out").exists()
+    assert not work_folder(tmp_path / "out").exists()  # another commit's weights could not go on with what was finished
 
 
 class DownloadWatcher:

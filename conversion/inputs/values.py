@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from jai.conversion.inputs.header import Header
-from jai.errors import UnfinishableError, UserError
+from jai.errors import UnfinishableError
 
 # As safetensors spells them.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -61,7 +61,7 @@ def bytes_of(values: torch.Tensor) -> memoryview:
 
 
 def refuse_not_finite(path: Path, header: Header) -> None:
-    """Raise `UserError` if a weight in a safetensors file is NaN or infinite."""
+    """Raise `UnfinishableError` if a weight in a safetensors file is NaN or infinite."""
     for _ in _checked_chunks(path, header):
         pass
 
@@ -70,7 +70,7 @@ def sha256_of_finite(path: Path, header: Header) -> str:
     """SHA-256 of a safetensors file, in hexadecimal, read in one pass with its values.
 
     Raises:
-        UserError: if a weight is NaN or infinite.
+        UnfinishableError: if a weight is NaN or infinite.
     """
     digest = hashlib.sha256()
     for chunk in _checked_chunks(path, header):
@@ -90,7 +90,7 @@ def _checked_chunks(path: Path, header: Header) -> Iterator[memoryview]:
                 if dtype and not is_finite(chunk, dtype):
                     values = torch.frombuffer(chunk, dtype=dtype)
                     value = values[~values.isfinite()][0].item()
-                    raise UserError(
+                    raise UnfinishableError(
                         f"{name} in {path} holds {value}, so nothing that is computed with it would be a number. Fetch "
                         "or save the checkpoint again; if its training went wrong, take a checkpoint from before."
                     )

@@ -31,7 +31,7 @@ class WeightFiles(Protocol):
         """Where a file lies; it is fetched first if it must be.
 
         Raises:
-            UserError: if a file that was fetched has a weight that is NaN or infinite.
+            UnfinishableError: if a file that was fetched has a weight that is NaN or infinite.
         """
 
     def release(self, name: str) -> None:
@@ -44,7 +44,7 @@ class WeightFiles(Protocol):
         """Hash of a file. Where that takes reading it, its values are looked at too; else `path` does that.
 
         Raises:
-            UserError: if a weight is NaN or infinite.
+            UnfinishableError: if a weight is NaN or infinite.
         """
 
     def check_unchanged(self, name: str) -> None:
