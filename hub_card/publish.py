@@ -209,7 +209,7 @@ def _check(
         checked = "logits equal to the installed package's, bit for bit"
     else:
         checked = f"logits equal to the installed package's up to {report.difference:.1g}"
-    console.print(f"  {report.parameters:,} parameters, {report.dtype}; {checked}", highlight=False)
+    console.print(f"  {report.parameters:,} parameters, {report.dtype}; {checked}", highlight=False, soft_wrap=True)
     return report
 
 

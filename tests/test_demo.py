@@ -58,7 +58,12 @@ def test_every_verb_ran(demo):
     training = [command["line"] for command in results["commands"] if command["line"].split()[1] in ("sft", "dpo")]
     assert len(training) == 3
     assert all(line.endswith(f"--max_steps {QUICK_STEPS} --seed 3") for line in training)
-    assert "Back from the Hub bit-equal" in output
+    loaded = f"{results['jai_parameters']:,} parameters, float32; logits equal to the installed package's, bit for bit"
+    assert results["checks"] == {
+        "Loads in a clean process": f"{loaded} (through trust_remote_code, jai not importable)",
+        "Back from the Hub bit-equal": "5 files, SHA-256 equal",
+    }
+    assert all(check in output for check in results["checks"])
     assert results["peak_memory_mb"] < 4000
 
 
