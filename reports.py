@@ -17,8 +17,6 @@ GREY = "#8b96a3"
 SERIES = (BLUE, ORANGE, "#3a8f5c", "#8a5ab0", "#b8476b", "#3d9fb3", "#a58b2a", "#5b4a3f")
 _ONCE, _REPEATED = "#dbe6f3", "#f8e3d0"  # a block that is there once, a copy of one that is repeated
 _THAI_FONTS = ("Noto Sans Thai", "Sarabun", "Thonburi", "Leelawadee UI", "Tahoma")
-
-
 _NAMED_LINES = 11  # of a chart: what fits beside it
 
 

@@ -184,6 +184,8 @@ def test_where_layers_come_from_is_only_said_where_it_is_known(folder, tiny_mode
         (lambda e: e["scores"][0]["values"].update(DPO="0.3"), "no finite numbers"),
         (lambda e: e["scores"][0]["values"].update(other=0.3), "not all among"),
         (lambda e: e["scores"][0].update(values={}), "no values"),
+        (lambda e: e["scores"][0].update(intervals={"DPO": [0.1]}), "not two finite numbers"),
+        (lambda e: e["scores"][0].update(intervals={"DPO": [0.1, float("inf")]}), "not two finite numbers"),
         (lambda e: e.update(router_load={"th": [[2.0]]}), "no shares"),
         (lambda e: e.update(router_load={"th": [[0.5, 0.5], [1.0]]}), "same experts"),
         (lambda e: e.update(router_load=[1]), "AttributeError"),

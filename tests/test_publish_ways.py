@@ -209,6 +209,7 @@ def adapter(checkpoint: Path, tmp_path: Path) -> Path:
         task_type="CAUSAL_LM",
         target_modules=["q_proj", "o_proj"],
         target_parameters=["mlp.experts.gate_up_proj"],
+        trainable_token_indices={"embed_tokens": [1, 2, 3]},
         init_lora_weights=False,
     )
     torch.manual_seed(0)
@@ -236,6 +237,7 @@ def test_an_adapter(adapter, checkpoint, hub, api, push, run_line):
     card = ModelCard(hub.content(REPO, "README.md").decode())
     assert (card.data.base_model, card.data.base_model_relation, card.data.library_name) == (BASE, "adapter", "peft")
     assert "| r | 2 |" in card.text
+    assert "| trainable_token_indices | 3 of embed_tokens |" in card.text
     assert str(checkpoint) not in card.text + json.dumps(config)
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(checkpoint)
 

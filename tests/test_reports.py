@@ -7,7 +7,16 @@ import pytest
 from markdown_it import MarkdownIt
 
 from jai import JaiConfig
-from jai.reports import SERIES, BlockCopy, ReportTable, figure_style, layer_plan_svg, router_load_svg, series_color
+from jai.reports import (
+    SERIES,
+    BlockCopy,
+    ReportTable,
+    figure_style,
+    layer_plan_svg,
+    line_chart_svg,
+    router_load_svg,
+    series_color,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 LOAD = [[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4]]
@@ -99,3 +108,28 @@ def test_the_router_load_is_darker_where_it_is_higher():
     found = {cell.find(f"{SVG}title").text: float(cell.attrib["fill-opacity"]) for cell in cells[:16]}
     assert found["layer 2, expert 0: 70 %"] > found["layer 0, expert 0: 40 %"] > found["layer 0, expert 3: 10 %"]
     assert "<English>" in [text.text for text in figure.findall(f"{SVG}text")]
+
+
+def test_a_chart_draws_every_series_and_says_how_many_it_does_not_name():
+    series = {f"<{number}>": [(10.0, 1.0 + number), (20.0, 2.0 + number)] for number in range(13)}
+    series["<1>"] += [(30.0, float("nan")), (40.0, float("inf"))]
+    series["<2>"] = [(15.0, 2.5)]
+    figure = ElementTree.fromstring(line_chart_svg("loss", series))
+    lines = figure.findall(f"{SVG}polyline")
+    assert [line.find(f"{SVG}title").text for line in lines] == [*series]
+    assert [len(line.attrib["points"].split()) for line in lines] == [
+        2,
+        2,
+        1,
+        *[2] * 10,
+    ]  # what is not finite is left out
+    assert len(figure.findall(f"{SVG}circle")) == 1  # a line of one point would not be seen
+    texts = [text.text for text in figure.findall(f"{SVG}text")]
+    assert texts[:5] == [
+        "loss",
+        "1",
+        "14",
+        "10",
+        "20",
+    ]  # the smallest and the largest value, the first and the last step
+    assert texts[5:] == ["<0>: 2", "<1>: 3", "<2>: 2.5", *(f"<{n}>: {n + 2}" for n in range(3, 11)), "and 2 more"]
