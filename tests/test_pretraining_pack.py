@@ -4,12 +4,16 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -123,6 +127,17 @@ class TestContent:
         other = pack(config, tmp_path / "other", shard_tokens=10**6)
         assert [source.tokens for source in other.sources] == [source.tokens for source in one.sources]
 
+    def test_what_is_read_and_left_out_is_said(self, corpus, tmp_path, tokenizer):
+        """And the tokenizer of the command line goes before the file's; without workers, there are all processors."""
+        config, _ = corpus
+        config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"tokenizer": "nowhere"}))
+        console = Console(file=StringIO(), width=300)
+        pack_corpus(PackOptions(out=tmp_path / "out", config=config, tokenizer=str(tokenizer)), console)
+        rows = [[cell.strip() for cell in line.split("│")] for line in console.file.getvalue().splitlines()]
+        assert f" {len(os.sched_getaffinity(0))} process" in console.file.getvalue()
+        assert [row[-2] for row in rows if row[1:2] == ["english"]] == ["CC0-1.0", "0"]
+        assert [row[-2] for row in rows if row[1:2] == ["thai"]] == ["–", "1"]
+
     def test_text_that_spells_a_special_token_stays_text(self, tmp_path, tokenizer):
         eos = load_tokenizer(tokenizer).eos_token
         write_jsonl(tmp_path / "a.jsonl", [{"text": f"before{eos}after"}])
@@ -163,6 +178,7 @@ class TestInterruption:
                 break
             time.sleep(0.002)
         children = children_of(process.pid)
+        tokenising = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
         process.kill()
         process.wait()
         assert not out.exists()
@@ -174,7 +190,7 @@ class TestInterruption:
         assert resumed.content_sha256 == whole.content_sha256
         assert sum((out / name).stat().st_mtime_ns == time_ for name, time_ in finished.items()) > 5
         assert not work_folder(out).exists()
-        assert len(children) >= 2
+        assert len(tokenising) == 2
         deadline = time.monotonic() + 30
         while any(Path(f"/proc/{child}").exists() for child in children):
             assert time.monotonic() < deadline, "processes of a pool have outlived what was killed"
@@ -206,12 +222,40 @@ class TestInterruption:
         with pytest.raises(UserError, match=r"a\.jsonl is not what it was"):
             pack(long_corpus, out, shard_tokens=self.SHARD)
 
-    def test_other_options_are_refused(self, long_corpus, tmp_path):
+    def test_other_options_are_refused(self, long_corpus, tmp_path, tokenizer):
         (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "{broken\n")
         with pytest.raises(UserError, match="line 601"):
             pack(long_corpus, tmp_path / "out", shard_tokens=self.SHARD)
         with pytest.raises(UserError, match="with other inputs or options: shard_tokens was 3000 and is 4000"):
             pack(long_corpus, tmp_path / "out", shard_tokens=4000)
+        other = tmp_path / "other"
+        shutil.copytree(tokenizer, other)
+        definition = json.loads((other / "tokenizer.json").read_text())
+        definition["model"]["merges"].pop()
+        (other / "tokenizer.json").write_text(json.dumps(definition))
+        with pytest.raises(UserError, match="with other inputs or options: tokenizer was"):
+            pack(long_corpus, tmp_path / "out", shard_tokens=self.SHARD, tokenizer=str(other))
+        values = yaml.safe_load(long_corpus.read_text())
+        (source,) = values["sources"]
+        for changes in ({"column": "body"}, {"quality_column": "score"}):
+            long_corpus.write_text(yaml.safe_dump(values | {"sources": [source | changes]}))
+            with pytest.raises(UserError, match="with other inputs or options: sources"):
+                pack(long_corpus, tmp_path / "out", shard_tokens=self.SHARD)
+
+    def test_a_process_that_is_killed_is_one_message(self, long_corpus, tmp_path):
+        """As the system does where memory runs out: as soon as there is one."""
+
+        def kill() -> None:
+            while not (found := [each for each in psutil.Process().children() if "spawn_main" in str(each.cmdline())]):
+                time.sleep(0.001)
+            found[0].kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(UserError, match=r"A process that tokenised text was killed.*Give fewer `--workers`"):
+            pack(long_corpus, tmp_path / "out", shard_tokens=self.SHARD)
+        killer.join()
+        assert pack(long_corpus, tmp_path / "out", shard_tokens=self.SHARD).sources[0].documents == 1200
 
 
 def children_of(process: int) -> list[int]:
@@ -232,6 +276,19 @@ class TestRefusals:
             ({"sources": [{"name": "a", "text": "a"}]}, "needs either `language` or `parallel`"),
             ({"sources": [{"name": "a", "language": "th"}] * 2}, "two sources of the name 'a'"),
             ({"sources": [{"name": "a", "parallel": {"en": "en"}}]}, "expected two or more columns by language"),
+            ({"sources": [{"name": "a", "parallel": {"en": 1, "th": 2}}]}, "expected two or more columns by language"),
+            (
+                {"sources": [{"name": "a", "parallel": {"en": "en", "th": "th"}, "column": "body"}]},
+                "has both `column` and `parallel`",
+            ),
+            (
+                {
+                    "sources": [{"name": "a", "parallel": {"en": "en", "th": "th"}}],
+                    "alpha": 0.5,
+                    "beta": {"en": 0.5, "th": 0.5},
+                },
+                "and a parallel source has several. Give weights instead",
+            ),
             ({"sources": [{"name": "a", "language": "th", "keep_best": 0.5}]}, "has no `quality_column`"),
             ({"sources": [{"name": "a", "language": "th", "epochs": 0}]}, "epochs is 0; expected a number above 0"),
             ({"sources": [{"name": "a", "language": False}]}, "language is False; expected text"),
@@ -272,6 +329,13 @@ class TestRefusals:
                 pack(config, tmp_path / "out")
             assert not (tmp_path / "out").exists()
             assert not work_folder(tmp_path / "out").exists()
+
+    def test_a_tokenizer_without_an_end_of_sequence(self, corpus, tmp_path, tokenizer):
+        loaded = load_tokenizer(tokenizer)
+        loaded.eos_token = None
+        loaded.save_pretrained(tmp_path / "endless")
+        with pytest.raises(UserError, match=r"endless has no eos_token, which ends every document"):
+            pack(corpus[0], tmp_path / "out", tokenizer=str(tmp_path / "endless"))
 
     def test_no_text_at_all(self, tmp_path, tokenizer):
         write_jsonl(tmp_path / "a.jsonl", [{"text": ""}, {"text": "\n"}])

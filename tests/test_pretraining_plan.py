@@ -542,6 +542,15 @@ class TestAnnealing:
         with pytest.raises(UserError, match=r"not enough for one sequence .*; then thai is used up"):
             AnnealedPlan(two_languages, 128, annealing=stable, begins=begins, shares=stable)
 
+    def test_fewer_epochs_than_were_used_leave_nothing(self, two_languages):
+        stable = Shares({"english": SourceShare(epochs=2), "thai": SourceShare(epochs=2)}, when_dry="renormalize")
+        after = Shares({"english": SourceShare(1.0, 3), "thai": SourceShare(1.0, 0.1)}, when_dry="renormalize")
+        begins = SequencePlan(two_languages, 128, shares=stable).sequences - 1
+        plan = AnnealedPlan(two_languages, 128, annealing=after, begins=begins, shares=stable)
+        seen, end = plan.tokens_seen(begins), plan.tokens_seen(len(plan))
+        assert end["thai"] == seen["thai"]
+        assert end["english"] > seen["english"]
+
     def test_better_text_begins_anew(self, tmp_path, small_blocks):
         scores = np.arange(400.0).tolist()
         corpus = packed_corpus(tmp_path / "a", {"a": [10] * 400}, quality={"a": scores})
