@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jai report`: one page of a training run from its logs, with alarms. It needs no model, and neither does it PyTorch.
+"""`jai report`: one page of a training run from its logs, with alarms. It needs neither a model nor PyTorch.
 
 The alarms are for what reports of upscaled models describe as failures: a run that turns unstable after upscaling, a
 router that collapses, an old language that does not come back. Their limits are ours.
