@@ -4,10 +4,15 @@
 The Space has a count of its own (`hub_card/space/routing.py`), because its files run without this package.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import PreTrainedModel
+
+# The module of a router: by name and not by class, for remote code has classes of its own, and PEFT puts a module
+# around the router.
+ROUTER_NAME = re.compile(r"(?P<backbone>.*)\.layers\.(?P<layer>\d+)\.mlp\.gate")
 
 
 def count_choices(logits_TE: torch.Tensor, top_k: int, mask_T: torch.Tensor | None = None) -> torch.Tensor:

@@ -14,10 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback
 
-from jai.router_load import count_choices
+from jai.router_load import ROUTER_NAME, count_choices
 
-# By name and not by class: remote code has classes of its own.
-_ROUTER = re.compile(r"(?P<backbone>.*)\.layers\.(?P<layer>\d+)\.mlp\.gate")
 _LAYER = re.compile(r".*\.layers\.(?P<layer>\d+)")
 
 
@@ -36,7 +34,7 @@ class RouterMonitor:
         self._mask_T: torch.Tensor | None = None
         backbones = set()
         for name, module in model.named_modules():
-            if (match := _ROUTER.fullmatch(name)) is not None:
+            if (match := ROUTER_NAME.fullmatch(name)) is not None:
                 backbones.add(match["backbone"])
                 module.register_forward_hook(self._count(int(match["layer"])))
             elif (match := _LAYER.fullmatch(name)) is not None and getattr(module, "skip_alpha", None) is not None:

@@ -6,7 +6,6 @@ layer's imbalance can hide another's. So logits are taken from the routers by ho
 own; what is trained is their mean, and what is logged is each.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-# By name and not by class: remote code has classes of its own.
-_ROUTER = re.compile(r"(?P<backbone>.*)\.layers\.(?P<layer>\d+)\.mlp\.gate")
+from jai.router_load import ROUTER_NAME
 
 
 def balance_weight(given: float | None, config: PreTrainedConfig) -> float:
@@ -50,12 +48,12 @@ class RouterLosses:
     def __init__(self, model: nn.Module):
         self._logits: dict[int, tuple[torch.Tensor, int]] = {}
         self._taking = False
-        for name in {match["backbone"] for name, _ in model.named_modules() if (match := _ROUTER.fullmatch(name))}:
+        for name in {match["backbone"] for name, _ in model.named_modules() if (match := ROUTER_NAME.fullmatch(name))}:
             backbone = model.get_submodule(name)
             backbone.register_forward_pre_hook(self._open)
             backbone.register_forward_hook(self._close, always_call=True)
         for name, module in model.named_modules():
-            if (match := _ROUTER.fullmatch(name)) is not None:
+            if (match := ROUTER_NAME.fullmatch(name)) is not None:
                 module.register_forward_hook(self._take(int(match["layer"])))
 
     def _open(self, backbone: nn.Module, args: tuple) -> None:

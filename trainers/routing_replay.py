@@ -11,7 +11,6 @@ It attaches to the routers by hooks. The load-balancing loss goes by the live lo
 Shape suffixes: B rows, S positions, L layers with a router, K experts of a token, T = B * S tokens.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +19,9 @@ import torch
 from torch import nn
 
 from jai.errors import UserError
+from jai.router_load import ROUTER_NAME
 
 UNKNOWN = -1  # where nothing was recorded: padding, and the last token, which the rollout never read
-
-# By name and not by class: remote code has classes of its own. PEFT puts its module around the router.
-_ROUTER = re.compile(r"(?P<backbone>.*)\.layers\.(?P<layer>\d+)\.mlp\.gate")
 
 
 class RoutingReplay:
@@ -51,7 +48,7 @@ class RoutingReplay:
         self._choices: torch.Tensor | None = None
         backbones: dict[str, None] = {}
         for name, module in model.named_modules():
-            if (match := _ROUTER.fullmatch(name)) is not None:
+            if (match := ROUTER_NAME.fullmatch(name)) is not None:
                 backbones[match["backbone"]] = None
                 module.register_forward_hook(self._at_router(len(self._ids)))
                 self._ids.append([])
