@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verbs that train; their options are TRL's and JAI's own.
 
-The configuration file, the model, the data and the output folder are looked at before TRL and PyTorch are imported,
-which takes seconds.
+The names of options, the model, the data and the output folder are looked at before TRL and PyTorch are imported, which
+takes seconds.
 """
 
 import typer
@@ -19,7 +19,7 @@ def pretrain(context: typer.Context) -> None:
     """Pre-train on text that jai pack wrote.
 
     Give --config FILE, then any of transformers' options."""
-    look_at_arguments(context.args, reads_packed_text=True)
+    look_at_arguments("pretrain", context.args, reads_packed_text=True)
     from jai.trainers.pretrain import main
 
     main(context.args)
@@ -30,7 +30,7 @@ def sft(context: typer.Context) -> None:
     """Fine-tune on chats or plain text with TRL's SFTTrainer.
 
     Give --config FILE, then any of TRL's options."""
-    look_at_arguments(context.args)
+    look_at_arguments("sft", context.args)
     from jai.trainers.sft import main
 
     main(context.args)
@@ -41,7 +41,7 @@ def dpo(context: typer.Context) -> None:
     """Align with preference pairs, using TRL's DPOTrainer.
 
     Give --config FILE, then any of TRL's options."""
-    look_at_arguments(context.args)
+    look_at_arguments("dpo", context.args)
     from jai.trainers.dpo import main
 
     main(context.args)
@@ -52,7 +52,7 @@ def kto(context: typer.Context) -> None:
     """Align with good and bad single answers, using TRL's KTOTrainer.
 
     Give --config FILE, then any of TRL's options."""
-    look_at_arguments(context.args)
+    look_at_arguments("kto", context.args)
     from jai.trainers.kto import main
 
     main(context.args)
@@ -63,7 +63,7 @@ def reward(context: typer.Context) -> None:
     """Train a reward model on preference pairs, and calibrate it.
 
     With TRL's RewardTrainer. Give --config FILE, then any of TRL's options."""
-    look_at_arguments(context.args)
+    look_at_arguments("reward", context.args)
     from jai.trainers.reward import main
 
     main(context.args)
@@ -74,7 +74,7 @@ def grpo(context: typer.Context) -> None:
     """Reinforce verifiable answers, using TRL's GRPOTrainer.
 
     Give --config FILE, then any of TRL's options."""
-    look_at_arguments(context.args)
+    look_at_arguments("grpo", context.args)
     from jai.trainers.grpo import main
 
     main(context.args)

@@ -76,6 +76,17 @@ CASES = [
     (HEAVY, "eval contamination data.jsonl --suite mgsm --run none", 1, "--run none is no folder"),
     (HEAVY, "sft --config none.yaml", 1, "none.yaml does not exist"),
     (HEAVY, "sft", 1, "No model is given"),
+    (HEAVY, "sft recipes/sft.yaml", 1, "'recipes/sft.yaml' follows no option. Name the option, as in `--config"),
+    (
+        HEAVY,
+        "sft --learning-rat 1",
+        1,
+        "the option 'learning_rat', which does not exist. Did you mean 'learning_rate'?",
+    ),
+    (HEAVY, "dpo --config stage.yaml --no_remove_unused 1", 1, "Did you mean 'remove_unused_columns'?"),
+    (HEAVY, "dpo --no_remove_unused_columns", 1, "No model is given"),  # TRL's parser has it
+    (HEAVY, "grpo --config misspelt.yaml", 1, "The configuration file has the option 'num_generation', which does not"),
+    (HEAVY, "pretrain --no-such 1", 1, "The command line has the option 'no_such', which does not exist"),
     (HEAVY, "sft --model_name_or_path=phi3", 1, "phi3 has no safetensors weights"),
     (HEAVY, "sft --model-name-or-path phi3-tokenizer", 1, "tokenizer.json is no valid JSON"),
     (HEAVY, "dpo --config stage.yaml --dataset_name none.jsonl", 1, "The data none.jsonl does not exist"),
@@ -123,6 +134,7 @@ def results(tmp_path_factory):
     (folder / "ablation.yaml").write_text("arm: 1\n")
     (folder / "data.jsonl").write_text('{"text": "a"}\n')
     (folder / "stage.yaml").write_text("model_name_or_path: whole\ndataset_name: data.jsonl\noutput_dir: out\n")
+    (folder / "misspelt.yaml").write_text("env: {A: b}\nnum_generation: 2\n")
     lines = [shlex.split(line) for _, line, _, _ in CASES]
     process = subprocess.run(
         [sys.executable, "-c", RUN % sorted(HEAVY)],

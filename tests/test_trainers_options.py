@@ -16,17 +16,22 @@ import yaml
 from peft import LoraConfig
 from transformers import MixtralConfig, Phi3Config
 from transformers.utils import is_flash_attn_2_available
-from trl import DPOConfig, ModelConfig, ScriptArguments
+from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from jai.errors import UserError
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments, parse_arguments
 from jai.trainers.base_model import BaseModel
 from jai.trainers.checks import check_options, check_options_with_model
 from jai.trainers.data_arguments import DataArguments
-from jai.trainers.grpo import JaiGRPOConfig
+from jai.trainers.dpo import DPO
+from jai.trainers.grpo import GRPO, JaiGRPOConfig
+from jai.trainers.kto import KTO
+from jai.trainers.option_names import STAGE_DATACLASSES, option_names
 from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
 from jai.trainers.parts import select_parts
-from jai.trainers.sft import JaiSFTConfig
+from jai.trainers.pretrain import OPTIONS as PRETRAIN_OPTIONS
+from jai.trainers.reward import REWARD
+from jai.trainers.sft import SFT, JaiSFTConfig
 
 SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments, DataArguments)
 DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments, DataArguments)
@@ -61,6 +66,26 @@ def without_package(monkeypatch) -> Iterator[Callable[[str], None]]:
     yield hide
     monkeypatch.undo()
     is_flash_attn_2_available.cache_clear()
+
+
+OPTION_CLASSES = {"pretrain": PRETRAIN_OPTIONS} | {
+    stage.verb: stage.option_classes for stage in (SFT, DPO, KTO, REWARD, GRPO)
+}
+
+
+@pytest.mark.parametrize("verb", STAGE_DATACLASSES)
+def test_option_names_are_those_that_the_parser_knows(verb):
+    """They are read from the installed source, which another version of TRL may have moved."""
+    flags = TrlParser(OPTION_CLASSES[verb])._option_string_actions
+    parsed = {flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")} - {"help", "config"}
+    names = option_names(verb)
+    assert parsed == names | {name for name in parsed if name.removeprefix("no_") in names}
+    assert names == {option.name for each in OPTION_CLASSES[verb] for option in dataclasses.fields(each)}
+
+
+def test_option_names_that_cannot_be_read_are_left_to_the_parser(without_package):
+    without_package("trl")
+    assert option_names("dpo") is None
 
 
 def read(text: str, *overrides: str, options: tuple[type, ...] = SFT_OPTIONS) -> StageArguments:

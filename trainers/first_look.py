@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stage is told, as far as it can be checked before PyTorch and TRL are imported: that takes 8 s and 600 MB.
 
-Option by option it is TRL's parser that knows them. But which model, which data and where to are always asked for.
+The values of most options are for TRL's parser to read. But their names are known, and which model, which data and
+where to are always asked for.
 """
 
 from collections.abc import Sequence
@@ -11,27 +12,40 @@ from pathlib import Path
 from jai.errors import UserError
 from jai.files import read_json
 from jai.hub import local_folder
+from jai.options import refuse_unknown
 from jai.tokenization.loading import tokenizer_folder
 from jai.trainers.config_file import read_config_file
+from jai.trainers.option_names import option_names
 
 # What `datasets` reads each kind of file with; each may end in .gz besides.
 DATA_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 READABLE_DATA = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet or .csv"
 
 
-def look_at_arguments(argv: Sequence[str], *, reads_packed_text: bool = False) -> None:
-    """Check the configuration file of a stage, and the model, the data and the output folder given.
+def look_at_arguments(verb: str, argv: Sequence[str], *, reads_packed_text: bool = False) -> None:
+    """Check the names of a stage's options, and the model, the data and the output folder given.
 
     Args:
+        verb: the stage's, as in `jai VERB`.
         argv: the command line after the verb.
         reads_packed_text: whether the data is a folder that `jai pack` wrote, which `packed` names.
 
     Raises:
-        UserError: if one of them is missing, not there, or no such thing; a model on the Hub is asked for.
+        UserError: for an option that does not exist; if the model, the data or the folder is missing, not there, or no
+            such thing (a model on the Hub is asked for).
     """
     config, rest = read_config_file(argv)
     if {"-h", "--help"} & set(rest):
         return
+    if rest and not rest[0].startswith("-"):
+        raise UserError(f"{rest[0]!r} follows no option. Name the option, as in `--config FILE.yaml`.")
+    if known := option_names(verb):
+        refuse_unknown(config, known | {"env"}, "The configuration file")
+        names = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
+        # TRL's parser has --no_NAME too, for what is on where nothing is said.
+        refuse_unknown(
+            [name for name in names if name and name.removeprefix("no_") not in known], known, "The command line"
+        )
     given = config | _options(rest)
     model, data, out, resume = (
         given.get(name) for name in ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")

@@ -73,6 +73,11 @@ class Stage:
     prepare_data: Callable[[StageArguments, TrainingData], TrainingData] | None = None
     finish: Callable[[JaiTrainerMixin, TrainingData, Path, Console], None] | None = None
 
+    @property
+    def option_classes(self) -> tuple[type, ...]:
+        """The dataclasses of its options, in the order of `StageArguments`."""
+        return ScriptArguments, self.config_class, ModelConfig, JaiTrainingArguments, DataArguments
+
 
 def run_command(stage: Stage, argv: Sequence[str]) -> Path:
     """Parse the arguments of `jai VERB` and run the stage.
@@ -83,8 +88,7 @@ def run_command(stage: Stage, argv: Sequence[str]) -> Path:
     # TRL still says gradient checkpointing, where transformers has begun to say activation checkpointing.
     warnings.filterwarnings("ignore", message=".*activation_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found.*")
-    options = (ScriptArguments, stage.config_class, ModelConfig, JaiTrainingArguments, DataArguments)
-    return run_stage(stage, StageArguments(*parse_arguments(options, argv, prog=f"jai {stage.verb}")))
+    return run_stage(stage, StageArguments(*parse_arguments(stage.option_classes, argv, prog=f"jai {stage.verb}")))
 
 
 def run_stage(stage: Stage, arguments: StageArguments, console: Console | None = None) -> Path:

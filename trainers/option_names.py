@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names of a stage's options, read from the source of the dataclasses that hold them: importing TRL takes 8 s.
+
+Nothing is listed here, so they are the names of the TRL and transformers that are installed.
+"""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+_OF_EVERY_STAGE = ("jai.trainers.arguments:JaiTrainingArguments", "trl:ModelConfig")
+_OF_ROWS = (*_OF_EVERY_STAGE, "trl:ScriptArguments", "jai.trainers.data_arguments:DataArguments")
+# The dataclasses of each stage, as its module gives them to `parse_arguments`.
+STAGE_DATACLASSES = {
+    "pretrain": (*_OF_EVERY_STAGE, "jai.trainers.pretrain_config:PretrainConfig"),
+    "sft": (*_OF_ROWS, "jai.trainers.sft:JaiSFTConfig"),
+    "dpo": (*_OF_ROWS, "trl:DPOConfig"),
+    "kto": (*_OF_ROWS, "trl:KTOConfig"),
+    "reward": (*_OF_ROWS, "jai.trainers.reward:JaiRewardConfig"),
+    "grpo": (*_OF_ROWS, "jai.trainers.grpo:JaiGRPOConfig"),
+}
+
+
+def option_names(verb: str) -> set[str] | None:
+    """The names of the options of `jai VERB`; None where the source of one of its dataclasses is not found."""
+    names: set[str] = set()
+    for dataclass in STAGE_DATACLASSES[verb]:
+        fields = _field_names(*dataclass.split(":"))
+        if fields is None:
+            return None
+        names |= fields
+    return names
+
+
+def _field_names(module: str, name: str) -> set[str] | None:
+    """The fields of a dataclass and of its bases; None where the source of one is not found."""
+    path = _source(module)
+    if path is None:
+        return None
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            names = {
+                each.target.id
+                for each in node.body
+                if isinstance(each, ast.AnnAssign)
+                and isinstance(each.target, ast.Name)
+                and "ClassVar" not in ast.unparse(each.annotation)
+            }
+            for base in node.bases:
+                inherited = _field_names(module, ast.unparse(base))
+                if inherited is None:
+                    return None
+                names |= inherited
+            return names
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(tree):  # those for type checkers too: packages that import lazily name their classes there
+        if isinstance(node, ast.ImportFrom) and name in (alias.asname or alias.name for alias in node.names):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            return _field_names(".".join([*above, *filter(None, [node.module])]), name)
+    return None
+
+
+def _source(module: str) -> Path | None:
+    package, *rest = module.split(".")
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        path = Path(folder, *rest)
+        for candidate in (path / "__init__.py", path.with_suffix(".py")):
+            if candidate.is_file():
+                return candidate
+    return None
