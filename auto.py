@@ -45,6 +45,7 @@ REGISTRATIONS: dict[str, Callable[[], None]] = {
     _MODELS: register_models,
 }
 _registered: set[str] = set()
+_SHIPPED = ("jai.modeling_jai", "jai.configuration_jai", "jai.quantization_jai")
 
 
 class _ModuleOfModels(ModuleType):
@@ -100,7 +101,7 @@ class _WatchingFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not fullname.startswith(("transformers.", "jai.modeling_jai", "jai.configuration_jai")):
+        if not fullname.startswith(("transformers.", *_SHIPPED)):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)

@@ -3,8 +3,8 @@
 """JAI: phi-3 blocks repeated in place with skip alphas (paper, equation 1), and a router over experts.
 
 With every alpha 0 a JAI is Mixtral; with one expert and no repeats it is Phi-3 without a window. Both are tested.
-This file ships to the Hub beside every checkpoint: it imports torch, transformers and `.configuration_jai`, and kernels
-attach to it from outside, through transformers' attention and experts interfaces.
+This file ships to the Hub beside every checkpoint: it imports torch, transformers, `.configuration_jai` and
+`.quantization_jai`, and kernels attach to it from outside, through transformers' attention and experts interfaces.
 
 Shape suffixes: B batch, S sequence, T = B * S tokens, H hidden_size, I intermediate_size, E experts, K experts of a
 token, N query heads, G key and value heads, D head_dim, V vocabulary.
@@ -39,6 +39,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_jai import JaiConfig
+from .quantization_jai import JaiExperts4bit, quantizers_of_experts
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -241,6 +242,10 @@ class JaiExperts(nn.Module):
             out_TH.index_add_(0, token, (y * top_k_weights[token, choice, None]).to(out_TH.dtype))
         return out_TH
 
+    def in_four_bits(self, quantization) -> JaiExperts4bit:
+        """What stands in for these experts in a model that is loaded with that `BitsAndBytesConfig`."""
+        return JaiExperts4bit(self, quantization)
+
 
 class JaiSparseMoeBlock(nn.Module):
     def __init__(self, config: JaiConfig):
@@ -319,10 +324,17 @@ class JaiPreTrainedModel(PreTrainedModel):
         "attentions": JaiAttention,
     }
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        with quantizers_of_experts():
+            return super().from_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
+        if isinstance(module, JaiExperts4bit):
+            raise ValueError("The checkpoint lacks weights of its experts, and quantised ones cannot be drawn.")
         if isinstance(module, JaiExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)

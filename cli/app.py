@@ -15,6 +15,7 @@ from jai.version import __version__
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
 # Packages that `pip install jai-llm` does not bring, and the extra that does.
 EXTRA_OF = {
+    "bitsandbytes": "gpu",
     "datasets": "train",
     "fastapi": "serving",
     "fontTools": "tokenizer",

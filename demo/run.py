@@ -345,7 +345,7 @@ def _round_trip(out: Path, shell: Shell) -> dict[str, str]:
         published = shell.jai(f"publish dpo {REPO_ID}", environment)
         pulled = Path(snapshot_download(REPO_ID, endpoint=hub.endpoint, token=hub.token, local_dir=out / "pulled"))
         names = sorted(path.name for path in (out / "dpo").glob("*.safetensors"))
-        names += ["config.json", "tokenizer.json", "modeling_jai.py", "configuration_jai.py"]
+        names += ["config.json", "tokenizer.json", "modeling_jai.py", "configuration_jai.py", "quantization_jai.py"]
         different = [name for name in names if sha256(out / "dpo" / name) != sha256(pulled / name)]
         if different:
             raise UserError(f"What came back from the Hub differs from what was pushed: {', '.join(different)}.")

@@ -50,6 +50,7 @@ MANIFEST = {
         "generation_config.json",
         "configuration_jai.py",
         "modeling_jai.py",
+        "quantization_jai.py",
         "model.safetensors",
         "model-*-of-*.safetensors",
         "model.safetensors.index.json",

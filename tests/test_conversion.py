@@ -418,6 +418,7 @@ def test_folder_is_complete_and_records_its_making(tmp_path, base_with_tokenizer
     assert files >= {
         "config.json",
         "configuration_jai.py",
+        "quantization_jai.py",
         "modeling_jai.py",
         "generation_config.json",
         "model.safetensors",

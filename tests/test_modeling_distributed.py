@@ -84,7 +84,11 @@ def test_a_checkpoint_saved_from_two_processes_is_whole(runs, mode):
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP
     assert config["architectures"] == ["JaiForCausalLM"]
-    assert {path.name for path in folder.glob("*.py")} == {"configuration_jai.py", "modeling_jai.py"}
+    assert {path.name for path in folder.glob("*.py")} == {
+        "configuration_jai.py",
+        "modeling_jai.py",
+        "quantization_jai.py",
+    }
     before = JaiForCausalLM.from_pretrained(runs / "base").state_dict()
     after = JaiForCausalLM.from_pretrained(folder).state_dict()
     assert before.keys() == after.keys()

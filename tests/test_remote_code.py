@@ -16,7 +16,7 @@ from jai.configuration_jai import AUTO_MAP
 
 SCRIPT = Path(__file__).with_name("clean_process.py")
 INPUT_IDS = torch.arange(5, 25).reshape(2, 10)
-CODE = ("configuration_jai.py", "modeling_jai.py")
+CODE = ("configuration_jai.py", "modeling_jai.py", "quantization_jai.py")
 
 
 def run_clean(home: Path, out: Path, **folders: Path) -> dict[str, dict]:

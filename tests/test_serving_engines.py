@@ -383,7 +383,7 @@ def test_split_experts_are_the_same_weights_under_the_names_that_sglang_loads(sc
             parts = ["down_proj"] if matrix == "down_proj" else ["gate_proj", "up_proj"]
             assert torch.equal(torch.cat([split.pop(named.format(part)) for part in parts]), tensor[number])
     assert not split
-    for name in ("config.json", "modeling_jai.py", "configuration_jai.py"):
+    for name in ("config.json", "modeling_jai.py", "configuration_jai.py", "quantization_jai.py"):
         assert (tmp_path / "split" / name).read_bytes() == (tmp_path / "jai" / name).read_bytes()
 
 

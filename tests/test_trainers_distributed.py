@@ -136,7 +136,11 @@ def test_checkpoints_under_fsdp2_carry_their_code(tiny_model, tmp_path, one_gloo
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP
     assert config["architectures"] == ["JaiForCausalLM"]
-    assert {file.name for file in (tmp_path / "saved").glob("*.py")} == {"modeling_jai.py", "configuration_jai.py"}
+    assert {file.name for file in (tmp_path / "saved").glob("*.py")} == {
+        "modeling_jai.py",
+        "configuration_jai.py",
+        "quantization_jai.py",
+    }
     expected = tiny_model()
     loaded = type(expected).from_pretrained(tmp_path / "saved").state_dict()
     for name, weight in expected.state_dict().items():

@@ -23,7 +23,7 @@ from jai.files import print_next, read_json, refuse_overlap, resumable_folder
 from jai.provenance import versions, write_step
 from jai.version import __version__
 
-_CODE = ("jai.configuration_jai", "jai.modeling_jai")
+_CODE = ("jai.configuration_jai", "jai.modeling_jai", "jai.quantization_jai")
 
 
 @dataclass(frozen=True, kw_only=True)

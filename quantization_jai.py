@@ -1,0 +1,384 @@
+# Copyright 2026 The JAI authors
+# SPDX-License-Identifier: Apache-2.0
+"""The experts of a JAI in four bits: NF4 (QLoRA, section 3) in blocks of 64, the scales in eight bits by option.
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", ...)
+    )
+
+bitsandbytes quantises `nn.Linear` alone, and the experts, nine tenths of the weights, are 3-D parameters. The layout
+is that of bitsandbytes' pull request 1965: for each expert its packed bytes and its absolute maxima of blocks.
+
+This file ships to the Hub beside `modeling_jai.py`, which imports it. It imports bitsandbytes only when it quantises.
+
+Shape suffixes: E experts, S rows, which are tokens by chosen expert, R and C rows and columns of an expert's matrix.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from packaging import version
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # scales that share a scale of their own, with double quantisation
+BITSANDBYTES = "0.50"  # the first with kernels for the CPU
+_MATRICES = ("gate_up_proj", "down_proj")
+
+
+class Matrices4bit(NamedTuple):
+    """One matrix of every expert, quantised, and what it stands for.
+
+    Attributes:
+        packed: two weights a byte, `(E, R * C / 2)`.
+        absmax: the scale of each block, `(E, R * C / 64)`, in float32; with double quantisation codes of 8 bits.
+        nested_absmax: with double quantisation the scale of each 256 scales, `(E, R * C / 64 / 256)`, rounded up.
+        nested_offset: with double quantisation what is added to the scales, `(E,)`.
+        nested_quant_map: with double quantisation what the codes mean, `(256,)`; bitsandbytes' dynamic map.
+        shape: rows and columns of an expert's matrix.
+        quant_type: "nf4" or "fp4".
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+    nested_quant_map: torch.Tensor | None
+    shape: tuple[int, int]
+    quant_type: str
+
+    def of(self, experts: torch.Tensor | slice) -> "Matrices4bit":
+        """The matrices of some experts, by ids or a slice."""
+        parts = (part if part is None else part[experts] for part in self[:4])
+        return Matrices4bit._make([*parts, *self[4:]])
+
+    def scales(self) -> torch.Tensor:
+        """The scale of each block in float32, `(E, R * C / 64)`."""
+        if self.nested_absmax is None or self.nested_offset is None:
+            return self.absmax
+        from bitsandbytes.functional import dequantize_blockwise
+
+        scales = [
+            dequantize_blockwise(codes, absmax=absmax, code=self.nested_quant_map, blocksize=SCALE_BLOCK)
+            for codes, absmax in zip(self.absmax, self.nested_absmax)
+        ]
+        return torch.stack(scales) + self.nested_offset[:, None]
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weights, `(E, R, C)`."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        number, (rows, columns) = self.packed.shape[0], self.shape
+        state = QuantState(
+            absmax=self.scales().reshape(-1),
+            shape=torch.Size((number * rows, columns)),
+            blocksize=BLOCK,
+            quant_type=self.quant_type,
+            dtype=dtype,
+        )
+        return dequantize_4bit(self.packed.reshape(-1, 1), state).view(number, rows, columns)
+
+
+_STORED = Matrices4bit._fields.index("shape")  # the fields before it are tensors
+
+
+def quantize_matrices(weight_ERC: torch.Tensor, quant_type: str, double: bool) -> Matrices4bit:
+    """Quantise each expert's matrix by itself, with bitsandbytes' kernels where the weights are."""
+    from bitsandbytes.functional import quantize_4bit
+
+    parts: list[list[torch.Tensor]] = []
+    for weight_RC in weight_ERC:
+        packed, state = quantize_4bit(
+            weight_RC.contiguous(), blocksize=BLOCK, quant_type=quant_type, compress_statistics=double
+        )
+        parts.append([packed.reshape(-1), state.absmax, *([state.state2.absmax, state.offset] if double else [])])
+    whole = [torch.stack(part) for part in zip(*parts)]
+    rest = [state.state2.code] if double else [None, None, None]
+    return Matrices4bit._make([*whole, *rest, tuple(weight_ERC.shape[1:]), quant_type])
+
+
+class _Product(torch.autograd.Function):
+    """Rows times matrices, which are dequantised here and again in the backward pass: none is kept between.
+
+    The rows meet one matrix, matrices in order (`offsets`: where the rows of each end), or each row its own (`ids`).
+    """
+
+    @staticmethod
+    def forward(ctx, x_SC, ids, offsets, shape, quant_type, *stored):
+        ctx.save_for_backward(ids, offsets, *stored)
+        ctx.shape, ctx.quant_type, ctx.dtype = shape, quant_type, x_SC.dtype
+        return _multiply(x_SC, _weight(ctx, ids, stored).transpose(-2, -1), offsets)
+
+    @staticmethod
+    def backward(ctx, gradient_SR):
+        ids, offsets, *stored = ctx.saved_tensors
+        gradient_SC = _multiply(gradient_SR, _weight(ctx, ids, stored), offsets)
+        return gradient_SC, *[None] * (4 + len(stored))
+
+
+def _weight(ctx, ids: torch.Tensor | None, stored: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    matrices = Matrices4bit._make([*stored, ctx.shape, ctx.quant_type])
+    return (matrices if ids is None else matrices.of(ids)).dequantize(ctx.dtype)
+
+
+def _multiply(x_S: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    if offsets is not None:
+        return F.grouped_mm(x_S.contiguous(), weight, offs=offsets)
+    if weight.shape[0] == 1:
+        return x_S @ weight[0]
+    return torch.bmm(x_S.unsqueeze(1), weight).squeeze(1)
+
+
+class JaiExperts4bit(nn.Module):
+    """`JaiExperts` with its matrices in four bits; nothing in it is trained.
+
+    Parameters, the state dict's names: `gate_up_proj` and `down_proj`, `(E, R * C / 2)` in uint8; `gate_up_absmax` and
+    `down_absmax`, `(E, R * C / 64)` in float32. With double quantisation the scales are uint8, and beside them are
+    `…_nested_absmax` `(E, R * C / 64 / 256)`, `…_nested_offset` `(E,)` and `…_nested_quant_map` `(256,)`.
+
+    The product is computed in `bnb_4bit_compute_dtype`, or under autocast in autocast's. `bnb_4bit_quant_storage` is
+    for the linear layers alone.
+
+    Args:
+        experts: the `JaiExperts` to stand in for; its weights are not read.
+        quantization: how.
+
+    Raises:
+        ValueError: if a matrix's columns are no multiple of 64.
+    """
+
+    def __init__(self, experts: Any, quantization: Any):
+        super().__init__()
+        self.whole_class = type(experts)
+        self.config = experts.config
+        self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
+        self.hidden_dim, self.intermediate_dim = experts.hidden_dim, experts.intermediate_dim
+        self.quant_type: str = quantization.bnb_4bit_quant_type
+        self.is_double: bool = quantization.bnb_4bit_use_double_quant
+        self.compute_dtype: torch.dtype = quantization.bnb_4bit_compute_dtype
+        self.shapes: dict[str, tuple[int, int]] = {name: tuple(getattr(experts, name).shape[1:]) for name in _MATRICES}
+        for name, (rows, columns) in self.shapes.items():
+            if columns % BLOCK:
+                size = "hidden_size" if name == "gate_up_proj" else "intermediate_size"
+                raise ValueError(
+                    f"`{size}` is {columns}, and experts are quantised to four bits in blocks of {BLOCK}: it must be a "
+                    f"multiple of {BLOCK}. Load this model in bfloat16."
+                )
+            blocks = rows * columns // BLOCK
+            scale_dtype = torch.uint8 if self.is_double else torch.float32
+            self._add(name, (self.num_experts, rows * columns // 2), torch.uint8)
+            self._add(_part(name, "absmax"), (self.num_experts, blocks), scale_dtype)
+            if self.is_double:
+                self._add(_part(name, "nested_absmax"), (self.num_experts, -(-blocks // SCALE_BLOCK)))
+                self._add(_part(name, "nested_offset"), (self.num_experts,))
+                self._add(_part(name, "nested_quant_map"), (256,))
+
+    def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
+        # No buffers, as the scales are in the pull request (the state dict is the same): data-parallel training would
+        # send them to every rank in every step, 4.4 GB for JAI-1.
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
+
+    def matrices(self, name: str) -> Matrices4bit:
+        """`gate_up_proj` or `down_proj` of every expert."""
+        stored = (getattr(self, _part(name, part), None) for part in Matrices4bit._fields[1:_STORED])
+        return Matrices4bit._make([getattr(self, name), *stored, self.shapes[name], self.quant_type])
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As that of `JaiExperts`.
+
+        "eager" dequantises one matrix at a time, of the experts that are chosen. "grouped_mm" and "batched_mm"
+        dequantise those of all experts, or those of the rows where the rows are no more than the experts, and wait for
+        nothing on the host.
+        """
+        implementation = self.config._experts_implementation
+        if implementation not in (None, "eager", "grouped_mm", "batched_mm"):
+            return self._other_implementation(implementation)(self, hidden_states, top_k_index, top_k_weights)
+        tokens, choices = top_k_index.shape
+        if tokens == 0:
+            return torch.zeros_like(hidden_states)
+        ids_S, order_S = top_k_index.reshape(-1).sort(stable=True)
+        device_type = hidden_states.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else self.compute_dtype
+        x_S = hidden_states.to(dtype)[order_S // choices]
+        in_loop = implementation in (None, "eager")
+        gate, up = self._project("gate_up_proj", x_S, ids_S, in_loop).chunk(2, dim=-1)
+        y_S = self._project("down_proj", self.act_fn(gate) * up, ids_S, in_loop)
+        y_S = y_S * top_k_weights.reshape(-1)[order_S, None]
+        in_order = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        return y_S[in_order].view(tokens, choices, self.hidden_dim).sum(dim=1).to(hidden_states.dtype)
+
+    def _project(self, name: str, x_S: torch.Tensor, ids_S: torch.Tensor, in_loop: bool) -> torch.Tensor:
+        """Each row times its expert's matrix; the ids are sorted."""
+        matrices = self.matrices(name)
+        if not in_loop and len(ids_S) <= self.num_experts:
+            return _product(x_S, matrices, ids=ids_S)
+        experts = torch.arange(self.num_experts, device=ids_S.device)
+        ends_E = torch.searchsorted(ids_S, experts, right=True)
+        if not in_loop:
+            return _product(x_S, matrices, offsets=ends_E.int())
+        ends = [0, *ends_E.tolist()]
+        return torch.cat(
+            [
+                _product(x_S[start:end], matrices.of(slice(expert, expert + 1)))
+                for expert, (start, end) in enumerate(pairwise(ends))
+                if start < end
+            ]
+        )
+
+    def _other_implementation(self, name: str) -> Any:
+        """What is registered under that name, if it says that it reads four bits."""
+        registered = ALL_EXPERTS_FUNCTIONS.get_interface(name, type(self).forward)
+        if not getattr(registered, "reads_four_bits", False):
+            able = [key for key, function in ALL_EXPERTS_FUNCTIONS.items() if getattr(function, "reads_four_bits", 0)]
+            raise ValueError(
+                f'`experts_implementation="{name}"` cannot compute with experts in four bits. Choose one of '
+                f"{', '.join(['eager', 'grouped_mm', 'batched_mm', *able])}."
+            )
+        return registered
+
+    def dequantized(self, dtype: torch.dtype) -> nn.Module:
+        """The `JaiExperts` with these weights, as they are after quantisation."""
+        with torch.device("meta"):
+            whole = self.whole_class(self.config)
+        for name in _MATRICES:
+            setattr(whole, name, nn.Parameter(self.matrices(name).dequantize(dtype)))
+        return whole.train(self.training)
+
+    def extra_repr(self) -> str:
+        double = ", scales in 8 bits" if self.is_double else ""
+        return f"experts={self.num_experts}, {self.quant_type}{double}, compute_dtype={self.compute_dtype}"
+
+
+def _part(name: str, part: str) -> str:
+    return f"{name.removesuffix('_proj')}_{part}"
+
+
+def _product(
+    x_S: torch.Tensor,
+    matrices: Matrices4bit,
+    ids: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _Product.apply(x_S, ids, offsets, matrices.shape, matrices.quant_type, *matrices[:_STORED])
+
+
+# --- Loading
+
+
+class _Quantize(ConversionOps):
+    """A loaded weight in four bits: the experts' here, those of linear layers as transformers does it."""
+
+    def __init__(self, of_linear: ConversionOps):
+        self.of_linear = of_linear
+
+    def convert(self, input_dict, *args, model=None, **kwargs):
+        (name, value), *_ = input_dict.items()
+        experts, matrix = get_module_from_name(model, name)
+        if not isinstance(experts, JaiExperts4bit):
+            return self.of_linear.convert(input_dict, *args, model=model, **kwargs)
+        weight = value[0] if isinstance(value, list) else value
+        expected = (experts.num_experts, *experts.shapes[matrix])
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"`{name}` has the shape {tuple(weight.shape)}; this configuration needs {expected}.")
+        quantized = quantize_matrices(weight, experts.quant_type, experts.is_double)
+        names = {part: name.removesuffix(matrix) + _part(matrix, part) for part in Matrices4bit._fields[1:_STORED]}
+        parts = {key: getattr(quantized, part) for part, key in {"packed": name, **names}.items()}
+        return {key: nn.Parameter(part, requires_grad=False) for key, part in parts.items() if part is not None}
+
+
+class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
+    """transformers' quantiser by bitsandbytes, which takes the experts of a JAI along."""
+
+    def validate_environment(self, *args, **kwargs):
+        super().validate_environment(*args, **kwargs)
+        import bitsandbytes
+
+        if version.parse(bitsandbytes.__version__) < version.parse(BITSANDBYTES):
+            raise ImportError(
+                f"bitsandbytes {bitsandbytes.__version__} is installed, and experts in four bits need {BITSANDBYTES} "
+                f"or later: pip install 'bitsandbytes>={BITSANDBYTES}'"
+            )
+
+    def _process_model_before_weight_loading(self, model, *args, **kwargs):
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+        found = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_four_bits")]
+        chosen = [(name, module) for name, module in found if should_convert_module(name, self.modules_to_not_convert)]
+        if chosen and getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "Experts in four bits cannot be split over devices by `distributed_config` or a `tp_plan`. Leave it "
+                "out: each process of data-parallel training holds them whole."
+            )
+        for name, module in chosen:
+            with torch.device("meta"):
+                model.set_submodule(name, module.in_four_bits(self.quantization_config))
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        if isinstance(module, JaiExperts4bit):
+            return name in _MATRICES
+        return super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_quantize_ops(self):
+        return _Quantize(super().get_quantize_ops())
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for module in model.modules():
+            if isinstance(module, JaiExperts4bit):
+                module.requires_grad_(False)  # loading makes every parameter of floating point trainable
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _dequantize(self, model, dtype=None):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as saving leaves it in the configuration
+        for name, module in list(model.named_modules()):
+            if isinstance(module, JaiExperts4bit):
+                model.set_submodule(name, module.dequantized(dtype))
+        return super()._dequantize(model, dtype=dtype)
+
+
+class JaiBnb8BitHfQuantizer(Bnb8BitHfQuantizer):
+    """transformers' quantiser by bitsandbytes, which refuses to leave nine tenths of the weights as they are."""
+
+    def _process_model_before_weight_loading(self, model, *args, **kwargs):
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+        skipped = self.modules_to_not_convert
+        left = [
+            name
+            for name, module in model.named_modules()
+            if hasattr(module, "in_four_bits") and should_convert_module(name, skipped)
+        ]
+        if left and not self.pre_quantized:
+            raise ValueError(
+                f"`load_in_8bit` would quantise the linear layers and leave the experts ({left[0]} and {len(left) - 1} "
+                "more), most of the weights, as they are. Give `load_in_4bit=True`, which takes the experts too, or "
+                '`llm_int8_skip_modules=["lm_head", "mlp.experts"]` if that is what you want.'
+            )
+
+
+_QUANTIZERS: dict[str, Any] = {"bitsandbytes_4bit": JaiBnb4BitHfQuantizer, "bitsandbytes_8bit": JaiBnb8BitHfQuantizer}
+_one_at_a_time = threading.RLock()
+
+
+@contextmanager
+def quantizers_of_experts() -> Iterator[None]:
+    """While a JAI loads, transformers' quantisers by bitsandbytes are those above; other models never see them."""
+    with _one_at_a_time:
+        before = {name: AUTO_QUANTIZER_MAPPING[name] for name in _QUANTIZERS}
+        AUTO_QUANTIZER_MAPPING.update(_QUANTIZERS)
+        try:
+            yield
+        finally:
+            AUTO_QUANTIZER_MAPPING.update(before)

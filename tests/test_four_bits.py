@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts in four bits: what is stored, what is computed, what is kept, and what is refused."""
+
+import copy
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from jai import JaiForCausalLM, JaiForSequenceClassification
+from jai.modeling_jai import JaiExperts
+from jai.quantization_jai import JaiExperts4bit, quantize_matrices
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "block_repeats": [1, 2]}
+INPUT_IDS = torch.arange(5, 25).reshape(2, 10)
+
+
+def four_bits(double: bool = False, **options) -> BitsAndBytesConfig:
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32, **options}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=double, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory) -> Path:
+    """A checkpoint that is not quantised."""
+    folder = tmp_path_factory.mktemp("whole") / "jai"
+    tiny_model(**SIZES).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["nf4", "double"])
+def model(whole, request) -> JaiForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(whole, quantization_config=four_bits(request.param))
+
+
+def experts_of(model: nn.Module) -> list[JaiExperts4bit]:
+    return [module for module in model.modules() if isinstance(module, JaiExperts4bit)]
+
+
+def pairs(experts: JaiExperts4bit, implementation: str) -> tuple[JaiExperts4bit, JaiExperts]:
+    """The experts, and the same dequantised for good, with a configuration of their own."""
+    experts = copy.deepcopy(experts)
+    experts.config._experts_implementation = implementation
+    return experts, experts.dequantized(torch.float32)
+
+
+def inputs(tokens: int, hidden_size: int = 64, unused: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Hidden states, chosen experts and their weights; one expert of four may be chosen by no token."""
+    generator = torch.Generator().manual_seed(tokens)
+    order = torch.rand(tokens, 4, generator=generator)
+    if unused is not None:
+        order[:, unused] = -1
+    states = torch.randn(tokens, hidden_size, generator=generator)
+    weights = torch.rand(tokens, 2, generator=generator)
+    return states.requires_grad_(), order.topk(2).indices, weights.requires_grad_()
+
+
+# --- what is stored
+
+
+def test_the_layout_is_that_of_the_pull_request(whole):
+    """bitsandbytes' `Experts4bit` reads it: packed bytes and absolute maxima, an expert a row, under its names."""
+    experts = experts_of(AutoModelForCausalLM.from_pretrained(whole, quantization_config=four_bits()))[0]
+    source = JaiForCausalLM.from_pretrained(whole).model.layers[0].mlp.experts
+    stored = experts.state_dict()
+    assert {name: (tuple(value.shape), value.dtype) for name, value in stored.items()} == {
+        "gate_up_proj": ((4, 256 * 64 // 2), torch.uint8),
+        "gate_up_absmax": ((4, 256 * 64 // 64), torch.float32),
+        "down_proj": ((4, 64 * 128 // 2), torch.uint8),
+        "down_absmax": ((4, 64 * 128 // 64), torch.float32),
+    }
+    for name in ("gate_up_proj", "down_proj"):
+        for expert, matrix in enumerate(getattr(source, name).detach()):
+            packed, state = bitsandbytes.functional.quantize_4bit(matrix, blocksize=64, quant_type="nf4")
+            assert torch.equal(stored[name][expert], packed.reshape(-1))
+            assert torch.equal(stored[name.replace("proj", "absmax")][expert], state.absmax)
+
+
+@pytest.mark.parametrize("sizes", [(5120, 17920), (128, 384)], ids=["JAI-1", "small"])
+def test_bytes_a_parameter(tiny_config, sizes):
+    with torch.device("meta"):
+        experts = JaiExperts(tiny_config(hidden_size=sizes[0], intermediate_size=sizes[1]))
+    whole = sum(parameter.numel() for parameter in experts.parameters())
+    for double, least, most in ((False, 0.5625, 0.57), (True, 0.5156, 0.53)):
+        with torch.device("meta"):
+            stored = experts.in_four_bits(four_bits(double)).parameters()
+        assert least <= sum(p.numel() * p.element_size() for p in stored) / whole <= most
+
+
+def test_nothing_of_the_experts_is_trained_or_sent_to_other_processes(model):
+    for experts in experts_of(model):
+        assert not any(parameter.requires_grad for parameter in experts.parameters())
+        assert not list(experts.buffers())
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(3, 8, 64), (2, 6, 192), (2, 300, 64)], ids=str)  # 8, 18 and 300 blocks an expert
+def test_it_dequantises_to_what_bitsandbytes_makes_of_each_expert(quant_type, double, shape):
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    matrices = quantize_matrices(weights, quant_type, double)
+    expected = []
+    for matrix in weights:
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            matrix, blocksize=64, quant_type=quant_type, compress_statistics=double
+        )
+        expected.append(bitsandbytes.functional.dequantize_4bit(packed, state))
+    assert torch.equal(matrices.dequantize(torch.bfloat16), torch.stack(expected))
+    assert torch.equal(matrices.of(slice(1, 2)).dequantize(torch.bfloat16)[0], expected[1])
+    again = matrices.of(torch.tensor([1, 0, 1])).dequantize(torch.bfloat16)
+    assert torch.equal(again, torch.stack([expected[1], expected[0], expected[1]]))
+
+
+# --- what is computed
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40])
+@pytest.mark.parametrize("unused", [None, 0, 3])
+def test_outputs_and_gradients_are_those_of_the_dequantised_weights(model, implementation, tokens, unused):
+    experts, reference = pairs(experts_of(model)[0], implementation)
+    results = []
+    for module in (experts, reference):
+        states, chosen, weights = inputs(tokens, unused=unused)
+        out = module(states, chosen, weights)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append((out.detach(), states.grad, weights.grad))
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_no_tokens_at_all(model):
+    for implementation in ("eager", "grouped_mm"):
+        experts, _ = pairs(experts_of(model)[0], implementation)
+        assert experts(*inputs(0)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_nothing_of_a_matrix_is_kept_for_the_backward_pass(model, implementation, tokens):
+    """What is kept beside the model's own bytes is a few rows a token, whatever the matrices' size."""
+    experts, _ = pairs(experts_of(model)[0], implementation)
+    smallest_matrix = 64 * 128 // 2  # an expert's down projection in four bits, in bytes
+    own = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
+    kept = []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept.append(storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        experts(*inputs(tokens)).sum().backward()
+    largest = tokens * 2 * 2 * 128 * 4  # gate and up of each chosen expert
+    assert max(kept) == largest
+    if tokens == 1:
+        assert largest < smallest_matrix  # so that the line above would see one
+
+
+def test_autocast_decides_the_type_of_the_product(model):
+    experts, _ = pairs(experts_of(model)[0], "eager")
+    states, chosen, weights = inputs(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = experts(states, chosen, weights)
+    out.sum().backward()
+    assert out.dtype == states.grad.dtype == torch.float32
+    experts.compute_dtype = torch.bfloat16
+    assert torch.equal(out, experts(states, chosen, weights))
+    experts.compute_dtype = torch.float32
+    assert not torch.equal(out, experts(states, chosen, weights))
+
+
+def test_the_whole_model_computes_and_generates(model, whole):
+    """Close to the model in full, as far as four bits are, and the same however the experts are computed."""
+    results = []
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        with torch.no_grad():
+            results.append(model(INPUT_IDS).logits.log_softmax(-1))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[1], results[2], rtol=1e-4, atol=1e-4)
+    tokens = model.generate(INPUT_IDS, max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (2, 14)
+    with torch.no_grad():
+        exact = JaiForCausalLM.from_pretrained(whole)(INPUT_IDS).logits.log_softmax(-1)
+    assert (results[0].exp() * (results[0] - exact)).sum(-1).mean() < 0.5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(whole, reentrant):
+    # Not the shared one: what bitsandbytes has packed for the CPU in evaluation mode, it cannot train.
+    model = JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits()).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(INPUT_IDS, labels=INPUT_IDS).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert len(gradients[0]) > 3
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_it_compiles_without_a_break(model):
+    experts, _ = pairs(experts_of(model)[0], "grouped_mm")
+    experts.compute_dtype = torch.bfloat16
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 40):
+        results = []
+        for module in (experts, compiled):
+            states, chosen, weights = inputs(tokens)
+            out = module(states, chosen, weights)
+            out.sum().backward()
+            results.append((out.detach(), states.grad, weights.grad))
+        torch.testing.assert_close(*results)
+        torch.compiler.reset()
+
+
+# --- saving and loading
+
+
+def test_it_saves_and_loads_the_same_bytes(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(experts_of(again)) == 3
+    expected, actual = model.state_dict(), again.state_dict()
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+    assert not any(parameter.requires_grad for experts in experts_of(again) for parameter in experts.parameters())
+    half = JaiForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16, num_labels=1)
+    scales = {parameter.dtype for name, parameter in half.named_parameters() if "absmax" in name and "mlp" in name}
+    assert scales <= {torch.float32, torch.uint8}  # not cast with the rest
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.get_slice("model.layers.0.mlp.experts.gate_up_proj").get_dtype() == "U8"
+
+
+def test_it_dequantises_whole(model):
+    restored = copy.deepcopy(model).dequantize()
+    assert not experts_of(restored)
+    assert not hasattr(restored.config, "quantization_config")
+    expected = experts_of(model)[1].matrices("down_proj").dequantize(torch.float32)
+    assert torch.equal(restored.model.layers[1].mlp.experts.down_proj, expected)
+    assert restored(INPUT_IDS).logits.shape == (2, 10, 99)
+
+
+STRANGER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.distributed import DistributedConfig
+whole, out = sys.argv[1:]
+how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(whole, trust_remote_code=True, quantization_config=how)
+assert type(model.model.layers[0].mlp.experts).__module__.startswith("transformers_modules.")
+model.save_pretrained(out)
+again = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+torch.save(again(torch.arange(5, 25).reshape(2, 10)).logits, out + "/logits.pt")
+for folder, how in ((whole, {"quantization_config": how}), (out, {})):
+    try:
+        cut = DistributedConfig(tp_size=1)
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, distributed_config=cut, **how)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_process_without_the_package_quantises_saves_and_loads(whole, tmp_path, run_as_stranger):
+    run = run_as_stranger(STRANGER, {"HF_HOME": str(tmp_path / "home")}, str(whole), str(tmp_path / "out"))
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "quantization_jai.py").exists()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(INPUT_IDS).logits
+    torch.testing.assert_close(torch.load(tmp_path / "out" / "logits.pt"), expected)
+    assert run.stdout.count("cannot be split over devices") == 2  # packed bytes cut by rows would mix experts
+
+
+def test_other_models_see_nothing_of_it(whole, tmp_path):
+    before = dict(AUTO_QUANTIZER_MAPPING)
+    JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits())
+    with pytest.raises(OSError, match="none"):
+        JaiForCausalLM.from_pretrained(tmp_path / "none", quantization_config=four_bits())
+    assert before == AUTO_QUANTIZER_MAPPING
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    mixtral = MixtralForCausalLM(MixtralConfig(vocab_size=50, num_hidden_layers=1, num_local_experts=2, **sizes))
+    mixtral.save_pretrained(tmp_path)
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits())
+    assert type(loaded.hf_quantizer).__module__.startswith("transformers.")
+
+
+# --- what is refused
+
+
+def test_sizes_that_are_no_multiple_of_a_block(tiny_model, tmp_path):
+    for sizes, message in (
+        ({"hidden_size": 32, "intermediate_size": 64}, r"`hidden_size` is 32.*multiple of 64"),
+        ({"hidden_size": 64, "intermediate_size": 96}, r"`intermediate_size` is 96.*multiple of 64"),
+    ):
+        tiny_model(**{**SIZES, **sizes}).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            JaiForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits())
+
+
+def test_an_old_or_missing_bitsandbytes(whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(bitsandbytes, "__version__", "0.49.2")
+        with pytest.raises(ImportError, match=r"0\.49\.2 is installed.*need 0\.50 or later"):
+            JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits())
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ImportError, match="requires bitsandbytes"):
+        JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits())
+
+
+def test_eight_bits_would_leave_the_experts(whole, tiny_model, tmp_path):
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ValueError, match=r"leave the experts.*load_in_4bit=True"):
+        JaiForCausalLM.from_pretrained(whole, quantization_config=eight)
+    eight.llm_int8_skip_modules = ["lm_head", "mlp.experts"]
+    model = JaiForCausalLM.from_pretrained(whole, quantization_config=eight)
+    model.save_pretrained(tmp_path / "eight")
+    assert JaiForCausalLM.from_pretrained(tmp_path / "eight").is_loaded_in_8bit
+    tiny_model(**SIZES, num_local_experts=1).save_pretrained(tmp_path / "dense")
+    JaiForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_experts_that_are_to_be_skipped_stay_whole(whole, tmp_path):
+    how = four_bits(llm_int8_skip_modules=["lm_head", "mlp.experts"])
+    model = JaiForCausalLM.from_pretrained(whole, quantization_config=how)
+    assert not experts_of(model)
+    model.save_pretrained(tmp_path)
+    assert not experts_of(JaiForCausalLM.from_pretrained(tmp_path))
+
+
+def test_an_implementation_that_cannot_read_four_bits(model):
+    for name in ("sonicmoe", "deepgemm"):
+        experts, _ = pairs(experts_of(model)[0], "eager")
+        experts.config._experts_implementation = name
+        with pytest.raises(ValueError, match=rf'"{name}".*cannot compute.*eager, grouped_mm, batched_mm'):
+            experts(*inputs(3))
+    experts.config._experts_implementation = "nonsense"
+    with pytest.raises(KeyError, match="nonsense"):
+        experts(*inputs(3))
+
+
+def test_one_that_says_that_it_reads_four_bits_is_called(model, monkeypatch):
+    def read(experts, states, chosen, weights):
+        return experts.matrices("gate_up_proj").packed
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "reads", read)
+    experts, _ = pairs(experts_of(model)[0], "reads")
+    with pytest.raises(ValueError, match="cannot compute"):
+        experts(*inputs(3))
+    read.reads_four_bits = True
+    assert experts(*inputs(3)) is experts.gate_up_proj
+
+
+def test_a_checkpoint_without_its_scales(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.1.mlp.experts.down_absmax"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights of its experts"):
+        JaiForCausalLM.from_pretrained(tmp_path)
