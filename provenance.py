@@ -92,16 +92,17 @@ def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
     return hash_each(path_of, lambda name: sha256(path_of[name]))
 
 
-def checkpoint_revision(model: str) -> str:
+def checkpoint_revision(model: str, revision: str | None = None) -> str:
     """What tells a checkpoint from others: the Hub's commit, or a hash of the files in a folder.
 
     Args:
         model: folder or Hub id, which is downloaded.
+        revision: commit, branch or tag on the Hub; None is the default branch.
 
     Raises:
         UserError: as `local_folder`.
     """
-    folder = local_folder(model, [*METADATA_PATTERNS, WEIGHTS_PATTERN])
+    folder = local_folder(model, [*METADATA_PATTERNS, WEIGHTS_PATTERN], revision=revision)
     if not Path(model).is_dir():
         return folder.name  # in the Hub's cache: snapshots/COMMIT
     names = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")]

@@ -12,8 +12,8 @@ _INTRODUCTION = """# Options
 Made from the options themselves by `python -m jai.cli.reference > docs/options.md`; do not edit it by hand.
 
 An option `--like-this` is the key `like_this` of a YAML file, where the verb takes one with `--config`; the command
-line wins. A flag has a negative, `--no-like-this`. `jai pretrain`, `sft`, `dpo`, `kto`, `reward` and `grpo` have
-transformers' and TRL's options and JAI's own: see their `--help`.
+line wins. A flag has a negative, `--no-like-this`. `jai pretrain`, `sft`, `dpo`, `kto`, `cpo`, `orpo`, `reward` and
+`grpo` have transformers' and TRL's options and JAI's own: see their `--help`.
 """
 
 

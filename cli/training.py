@@ -59,6 +59,28 @@ def kto(context: typer.Context) -> None:
 
 
 @app.command(**PASS_THROUGH)
+def cpo(context: typer.Context) -> None:
+    """Align with pairs without a reference: CPO and SimPO.
+
+    With TRL's CPOTrainer. Give --config FILE, then any of TRL's options."""
+    look_at_arguments(context.args)
+    from jai.trainers.cpo import main
+
+    main(context.args)
+
+
+@app.command(**PASS_THROUGH)
+def orpo(context: typer.Context) -> None:
+    """Fine-tune and align with pairs in one: ORPO.
+
+    With TRL's ORPOTrainer. Give --config FILE, then any of TRL's options."""
+    look_at_arguments(context.args)
+    from jai.trainers.orpo import main
+
+    main(context.args)
+
+
+@app.command(**PASS_THROUGH)
 def reward(context: typer.Context) -> None:
     """Train a reward model on preference pairs, and calibrate it.
 

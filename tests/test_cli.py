@@ -12,7 +12,7 @@ from jai import cli
 from jai.version import __version__
 
 MAKING = ("tokenizer", "convert", "snapshot", "upcycle", "merge", "export")
-TRAINING = ("pretrain", "sft", "dpo", "kto", "reward", "grpo")
+TRAINING = ("pretrain", "sft", "dpo", "kto", "cpo", "orpo", "reward", "grpo")
 VERBS = (*MAKING, "inspect", *TRAINING, "pairs", "score", "generate", "publish", "demo")
 
 

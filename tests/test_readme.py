@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from jai.cli.app import app
 from jai.cli.verb import VERBS
 from jai.options import options_of
 from jai.trainers import pretrain
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
+from jai.trainers.cpo import JaiCPOConfig
 from jai.trainers.data_arguments import DataArguments
+from jai.trainers.dpo import JaiDPOConfig
 from jai.trainers.grpo import JaiGRPOConfig
+from jai.trainers.orpo import JaiORPOConfig
 from jai.trainers.reward import JaiRewardConfig
 
 ROOT = Path(__file__).parents[1]
@@ -24,8 +27,10 @@ OF_TRL = {
     verb: (ScriptArguments, config, ModelConfig, JaiTrainingArguments, DataArguments)
     for verb, config in {
         "sft": SFTConfig,
-        "dpo": DPOConfig,
+        "dpo": JaiDPOConfig,
         "kto": KTOConfig,
+        "cpo": JaiCPOConfig,
+        "orpo": JaiORPOConfig,
         "reward": JaiRewardConfig,
         "grpo": JaiGRPOConfig,
     }.items()

@@ -95,6 +95,8 @@ CASES = [
     (HEAVY, "reward --config none.yaml", 1, "none.yaml does not exist"),
     (HEAVY, "grpo --config stage.yaml --dataset_name none.jsonl", 1, "The data none.jsonl does not exist"),
     (HEAVY, "kto", 1, "No model is given"),
+    (HEAVY, "cpo --config stage.yaml --dataset_name none.jsonl", 1, "The data none.jsonl does not exist"),
+    (HEAVY, "orpo", 1, "No model is given"),
     (HEAVY, "score none.jsonl out --model phi3", 1, "none.jsonl does not exist"),
     (HEAVY, "score stage.yaml phi3 --model phi3", 1, "phi3 exists already"),
     (HEAVY, "score stage.yaml out --model phi3 --keep-above 2", 1, "keep_above is 2.0"),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from jai.errors import UserError
 from jai.provenance import read_step
@@ -22,6 +22,7 @@ from jai.trainers.data import CATEGORY, TrainingData, load_training_data
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.group_losses import GroupLosses
 from jai.trainers.mixture import cut_validation, even_order, mix_rows
+from jai.trainers.pair_figures import PairFigures
 from jai.trainers.prepare import prepare_rows
 from jai.trainers.rows import DatasetType
 from jai.trainers.sft import JaiSFTConfig
@@ -53,9 +54,15 @@ def numbered(name: str, count: int, **more: Any) -> str:
 
 
 def prepared(
-    tokenizer: Any, name: str | None = None, *, types: tuple[DatasetType, ...] = SFT_TYPES, training=None, **data: Any
+    tokenizer: Any,
+    name: str | None = None,
+    *,
+    types: tuple[DatasetType, ...] = SFT_TYPES,
+    config: type | None = None,
+    training=None,
+    **data: Any,
 ) -> TrainingData:
-    config = SFTConfig if types is SFT_TYPES else DPOConfig
+    config = config or (SFTConfig if types is SFT_TYPES else DPOConfig)
     arguments = StageArguments(
         ScriptArguments(dataset_name=name),
         config("out", bf16=False, report_to="none", **(training or {})),
@@ -472,11 +479,21 @@ def test_wrapped_packing_tells_no_categories_apart_and_says_so(tiny_tokenizer, g
     assert GroupLosses.can_tell(data, SFTConfig("out", bf16=False, packing=True))
 
 
-def test_trainers_of_preferences_tell_no_categories_apart_and_say_so(tiny_tokenizer):
+def test_where_no_categories_are_told_apart_it_is_said(tiny_tokenizer):
     name = write("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", "kind": "d"}])
-    result = prepared(tiny_tokenizer, name, types=(DatasetType.PREFERENCE,), category_column="kind")
-    assert result.notes == ["No figures by category and language are logged: TRL's trainer keeps no such columns."]
-    assert not prepared(tiny_tokenizer, name, types=(DatasetType.PREFERENCE,)).notes
+    types = (DatasetType.PREFERENCE,)
+    result = prepared(tiny_tokenizer, name, types=types, category_column="kind", training={"ld_alpha": 0.5})
+    said = "No figures by category and language are logged: "
+    assert result.notes == [f"{said}`ld_alpha` weighs tokens by their places."]
+    assert not PairFigures.can_tell(result, DPOConfig("out", bf16=False, ld_alpha=0.5))
+    assert PairFigures.can_tell(result, DPOConfig("out", bf16=False))
+    assert not prepared(tiny_tokenizer, name, types=types, category_column="kind").notes
+    answers = write("answers.jsonl", [{"prompt": "a", "completion": "b", "label": True, "kind": "d"}])
+    result = prepared(
+        tiny_tokenizer, answers, types=(DatasetType.UNPAIRED_PREFERENCE,), config=KTOConfig, category_column="kind"
+    )
+    assert result.notes == [f"{said}TRL's KTOTrainer keeps no such columns."]
+    assert not PairFigures.can_tell(result, KTOConfig("out", bf16=False))
 
 
 # --- the preview

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import SchedulerType
+from trl import DPOConfig, KTOConfig
 
 from jai.trainers.arguments import StageArguments, StageConfig, max_length_of
 from jai.trainers.base_model import BaseModel
@@ -73,6 +74,7 @@ def print_plan(
         if max_length_of(training_args):
             rows.append(("", f"cut off: {_cut(evaluation_tokens, training_args, data)}"))
     rows.append(("loss on", _loss_on(data, training_args)))
+    rows += _reference(training_args, lora)
     rows.append(
         (
             "steps",
@@ -263,6 +265,22 @@ def _weights(arguments: StageArguments, parameters: TrainedParameters) -> str:
         f"{parameters.quantized:,} weights ({share:.0%}, the linear layers but the head) in {bits}, the rest in "
         f"{model.dtype}{autocast}"
     )
+
+
+def _reference(training_args: StageConfig, lora: LoraConfig | None) -> Iterator[tuple[str, str]]:
+    """What the answers' log-probabilities are held against, and what of it is in memory."""
+    if not isinstance(training_args, DPOConfig | KTOConfig):
+        return
+    name = getattr(training_args, "ref_model_name_or_path", None)
+    who = "the model as it is now" if name is None else escape(name)
+    if lora is not None and name is None:
+        who = "the model with its adapter off"
+    if training_args.precompute_ref_log_probs:
+        yield "reference", f"{who}; its log-probabilities are computed beforehand"
+    elif lora is not None and name is None:
+        yield "reference", f"{who}: no second copy is in memory"
+    else:
+        yield "reference", f"{who}: a second model in memory; `precompute_ref_log_probs: true` does without it"
 
 
 def _loss_on(data: TrainingData, training_args: StageConfig) -> str:

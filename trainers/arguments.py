@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, get_type_hints
 
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_bf16_gpu_available
@@ -31,7 +31,13 @@ from jai.trainers.first_look import refuse_used_output
 from jai.trainers.parts import PART_TEXTS, check_part_names, read_entries
 from jai.trainers.pretrain_config import PretrainConfig
 
-StageConfig: TypeAlias = SFTConfig | DPOConfig | KTOConfig | RewardConfig | GRPOConfig | PretrainConfig
+if TYPE_CHECKING:
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+StageConfig: TypeAlias = (
+    "SFTConfig | DPOConfig | KTOConfig | CPOConfig | ORPOConfig | RewardConfig | GRPOConfig | PretrainConfig"
+)
 
 
 def max_length_of(training: StageConfig) -> int | None:

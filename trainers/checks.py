@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that cannot work, refused before the model is loaded: ranges, packages that are missing, contradictions."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from trl import GRPOConfig, SFTConfig
 
 from jai.errors import UserError
-from jai.trainers.arguments import StageArguments, max_length_of
+from jai.trainers.arguments import StageArguments, StageConfig, max_length_of
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
@@ -74,6 +75,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         lambda value: 0 <= value < 1,
         ("lora_dropout", "label_smoothing_factor", "label_smoothing", "adam_beta1", "adam_beta2"),
     ),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, ("ld_alpha", "ref_model_mixup_alpha")),
     ("-1 (no limit), or 1 or more", lambda value: value == -1 or value >= 1, ("max_steps",)),
 )
 
@@ -145,6 +147,23 @@ def check_options(arguments: StageArguments) -> None:
     _check_optimizer(arguments)
     _check_attention(arguments)
     _check_quantization(arguments)
+
+
+def refuse_without_effect(training: StageConfig, effective: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse options that are given and do nothing beside the others, which TRL passes over.
+
+    Args:
+        training: TRL's options.
+        effective: of an option, whether it has an effect, and with what it has one.
+
+    Raises:
+        UserError: naming the option.
+    """
+    defaults = {each.name: each.default for each in fields(training)}
+    for name, (has_effect, needed) in effective.items():
+        value = getattr(training, name)
+        if value != defaults[name] and not has_effect:
+            raise UserError(f"`{name}` is {value}, which has an effect with {needed} alone. Set that, or leave it out.")
 
 
 def _check_trackers(arguments: StageArguments) -> None:

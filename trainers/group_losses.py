@@ -5,9 +5,9 @@ TRL drops every column but the tokens, and packing puts rows of all categories i
 by its tokens: their hash is looked up in a table that is made before training.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from jai.trainers.arguments import StageConfig, max_length_of
 from jai.trainers.data import CATEGORY, LANGUAGE, TrainingData
 
 _ATTRIBUTES = (CATEGORY, LANGUAGE)
+Group: TypeAlias = tuple[str | None, ...]  # a row's category and language
 
 
 class GroupLosses:
@@ -33,11 +34,11 @@ class GroupLosses:
             data: tokenised, with the columns `category` and `language`, or one of them.
             training: TRL's options, which decide what of a document is trained on.
         """
-        self._groups: list[tuple[str | None, ...]] = []
+        self._groups: list[Group] = []
         self._group_of: dict[bytes, int] = {}
         # training? -> (2, groups + 1): losses and tokens; the last group is of documents that are not known
         self._sums: dict[bool, torch.Tensor] = {}
-        numbers: dict[tuple[str | None, ...], int] = {}
+        numbers: dict[Group, int] = {}
         packing = getattr(training, "packing", False)
         eval_packing = getattr(training, "eval_packing", None)
         for rows, packs in (
@@ -97,13 +98,22 @@ class GroupLosses:
         if sums is None:
             return {}
         losses, tokens = reduce(sums)[:, :-1].cpu().double()
-        logs = {}
-        for index, name in enumerate(_ATTRIBUTES):
-            for value in sorted({group[index] for group in self._groups if group[index] is not None}, key=str):
-                members = [number for number, group in enumerate(self._groups) if group[index] == value]
-                if count := tokens[members].sum().item():
-                    logs[f"loss/{name}/{value}"] = losses[members].sum().item() / count
-        return logs
+        return {f"loss/{name}": mean for name, mean in means_of_groups(self._groups, losses, tokens)}
+
+
+def means_of_groups(groups: Sequence[Group], sums: torch.Tensor, counts: torch.Tensor) -> Iterator[tuple[str, float]]:
+    """The mean of each category and of each language, by names such as `category/chat`.
+
+    Args:
+        groups: what the places in both tensors stand for.
+        sums: of what the mean is taken of. Shape (groups,).
+        counts: what it is divided by; what has none is left out. Shape (groups,).
+    """
+    for index, name in enumerate(_ATTRIBUTES):
+        for value in sorted({group[index] for group in groups if group[index] is not None}, key=str):
+            members = [number for number, group in enumerate(groups) if group[index] == value]
+            if count := counts[members].sum().item():
+                yield f"{name}/{value}", sums[members].sum().item() / count
 
 
 def _as_trained(ids: np.ndarray, training: StageConfig, packing: bool) -> Iterator[np.ndarray]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from jai.errors import UserError
 from jai.trainers.group_losses import GroupLosses
 from jai.trainers.monitor import ReadablePrinter, ReadableProgress, RouterMonitor
+from jai.trainers.pair_figures import GroupingCollator, PairFigures
 from jai.trainers.parts import TrainableParts
 from jai.trainers.trainable import (
     ADAPTER_WEIGHTS,
@@ -42,7 +43,8 @@ class JaiTrainerMixin(Trainer):
     """Put before a trainer class: `class MyTrainer(JaiTrainerMixin, SFTTrainer)`.
 
     Skip alphas are not weight-decayed; router statistics and alphas are in the logs (`router_statistics=False` leaves
-    them out), and with `group_losses` the loss of each category and language. `use_liger_kernel` applies to a JAI.
+    them out), and with `group_figures` the loss, or for pairs margin and accuracy, of each category and language.
+    `use_liger_kernel` applies to a JAI.
     `linear_cross_entropy=True` computes the head and its loss by our kernels. `parts`
     (`jai.trainers.parts.select_parts`) says what learns; None leaves it as it is.
     """
@@ -56,7 +58,7 @@ class JaiTrainerMixin(Trainer):
         router_statistics: bool = True,
         linear_cross_entropy: bool = False,
         parts: TrainableParts | None = None,
-        group_losses: GroupLosses | None = None,
+        group_figures: GroupLosses | PairFigures | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -78,9 +80,12 @@ class JaiTrainerMixin(Trainer):
                     expect_equal_weights=self.weighs_tokens_alike,
                 )
         self._router_monitor = RouterMonitor(cast(nn.Module, self.model)) if router_statistics else None
-        self._group_losses = group_losses
-        if group_losses is not None:
-            group_losses.watch(cast(nn.Module, self.model))
+        self._group_figures = group_figures
+        if isinstance(group_figures, GroupLosses):
+            group_figures.watch(cast(nn.Module, self.model))
+        elif group_figures is not None:
+            self.data_collator = GroupingCollator(self.data_collator, group_figures)
+            self.args.remove_unused_columns = False  # the collators of pairs take what they need
         for theirs, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(ours)
@@ -117,10 +122,10 @@ class JaiTrainerMixin(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._router_monitor is not None and "loss" in logs:  # a training step, not an evaluation or the summary
             logs.update(self._router_monitor.pop(lambda sums: self.accelerator.reduce(sums, "sum")))
-        if self._group_losses is not None and (losses := [key for key in logs if key.endswith("loss")]):
+        if self._group_figures is not None and (losses := [key for key in logs if key.endswith("loss")]):
             prefix = losses[0].removesuffix("loss")  # of an evaluation, "eval_"; of the whole training, "train_"
             if prefix != "train_":
-                means = self._group_losses.pop(lambda sums: self.accelerator.reduce(sums, "sum"), training=not prefix)
+                means = self._group_figures.pop(lambda sums: self.accelerator.reduce(sums, "sum"), training=not prefix)
                 logs.update({f"{prefix}{key}": mean for key, mean in means.items()})
         super().log(logs, start_time)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import DPOConfig, KTOConfig
+from trl import KTOConfig
 
 from jai.errors import UserError
 from jai.evaluation.language import ANSWER_LANGUAGES, language_fault
@@ -66,8 +66,10 @@ def prepare_rows(data: TrainingData, arguments: StageArguments, tokenizer: PreTr
         and _has_groups(data)
     ):
         data.notes.append("No loss by category and language is logged: `wrapped` packing hides where documents end.")
-    if isinstance(training, DPOConfig | KTOConfig) and _has_groups(data):
-        data.notes.append("No figures by category and language are logged: TRL's trainer keeps no such columns.")
+    if isinstance(training, KTOConfig) and _has_groups(data):
+        data.notes.append("No figures by category and language are logged: TRL's KTOTrainer keeps no such columns.")
+    if getattr(training, "ld_alpha", None) is not None and _has_groups(data):
+        data.notes.append("No figures by category and language are logged: `ld_alpha` weighs tokens by their places.")
     return _tidy(replace(data, counts=_count_rows(data)))
 
 

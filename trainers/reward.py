@@ -6,7 +6,7 @@ accelerate launch -m jai.trainers.reward --config recipes/reward.yaml
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,21 +24,14 @@ from trl import RewardConfig, RewardTrainer
 from jai.preferences.calibration import CALIBRATION_FILE, calibration_error, fit_calibration
 from jai.trainers.data import CATEGORY, LANGUAGE, TrainingData
 from jai.trainers.mixin import JaiTrainerMixin
+from jai.trainers.router_losses import RouterLossOptions, balance_weight
 from jai.trainers.rows import DatasetType
 from jai.trainers.stage import Stage, run_as_script, run_command
 
 
 @dataclass
-class JaiRewardConfig(RewardConfig):
+class JaiRewardConfig(RouterLossOptions, RewardConfig):
     """TRL's RewardConfig with the router's auxiliary loss, for which its trainer has no code."""
-
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the router's load-balancing loss, which is added to TRL's; 0 does without. Default: the "
-            "model's own."
-        },
-    )
 
 
 class JaiRewardTrainer(JaiTrainerMixin, RewardTrainer):
@@ -49,9 +42,8 @@ class JaiRewardTrainer(JaiTrainerMixin, RewardTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
-        config, given = model.config, self.args.router_aux_loss_coef
-        weight = float(getattr(config, "router_aux_loss_coef", 0.0) if given is None else given)
-        self._aux_weight = weight if getattr(config, "num_local_experts", 1) > 1 else 0.0
+        weight = balance_weight(self.args.router_aux_loss_coef, model.config)
+        self._aux_weight = weight if getattr(model.config, "num_local_experts", 1) > 1 else 0.0
         self._router_logits: tuple[torch.Tensor, ...] = ()
         if self._aux_weight:
             inner = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -7,6 +7,7 @@ own; what is trained is their mean, and what is logged is each.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from jai.router_load import ROUTER_NAME
+
+
+@dataclass
+class RouterLossOptions:
+    """The router's auxiliary loss, for which some of TRL's trainers have no code, or no weight."""
+
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the router's load-balancing loss, which is added to TRL's; 0 does without. Default: the "
+            "model's own."
+        },
+    )
 
 
 def balance_weight(given: float | None, config: PreTrainedConfig) -> float:

@@ -39,11 +39,13 @@ from jai.trainers.data_arguments import DataArguments
 from jai.trainers.group_losses import GroupLosses
 from jai.trainers.lora import lora_config, merge_adapter
 from jai.trainers.mixin import JaiTrainerMixin, prepare_liger
+from jai.trainers.pair_figures import PairFigures
 from jai.trainers.parameters import count_trained_parameters, empty_model
 from jai.trainers.parts import TrainableParts
 from jai.trainers.prepare import prepare_rows
 from jai.trainers.preview import print_preview
 from jai.trainers.record import recorded_data, write_record
+from jai.trainers.reference import check_reference
 from jai.trainers.rows import DatasetType
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.tokens import count_tokens
@@ -60,6 +62,7 @@ class Stage:
         config_class: the trainer's own arguments.
         dataset_types: what it can train on.
         auto_class: transformers' class that makes its model.
+        check_options: refuses options of the stage's own that cannot be, before anything is read.
         prepare_data: changes and checks the rows that were chosen, for what the stage alone needs.
         finish: what follows when the model is saved, in all processes, given the trainer, the data and the folder.
     """
@@ -70,6 +73,7 @@ class Stage:
     config_class: type[StageConfig]
     dataset_types: tuple[DatasetType, ...]
     auto_class: type = AutoModelForCausalLM
+    check_options: Callable[[StageArguments], None] | None = None
     prepare_data: Callable[[StageArguments, TrainingData], TrainingData] | None = None
     finish: Callable[[JaiTrainerMixin, TrainingData, Path, Console], None] | None = None
 
@@ -101,6 +105,8 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     """
     console = console or Console(quiet=not PartialState().is_main_process)
     check_options(arguments)
+    if stage.check_options is not None:
+        stage.check_options(arguments)
     if arguments.training.use_liger_kernel:
         prepare_liger()
     checkpoint = None if arguments.data.preview else resume_point(arguments.training)
@@ -116,6 +122,8 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
         base.config.num_labels = 1
         if arguments.model.use_peft:
             arguments.model.lora_task_type = "SEQ_CLS"
+    if (reference := getattr(arguments.training, "ref_model_name_or_path", None)) is not None:
+        check_reference(reference, base, conversational=data.conversational)
     model = empty_model(base, stage.auto_class)
     parts = choose_parts(arguments.jai, arguments.model, base, model)
     lora = lora_config(arguments.model, parts, model)
@@ -214,7 +222,7 @@ def _build(
             router_statistics=arguments.jai.router_statistics,
             linear_cross_entropy=arguments.jai.linear_cross_entropy,
             parts=parts,
-            group_losses=GroupLosses(data, training) if GroupLosses.can_tell(data, training) else None,
+            group_figures=_group_figures(data, training),
             callbacks=[SnapshotCallback(snapshot_steps)] if snapshot_steps else None,
         )
     if data.type is DatasetType.PREFERENCE and data.rows is not None:
@@ -226,6 +234,13 @@ def _build(
             why = f"an answer with its prompt has more than {longest} tokens (raise `max_length`)"
         _report_dropped(console, data, data.rows - left, left, why)
     return trainer
+
+
+def _group_figures(data: TrainingData, training: StageConfig) -> GroupLosses | PairFigures | None:
+    """What tells categories and languages apart in the logs."""
+    if GroupLosses.can_tell(data, training):
+        return GroupLosses(data, training)
+    return PairFigures(data) if PairFigures.can_tell(data, training) else None
 
 
 def _choose_packing(training: StageConfig, data: TrainingData) -> None:
@@ -240,7 +255,7 @@ def _explaining_errors(data: TrainingData) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, ImportError) as error:  # TRL's and transformers' own checks of options
+    except (ValueError, ImportError, NotImplementedError) as error:  # TRL's and transformers' own checks of options
         raise UserError(str(error)) from error
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
