@@ -31,7 +31,14 @@ EXTRA_OF = {
     "trl": "train",
     "uvicorn": "serving",
 }
-_EXTRA_OF_VERB = {"demo": "demo", "eval": "eval", "tokenizer": "tokenizer", "pairs": "eval", "score": "train"}
+_EXTRA_OF_VERB = {
+    "demo": "demo",
+    "eval": "eval",
+    "tokenizer": "tokenizer",
+    "pairs": "eval",
+    "difficulty": "eval",
+    "score": "train",
+}
 
 app = typer.Typer(
     name="jai",

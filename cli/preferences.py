@@ -4,7 +4,7 @@
 import typer
 
 from jai.cli.verb import verb
-from jai.preferences.options import PairsOptions, ScoreOptions
+from jai.preferences.options import DifficultyOptions, PairsOptions, ScoreOptions
 
 app = typer.Typer()
 
@@ -30,3 +30,15 @@ def score(options: ScoreOptions) -> None:
     from jai.preferences.scoring import score_file
 
     score_file(options)
+
+
+@verb(app, DifficultyOptions, config="recipes/difficulty.yaml")
+def difficulty(options: DifficultyOptions) -> None:
+    """Keep the prompts that a model answers right now and then.
+
+    A prompt whose answers are all right or all wrong teaches `jai grpo` nothing. If it is interrupted, the same command
+    goes on."""
+    options.check()
+    from jai.preferences.difficulty import select_prompts
+
+    select_prompts(options)

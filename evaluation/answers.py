@@ -76,6 +76,18 @@ def is_right_answer(text: str, gold: str, *, question: str = "", forms: Iterable
     return found is not None and same_answer(found.text, gold)
 
 
+def states_right_answer(text: str, solution: str, *, question: str = "") -> bool:
+    r"""Whether a text states the final answer that a solution states; a last number may stand for anything.
+
+    Args:
+        text, question: as of `final_answer`.
+        solution: the right answer, or a text that states it by `\boxed{}` or `####`, as MATH and GSM8K have it.
+    """
+    stated = final_answer(solution, forms=STATED_FORMS)
+    gold = solution if stated is None else stated.text
+    return is_right_answer(text, gold, question=question, forms=STATED_FORMS)
+
+
 def same_answer(answer: str, gold: str) -> bool:
     """Whether two answers are the same: as numbers with units, as text, or as formulae.
 

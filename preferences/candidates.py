@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jai.errors import UserError
-from jai.evaluation.endpoint import FailedRequest
-from jai.evaluation.judged.answers import Asker
-from jai.evaluation.reply_cache import ChatRequest
+from jai.evaluation.reply_cache import ChatReply
 from jai.evaluation.text import is_blank, split_thought
 from jai.preferences.prompts import PreferencePrompt
 
@@ -57,35 +55,20 @@ def other_answers(row: Mapping[str, Any]) -> OtherAnswers:
     return OtherAnswers(None if id_ is None else str(id_), prompt if isinstance(prompt, str) else None, tuple(answers))
 
 
-def draw_candidates(
-    prompts: Sequence[PreferencePrompt], ask: Asker, *, count: int, parameters: Mapping[str, Any], dropped: Counter[str]
-) -> list[list[Candidate]]:
-    """Have the model answer each prompt several times.
+def keep_candidates(replies: Sequence[ChatReply], dropped: Counter[str]) -> list[Candidate]:
+    """The model's answers to a prompt that compete: no blank one, none that was cut off, and none twice.
 
     Args:
-        prompts: what is asked.
-        ask: asks the model.
-        count: answers to each.
-        parameters: of the sampling.
+        replies: to the prompt.
         dropped: is told how many answers were dropped, by reason.
-
-    Returns:
-        The candidates of each prompt: no blank one, none that was cut off, and none twice.
     """
-    requests = [ChatRequest(prompt.messages, {**parameters}, repeat) for prompt in prompts for repeat in range(count)]
-    replies = ask(requests, "Answering")
-    candidates = []
-    for number in range(len(prompts)):
-        kept: dict[str, Candidate] = {}
-        for reply in replies[number * count : (number + 1) * count]:
-            if isinstance(reply, FailedRequest):
-                dropped["answers that failed"] += 1
-            elif reply.finish_reason == "length":
-                dropped["answers cut off at --max-answer-tokens"] += 1
-            else:
-                _keep(Candidate(reply.text, ON_POLICY), kept, dropped)
-        candidates.append(list(kept.values()))
-    return candidates
+    kept: dict[str, Candidate] = {}
+    for reply in replies:
+        if reply.finish_reason == "length":
+            dropped["answers cut off at --max-answer-tokens"] += 1
+        else:
+            _keep(Candidate(reply.text, ON_POLICY), kept, dropped)
+    return list(kept.values())
 
 
 def add_off_policy(

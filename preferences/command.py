@@ -3,10 +3,8 @@
 
 import dataclasses
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,28 +14,27 @@ from rich.console import Console
 
 from jai.errors import UserError
 from jai.evaluation.data import parsed_rows
-from jai.evaluation.endpoint import Endpoint, EndpointClient
-from jai.evaluation.judged.checkpoint import CheckpointAsker
+from jai.evaluation.endpoint import EndpointClient
 from jai.evaluation.judged.command import REPLIES_FILE
 from jai.evaluation.judged.measure import Judge
 from jai.evaluation.judged.prompts import FACTS, LATER_TURN_GRADE, SINGLE_GRADE, prompts_hash
-from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
-from jai.evaluation.models import check_chat_template, load_answering_model, revision_of
-from jai.evaluation.options import EvalOptions
+from jai.evaluation.models import check_chat_template
 from jai.evaluation.progress import quiet_libraries
 from jai.evaluation.reply_cache import ReplyCache
-from jai.files import check_is_file, differences, lock_folder, print_next, read_json, sha256
-from jai.preferences.candidates import Candidate, OtherAnswers, add_off_policy, draw_candidates, other_answers
+from jai.files import check_is_file, print_next, sha256
+from jai.hub import METADATA_PATTERNS, local_folder
+from jai.preferences.answering import answering_plan, answers_folder, ask_for_answers, model_options, write_whole
+from jai.preferences.calibration import Calibration, read_calibration
+from jai.preferences.candidates import Candidate, OtherAnswers, add_off_policy, keep_candidates, other_answers
 from jai.preferences.options import PairsOptions
 from jai.preferences.pairing import LengthBias, PairingRule, PreferencePair, make_preference_pairs
 from jai.preferences.prompts import number_prompts, preference_prompt
 from jai.preferences.reward_model import RewardModel
 from jai.preferences.scores import Scores, fact_questions, scores_by_checks, scores_by_facts, scores_by_grade
-from jai.provenance import versions
+from jai.provenance import checkpoint_revision, versions
 
 PAIRS_FILE = "pairs.jsonl"
 RECORD_FILE = "pairs.json"
-_PLAN_FILE = "plan.json"  # what decides the answers and what they are worth, written before any of them is there
 
 
 @dataclass(frozen=True)
@@ -80,13 +77,17 @@ def make_pairs(options: PairsOptions, *, console: Console | None = None) -> Path
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     options.check()
     quiet_libraries()
-    check_chat_template(_model_options(options))
-    work = _Work(options, console)
-    with _unfinished(options) as plan:
+    check_chat_template(model_options(options))
+    work, plan = _Work(options, console), _plan(options)
+    with answers_folder(options.out, plan, "pairs"):
         count = f"{len(work.prompts):,} prompts, {options.candidates} answers each from {options.model}"
         say(f"{count}, told apart by {plan['judge']}")
+        if options.by == "reward" and work.calibration is None:
+            say(f"  {options.reward_model} has no calibration: scores and --min-margin are in logits.")
+        elif options.by == "reward":
+            say("  Scores and --min-margin are calibrated probabilities.")
         outcome = work.run()
-        _write(options.out / PAIRS_FILE, "".join(_row(pair, plan["judge"]) + "\n" for pair in outcome.pairs))
+        write_whole(options.out / PAIRS_FILE, "".join(_row(pair, plan["judge"]) + "\n" for pair in outcome.pairs))
         record = (
             plan
             | _record(outcome, options)
@@ -96,7 +97,7 @@ def make_pairs(options: PairsOptions, *, console: Console | None = None) -> Path
                 "judge_calls_itself": work.judge_calls_itself,
             }
         )
-        _write(options.out / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_whole(options.out / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     _report(outcome, len(work.prompts), console)
     if not outcome.pairs:
         raise UserError(
@@ -114,6 +115,7 @@ class _Work:
     Attributes:
         prompts: what is asked.
         judge_calls_itself: names of the judge by its own word.
+        calibration: of the reward model, where one decides and has it.
         cut_prompts: how many lost their beginning, for they were longer than the model takes.
     """
 
@@ -130,6 +132,7 @@ class _Work:
             check_is_file(options.off_policy, "Give a file of answers.")
             self._others = list(parsed_rows(options.off_policy, other_answers))
         self._facts = fact_questions(self.prompts) if options.by == "facts" else []
+        self.calibration = _calibration(options)
         if options.by == "checks":
             scores_by_checks(self.prompts, [[] for _ in self.prompts], options.language)
 
@@ -162,27 +165,9 @@ class _Work:
         return judge
 
     def _candidates(self, cache: ReplyCache, dropped: Counter[str]) -> list[list[Candidate]]:
-        options = self._options
-        parameters: dict[str, Any] = {
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "max_tokens": options.max_answer_tokens,
-        }
-        draw = partial(draw_candidates, count=options.candidates, parameters=parameters, dropped=dropped)
-        if options.backend == "openai":
-            endpoint = Endpoint(url=str(options.base_url), model=options.model, concurrency=options.batch_size)
-            client = EndpointClient(endpoint, cache, console=self._console)
-            drawn = draw(self.prompts, client.ask)
-            self._say(f"  Answers: {client.summary()}")
-            return drawn
-        lm = load_answering_model(_model_options(options), chat=True)
-        model = KeptAnswers(lm, options.out / ANSWERS_FILE, options.batch_size)
-        asker = CheckpointAsker(model, options.model, seed=options.seed, console=self._console)
-        drawn = draw(self.prompts, asker.ask)
-        self.cut_prompts = asker.cut // options.candidates
-        if self.cut_prompts:
-            self._say(f"  {self.cut_prompts:,} prompts were longer than the model takes and lost their beginning.")
-        return drawn
+        answered = ask_for_answers(self._options, self.prompts, self._options.candidates, cache, self._console)
+        self.cut_prompts = answered.cut_prompts
+        return [keep_candidates(replies, dropped) for replies in answered.replies]
 
     def _scores(self, candidates: Sequence[Sequence[Candidate]], judge: Judge | None, dropped: Counter[str]) -> Scores:
         options = self._options
@@ -200,54 +185,44 @@ class _Work:
             for prompt, some in zip(self.prompts, candidates)
             for each in some
         ]
-        left = iter(model.scores(conversations, batch_size=options.batch_size, console=self._console))
+        scores = model.scores(conversations, batch_size=options.batch_size, console=self._console)
+        if self.calibration is not None:
+            scores = [self.calibration.probability(logit) for logit in scores]
+        left = iter(scores)
         return [[next(left) for _ in some] for some in candidates]
 
 
-@contextmanager
-def _unfinished(options: PairsOptions) -> Iterator[dict[str, Any]]:
-    """Make the folder or go on in it, for this process alone; gives the plan."""
-    out, path = options.out, options.out / _PLAN_FILE
-    if out.exists() and not path.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already and holds no pairs. Give another output folder.")
-    plan = _plan(options)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(out, out)
-    except OSError as error:
-        raise UserError(f"Cannot write to {out}: {error.strerror}. Give a folder that you may write.") from error
-    try:
-        changes = sorted(differences(read_json(path), plan)) if path.exists() else []
-        if changes:
-            raise UserError(
-                f"{out} was begun with other inputs or options: {'; '.join(changes[:3])}. Give the same again to go "
-                "on, or another output folder."
-            )
-        _write(path, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
-        yield plan
-    finally:
-        (out / "lock").unlink(missing_ok=True)
-        os.close(lock)
+def _calibration(options: PairsOptions) -> Calibration | None:
+    """The calibration of the reward model of --by reward.
+
+    Raises:
+        UserError: if it says that the model takes worse answers for the better ones.
+    """
+    if options.reward_model is None:
+        return None
+    calibration = read_calibration(local_folder(options.reward_model, METADATA_PATTERNS))
+    if calibration is not None and calibration.slope <= 0:
+        raise UserError(
+            f"The calibration of {options.reward_model} has the slope {calibration.slope:.3g}: of held-out pairs it "
+            "gave the rejected answers the higher logits. Train it anew, with more pairs or for longer."
+        )
+    return calibration
 
 
 def _plan(options: PairsOptions) -> dict[str, Any]:
     plan: dict[str, Any] = {
-        "prompts_file": options.prompts.name,
-        "prompts_sha256": sha256(options.prompts),
-        "model": options.model,
-        "model_revision": revision_of(_model_options(options)),
-        "backend": options.backend,
-        "dtype": options.dtype,
-        "candidates_each": options.candidates,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "max_answer_tokens": options.max_answer_tokens,
-        "seed": options.seed,
-        "limit": options.limit,
+        **answering_plan(options, options.candidates),
         "off_policy_sha256": sha256(options.off_policy) if options.off_policy else None,
         "by": options.by,
         "judge": _judge_name(options),
     }
+    if options.by == "reward":
+        calibration = _calibration(options)
+        plan |= {
+            "score": "logit" if calibration is None else "calibrated probability",
+            "reward_model_revision": checkpoint_revision(str(options.reward_model)),
+            "calibration": None if calibration is None else dataclasses.asdict(calibration),
+        }
     if options.by in ("judge", "facts"):
         told = [FACTS] if options.by == "facts" else [SINGLE_GRADE, LATER_TURN_GRADE]
         plan |= {
@@ -261,11 +236,6 @@ def _plan(options: PairsOptions) -> dict[str, Any]:
 def _judge_name(options: PairsOptions) -> str:
     named = {"reward": options.reward_model, "checks": f"jai.evaluation.instructions ({options.language})"}
     return str(named.get(options.by, options.judge_model))
-
-
-def _model_options(options: PairsOptions) -> EvalOptions:
-    shared = ("model", "backend", "base_url", "batch_size", "device", "dtype", "seed", "trust_remote_code")
-    return EvalOptions(**{name: getattr(options, name) for name in shared})
 
 
 def _record(outcome: _Outcome, options: PairsOptions) -> dict[str, Any]:
@@ -318,9 +288,3 @@ def _report(outcome: _Outcome, prompts: int, console: Console) -> None:
                 f"  length bias {when} pairs were dropped by length: the chosen answer is the longer one in "
                 f"{100 * bias.longer:.0f} % of {bias.pairs:,} pairs, and {bias.ratio:.2f} times as long in the mean"
             )
-
-
-def _write(path: Path, content: str) -> None:
-    partial_path = path.with_name(f"{path.name}.new")
-    partial_path.write_text(content, encoding="utf-8")
-    partial_path.replace(path)

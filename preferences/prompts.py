@@ -9,6 +9,7 @@ from jai.errors import UserError
 from jai.evaluation.reply_cache import Message
 
 _ROLES = ("system", "user", "assistant")
+_PROMPTS = ("prompt", "messages", "question", "problem", "prompts")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def preference_prompt(row: Mapping[str, Any]) -> PreferencePrompt:
 
     Args:
         row: with `prompt` (a text or messages), `messages` (a conversation, whose last answers are left out),
-            `question`, or SEA-IFEval's `prompts`; perhaps an id (`id`, `key`, `prompt_id` or `question_id`) and a
-            `category`.
+            `question`, `problem`, or SEA-IFEval's `prompts`; perhaps a system turn (`system` or `system_prompt`), an id
+            (`id`, `key`, `prompt_id` or `question_id`) and a `category`.
 
     Raises:
         ValueError: if it is something else.
@@ -50,19 +51,23 @@ def preference_prompt(row: Mapping[str, Any]) -> PreferencePrompt:
 
 
 def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    given = next((row[name] for name in ("prompt", "messages", "question", "prompts") if row.get(name)), None)
+    given = next((row[name] for name in _PROMPTS if row.get(name)), None)
     if isinstance(given, list) and given and isinstance(given[0], dict) and "text" in given[0]:
         given = given[0]["text"]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list | tuple) or not all(map(_is_message, given)):
         raise ValueError(
-            "no `prompt`, `messages` or `question`: a text, or messages with role and content, were expected"
+            "no `prompt`, `messages`, `question` or `problem`: a text, or messages with role and content, were expected"
         )
     last = max((number for number, message in enumerate(given) if message["role"] == "user"), default=None)
     if last is None:
         raise ValueError("no message of a user")
-    return tuple({"role": message["role"], "content": message["content"]} for message in given[: last + 1])
+    messages = tuple({"role": message["role"], "content": message["content"]} for message in given[: last + 1])
+    system = row.get("system", row.get("system_prompt"))
+    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
+        return messages
+    return ({"role": "system", "content": system}, *messages)
 
 
 def _is_message(message: Any) -> bool:

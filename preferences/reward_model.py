@@ -28,19 +28,32 @@ class RewardModel:
 
     def __init__(self, model: str, *, device: str | None = None, trust_remote_code: bool = False):
         import torch
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoConfig, AutoModelForSequenceClassification
 
         folder = local_folder(model, [*METADATA_PATTERNS, WEIGHTS_PATTERN])
         self._tokenizer: Any = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         if self._tokenizer.chat_template is None:
             raise UserError(f"The reward model {model} has no chat template, so it cannot read conversations.")
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise UserError(
+                f"{model} is a LoRA adapter without its model. Train it with `merge_adapter: true`, which leaves a "
+                "whole checkpoint."
+            )
+        try:
+            vocab_size = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).vocab_size
+        except Exception as error:
+            raise _cannot_be_loaded(model, error) from error
+        if (largest := max(self._tokenizer.get_vocab().values(), default=-1)) >= vocab_size:
+            raise UserError(
+                f"The tokenizer of {model} has ids up to {largest:,}, and the reward model a vocabulary of "
+                f"{vocab_size:,}. Give it the tokenizer that it was trained with."
+            )
         try:
             loaded = AutoModelForSequenceClassification.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, dtype="auto"
             )
         except Exception as error:  # of many kinds: OSError, ValueError, JSON's, safetensors', KeyError
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"The reward model {model} cannot be loaded: {reason}") from error
+            raise _cannot_be_loaded(model, error) from error
         if loaded.config.num_labels != 1:
             raise UserError(
                 f"{model} has {loaded.config.num_labels} labels, where a reward model has one. Give what TRL's "
@@ -84,3 +97,8 @@ class RewardModel:
                 "The reward model gives rewards that are no finite numbers. Load it in float32, or train it anew."
             )
         return scores
+
+
+def _cannot_be_loaded(model: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"The reward model {model} cannot be loaded: {reason}")

@@ -20,6 +20,7 @@ class Answer:
         body: its bytes; None is a whole reply with `text`.
         text: of the reply.
         status: of HTTP.
+        finish: why the reply ended.
         headers: beside the usual ones.
         delay: seconds before it comes.
         drip: seconds between its bytes.
@@ -29,6 +30,7 @@ class Answer:
     text: str = ""
     body: bytes | None = None
     status: int = 200
+    finish: str = "stop"
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0
     drip: float = 0
@@ -109,7 +111,7 @@ class ChatEndpoint:
         if answer.hang_up:
             handler.close_connection = True
             return
-        body = self._reply(request, answer.text) if answer.body is None else answer.body
+        body = self._reply(request, answer) if answer.body is None else answer.body
         handler.send_response(answer.status)
         for name, value in {"Content-Type": "application/json", **answer.headers}.items():
             handler.send_header(name, value)
@@ -120,12 +122,18 @@ class ChatEndpoint:
             handler.wfile.flush()
             time.sleep(answer.drip)
 
-    def _reply(self, request: dict[str, Any], text: str) -> bytes:
+    def _reply(self, request: dict[str, Any], answer: Answer) -> bytes:
         content = {
             "id": "chatcmpl-1",
             "object": "chat.completion",
             "model": self.model or request["model"],
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": answer.finish,
+                    "message": {"role": "assistant", "content": answer.text},
+                }
+            ],
             "usage": {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14},
         }
         return json.dumps(content).encode()

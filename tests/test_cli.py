@@ -13,7 +13,7 @@ from jai.version import __version__
 
 MAKING = ("tokenizer", "convert", "snapshot", "upcycle", "merge", "export")
 TRAINING = ("pretrain", "sft", "dpo", "kto", "cpo", "orpo", "reward", "grpo")
-VERBS = (*MAKING, "inspect", *TRAINING, "pairs", "score", "generate", "publish", "demo")
+VERBS = (*MAKING, "inspect", *TRAINING, "pairs", "difficulty", "score", "generate", "publish", "demo")
 
 
 @pytest.fixture

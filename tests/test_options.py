@@ -41,6 +41,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "merge": {"models": ["a", "b"]},
     "pack": {"config": Path("corpus.yaml")},
     "pairs": {"model": "base"},
+    "difficulty": {"model": "base"},
     "score": {"model": "base"},
     "eval contamination": {"suite": ["mgsm"]},
     "tokenizer train": {"base": "base", "out": Path("out")},
@@ -60,6 +61,8 @@ VALUES: dict[tuple[str, str], Any] = {
     ("merge", "t"): 0.25,
     ("eval contamination", "ngram"): 20,
     ("pairs", "max_length_ratio"): 3.5,
+    ("difficulty", "min_pass_rate"): 0.25,
+    ("difficulty", "max_pass_rate"): 0.75,
     ("tokenizer train", "script"): "Lao",
     ("tokenizer ablate", "text"): ["Thai=a.txt", "Thai=b.txt"],
 }

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jai pairs`: models and judges on this machine, a tiny checkpoint and a tiny reward model."""
 
+import dataclasses
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +25,7 @@ from chat_endpoint import Answer, ChatEndpoint
 from jai import JaiForSequenceClassification
 from jai.errors import UserError
 from jai.options import read_options_file
+from jai.preferences.calibration import Calibration
 from jai.preferences.candidates import Candidate
 from jai.preferences.command import make_pairs
 from jai.preferences.options import PairsOptions
@@ -127,7 +130,7 @@ def test_prompts_in_their_forms():
     ],
 )
 def test_malformed_prompts(row):
-    with pytest.raises(ValueError, match=r"no `prompt`, `messages` or `question`|no message of a user"):
+    with pytest.raises(ValueError, match=r"no `prompt`, `messages`, `question` or `problem`|no message of a user"):
         preference_prompt(row)
 
 
@@ -381,6 +384,48 @@ def test_a_checkpoint_answers_and_a_reward_model_decides(checkpoint, reward_mode
         assert row["score_chosen"] > row["score_rejected"]
         assert row["judge"] == str(reward_model)
     assert run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)[1] == rows
+
+
+def test_a_calibrated_reward_model_gives_probabilities(checkpoint, reward_model, prompts, tmp_path):
+    """By the numbers that `jai reward` writes beside it; the record has them, and margins are of probabilities."""
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(reward_model, calibrated)
+    calibration = Calibration(slope=0.5, intercept=0.25, pair_temperature=2.0, pairs=9)
+    plain, options = ({"by": "reward", "reward_model": str(each)} for each in (reward_model, calibrated))
+    said, by_logit, record = run_checkpoint(checkpoint, prompts, tmp_path / "logits", **plain)
+    assert "has no calibration: scores and --min-margin are in logits" in " ".join(said.split())
+    assert (record["score"], record["calibration"]) == ("logit", None)
+
+    calibration.save(calibrated, {"held_out": {}})
+    said, rows, record = run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)
+    assert "Scores and --min-margin are calibrated probabilities." in " ".join(said.split())
+    assert record["score"] == "calibrated probability"
+    assert record["calibration"] == {"slope": 0.5, "intercept": 0.25, "pair_temperature": 2.0, "pairs": 9}
+    assert [row["chosen"] for row in rows] == [row["chosen"] for row in by_logit]
+    for row, other in zip(rows, by_logit, strict=True):
+        for name in ("score_chosen", "score_rejected"):
+            assert row[name] == pytest.approx(1 / (1 + math.exp(-0.5 * other[name] - 0.25)), abs=1e-5)
+    margins = sorted(row["score_chosen"] - row["score_rejected"] for row in rows)
+    _, left, _ = run_checkpoint(checkpoint, prompts, tmp_path / "pairs", min_margin=margins[-1], **options)
+    assert len(left) == 1
+
+    dataclasses.replace(calibration, slope=0.6).save(calibrated, {})
+    with pytest.raises(UserError, match=r"calibration slope was 0\.5 and is 0\.6"):
+        run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)
+    dataclasses.replace(calibration, slope=-0.1).save(calibrated, {})
+    with pytest.raises(UserError, match=r"has the slope -0\.1: .* gave the rejected answers the higher logits"):
+        run_checkpoint(checkpoint, prompts, tmp_path / "other", **options)
+
+
+def test_a_reward_model_that_its_tokenizer_does_not_fit(reward_model, tmp_path):
+    shutil.copytree(reward_model, tmp_path / "small")
+    config = json.loads((reward_model / "config.json").read_text())
+    (tmp_path / "small" / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    with pytest.raises(UserError, match=r"has ids up to \d+, and the reward model a vocabulary of 100"):
+        RewardModel(str(tmp_path / "small"))
+    (tmp_path / "small" / "config.json").rename(tmp_path / "small" / "adapter_config.json")
+    with pytest.raises(UserError, match="is a LoRA adapter without its model"):
+        RewardModel(str(tmp_path / "small"))
 
 
 def test_prompts_that_are_cut_are_counted_once_each(checkpoint, tmp_path):

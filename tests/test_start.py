@@ -97,6 +97,8 @@ CASES = [
     (HEAVY, "kto", 1, "No model is given"),
     (HEAVY, "cpo --config stage.yaml --dataset_name none.jsonl", 1, "The data none.jsonl does not exist"),
     (HEAVY, "orpo", 1, "No model is given"),
+    (HEAVY, "difficulty none.jsonl out --model phi3", 1, "none.jsonl does not exist"),
+    (HEAVY, "difficulty stage.yaml out --model phi3 --min-pass-rate 0.95", 1, "nothing lies between them"),
     (HEAVY, "score none.jsonl out --model phi3", 1, "none.jsonl does not exist"),
     (HEAVY, "score stage.yaml phi3 --model phi3", 1, "phi3 exists already"),
     (HEAVY, "score stage.yaml out --model phi3 --keep-above 2", 1, "keep_above is 2.0"),

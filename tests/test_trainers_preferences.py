@@ -231,7 +231,12 @@ def test_another_reference_is_what_the_answers_are_held_against(checkpoint, tiny
     other = tiny_checkpoint(Path("other"), seed=1, router_aux_loss_coef=0.1)
     options = {"beta": BETA, "router_aux_loss_coef": 0, "max_steps": 1, "ref_model_name_or_path": other}
     live = logs_of(dpo.main(arguments(checkpoint, pairs, "live", **options)))[0]
-    kept = logs_of(dpo.main(arguments(checkpoint, pairs, "kept", precompute_ref_log_probs=True, **options)))[0]
+    out = dpo.main(arguments(checkpoint, pairs, "kept", precompute_ref_log_probs=True, **options))
+    (kept,) = logs_of(out)
+    assert [(entry["role"], entry["name"]) for entry in read_step(out)["inputs"]] == [
+        ("model", checkpoint.name),
+        ("reference", "other"),
+    ]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (checkpoint, other))
     with torch.no_grad():

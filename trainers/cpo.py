@@ -26,8 +26,8 @@ class JaiCPOTrainer(ReferenceFreeMixin, CPOTrainer):
     """TRL's CPOTrainer with the router's auxiliary loss, and with the tokens of all stages."""
 
     def cpo_loss(
-        self, policy_chosen_logps: torch.Tensor, policy_rejected_logps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, policy_chosen_logps: torch.FloatTensor, policy_rejected_logps: torch.FloatTensor
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor, torch.FloatTensor]:
         """TRL's losses and rewards, each of shape (pairs,); the rewards are kept for the figures of groups."""
         losses, chosen, rejected = super().cpo_loss(policy_chosen_logps, policy_rejected_logps)
         self._rewards = chosen, rejected

@@ -54,6 +54,8 @@ class JaiDPOTrainer(JaiTrainerMixin, DPOTrainer):
     (`tests/test_trainers_preferences.py` names it).
     """
 
+    args: DPOConfig
+
     def __init__(self, *args: Any, **kwargs: Any):
         config, model = kwargs.get("args"), kwargs.get("model")
         name = getattr(config, "ref_model_name_or_path", None)
@@ -85,6 +87,7 @@ class JaiDPOTrainer(JaiTrainerMixin, DPOTrainer):
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if groups is not None and isinstance(self._group_figures, PairFigures):
             policy = self._log_probs[0].chunk(2)
+            reference: Any
             if self.precompute_ref_logps:
                 reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
             else:
@@ -127,7 +130,7 @@ class JaiDPOTrainer(JaiTrainerMixin, DPOTrainer):
                 kept.close()
         columns = {"ref_chosen_logps": values[:, 0], "ref_rejected_logps": values[:, 1]}
         for column, numbers in columns.items():
-            dataset = dataset.add_column(column, numbers.tolist())  # type: ignore[call-arg]
+            dataset = dataset.add_column(column, numbers.tolist())
         return dataset
 
     def _compute_missing(

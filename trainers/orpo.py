@@ -26,8 +26,8 @@ class JaiORPOTrainer(ReferenceFreeMixin, ORPOTrainer):
     """TRL's ORPOTrainer with the router's auxiliary loss, and with the tokens of all stages."""
 
     def odds_ratio_loss(
-        self, policy_chosen_logps: torch.Tensor, policy_rejected_logps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, policy_chosen_logps: torch.FloatTensor, policy_rejected_logps: torch.FloatTensor
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor, torch.FloatTensor, torch.FloatTensor, torch.FloatTensor]:
         """TRL's losses and rewards, each of shape (pairs,), and two means; the rewards are kept for the figures."""
         found = super().odds_ratio_loss(policy_chosen_logps, policy_rejected_logps)
         self._rewards = found[1], found[2]

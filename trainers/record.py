@@ -10,13 +10,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from jai.configuration_jai import AUTO_MAP
-from jai.provenance import chain, file_hashes, input_of, versions, write_step
+from jai.provenance import Input, chain, file_hashes, input_of, versions, write_step
 from jai.tokenization.stops import END_OF_TURN
 from jai.trainers.arguments import StageArguments
 from jai.trainers.base_model import BaseModel
 from jai.trainers.chosen_parts import TRAINED_PARTS
 from jai.trainers.data import TrainingData
 from jai.trainers.data_arguments import DataArguments
+from jai.trainers.first_look import check_model_files
 from jai.trainers.parameters import TrainedParameters
 
 LOGS_FOLDER = "training_logs"
@@ -42,6 +43,11 @@ _RECORDED_TRAINING = (
     "completion_only_loss",
     "loss_type",
     "beta",
+    "label_smoothing",
+    "loss_weights",
+    "ld_alpha",
+    "cpo_alpha",
+    "simpo_gamma",
     "precompute_ref_log_probs",
     "center_rewards_coefficient",
     "rewards",
@@ -114,7 +120,7 @@ def write_record(
     files = file_hashes([base.folder / "config.json", *base.folder.glob("*.safetensors")])
     record = {
         "step": step,
-        "inputs": [input_of("model", base.name, files=files, made_by=base.made_by)],
+        "inputs": [input_of("model", base.name, files=files, made_by=base.made_by), *_reference(arguments)],
         "dataset": dataset,
         "options": _recorded_options(arguments),
         "result": {TRAINED_PARTS: [each.kind for each in parameters.kinds if each.trained]},
@@ -128,6 +134,16 @@ def write_record(
         "log_history": log_history,
     }
     write_step(out, record)
+
+
+def _reference(arguments: StageArguments) -> list[Input]:
+    """The checkpoint that pairs were held against, where it is not the model itself. Its history stays its own."""
+    name = getattr(arguments.training, "ref_model_name_or_path", None)
+    if name is None:
+        return []
+    folder = check_model_files(name)
+    files = file_hashes([folder / "config.json", *folder.glob("*.safetensors")])
+    return [input_of("reference", name, files=files, made_by=None)]
 
 
 def recorded_data(data: TrainingData) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from trl.data_utils import is_conversational
 from trl.import_utils import TRLExperimentalWarning
 
 from jai.errors import UserError
-from jai.trainers.arguments import StageArguments
+from jai.trainers.arguments import StageArguments, max_length_of
 from jai.trainers.checks import refuse_without_effect
 from jai.trainers.data import CATEGORY, LANGUAGE
 from jai.trainers.messages import RowFault
@@ -46,7 +46,7 @@ def check_reference_free_options(arguments: StageArguments) -> None:
     training = arguments.training
     if arguments.script.dataset_streaming:
         raise UserError("`dataset_streaming` is on, and this trainer of TRL's needs all pairs at once. Leave it out.")
-    if training.max_length is None:
+    if max_length_of(training) is None:
         raise UserError("`max_length` is null, for which this trainer of TRL's takes 512. Give a number of tokens.")
     if arguments.jai.linear_cross_entropy:
         raise UserError(

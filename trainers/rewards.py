@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from jai.errors import UserError
-from jai.evaluation.answers import STATED_FORMS, final_answer, is_right_answer
+from jai.evaluation.answers import states_right_answer
 from jai.evaluation.instructions.scoring import instruction_row, judge_instructions
 from jai.evaluation.language import language_fault, think_fault
 
@@ -38,7 +38,7 @@ def final_answer_reward(
         if each is None:
             rewards.append(None)
         else:
-            rewards.append(float(is_right_answer(_text(text), _gold(each), question=question, forms=STATED_FORMS)))
+            rewards.append(float(states_right_answer(_text(text), each, question=question)))
     return rewards
 
 
@@ -162,8 +162,3 @@ def _text(completion: Completion) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
     return content or ""
-
-
-def _gold(solution: str) -> str:
-    stated = final_answer(solution, forms=STATED_FORMS)
-    return solution if stated is None else stated.text

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jai difficulty`: how often a model on this machine answers right, and which prompts are kept."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from json_lines import write_rows
+from rich.console import Console
+
+import jai.recipes
+from chat_endpoint import Answer, ChatEndpoint
+from jai.errors import UserError
+from jai.options import read_options_file
+from jai.preferences.difficulty import TOO_EASY, TOO_HARD, select_prompts
+from jai.preferences.options import DifficultyOptions
+
+SYSTEM = "State it in \\boxed{}."
+# Right in 0, 1, 2, 3 and 4 of four answers.
+PROBLEMS = [
+    {"problem": f"{right} of four?", "solution": f"so \\boxed{{{right + 40}}}", "level": right} for right in range(5)
+]
+
+
+def answer_as_often(request: dict, before: int) -> str:
+    """Right as often as the question says; the last number alone is no answer."""
+    question = next(message["content"] for message in request["messages"] if message["role"] == "user")
+    right = int(question[0])
+    return f"It is \\boxed{{{right + 40}}}." if before < right else f"It may be {right + 40}, or \\boxed{{7}}."
+
+
+def run(prompts: Path, out: Path, model: ChatEndpoint, **options):
+    server = {"backend": "openai", "base_url": model.url, "model": "m", "batch_size": 1}
+    values = {"candidates": 4, "min_pass_rate": 0.25, "max_pass_rate": 0.75, **server, **options}
+    output = io.StringIO()
+    path = select_prompts(
+        DifficultyOptions(prompts=prompts, out=out, **values), console=Console(file=output, width=300)
+    )
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return output.getvalue(), rows, json.loads((out / "difficulty.json").read_text())
+
+
+@pytest.fixture
+def problems(tmp_path) -> Path:
+    return write_rows(tmp_path / "problems.jsonl", PROBLEMS)
+
+
+def test_prompts_are_kept_by_their_share_of_right_answers(problems, tmp_path):
+    with ChatEndpoint(answer_as_often) as model:
+        said, rows, record = run(problems, tmp_path / "out", model, system_prompt=SYSTEM)
+        assert rows == [{**row, "pass_rate": row["level"] / 4} for row in PROBLEMS[1:4]]
+        assert "3 of 5 prompts are answered right at a rate from 0.25 to 0.75." in said
+        assert f"left out: 1 ({TOO_HARD})" in said
+        assert f"left out: 1 ({TOO_EASY})" in said
+        assert record["left_out"] == {TOO_HARD: 1, TOO_EASY: 1}
+        assert record["prompts_by_pass_rate"] == {"0": 1, "0.25": 1, "0.5": 1, "0.75": 1, "1": 1}
+        assert (record["answers"]["right"], record["answers"]["wrong"]) == (10, 10)
+        assert record["system_prompt"] == SYSTEM
+        assert len(model.asked) == 20
+        assert all(request["messages"][0] == {"role": "system", "content": SYSTEM} for request in model.asked)
+        assert {request["temperature"] for request in model.asked} == {1.0}
+        rates = [json.loads(line) for line in (tmp_path / "out" / "pass_rates.jsonl").read_text().splitlines()]
+        assert rates == [{"id": str(number), "pass_rate": (number - 1) / 4} for number in range(1, 6)]
+
+        # Other rates cost nothing; other answers are another folder's.
+        _, rows, _ = run(problems, tmp_path / "out", model, system_prompt=SYSTEM, min_pass_rate=0.5, max_pass_rate=1.0)
+        assert [row["level"] for row in rows] == [2, 3, 4]
+        assert len(model.asked) == 20
+        for change in ({"system_prompt": None}, {"temperature": 0.7}, {"candidates": 5}, {"limit": 2}):
+            with pytest.raises(UserError, match="was begun with other inputs or options"):
+                run(problems, tmp_path / "out", model, **{"system_prompt": SYSTEM, **change})
+        assert len(model.asked) == 20
+
+
+def test_a_system_turn_of_a_row_stands(tmp_path):
+    rows = [{"question": "2 of four?", "answer": "#### 42", "system": "mine"}, {"question": "2 again", "answer": 42}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with ChatEndpoint(answer_as_often) as model:
+        run(file, tmp_path / "out", model, system_prompt=SYSTEM)
+        assert {request["messages"][0]["content"] for request in model.asked} == {"mine", SYSTEM}
+
+
+def test_what_was_answered_is_not_asked_again(problems, tmp_path):
+    """The server fails in the middle; the same command asks for the rest alone."""
+
+    def fails_at_the_fourth(request: dict, before: int) -> Answer | str:
+        return Answer(status=400) if "3 of" in str(request) else answer_as_often(request, before)
+
+    with ChatEndpoint(fails_at_the_fourth) as model:
+        with pytest.raises(UserError, match="12 of the 20 replies came and are kept"):
+            run(problems, tmp_path / "out", model)
+        model.behave = answer_as_often
+        model.asked.clear()
+        _, rows, _ = run(problems, tmp_path / "out", model)
+        assert [row["level"] for row in rows] == [1, 2, 3]
+        assert len(model.asked) == 8
+
+
+def test_instructions_are_checked_in_full(tmp_path):
+    both = {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}, {}]}
+    file = write_rows(tmp_path / "if.jsonl", [{"prompt": "a", **both}, {"prompt": "b", **both}])
+    texts = {"a": ['"no comma"', '"a, comma"'], "b": ["no quotes", "no quotes, either"]}
+    with ChatEndpoint(lambda request, before: texts[request["messages"][0]["content"]][before % 2]) as model:
+        _, rows, record = run(file, tmp_path / "out", model, by="checks", language="en")
+        assert [(row["prompt"], row["pass_rate"]) for row in rows] == [("a", 0.5)]
+        assert record["language"] == "en"
+
+
+def test_cut_answers_count_as_they_stand_and_are_said(problems, tmp_path):
+    with ChatEndpoint(lambda request, before: Answer(answer_as_often(request, before), finish="length")) as model:
+        said, rows, _ = run(problems, tmp_path / "out", model)
+        assert len(rows) == 3
+        assert "20 answers were cut off at --max-answer-tokens, and count as they stand." in said
+
+
+def test_bad_input(problems, tmp_path):
+    with ChatEndpoint(answer_as_often) as model:
+        file = write_rows(tmp_path / "rows.jsonl", [*PROBLEMS, {"problem": "2?", "solution": " "}])
+        with pytest.raises(UserError, match="Prompt 6 has no `solution` or `answer`"):
+            run(file, tmp_path / "out", model)
+        with pytest.raises(UserError, match="no `prompt`, `messages`, `question` or `problem`"):
+            run(write_rows(tmp_path / "none.jsonl", [{"solution": "1"}]), tmp_path / "out", model)
+        assert model.asked == []
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(UserError, match=re.escape("No prompt is left;")):
+            run(problems, tmp_path / "out", model, min_pass_rate=0.3, max_pass_rate=0.4)
+    with pytest.raises(UserError, match=r"--min-pass-rate is 0\.5, and --max-pass-rate 0\.4"):
+        DifficultyOptions(prompts=problems, out=tmp_path, model="m", min_pass_rate=0.5, max_pass_rate=0.4)
+
+
+def test_the_recipe_is_of_today():
+    path = Path(jai.recipes.__file__).parent / "difficulty.yaml"
+    values = read_options_file(path, DifficultyOptions)
+    options = DifficultyOptions(prompts=Path("p"), out=Path("o"), model="m", **values)
+    assert (options.candidates, options.min_pass_rate, options.max_pass_rate) == (8, 1 / 8, 7 / 8)
+    import yaml
+
+    assert options.system_prompt == yaml.safe_load((path.parent / "grpo.yaml").read_text())["system_prompt"]
