@@ -48,7 +48,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut option names short at 80 columns
     pretty_exceptions_enable=False,
     epilog="The usual order: tokenizer train → convert → inspect → (pack → pretrain) → sft → (upcycle, merge) → "
-    "(reward, pairs) → dpo → (grpo) → generate → publish. jai demo runs all of it on tiny models.",
+    "(reward, pairs) → dpo → (difficulty, grpo) → generate → publish. jai demo runs all of it on tiny models.",
 )
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evaluation.app, name="eval")
