@@ -40,7 +40,7 @@ app = typer.Typer()
 
 @verb(app, ConvertOptions, config="recipes/convert_phi3_medium.yaml")
 def convert(options: ConvertOptions) -> None:
-    """Turn a phi-3 checkpoint into a JAI: vocabulary, depth, experts.
+    """Turn a phi-3 into a JAI: vocabulary, depth, experts.
 
     If it is interrupted, the same command resumes it."""
     _prepare(options.out)

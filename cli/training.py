@@ -63,7 +63,7 @@ def cpo(context: typer.Context) -> None:
     """Align with pairs without a reference: CPO and SimPO.
 
     With TRL's CPOTrainer. Give --config FILE, then any of TRL's options."""
-    look_at_arguments(context.args)
+    look_at_arguments("cpo", context.args)
     from jai.trainers.cpo import main
 
     main(context.args)
@@ -74,7 +74,7 @@ def orpo(context: typer.Context) -> None:
     """Fine-tune and align with pairs in one: ORPO.
 
     With TRL's ORPOTrainer. Give --config FILE, then any of TRL's options."""
-    look_at_arguments(context.args)
+    look_at_arguments("orpo", context.args)
     from jai.trainers.orpo import main
 
     main(context.args)

@@ -16,17 +16,19 @@ import yaml
 from peft import LoraConfig
 from transformers import MixtralConfig, Phi3Config
 from transformers.utils import is_flash_attn_2_available
-from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser
 
 from jai.errors import UserError
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments, parse_arguments
 from jai.trainers.base_model import BaseModel
 from jai.trainers.checks import check_options, check_options_with_model
+from jai.trainers.cpo import CPO
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.dpo import DPO
 from jai.trainers.grpo import GRPO, JaiGRPOConfig
 from jai.trainers.kto import KTO
 from jai.trainers.option_names import STAGE_DATACLASSES, option_names
+from jai.trainers.orpo import ORPO
 from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
 from jai.trainers.parts import select_parts
 from jai.trainers.pretrain import OPTIONS as PRETRAIN_OPTIONS
@@ -34,7 +36,7 @@ from jai.trainers.reward import REWARD
 from jai.trainers.sft import SFT, JaiSFTConfig
 
 SFT_OPTIONS = (ScriptArguments, JaiSFTConfig, ModelConfig, JaiTrainingArguments, DataArguments)
-DPO_OPTIONS = (ScriptArguments, DPOConfig, ModelConfig, JaiTrainingArguments, DataArguments)
+DPO_OPTIONS = DPO.option_classes
 GRPO_OPTIONS = (ScriptArguments, JaiGRPOConfig, ModelConfig, JaiTrainingArguments, DataArguments)
 
 
@@ -69,7 +71,7 @@ def without_package(monkeypatch) -> Iterator[Callable[[str], None]]:
 
 
 OPTION_CLASSES = {"pretrain": PRETRAIN_OPTIONS} | {
-    stage.verb: stage.option_classes for stage in (SFT, DPO, KTO, REWARD, GRPO)
+    stage.verb: stage.option_classes for stage in (SFT, DPO, KTO, CPO, ORPO, REWARD, GRPO)
 }
 
 

@@ -14,8 +14,10 @@ _OF_ROWS = (*_OF_EVERY_STAGE, "trl:ScriptArguments", "jai.trainers.data_argument
 STAGE_DATACLASSES = {
     "pretrain": (*_OF_EVERY_STAGE, "jai.trainers.pretrain_config:PretrainConfig"),
     "sft": (*_OF_ROWS, "jai.trainers.sft:JaiSFTConfig"),
-    "dpo": (*_OF_ROWS, "trl:DPOConfig"),
+    "dpo": (*_OF_ROWS, "jai.trainers.dpo:JaiDPOConfig"),
     "kto": (*_OF_ROWS, "trl:KTOConfig"),
+    "cpo": (*_OF_ROWS, "jai.trainers.cpo:JaiCPOConfig"),
+    "orpo": (*_OF_ROWS, "jai.trainers.orpo:JaiORPOConfig"),
     "reward": (*_OF_ROWS, "jai.trainers.reward:JaiRewardConfig"),
     "grpo": (*_OF_ROWS, "jai.trainers.grpo:JaiGRPOConfig"),
 }
