@@ -343,6 +343,14 @@ class JaiPreTrainedModel(PreTrainedModel):
         elif isinstance(module, JaiDecoderLayer) and module.skip_alpha is not None:
             init.constant_(module.skip_alpha, self.config.initial_skip_alphas[module.layer_idx])
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Parameters of the model; quantised ones count as what they stand for."""
+        count = super().num_parameters(only_trainable, exclude_embeddings)
+        for experts in [] if only_trainable else self.modules():
+            if isinstance(experts, JaiExperts4bit):
+                count += experts.num_weights() - sum(stored.numel() for stored in experts.parameters())
+        return count
+
     def save_pretrained(self, *args, **kwargs):
         # FSDP2 gives the model a class of its own, whose name and file would be saved as the remote code.
         wrapper = type(self)

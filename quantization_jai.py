@@ -99,13 +99,23 @@ def quantize_matrices(weight_ERC: torch.Tensor, quant_type: str, double: bool) -
 
     parts: list[list[torch.Tensor]] = []
     for weight_RC in weight_ERC:
-        packed, state = quantize_4bit(
-            weight_RC.contiguous(), blocksize=BLOCK, quant_type=quant_type, compress_statistics=double
-        )
-        parts.append([packed.reshape(-1), state.absmax, *([state.state2.absmax, state.offset] if double else [])])
-    whole = [torch.stack(part) for part in zip(*parts)]
-    rest = [state.state2.code] if double else [None, None, None]
-    return Matrices4bit._make([*whole, *rest, tuple(weight_ERC.shape[1:]), quant_type])
+        packed, state = quantize_4bit(weight_RC.contiguous(), blocksize=BLOCK, quant_type=quant_type)
+        scales = compress_scales(state.absmax) if double else [state.absmax]
+        parts.append([packed.reshape(-1), *scales])
+    packed_and_scales = [torch.stack(part) for part in zip(*parts)]
+    if double:
+        packed_and_scales[-1] = packed_and_scales[-1][0]  # the map is one for all
+    nothing = [None] * (_STORED - len(packed_and_scales))
+    return Matrices4bit._make([*packed_and_scales, *nothing, tuple(weight_ERC.shape[1:]), quant_type])
+
+
+def compress_scales(absmax: torch.Tensor) -> list[torch.Tensor]:
+    """Double quantisation of one matrix's scales (QLoRA, section 3): codes, their scales, their mean, and their map."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    offset = absmax.mean()
+    codes, state = quantize_blockwise(absmax - offset, blocksize=SCALE_BLOCK)
+    return [codes, state.absmax, offset, state.code]
 
 
 class _Product(torch.autograd.Function):
@@ -257,6 +267,10 @@ class JaiExperts4bit(nn.Module):
         for name in _MATRICES:
             setattr(whole, name, nn.Parameter(self.matrices(name).dequantize(dtype)))
         return whole.train(self.training)
+
+    def num_weights(self) -> int:
+        """How many weights are quantised."""
+        return self.num_experts * sum(rows * columns for rows, columns in self.shapes.values())
 
     def extra_repr(self) -> str:
         double = ", scales in 8 bits" if self.is_double else ""

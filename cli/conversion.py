@@ -17,6 +17,7 @@ from jai.conversion.inputs.first_look import (
     read_any_config,
     read_jai_config,
     read_jai_or_snapshot_config,
+    read_whole_jai_config,
 )
 from jai.conversion.inputs.phi3 import read_phi3_config
 from jai.conversion.inputs.tokenizer import (
@@ -27,6 +28,7 @@ from jai.conversion.inputs.tokenizer import (
 )
 from jai.conversion.inspect_options import PAPERS_JAI, InspectOptions
 from jai.conversion.merge.options import MergeOptions
+from jai.conversion.quantize.options import QuantizeOptions
 from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
 from jai.files import refuse_existing
 from jai.hub import local_folder
@@ -115,6 +117,19 @@ def export(options: ExportOptions) -> None:
     from jai.conversion.export.command import export
 
     export(options)
+
+
+@verb(app, QuantizeOptions)
+def quantize(options: QuantizeOptions) -> None:
+    """Write a JAI in four bits, experts too, shard by shard.
+
+    It takes the memory of no model. If it is interrupted, the same command resumes it."""
+    _prepare(options.out)
+    look_at_checkpoint(options.model, read_whole_jai_config, needs_weights=not options.dry_run)
+    _read_tokenizer(options.model)
+    from jai.conversion.quantize.command import quantize
+
+    quantize(options)
 
 
 @verb(app, InspectOptions)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jai inspect`: what a JAI is made of, from its configuration and its weights' headers. No weights are loaded."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -11,13 +13,17 @@ from jai.configuration_jai import JaiConfig, PlannedLayer
 from jai.conversion import names
 from jai.conversion.inputs.hub import resolve_checkpoint
 from jai.conversion.inputs.jai import load_jai_config, open_jai_weights
-from jai.conversion.inputs.weight_files import has_weights
+from jai.conversion.inputs.stored_weights import read_number, read_tensors
+from jai.conversion.inputs.weight_files import has_weights, weight_files
 from jai.conversion.inspect_options import PAPERS_JAI, InspectOptions
 from jai.conversion.output.checkpoint_folder import print_note
+from jai.errors import UserError
 
 GB = 1e9
-# NF4 with bitsandbytes' double quantisation: 4 bits, and 0.127 bits of scales a weight (QLoRA paper, section 3).
-NF4_BYTES = (4 + 0.127) / 8
+# NF4: 4 bits a weight, and for 64 of them a scale of 32 bits; with double quantisation one of 8 bits, and for 256 of
+# these one of 32 (QLoRA paper, section 3).
+NF4_BYTES = (4 + 32 / 64) / 8
+DOUBLE_NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 # AdamW in mixed precision: bf16 weight and gradient, fp32 master weight and two moments.
 FULL_TRAINING_BYTES = 2 + 2 + 4 + 4 + 4
 
@@ -115,29 +121,44 @@ def inspect(options: InspectOptions, *, console: Console | None = None) -> Inspe
         UserError: if it is no JAI.
     """
     console = console or Console()
-    name = options.model
+    name, size = options.model, None
     if name == PAPERS_JAI:
-        config, reader = JaiConfig(), None
+        config = JaiConfig()
+        alphas = config.initial_skip_alphas
     else:
         folder = resolve_checkpoint(name)
         config = load_jai_config(folder)
-        reader, notes = open_jai_weights(name, folder, config) if has_weights(folder) else (None, [])
-        for note in notes:
-            print_note(console, note)
-    alphas = config.initial_skip_alphas
-    if reader is not None:
-        alphas = {layer: reader.rows(names.skip_alpha_name(layer)).item() for layer in alphas}
+        alphas = config.initial_skip_alphas
+        if has_weights(folder) and getattr(config, "quantization_config", None):
+            alphas, size = _look_at_quantized(folder, alphas)
+        elif has_weights(folder):
+            reader, notes = open_jai_weights(name, folder, config)
+            alphas = {layer: reader.rows(names.skip_alpha_name(layer)).item() for layer in alphas}
+            size = reader.size
+            for note in notes:
+                print_note(console, note)
     inspection = Inspection(
         name=name,
         config=config,
         count=count_parameters(config),
         skip_alphas=alphas,
-        checkpoint_bytes=reader.size if reader else None,
+        checkpoint_bytes=size,
     )
     console.print(layer_table(inspection))
     console.print(parameter_table(inspection))
     console.print(memory_table(inspection))
     return inspection
+
+
+def _look_at_quantized(folder: Path, alphas: Iterable[int]) -> tuple[dict[int, float], int]:
+    """Values of the skip alphas, and bytes of the weight files, of a checkpoint whose shapes are the quantiser's."""
+    stored = read_tensors(folder)
+    found = {layer: names.skip_alpha_name(layer) for layer in alphas}
+    lost = [name for name in found.values() if name not in stored]
+    if lost:
+        raise UserError(f"The weights in {folder} lack {lost[0]}. Fetch or save the checkpoint again.")
+    values = {layer: read_number(folder, name, stored[name]) for layer, name in found.items()}
+    return values, sum(path.stat().st_size for path in weight_files(folder))
 
 
 def layer_table(inspection: Inspection) -> Table:
@@ -212,11 +233,9 @@ def memory_table(inspection: Inspection) -> Table:
     """Sizes in GB (10^9 bytes) of weights and optimiser states; activations come on top."""
     config, count = inspection.config, inspection.count
     weights = count.total + count.skip_alphas
-    # Embeddings, norms and routers stay in bf16 in every 4-bit scheme.
-    unquantised = count.embeddings + count.norms + count.routers
-    four_bits = NF4_BYTES * (count.attention + count.experts) + 2 * unquantised
-    experts_are_linear = config.num_local_experts == 1
-    bitsandbytes = four_bits if experts_are_linear else NF4_BYTES * count.attention + 2 * (unquantised + count.experts)
+    # Embeddings, head, norms and routers stay in bf16.
+    quantised = count.attention + count.experts
+    four_bits, double = ((each * quantised + 2 * (weights - quantised)) for each in (NF4_BYTES, DOUBLE_NF4_BYTES))
     kv_heads, head_dim = names.kv_head_shape(config)
     cache = 2 * 2 * len(inspection.plan) * kv_heads * head_dim
     table = Table(title="Memory, without activations", title_justify="left")
@@ -226,12 +245,12 @@ def memory_table(inspection: Inspection) -> Table:
         table.add_row("checkpoint on disk", _gigabytes(inspection.checkpoint_bytes))
     table.add_row("serving: weights in bf16", _gigabytes(2 * weights))
     table.add_row("serving: weights in 4 bits (NF4), experts too", _gigabytes(four_bits))
-    table.add_row("serving: weights in 4 bits with bitsandbytes (nn.Linear only)", _gigabytes(bitsandbytes))
+    table.add_row("serving: the same, their scales in 8 bits (double quantisation)", _gigabytes(double))
     context = config.max_position_embeddings
     table.add_row(f"serving: cache of one context of {context:,} tokens in bf16", _gigabytes(cache * context))
     table.add_row("training: all weights, AdamW, mixed precision", _gigabytes(FULL_TRAINING_BYTES * weights))
     table.add_row("training: LoRA on bf16 weights, without the adapter", _gigabytes(2 * weights))
-    table.add_row("training: LoRA on 4-bit weights, experts too, without the adapter", _gigabytes(four_bits))
+    table.add_row("training: LoRA on weights in 4 bits, without the adapter", _gigabytes(four_bits))
     return table
 
 

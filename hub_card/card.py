@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jai.configuration_jai import JaiConfig
 from jai.conversion.inputs.header import StoredTensor
 from jai.conversion.inputs.jai import load_jai_config
+from jai.conversion.inputs.stored_weights import has_untied_head, read_number, read_tensors
 from jai.conversion.inspect_checkpoint import count_parameters
 from jai.conversion.names import skip_alpha_name
 from jai.errors import UserError
@@ -22,7 +23,6 @@ from jai.files import read_json
 from jai.hub_card.contents import size_text
 from jai.hub_card.evaluation import TOKENS_PER_CHARACTER, Evaluation, Score, read_evaluation
 from jai.hub_card.readme import mark_generated
-from jai.hub_card.weights import has_untied_head, read_number, read_tensors
 from jai.provenance import Input, Step, chain, read_step, redact
 from jai.reports import BlockCopy, ReportTable, layer_plan_svg, markdown_text, router_load_svg
 
@@ -31,7 +31,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PLAN_IMAGE, _ROUTER_IMAGE = "images/layer_plan.svg", "images/router_load.svg"
 _LANGUAGES = {"th": "Thai", "en": "English"}
 _BOOKKEEPING = re.compile(r"runtime|per_second|total_flos|^logits/|^logps/")  # metrics of no interest to a reader
-_TITLES = {"convert": "Conversion", "upcycle": "Upcycling", "merge": "Merging", "pretrain": "Pre-training"}
+_TITLES = {
+    "convert": "Conversion",
+    "upcycle": "Upcycling",
+    "merge": "Merging",
+    "quantize": "Quantisation",
+    "pretrain": "Pre-training",
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,8 @@ def card_files(folder: str | os.PathLike, repo_id: str | None = None) -> dict[st
         router_text=_text(evaluation.router_load_text) if evaluation else "",
         router_image=_ROUTER_IMAGE if _ROUTER_IMAGE in images else "",
         context=f"{config.max_position_embeddings:,}",
-        dtype=_dtypes(tensors.values()),
+        quantized=_quantized_as(quantization),
+        fits_four_bits=not quantization and config.hidden_size % 64 == 0 and config.intermediate_size % 64 == 0,
         tree="\n".join(_tree(steps)) if any(len(step["inputs"]) > 1 for step in steps) else "",
         steps=card_steps,
         trained=trained,
@@ -177,6 +184,18 @@ def _facts(
             value = _plain(score.values[evaluation.model])
             facts.append((_score_name(score), f"{value} ({beside})" if beside else value))
     return facts
+
+
+def _quantized_as(quantization: Any) -> str:
+    """The form of quantised weights, for people, from the configuration; empty where they are whole."""
+    if not isinstance(quantization, Mapping):
+        return ""
+    if quantization.get("load_in_4bit"):
+        double = ", scales in 8 bits" if quantization.get("bnb_4bit_use_double_quant") else ""
+        return _text(f"{str(quantization.get('bnb_4bit_quant_type', 'fp4')).upper()} by bitsandbytes{double}")
+    if quantization.get("load_in_8bit"):
+        return "8 bits by bitsandbytes"
+    return _text(str(quantization.get("quant_method")))
 
 
 def _dtypes(tensors: Iterable[StoredTensor]) -> str:

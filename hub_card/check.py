@@ -98,7 +98,7 @@ def check_files(folder: str | os.PathLike) -> Contents:
             f"auto_map in {folder}/config.json takes code from another repository ({', '.join(foreign)}). "
             "Remove all up to and with `--`, so that the code beside the weights is used."
         )
-    from jai.hub_card.weights import read_tensors
+    from jai.conversion.inputs.stored_weights import read_tensors
 
     used = {tensor.file for tensor in read_tensors(folder).values()}
     misnamed = sorted(used - contents.kept.keys())

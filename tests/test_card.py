@@ -122,6 +122,29 @@ def test_a_quantised_checkpoint_says_so(folder):
     text = card_files(folder)["README.md"]
     assert ModelCard(text).data.base_model_relation == "quantized"
     assert f"| parameters | {parameters} |" in text
+    assert "The weights are rounded: FP4 by bitsandbytes." in text
+    assert "vllm serve" not in text
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "NF4 by bitsandbytes"),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "FP4 by bitsandbytes, scales in 8 bits"),
+        ({"load_in_8bit": True}, "8 bits by bitsandbytes"),
+        ({"quant_method": "<b>torchao"}, "&lt;b>torchao"),
+    ],
+)
+def test_the_card_names_the_form_of_quantised_weights(folder, quantization, expected):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    assert f"The weights are rounded: {expected}." in card_files(folder)["README.md"]
+
+
+def test_only_a_model_that_fits_four_bits_is_told_how_to_load_in_them(folder, tiny_model):
+    assert "load_in_4bit" not in card_files(folder)["README.md"]
+    tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    assert "In four bits, experts too" in card_files(folder)["README.md"]
 
 
 # The text

@@ -94,6 +94,15 @@ def test_bytes_a_parameter(tiny_config, sizes):
         assert least <= sum(p.numel() * p.element_size() for p in stored) / whole <= most
 
 
+def test_parameters_count_as_what_they_stand_for(model, whole):
+    exact = JaiForCausalLM.from_pretrained(whole)
+    assert model.num_parameters() == exact.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == exact.num_parameters(exclude_embeddings=True)
+    names = ("lm_head", "embed", "norm", "mlp.gate", "skip_alpha")
+    kept = sum(p.numel() for name, p in exact.named_parameters() if any(part in name for part in names))
+    assert model.num_parameters(only_trainable=True) == kept
+
+
 def test_nothing_of_the_experts_is_trained_or_sent_to_other_processes(model):
     for experts in experts_of(model):
         assert not any(parameter.requires_grad for parameter in experts.parameters())

@@ -216,6 +216,8 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, sentences) -> Path:
     shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": len(tiny_tokenizer)}
     base = tiny_phi3(home / "base", **shape)
     tiny_tokenizer.save_pretrained(base)
+    wide = tiny_phi3(home / "wide-base", **{**shape, "hidden_size": 64, "intermediate_size": 64})
+    tiny_tokenizer.save_pretrained(wide)
     sharded = AutoModelForCausalLM.from_pretrained(tiny_phi3(home / "other", seed=1, **shape))
     sharded.to(torch.bfloat16).save_pretrained(home / "sharded", max_shard_size="30KB")
     blocks = ("--block-size", "1", "--block-repeats", "1,2", "--experts")
@@ -226,6 +228,7 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, sentences) -> Path:
         ("convert", home / "other", home / "trained", *blocks, "1"),
         ("snapshot", home / "trained", home / "snapshot"),
         ("convert", base, home / "plain", "--layers", "0-1", "--experts", "2"),
+        ("convert", wide, home / "wide", "--layers", "0-1", "--experts", "2"),
     ):
         assert run(*words).code == 0
     (home / "adapter").mkdir()
@@ -269,6 +272,7 @@ WORKS = {
     "merge": Work("jai", ("merge", "OUT", "--models", "DAMAGED", "the/jai-2")),
     "merge, second": Work("sharded", ("merge", "OUT", "--models", "the/other", "DAMAGED", "--method", "slerp")),
     "export": Work("plain", ("export", "DAMAGED", "OUT")),
+    "quantize": Work("wide", ("quantize", "DAMAGED", "OUT")),
     "inspect": Work("jai", ("inspect", "DAMAGED")),
     "publish": Work("jai", ("publish", "DAMAGED", "me/model", "--dry-run")),
     "publish, adapter": Work("adapter", ("publish", "DAMAGED", "me/model", "--dry-run")),
@@ -350,6 +354,7 @@ VALID: dict[str, dict[str, Any]] = {
     "snapshot": {"checkpoint": "the/dense", "out": "OUT"},
     "merge": {"out": "OUT", "models": ["the/jai", "the/jai-2"]},
     "export": {"model": "the/plain", "out": "OUT"},
+    "quantize": {"model": "the/wide", "out": "OUT"},
     "publish": {"folder": "the/jai", "repo_id": "me/model", "dry_run": True},
     "tokenizer train": {"text": ["the/text.txt"], "base": "the/base", "out": "OUT", "vocab_size": EXTENDED},
     "tokenizer report": {"tokenizer": ["the/base"], "text": ["the/text.txt"]},

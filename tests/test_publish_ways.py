@@ -344,7 +344,7 @@ if kind == "torchao":
 elif kind == "nf4":
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 else:
-    how = BitsAndBytesConfig(load_in_8bit=True)
+    how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "mlp.experts"])
 JaiForCausalLM.from_pretrained(folder, quantization_config=how).save_pretrained(out)
 """
 

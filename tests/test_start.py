@@ -35,6 +35,7 @@ FOLDERS = {
         "tokenizer.json": "{}",
     },
     "jai": {"config.json": '{"model_type": "jai", "auto_map": {"AutoConfig": "configuration_jai.JaiConfig"}}'},
+    "jai-four": {"config.json": '{"model_type": "jai", "quantization_config": {"quant_method": "bitsandbytes"}}'},
     "jai-cut": {"config.json": '{"model_type": "jai"}', "model.safetensors": b"short"},
     "adapter": {"adapter_config.json": "{}"},
 }
@@ -62,6 +63,8 @@ CASES = [
     (HEAVY, "merge out --models phi3-cut phi3", 1, "the file is truncated or damaged"),
     (HEAVY, "merge out --models adapter phi3", 1, "is a LoRA adapter without its model"),
     (HEAVY, "export phi3 out --to mixtral", 1, "of type 'phi3', not 'jai'"),
+    (HEAVY, "quantize phi3 out", 1, "of type 'phi3', not 'jai'"),
+    (HEAVY, "quantize jai-four out", 1, "jai-four is quantised already (bitsandbytes)"),
     (HEAVY, "inspect jai-cut", 1, "its header cannot be read"),
     (HEAVY, "inspect damaged", 1, "is no valid JSON"),
     (HEAVY, "generate empty hello", 1, "empty has no config.json"),

@@ -53,6 +53,20 @@ def read_jai_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def read_whole_jai_config(folder: Path) -> dict[str, Any]:
+    """The content of the config.json of a JAI that is not quantised.
+
+    Raises:
+        UserError: if the folder holds no JAI, a snapshot, or one that is quantised.
+    """
+    content = read_jai_config(folder)
+    quantization = content.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UserError(f"{folder} is quantised already ({method}). Give the checkpoint that it was made from.")
+    return content
+
+
 def read_jai_or_snapshot_config(folder: Path) -> dict[str, Any]:
     """The content of the config.json of a JAI, or of a snapshot of its FFN weights.
 

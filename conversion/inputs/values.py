@@ -20,6 +20,7 @@ from jai.errors import UnfinishableError
 # As safetensors spells them.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+STORED_NAMES = {**DTYPE_NAMES, torch.uint8: "U8"}  # bytes of quantised weights: written, and read by nothing here
 
 # Bits of infinity. With the sign cleared, finite values have smaller ones, and NaN larger ones.
 _INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -29,7 +30,7 @@ _CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size; it stays in the proc
 
 def is_finite(data: memoryview, dtype: torch.dtype) -> bool:
     """Whether bytes that are values of `dtype` hold neither NaN nor infinity."""
-    if not data:
+    if not data or not dtype.is_floating_point:
         return True
     signed, unsigned = _BITS[dtype.itemsize]
     infinity = _INFINITY[dtype]

@@ -25,6 +25,8 @@ from jai.version import __version__
 
 _CODE = ("jai.configuration_jai", "jai.modeling_jai", "jai.quantization_jai")
 
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCheckpoint:
@@ -40,6 +42,7 @@ class PlannedCheckpoint:
         result: what the provenance says of the result, beside its parameters and bytes.
         max_shard_bytes: largest data of a shard.
         workers: shards to write at a time.
+        packages: whose versions the provenance gets, beside those that every conversion uses.
 
     Raises:
         UserError: if `out` lies inside of an input, or an input where `out` is made, or the tokenizer is damaged or has
@@ -55,6 +58,7 @@ class PlannedCheckpoint:
     result: dict[str, Any] = field(default_factory=dict)
     max_shard_bytes: int
     workers: int = 1
+    packages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         refuse_overlap(self.out, [checkpoint.folder for _, checkpoint in self.inputs])
@@ -65,7 +69,7 @@ class PlannedCheckpoint:
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.numel for tensor in self.tensors)
+        return sum(tensor.parameters for tensor in self.tensors)
 
     @property
     def bytes(self) -> int:
@@ -116,7 +120,7 @@ def checkpoint_folder(planned: PlannedCheckpoint, *, verify_bytes: bool = False,
             "step": planned.step,
             "inputs": [checkpoint.as_input(role) for role, checkpoint in planned.inputs],
             "options": planned.options,
-            "versions": versions("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
+            "versions": versions(*_PACKAGES, *planned.packages),
             "result": {"parameters": planned.parameters, "bytes": planned.bytes} | planned.result,
         }
         write_step(job.folder, step)

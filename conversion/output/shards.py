@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jai.conversion.inputs.header import read_header
 from jai.conversion.inputs.parts import Copied, Part
-from jai.conversion.inputs.values import DTYPE_NAMES, bytes_of
+from jai.conversion.inputs.values import STORED_NAMES, bytes_of
 from jai.conversion.inputs.weight_files import INDEX_FILE, WEIGHTS_FILE
 from jai.conversion.inputs.weight_sources import WeightFiles
 from jai.conversion.output.shard_file import ShardFile
@@ -49,7 +49,7 @@ class OutputShard:
         offset = 0
         for tensor in self.tensors:
             entries[tensor.name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
+                "dtype": STORED_NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [offset, offset + tensor.bytes],
             }
@@ -148,7 +148,7 @@ def write_shards(
     if len(shards) > 1:
         index = {
             "metadata": {
-                "total_parameters": sum(tensor.numel for tensor in tensors),
+                "total_parameters": sum(tensor.parameters for tensor in tensors),
                 "total_size": sum(tensor.bytes for tensor in tensors),
             },
             "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},

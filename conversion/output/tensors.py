@@ -13,12 +13,17 @@ from jai.errors import UnfinishableError
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the output: its form, and the parts that its bytes are made of, in order."""
+    """A tensor of the output: its form, and the parts that its bytes are made of, in order.
+
+    Attributes:
+        holds: parameters of the model that are in it, where these are not its numbers: two in a byte, none in scales.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: tuple[Part, ...]
+    holds: int | None = None
 
     def __post_init__(self) -> None:
         made = sum(part.length for part in self.parts)
@@ -39,6 +44,10 @@ class PlannedTensor:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        return self.numel if self.holds is None else self.holds
 
     @property
     def bytes(self) -> int:

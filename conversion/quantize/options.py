@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `jai quantize` can be asked for."""
+
+from dataclasses import dataclass
+
+from jai.conversion.output.options import WriteOptions
+from jai.options import argument, check_values, option
+
+
+@dataclass(kw_only=True)
+class QuantizeOptions(WriteOptions):
+    """What `jai quantize` does."""
+
+    model: str = argument("CKPT", help="Folder or Hub id of a JAI.")
+    double_quant: bool = option(False, help="Quantise the scales too: 0.52 bytes a weight for 0.56.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
