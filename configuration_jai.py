@@ -201,6 +201,8 @@ class JaiConfig(PreTrainedConfig):
         output_router_logits: return the router's logits, and add the auxiliary loss to the loss.
         router_aux_loss_coef: weight of the load-balancing loss; 0 for a dense JAI.
         rope_parameters: RoPE, as in transformers; the default is plain RoPE with base 1,000,000.
+        num_mtp_layers: layers in the checkpoint that predict tokens after the next, for `generate(use_mtp=True)`; the
+            model itself does not load them.
 
     JAI drops phi-3's window (paper, section 3.2): a `sliding_window` other than `None` is refused, and there is no such
     attribute, because transformers takes every configuration that has one for a model with windows.
@@ -253,6 +255,7 @@ class JaiConfig(PreTrainedConfig):
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.001
     rope_parameters: RopeParameters | dict | None = None
+    num_mtp_layers: int | None = None
 
     def __post_init__(self, **kwargs):
         self.num_local_experts = kwargs.pop("num_experts", self.num_local_experts)
@@ -314,6 +317,12 @@ class JaiConfig(PreTrainedConfig):
             "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
             "norm": (["hidden_states"], ["hidden_states"]),
         }
+
+    def get_mtp_config(self):
+        """transformers', for a plan of so many plain layers: those of multi-token prediction count from 0 again."""
+        config = super().get_mtp_config()
+        config.block_size, config.block_repeats, config.skip_alpha = config.num_hidden_layers, [1], 0.0
+        return config
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: refuse values that do not fit each other, and say what to change."""
@@ -387,6 +396,11 @@ class JaiConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not _is_between(value, least, most):
                 raise ValueError(f"`{name}` is {_shown(value)}; expected a number from {least:,} to {most:,}.")
+        if self.num_mtp_layers is not None and not 1 <= self.num_mtp_layers <= MAX_LAYERS:
+            raise ValueError(
+                f"`num_mtp_layers` is {_shown(self.num_mtp_layers)}; expected a number from 1 to {MAX_LAYERS:,}, or "
+                "none at all."
+            )
 
     def validate_rope(self):
         """Part of `@strict`'s validation: refuse what transformers only warns of, and what the model would fail at."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,11 @@ class GenerateOptions:
     )
     seed: int = option(0, help="Seed of the sampling.", at_least=0, at_most=2**32 - 1)
     raw: bool = option(False, help="Continue the text instead of answering as in a chat.")
+    use_mtp: bool = option(
+        False,
+        help="Draft a token at each step with the checkpoint's layer for multi-token prediction: the same text in fewer "
+        "steps.",
+    )
     trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
 
     def __post_init__(self) -> None:
@@ -66,8 +72,8 @@ def generate(options: GenerateOptions, *, console: Console | None = None) -> str
         The new text, without the prompt and without special tokens.
 
     Raises:
-        UserError: if the checkpoint cannot be loaded, has no tokenizer or one that is larger than its vocabulary, or no
-            chat template where one is needed.
+        UserError: if the checkpoint cannot be loaded, has no tokenizer or one that is larger than its vocabulary, no
+            chat template where one is needed, or no layer for multi-token prediction.
     """
     from rich.console import Console
 
@@ -82,6 +88,11 @@ def generate(options: GenerateOptions, *, console: Console | None = None) -> str
         raise UserError(
             f"The tokenizer of {options.model} gives the id {largest} for this prompt, but the model has only {rows:,} "
             "rows in its embeddings. Use the tokenizer that the model was made with."
+        )
+    if options.use_mtp and not getattr(network.config, "num_mtp_layers", None):
+        raise UserError(
+            f"{options.model} has no layer for multi-token prediction. `jai pretrain` with `mtp_weight` and `keep_mtp` "
+            "makes one; leave --use-mtp out."
         )
     inputs = inputs.to(network.device)
 
@@ -98,18 +109,46 @@ def generate(options: GenerateOptions, *, console: Console | None = None) -> str
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     give = partial(console.print, end="", markup=False, highlight=False, soft_wrap=True)
-    with torch.inference_mode():
+    with torch.inference_mode(), counted_passes(network) as passes:
         output = network.generate(  # type: ignore[operator]  # by the stubs a Tensor
             **inputs,
             max_new_tokens=options.max_new_tokens,
             eos_token_id=stop_ids(network.generation_config, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             streamer=ClusterStreamer(decode, give),
+            use_mtp=options.use_mtp,
             **sampling,
         )
     console.print()
+    if options.use_mtp:
+        drafts = Drafts.counted(output.shape[1] - inputs["input_ids"].shape[1], len(passes))
+        console.print(f"{drafts.accepted} of {drafts.made} drafts accepted", style="dim", highlight=False)
     (text,) = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Tokens that a layer for the second next token has drafted: one in each pass through the model but the first."""
+
+    made: int
+    accepted: int
+
+    @classmethod
+    def counted(cls, new_tokens: int, passes: int) -> Drafts:
+        """Of one text with so many new tokens: each pass gives one, and one more where it accepts the draft."""
+        return cls(passes - 1, new_tokens - passes)
+
+
+@contextmanager
+def counted_passes(network: PreTrainedModel) -> Iterator[list[None]]:
+    """A list that grows by one with each forward pass through a model."""
+    passes: list[None] = []
+    hook = network.register_forward_hook(lambda *_: passes.append(None))
+    try:
+        yield passes
+    finally:
+        hook.remove()
 
 
 class ClusterStreamer:

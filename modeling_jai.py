@@ -318,6 +318,7 @@ class JaiPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # `generate(use_mtp=True)` reads them by this pattern
     _can_record_outputs = {
         "router_logits": OutputRecorder(JaiTopKRouter, index=0),
         "hidden_states": JaiDecoderLayer,

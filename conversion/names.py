@@ -43,6 +43,7 @@ class RowsOf:
 EMBEDDINGS = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
+MTP_PREFIX = "mtp."  # of layers for multi-token prediction, which `jai pretrain` makes and keeps on demand
 
 
 def outer_sources(config: JaiConfig, vocab_size: int) -> dict[str, RowsOf]:

@@ -177,6 +177,8 @@ def _facts(
         ("RoPE", ", ".join(f"{key} {_plain(value)}" for key, value in rope.items() if not isinstance(value, list))),
         ("weights", f"{_dtypes(tensors.values())}, {size_text(size)} in {len(files)} file{'s' * (len(files) > 1)}"),
     ]
+    if config.num_mtp_layers:
+        facts.insert(3, ("layers for multi-token prediction", f"{config.num_mtp_layers} more, for `use_mtp=True`"))
     for score in evaluation.scores if evaluation else []:
         if score.metric == TOKENS_PER_CHARACTER and evaluation and evaluation.model in score.values:
             others = {model: value for model, value in score.values.items() if model != evaluation.model}

@@ -76,7 +76,9 @@ def load(request: LoadRequest) -> dict[str, object]:
         with torch.device("meta"):
             model = auto.from_config(config, **trust)
         if request.base is None:
-            stored = _stored(folder.glob("*.safetensors"))
+            # Layers for multi-token prediction, which `generate(use_mtp=True)` loads and the model does not.
+            weights = _stored(folder.glob("*.safetensors"))
+            stored = {name: shape for name, shape in weights.items() if not name.startswith("mtp.")}
             # A tied head may be left out, or stored as a copy or with values of its own.
             spare = {"lm_head.weight"} - stored.keys() if config.tie_word_embeddings else set()
             wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in spare}

@@ -111,6 +111,8 @@ def model_rows(
         code = "transformers"
     trained = f"{parameters.trained:,} are trained ({parameters.trained / parameters.total:.2%})"
     yield "model", model_name
+    if base.loses_mtp:
+        yield "", "its layer for multi-token prediction is left out: only `jai pretrain` with `mtp_weight` teaches it"
     yield "code", code
     yield "parameters", f"{parameters.total:,}, of which {trained}"
     yield "adapter", escape(_adapter(lora))

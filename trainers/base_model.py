@@ -50,6 +50,11 @@ class BaseModel:
         """Whether it is a JAI, whose classes come from this package and never from the checkpoint."""
         return self.config.model_type == JaiConfig.model_type
 
+    @property
+    def loses_mtp(self) -> bool:
+        """Whether it has layers for multi-token prediction, which do not learn and are left out."""
+        return "num_mtp_layers" in self.loading
+
     def file(self, name: str) -> Path | None:
         """A small file of the checkpoint, or None where it has no such file."""
         path = self.folder / name
@@ -84,7 +89,10 @@ def open_base_model(model_args: ModelConfig, training_args: StageConfig) -> Base
             f"Convert its phi-3 base again with `jai convert BASE OUT --tokenizer {name}`, which makes rows for all of "
             "them; training never resizes a vocabulary."
         )
-    loading = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    loading: dict[str, Any] = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    is_jai = config.model_type == JaiConfig.model_type
+    if is_jai and config.num_mtp_layers and not getattr(training_args, "mtp_weight", 0):
+        config.num_mtp_layers = loading["num_mtp_layers"] = None
     return BaseModel(name, folder, loading, config, tokenizer, read_step(folder))
 
 

@@ -88,6 +88,11 @@ def run_pretrain(
     checkpoint, unfinished = resume_checkpoint(config)
     base = with_context(open_base_model(model_args, config), arguments)
     check_options_with_model(arguments, base.config)
+    if config.keep_mtp and not base.is_jai:
+        raise UserError(
+            f"`keep_mtp` is on, and {base.name} is no JAI: a model of another kind does not find the layer in its "
+            "checkpoint. Leave it out, or convert the model first."
+        )
     corpus = PackedCorpus.open(str(config.packed))
     corpus.check_tokenizer(base.name, base.tokenizer)
     plan, layout = plan_run(config, corpus)
@@ -105,7 +110,7 @@ def run_pretrain(
     rows = [*model_rows(arguments, base, lora, parameters), *_text_rows(config, plan, layout)]
     rows += [
         ("context", context_text(config, base)),
-        *_step_rows(config, layout),
+        *_step_rows(config, base, layout),
         *_router_rows(config, base, parameters),
         *device_rows(arguments, lora, parameters),
     ]
@@ -127,7 +132,7 @@ def run_pretrain(
     )
     with _explaining_full_disks(config):
         metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
-    if config.mtp_weight:
+    if config.mtp_weight and not config.keep_mtp:
         drop_second_token_layer(trainer.accelerator.unwrap_model(trainer.model))
     out = save_result(trainer, arguments, base, console)
     seen = plan.tokens_seen(layout.first_sequence(layout.steps))
@@ -292,7 +297,7 @@ def _listed(tokens: dict[str, int]) -> str:
     return f"{total:,}: {parts}"
 
 
-def _step_rows(config: PretrainConfig, layout: StepLayout) -> Iterator[tuple[str, str]]:
+def _step_rows(config: PretrainConfig, base: BaseModel, layout: StepLayout) -> Iterator[tuple[str, str]]:
     batch = config.per_device_train_batch_size, config.world_size
     accumulated = str(layout.accumulation)
     if layout.first_accumulation < layout.accumulation:
@@ -303,10 +308,10 @@ def _step_rows(config: PretrainConfig, layout: StepLayout) -> Iterator[tuple[str
         f"device x {accumulated} accumulated x {batch[1]} processes)",
     )
     if config.mtp_weight:
-        yield (
-            "second token",
-            f"one more layer learns to predict it, weight {config.mtp_weight:g}; the layer is dropped at the end",
-        )
+        goes_on = bool(getattr(base.config, "num_mtp_layers", None))
+        whose = "the model's layer for it goes on learning" if goes_on else "a new layer learns to predict it"
+        end = "kept for `generate(use_mtp=True)`" if config.keep_mtp else "dropped at the end"
+        yield "second token", f"{whose}, weight {config.mtp_weight:g}; the layer is {end}"
     begins = annealing_begins(layout.steps, config.annealing)
     schedule = SchedulerType(config.lr_scheduler_type)
     text = f"{config.learning_rate:g}, {schedule.value}"

@@ -91,7 +91,13 @@ class PretrainConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Weight of the second next token's loss, which one more layer learns to predict (multi-token "
-            "prediction, as Trillion-7B has it); the layer is dropped at the end. 0: none."
+            "prediction, as Trillion-7B has it); where the model has such a layer, it goes on with it. 0: none."
+        },
+    )
+    keep_mtp: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep that layer in the final model, for `generate(use_mtp=True)`: it drafts a token at every step."
         },
     )
     annealing_mtp_weight: float | None = field(
@@ -176,6 +182,8 @@ class PretrainConfig(TrainingArguments):
             )
         if self.annealing_mtp_weight is not None and not self.mtp_weight:
             raise UserError("`annealing_mtp_weight` is given, and `mtp_weight` is 0, so that there is no such layer.")
+        if self.keep_mtp and not self.mtp_weight:
+            raise UserError("`keep_mtp` is on, and `mtp_weight` is 0, so that there is no layer that learns to be kept.")
         for name, only in (
             ("num_train_epochs", 1),
             ("logging_nan_inf_filter", False),

@@ -62,6 +62,7 @@ _RECORDED_TRAINING = (
     "router_z_loss_coef",
     "mtp_weight",
     "annealing_mtp_weight",
+    "keep_mtp",
     "rho",
     "annealing",
     "annealing_learning_rate",

@@ -75,6 +75,7 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
         config, step = load_jai_config(folder), _trainer_step(folder)
     is_here = has_weights(folder) if Path(name).is_dir() else has_all_weights(folder)
     if planned_only and not is_here:
+        config.num_mtp_layers = None  # left out, as `open_jai_weights` does it
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         reader = CheckpointReader(PlannedFiles(_shapes(config, is_snapshot=is_snapshot), dtype))
         return JaiCheckpoint(name, folder, reader, config, is_snapshot, [], step)
@@ -91,14 +92,15 @@ def open_jai_weights(
         name: of the checkpoint, for the notes.
         folder: where its files lie.
         config: its configuration. Where it ties the head to the embeddings, and the weights have a head of its own,
-            it is changed to say so.
+            it is changed to say so. Of layers for multi-token prediction, which are left out, it loses the count.
         is_snapshot: whether it has only FFN weights.
 
     Raises:
         UserError: for weights that are damaged, or not those of the configuration.
     """
     reader = CheckpointReader(folder)
-    notes = reader.leave_out_leftovers()
+    notes = [*reader.leave_out_leftovers(), *reader.leave_out_mtp()]
+    config.num_mtp_layers = None
     if config.tie_word_embeddings:
         notes += reader.take_head_for_embeddings()
     if config.tie_word_embeddings and reader.has_untied_head:

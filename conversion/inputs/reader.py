@@ -18,7 +18,7 @@ from jai.conversion.inputs.parts import Computed, Copied, Part
 from jai.conversion.inputs.values import DTYPES
 from jai.conversion.inputs.weight_files import weight_map
 from jai.conversion.inputs.weight_sources import LocalFiles, WeightFiles
-from jai.conversion.names import EMBEDDINGS, LM_HEAD
+from jai.conversion.names import EMBEDDINGS, LM_HEAD, MTP_PREFIX
 from jai.errors import UnfinishableError, UserError
 from jai.files import hash_each
 
@@ -108,10 +108,23 @@ class CheckpointReader:
                 f"all names of weights begin with {prefix!r}, left there by {_cause(prefix)}; it is taken off."
             )
         if buffers := [name for name in self.shapes if name.endswith(_ROPE_BUFFER)]:
-            for name in buffers:
-                del self.shapes[name], self.dtypes[name], self._places[name]
+            self._leave_out(buffers)
             notes.append(f"RoPE's buffers ({len(buffers)}: {buffers[0]}, …) are left out; the model makes its own.")
         return notes
+
+    def leave_out_mtp(self) -> list[str]:
+        """Leave out the layers of multi-token prediction, which are no part of the model that generates.
+
+        Returns:
+            What was left out, for people.
+        """
+        weights = [name for name in self.shapes if name.startswith(MTP_PREFIX)]
+        self._leave_out(weights)
+        return [f"its layer for multi-token prediction ({len(weights)} weights) is left out."] if weights else []
+
+    def _leave_out(self, weights: list[str]) -> None:
+        for name in weights:
+            del self.shapes[name], self.dtypes[name], self._places[name]
 
     def take_head_for_embeddings(self) -> list[str]:
         """Of a tied model: where only the head is stored, it is the embeddings too, as transformers reads it.

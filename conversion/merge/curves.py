@@ -8,6 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+from jai.conversion.names import MTP_PREFIX
 from jai.errors import UserError
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -67,13 +68,13 @@ def parse_curve(option: str, given: Any) -> Curve:
 
 
 def layer_of(name: str) -> int | None:
-    """Index of the layer that a tensor belongs to, None where it belongs to none.
+    """Index of the layer that a tensor belongs to, None where it belongs to none, or to one after the last.
 
     >>> layer_of("model.layers.12.mlp.down_proj.weight")
     12
     """
     found = _LAYER.search(name)
-    return int(found[1]) if found else None
+    return int(found[1]) if found and not name.startswith(MTP_PREFIX) else None
 
 
 def value_for(curve: Curve, name: str, layers: int) -> float:
