@@ -46,8 +46,8 @@ class GenerateOptions:
     raw: bool = option(False, help="Continue the text instead of answering as in a chat.")
     use_mtp: bool = option(
         False,
-        help="Draft a token at each step with the checkpoint's layer for multi-token prediction: the same text in fewer "
-        "steps.",
+        help="Draft a token at each step with the checkpoint's layer for multi-token prediction, for the same text in "
+        "fewer steps.",
     )
     trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
 

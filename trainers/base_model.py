@@ -89,7 +89,10 @@ def open_base_model(model_args: ModelConfig, training_args: StageConfig) -> Base
             f"Convert its phi-3 base again with `jai convert BASE OUT --tokenizer {name}`, which makes rows for all of "
             "them; training never resizes a vocabulary."
         )
-    loading: dict[str, Any] = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    loading: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+    }
     is_jai = config.model_type == JaiConfig.model_type
     if is_jai and config.num_mtp_layers and not getattr(training_args, "mtp_weight", 0):
         config.num_mtp_layers = loading["num_mtp_layers"] = None

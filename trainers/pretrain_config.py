@@ -183,7 +183,7 @@ class PretrainConfig(TrainingArguments):
         if self.annealing_mtp_weight is not None and not self.mtp_weight:
             raise UserError("`annealing_mtp_weight` is given, and `mtp_weight` is 0, so that there is no such layer.")
         if self.keep_mtp and not self.mtp_weight:
-            raise UserError("`keep_mtp` is on, and `mtp_weight` is 0, so that there is no layer that learns to be kept.")
+            raise UserError("`keep_mtp` is on, and `mtp_weight` is 0, so that no layer learns that could be kept.")
         for name, only in (
             ("num_train_epochs", 1),
             ("logging_nan_inf_filter", False),

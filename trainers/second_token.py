@@ -2,7 +2,7 @@
 """Multi-token prediction: one more layer that learns to predict the second next token (Trillion-7B, section 3.4).
 
 The layer is transformers' (`MtpLayer`, whose training loss does not exist there): the last hidden state at t and the
-embedding of token t+1 go through a layer of the model's own kind, and its head predicts token t+2. The layer is saved in
+embedding of token t+1 go through a layer of the model's own kind, and its head predicts token t+2. The layer is in
 checkpoints, where transformers' `generate(use_mtp=True)` finds it; of the final model it is dropped or kept.
 """
 

@@ -8,7 +8,6 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from jai.conversion.names import MTP_PREFIX
 from jai.errors import UserError
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -74,7 +73,7 @@ def layer_of(name: str) -> int | None:
     12
     """
     found = _LAYER.search(name)
-    return int(found[1]) if found and not name.startswith(MTP_PREFIX) else None
+    return int(found[1]) if found and not name.startswith("mtp.") else None
 
 
 def value_for(curve: Curve, name: str, layers: int) -> float:
