@@ -39,7 +39,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_jai import JaiConfig
-from .quantization_jai import JaiExperts4bit, quantizers_of_experts
+from .quantization_jai import JaiExperts4bit, quantizers_of_experts, refuse_implementation
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -329,6 +329,12 @@ class JaiPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         with quantizers_of_experts():
             return super().from_pretrained(*args, **kwargs)
+
+    def set_experts_implementation(self, experts_implementation: str | dict):
+        chosen = experts_implementation
+        for module in self.modules():
+            refuse_implementation(module, chosen.get("") if isinstance(chosen, dict) else chosen)
+        super().set_experts_implementation(experts_implementation)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

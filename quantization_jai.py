@@ -25,16 +25,19 @@ import torch.nn.functional as F
 from packaging import version
 from torch import nn
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own, with double quantisation
 BITSANDBYTES = "0.50"  # the first with kernels for the CPU
 _MATRICES = ("gate_up_proj", "down_proj")
+_OWN = ("eager", "grouped_mm", "batched_mm")  # implementations that are computed here
 
 
 class Matrices4bit(NamedTuple):
@@ -214,8 +217,9 @@ class JaiExperts4bit(nn.Module):
         nothing on the host.
         """
         implementation = self.config._experts_implementation
-        if implementation not in (None, "eager", "grouped_mm", "batched_mm"):
-            return self._other_implementation(implementation)(self, hidden_states, top_k_index, top_k_weights)
+        if implementation not in (None, *_OWN):
+            refuse_implementation(self, implementation)
+            return ALL_EXPERTS_FUNCTIONS[implementation](self, hidden_states, top_k_index, top_k_weights)
         tokens, choices = top_k_index.shape
         if tokens == 0:
             return torch.zeros_like(hidden_states)
@@ -249,17 +253,6 @@ class JaiExperts4bit(nn.Module):
             ]
         )
 
-    def _other_implementation(self, name: str) -> Any:
-        """What is registered under that name, if it says that it reads four bits."""
-        registered = ALL_EXPERTS_FUNCTIONS.get_interface(name, type(self).forward)
-        if not getattr(registered, "reads_four_bits", False):
-            able = [key for key, function in ALL_EXPERTS_FUNCTIONS.items() if getattr(function, "reads_four_bits", 0)]
-            raise ValueError(
-                f'`experts_implementation="{name}"` cannot compute with experts in four bits. Choose one of '
-                f"{', '.join(['eager', 'grouped_mm', 'batched_mm', *able])}."
-            )
-        return registered
-
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
         """The `JaiExperts` with these weights, as they are after quantisation."""
         with torch.device("meta"):
@@ -275,6 +268,31 @@ class JaiExperts4bit(nn.Module):
     def extra_repr(self) -> str:
         double = ", scales in 8 bits" if self.is_double else ""
         return f"experts={self.num_experts}, {self.quant_type}{double}, compute_dtype={self.compute_dtype}"
+
+
+def refuse_implementation(experts: nn.Module, implementation: str):
+    """Refuse an `experts_implementation` that would not know what to do with these experts, if they are quantised.
+
+    Of what is registered with transformers, those read four bits that say so by an attribute `reads_four_bits`.
+
+    Raises:
+        ValueError: naming those that can compute.
+        KeyError: if there is none of that name.
+    """
+    if isinstance(experts, JaiExperts4bit):
+        form = "four bits"
+        able = [name for name, function in ALL_EXPERTS_FUNCTIONS.items() if getattr(function, "reads_four_bits", False)]
+        able = [*_OWN, *able]
+    elif isinstance(experts, FP8Experts):
+        form, able = "FP8", ["eager", *ALL_FP8_EXPERTS_FUNCTIONS]
+    else:
+        return
+    if implementation not in able:
+        ALL_EXPERTS_FUNCTIONS.get_interface(implementation, refuse_implementation)  # whether it is a name at all
+        raise ValueError(
+            f'`experts_implementation="{implementation}"` cannot compute with experts in {form}. Choose one of '
+            f"{', '.join(able)}."
+        )
 
 
 def _part(name: str, part: str) -> str:
@@ -339,6 +357,7 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         for name, module in chosen:
             with torch.device("meta"):
                 model.set_submodule(name, module.in_four_bits(self.quantization_config))
+        _refuse_chosen_implementation(model)
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         module, name = get_module_from_name(model, param_name)
@@ -382,7 +401,24 @@ class JaiBnb8BitHfQuantizer(Bnb8BitHfQuantizer):
             )
 
 
-_QUANTIZERS: dict[str, Any] = {"bitsandbytes_4bit": JaiBnb4BitHfQuantizer, "bitsandbytes_8bit": JaiBnb8BitHfQuantizer}
+class JaiFineGrainedFP8HfQuantizer(FineGrainedFP8HfQuantizer):
+    """transformers' quantiser for FP8, whose experts have implementations of their own."""
+
+    def _process_model_before_weight_loading(self, model, *args, **kwargs):
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+        _refuse_chosen_implementation(model)
+
+
+def _refuse_chosen_implementation(model):
+    for module in model.modules():
+        refuse_implementation(module, model.config._experts_implementation)
+
+
+_QUANTIZERS: dict[str, Any] = {
+    "bitsandbytes_4bit": JaiBnb4BitHfQuantizer,
+    "bitsandbytes_8bit": JaiBnb8BitHfQuantizer,
+    "fp8": JaiFineGrainedFP8HfQuantizer,
+}
 _one_at_a_time = threading.RLock()
 
 

@@ -10,13 +10,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+import jai.kernels.register  # noqa: F401  "jai_fused"
 from jai import JaiForCausalLM, JaiForSequenceClassification
 from jai.modeling_jai import JaiExperts
-from jai.quantization_jai import JaiExperts4bit, quantize_matrices
+from jai.quantization_jai import JaiExperts4bit, JaiFineGrainedFP8HfQuantizer, quantize_matrices
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "block_repeats": [1, 2]}
 INPUT_IDS = torch.arange(5, 25).reshape(2, 10)
@@ -346,7 +353,13 @@ def test_experts_that_are_to_be_skipped_stay_whole(whole, tmp_path):
     assert not experts_of(JaiForCausalLM.from_pretrained(tmp_path))
 
 
-def test_an_implementation_that_cannot_read_four_bits(model):
+def test_an_implementation_that_cannot_read_four_bits(model, whole):
+    with pytest.raises(ValueError, match=r'"deepgemm".*four bits'):
+        JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits(), experts_implementation="deepgemm")
+    with pytest.raises(ValueError, match=r'"sonicmoe".*four bits'):
+        model.set_experts_implementation("sonicmoe")
+    with pytest.raises(ValueError, match=r'"sonicmoe".*four bits'):
+        model.set_experts_implementation({"": "sonicmoe"})
     for name in ("sonicmoe", "deepgemm"):
         experts, _ = pairs(experts_of(model)[0], "eager")
         experts.config._experts_implementation = name
@@ -355,6 +368,27 @@ def test_an_implementation_that_cannot_read_four_bits(model):
     experts.config._experts_implementation = "nonsense"
     with pytest.raises(KeyError, match="nonsense"):
         experts(*inputs(3))
+
+
+def test_fp8_is_transformers_own_and_our_kernels_are_refused_beside_it(tiny_config):
+    """On the meta device: what FP8 computes needs a GPU."""
+    for implementation, message in (("grouped_mm", None), ("jai_fused", r'"jai_fused".*experts in FP8.*grouped_mm')):
+        with torch.device("meta"):
+            model = JaiForCausalLM(tiny_config(hidden_size=256, intermediate_size=128))
+        model.config._experts_implementation = implementation
+        quantizer = JaiFineGrainedFP8HfQuantizer(FineGrainedFP8Config(), pre_quantized=False)
+        if message:
+            with pytest.raises(ValueError, match=message):
+                quantizer.preprocess_model(model, dtype=torch.bfloat16)
+            continue
+        quantizer.preprocess_model(model, dtype=torch.bfloat16)
+        experts = model.model.layers[0].mlp.experts
+        assert type(experts).__name__ == "FP8Experts"
+        assert experts.gate_up_proj.shape == (4, 256, 256)
+        assert experts.gate_up_proj_scale_inv.shape == (4, 2, 2)  # blocks of 128 x 128
+        assert type(model.lm_head) is nn.Linear
+        with pytest.raises(ValueError, match="FP8"):
+            model.set_experts_implementation("jai_fused")
 
 
 def test_one_that_says_that_it_reads_four_bits_is_called(model, monkeypatch):
