@@ -2,7 +2,10 @@
 """Mixtures of sources, gates of quality, the validation split, the loss of each category, the preview, the recipes."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from dataset_hub import DatasetHub
+from datasets import Dataset
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
@@ -18,9 +24,10 @@ from jai.errors import UserError
 from jai.provenance import read_step
 from jai.trainers import dpo, sft
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments, parse_arguments
-from jai.trainers.data import CATEGORY, TrainingData, load_training_data
+from jai.trainers.data import CATEGORY, TrainingData, hash_of_rows, load_training_data
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.group_losses import GroupLosses
+from jai.trainers.grpo import JaiGRPOConfig
 from jai.trainers.mixture import cut_validation, even_order, mix_rows
 from jai.trainers.pair_figures import PairFigures
 from jai.trainers.prepare import prepare_rows
@@ -364,6 +371,79 @@ def test_rows_to_evaluate_on_without_a_loss_are_said(tiny_tokenizer):
     write("data/test.jsonl", [chat("e " * 100, "f")])
     with pytest.raises(UserError, match="None of the rows to evaluate on in data"):
         prepared(tiny_tokenizer, "data", training=options)
+
+
+def test_which_rows_are_chosen_is_known_before_the_data(tiny_tokenizer):
+    """The recipe's 10,000 prompts of GSM8K and MATH, by a rule, from as many rows as both have."""
+    text = (RECIPES / "grpo_math.yaml").read_text(encoding="utf-8")
+    config, sizes = yaml.safe_load(text), (7_473, 7_500)
+    (printed,) = re.findall(r"^#   ([0-9a-f]{64})$", text, re.MULTILINE)
+    rows = [
+        (place, int(row) + 1)
+        for place, (size, source) in enumerate(zip(sizes, config["datasets"]))
+        for row in even_order(size, config["seed"])[: source["rows"]]
+    ]
+    assert len(set(rows)) == 10_000
+    assert hash_of_rows(rows) == printed
+    sources = []
+    for place, size in enumerate(sizes):
+        name, answer = (("question", "answer"), ("problem", "solution"))[place]
+        write(f"{place}.jsonl", [{name: f"{place} {row}", answer: "#### 1"} for row in range(size)])
+        source = {key: value for key, value in config["datasets"][place].items() if key not in ("name", "revision")}
+        sources.append({**source, "path": f"{place}.jsonl"})
+    data = prepared(
+        tiny_tokenizer, types=(DatasetType.PROMPT,), config=JaiGRPOConfig, training={"seed": 42}, datasets=sources
+    )
+    asked = {tuple(map(int, row["prompt"][0]["content"].split())) for row in data.train}
+    assert asked == {(place, row - 1) for place, row in rows}
+    assert data.chosen_rows == printed
+
+
+def test_a_record_says_which_rows_were_chosen(checkpoint):
+    write("few.jsonl", [chat(f"{row}", "yes") for row in range(9)])
+    records = []
+    for number, source in enumerate(({"rows": 4}, {"rows": 4}, {"rows": 5}, {})):
+        out = run(checkpoint, f"out-{number}", datasets=[{"path": "few.jsonl", **source}])
+        records.append(read_step(out)["dataset"].get("chosen_rows_sha256"))
+    assert records[0] == records[1] != records[2]
+    assert len(records[0]) == 64
+    assert records[3] is None
+
+
+def test_revisions_are_of_the_hub(tiny_tokenizer):
+    write("few.jsonl", [chat("a", "b")])
+    with pytest.raises(UserError, match=r"`revision` is abc, and few\.jsonl is no dataset on the Hub"):
+        prepared(tiny_tokenizer, datasets=[{"path": "few.jsonl", "revision": "abc"}])
+    with pytest.raises(UserError, match="`revision` in `datasets` is 5; expected text"):
+        prepared(tiny_tokenizer, datasets=[{"path": "few.jsonl", "revision": 5}])
+
+
+@pytest.mark.slow
+def test_a_pinned_commit_of_the_hub_is_what_is_read(checkpoint, tmp_path):
+    with DatasetHub(tmp_path / "hub", user="lab") as hub:
+        api = HfApi(endpoint=hub.endpoint, token=hub.token)
+        api.create_repo("lab/maths", repo_type="dataset")
+        commits = []
+        for number in range(2):
+            Dataset.from_list([chat(f"commit {number}", "yes")] * 3).to_parquet("train.parquet")
+            commits.append(
+                api.upload_file(
+                    path_or_fileobj="train.parquet",
+                    path_in_repo="train.parquet",
+                    repo_id="lab/maths",
+                    repo_type="dataset",
+                ).oid
+            )
+        environment = os.environ | hub.environment() | {"HF_TOKEN": hub.token}
+        for number, revision in enumerate([*commits, None]):
+            source = {"path": "lab/maths", **({"revision": revision} if revision else {})}
+            config = {"model_name_or_path": str(checkpoint), "output_dir": "out", "datasets": [source], "preview": 1}
+            Path("stage.yaml").write_text(yaml.safe_dump({**config, "bf16": False, "report_to": "none"}))
+            command = [sys.executable, "-m", "jai", "sft", "--config", "stage.yaml"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            digit = AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids(str(min(number, 1)))
+            assert f"({digit})" in done.stdout
 
 
 # --- the loss of each category

@@ -677,7 +677,10 @@ def test_a_reference_computed_beforehand_is_the_same_reference(checkpoint, pairs
 # --- Recipes
 
 
-@pytest.mark.parametrize(("recipe", "config"), [("reward.yaml", JaiRewardConfig), ("grpo.yaml", JaiGRPOConfig)])
+@pytest.mark.parametrize(
+    ("recipe", "config"),
+    [("reward.yaml", JaiRewardConfig), ("grpo.yaml", JaiGRPOConfig), ("grpo_math.yaml", JaiGRPOConfig)],
+)
 def test_recipes_parse(recipe, config, tmp_path):
     text = (RECIPES / recipe).read_text()
     spelled = tmp_path / recipe

@@ -3,9 +3,9 @@
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import islice
 from typing import Any
 
@@ -52,6 +52,7 @@ class TrainingData:
         faulty: how many rows were left out because they are faulty.
         mixture: how the rows to train on were chosen, where shares were given.
         counts: the rows to train on by source, category and language.
+        chosen_rows: SHA-256 of which rows are trained on (`hash_of_rows`), where not all of them are.
         notes: what is to be said of the rows, before the plan.
     """
 
@@ -65,6 +66,7 @@ class TrainingData:
     faulty: int = 0
     mixture: RowMixture | None = None
     counts: dict[tuple[str, str | None, str | None], int] = field(default_factory=dict)
+    chosen_rows: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -168,7 +170,9 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
         raise UserError(f"`dataset_streaming` is on, and {names[0]} needs all rows at once. Leave out one of the two.")
     if options.test_split_size is not None and arguments.training.eval_strategy == "no":
         raise UserError("`test_split_size` is set, and `eval_strategy` is no: nothing would evaluate. Set both.")
-    opened = [open_splits(source.path, source.name, streaming=streaming) for source in sources]
+    opened = [
+        open_splits(source.path, source.name, revision=source.revision, streaming=streaming) for source in sources
+    ]
 
     def find(index: int, split: str, option: str) -> _SourceSplit:
         name = sources[index].path
@@ -353,6 +357,15 @@ def without_faults(rows: Dataset) -> Dataset:
         [batch[FAULT].is_valid().to_numpy() for batch in rows.select_columns([FAULT]).with_format("arrow").iter(10_000)]
     )
     return rows.select(np.flatnonzero(~is_faulty)) if is_faulty.any() else rows
+
+
+def hash_of_rows(rows: Iterable[tuple[int, int]]) -> str:
+    """SHA-256 of which rows of which sources these are, in any order.
+
+    Args:
+        rows: the place of each one's source among `datasets`, from 0, and its number there, from 1.
+    """
+    return sha256("".join(f"{source}\t{row}\n" for source, row in sorted(rows)).encode()).hexdigest()
 
 
 def _digest(content: Any) -> int:

@@ -17,6 +17,7 @@ class RowSource:
     Attributes:
         path: a Hub id, a folder or a file.
         name: the configuration of a Hub dataset.
+        revision: commit, branch or tag of a Hub dataset; None is its default branch.
         split: which split is trained on.
         rows: how many of its rows to take, spread evenly over it; None is all of them.
         fraction: its share of the mixture.
@@ -27,6 +28,7 @@ class RowSource:
 
     path: str
     name: str | None = None
+    revision: str | None = None
     split: str = "train"
     rows: int | None = None
     fraction: float | None = None
@@ -38,7 +40,7 @@ class RowSource:
 
     def __post_init__(self) -> None:
         columns = ("category_column", "language_column", "score_column")
-        for name in ("path", "name", "split", "category", "language", *columns):
+        for name in ("path", "name", "revision", "split", "category", "language", *columns):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name not in ("path", "split")):
                 raise UserError(f"`{name}` in `datasets` is {value!r}; expected text. Write words like no in quotes.")
@@ -63,8 +65,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "In a YAML file, in place of `dataset_name`: the sources of a mixture, each with `path`, and where "
-            "needed `name`, `split`, `rows`, `fraction`, `category`, `language`, `category_column`, `language_column`, "
-            "`score_column`. Rows are spread evenly over a source, never the first ones."
+            "needed `name`, `revision`, `split`, `rows`, `fraction`, `category`, `language`, `category_column`, "
+            "`language_column`, `score_column`. Rows are spread evenly over a source, never the first ones."
         },
     )
     shares: dict[str, Any] | str | None = field(
@@ -173,7 +175,7 @@ class DataArguments:
         columns = ("category_column", "language_column", "score_column")
         shared = {column: getattr(self, column) for column in columns}
         if self.datasets is None:
-            return [RowSource(name, config, split, **shared)]
+            return [RowSource(name, config, split=split, **shared)]
         if not self.datasets:
             raise UserError("`datasets` is empty. Give at least one source, each with a `path`.")
         known = [each.name for each in fields(RowSource)]

@@ -58,13 +58,23 @@ class RawSplit:
             yield from _read_file(file)
 
 
-def open_splits(name: str, config: str | None, *, streaming: bool) -> dict[str, RawSplit]:
+def open_splits(
+    name: str, config: str | None, *, revision: str | None = None, streaming: bool = False
+) -> dict[str, RawSplit]:
     """The splits of a file, a folder or a Hub dataset, by name.
 
+    Args:
+        name: of the data.
+        config: of a Hub dataset.
+        revision: of a Hub dataset.
+        streaming: whether its rows are read as they are used.
+
     Raises:
-        UserError: if the data cannot be found or read.
+        UserError: if the data cannot be found or read, or a revision is given that is not of the Hub.
     """
     path = check_data_name(name)
+    if revision is not None and path.exists():
+        raise UserError(f"`revision` is {revision}, and {name} is no dataset on the Hub. Leave it out.")
     suffix = data_suffix(path)
     if path.is_file() and suffix in _READ_HERE:
         return {"train": RawSplit(name, files=(path,))}
@@ -83,7 +93,7 @@ def open_splits(name: str, config: str | None, *, streaming: bool) -> dict[str, 
         if path.is_file():
             splits = load_dataset(DATA_BUILDERS[suffix], data_files=name, streaming=streaming)
         else:
-            splits = load_dataset(name, config, streaming=streaming)
+            splits = load_dataset(name, config, revision=revision, streaming=streaming)
     except DatasetGenerationError as error:
         raise unreadable(name, error.__cause__ or error) from error
     except (DatasetNotFoundError, FileNotFoundError) as error:

@@ -23,6 +23,7 @@ from jai.trainers.data import (
     SCORE,
     SOURCE,
     TrainingData,
+    hash_of_rows,
     is_empty,
 )
 from jai.trainers.data_files import AnyDataset
@@ -70,6 +71,10 @@ def prepare_rows(data: TrainingData, arguments: StageArguments, tokenizer: PreTr
         data.notes.append("No figures by category and language are logged: TRL's KTOTrainer keeps no such columns.")
     if getattr(training, "ld_alpha", None) is not None and _has_groups(data):
         data.notes.append("No figures by category and language are logged: `ld_alpha` weighs tokens by their places.")
+    if options.has_mixture or any(source.rows is not None for source in data.sources):
+        rows = _rows(data.train)
+        numbers = zip(_column(rows, SOURCE).tolist(), _column(rows, ROW).tolist())
+        data = replace(data, chosen_rows=hash_of_rows(numbers))
     return _tidy(replace(data, counts=_count_rows(data)))
 
 

@@ -153,15 +153,17 @@ def recorded_data(data: TrainingData) -> dict[str, Any]:
     def name_of(path: str) -> str:
         return Path(path).name if Path(path).exists() else path
 
-    faulty = {"faulty": data.faulty} if data.faulty else {}
+    more: dict[str, Any] = {"faulty": data.faulty} if data.faulty else {}
+    more |= {"chosen_rows_sha256": data.chosen_rows} if data.chosen_rows else {}
     if len(data.sources) < 2:
-        return {"name": name_of(data.name), "rows": data.rows, **faulty}
+        return {"name": name_of(data.name), "rows": data.rows, **more}
     names = dict.fromkeys(name_of(source.path) for source in data.sources)
+    revisions = {source.path: {"revision": source.revision} for source in data.sources if source.revision}
     sources = [
-        {"name": name_of(path), "category": category, "language": language, "rows": rows}
+        {"name": name_of(path), **revisions.get(path, {}), "category": category, "language": language, "rows": rows}
         for (path, category, language), rows in data.counts.items()
     ]
-    return {"name": " + ".join(names), "rows": data.rows, **faulty, "sources": sources}
+    return {"name": " + ".join(names), "rows": data.rows, **more, "sources": sources}
 
 
 def _recorded_options(arguments: StageArguments) -> dict[str, Any]:
