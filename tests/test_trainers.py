@@ -24,6 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
+from jai import JaiForCausalLM
 from jai.configuration_jai import AUTO_MAP
 from jai.errors import UserError
 from jai.files import sha256
@@ -252,6 +253,44 @@ def test_resuming_continues_the_same_run(checkpoint, chats, tmp_path):
     expected = weights_of(whole)
     for name, weight in weights_of(halves).items():
         torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_run_goes_on_from_what_it_was_alone(checkpoint, tiny_checkpoint, chats, tmp_path, monkeypatch):
+    """An adapter of a model with other tokens would be trained on in silence, and the rest end in tracebacks."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    whole, adapter = (arguments(checkpoint, chats, f"run-{peft}", use_peft=peft, **saving) for peft in (False, True))
+    for run in (whole, adapter):
+        sft.main(run)
+    monkeypatch.setattr(JaiForCausalLM, "from_pretrained", None)  # no weights are read
+    larger = tiny_checkpoint(tmp_path / "larger", vocab_size=448)
+    rendered = shutil.copytree(checkpoint, tmp_path / "rendered")
+    tokenizer = AutoTokenizer.from_pretrained(rendered)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "<|user|> ")
+    tokenizer.save_pretrained(rendered)
+    for run, options, message in (
+        (
+            whole,
+            {"model_name_or_path": larger},
+            r"of another model than .*: its `vocab_size` is \d+, and not 448",
+        ),
+        (whole, {"use_peft": True}, "of a run without an adapter, and `use_peft` is on"),
+        (
+            whole,
+            {"model_name_or_path": rendered},
+            "that read other tokens than .*: its chat template is another",
+        ),
+        (adapter, {"use_peft": False}, "of a run with an adapter, and `use_peft` is off"),
+        (adapter, {"lora_r": 4}, "of a run with another adapter: `lora_r` was 16, and is 4"),
+        (adapter, {"trainable": "attention"}, "`lora_target_parameters` was .*, and is None"),
+        (
+            adapter,
+            {"model_name_or_path": rendered},
+            "that read other tokens than .*: its chat template is another",
+        ),
+    ):
+        changed = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+        with pytest.raises(UserError, match=message):
+            sft.main([*run, "--resume_from_checkpoint", "true", "--max_steps", "2", *changed])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

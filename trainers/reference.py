@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference of preference training: what must agree with the model, and its log-probabilities, computed once.
+"""The log-probabilities of preference training's reference, computed once.
 
 TRL keeps them in a file that is there when all of them are, under a name that another order of the rows changes. Here
 each pair is kept as it comes, under its tokens: a run that was killed goes on, and so does one with more rows, another
@@ -16,66 +16,12 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from jai.errors import UserError
 from jai.files import lock_folder
-from jai.tokenization.loading import load_tokenizer
-from jai.trainers.base_model import BaseModel
-from jai.trainers.first_look import check_model_files
 from jai.version import __version__
 
 _RECORD = np.dtype([("pair", "V16"), ("chosen", "<f4"), ("rejected", "<f4")])
-
-
-def check_reference(name: str, base: BaseModel, *, conversational: bool) -> None:
-    """See that a reference reads the same tokens as the model, before the weights of either are read.
-
-    Args:
-        name: folder or Hub id of the reference.
-        base: the model, whose tokenizer has the chat template that it is trained with.
-        conversational: whether the data are rendered by that template.
-
-    Raises:
-        UserError: if vocabularies, tokenizers or chat templates differ.
-    """
-    folder = check_model_files(name)
-    trusts = base.loading["trust_remote_code"]
-    vocab_size = AutoConfig.from_pretrained(folder, trust_remote_code=trusts).vocab_size
-    if vocab_size != base.config.vocab_size:
-        raise UserError(
-            f"The reference {name} has a vocabulary of {vocab_size:,}, and {base.name} one of "
-            f"{base.config.vocab_size:,}: their log-probabilities are not of the same tokens. Give the checkpoint that "
-            "the model was trained from."
-        )
-    reference = load_tokenizer(folder, trust_remote_code=trusts)
-    difference = tokenizer_difference(base.tokenizer, reference, template=conversational)
-    if difference is not None:
-        raise UserError(
-            f"The reference {name} reads other tokens than {base.name}: {difference}. Give the checkpoint that the "
-            "model was trained from."
-        )
-
-
-def tokenizer_difference(
-    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, *, template: bool
-) -> str | None:
-    """How another tokenizer differs from ours, for a message; None where both read the same tokens.
-
-    Args:
-        ours: of the model.
-        theirs: of a checkpoint that must agree with it.
-        template: whether the chat template counts, too; one that is missing is no other one.
-    """
-    vocabulary, other = ours.get_vocab(), theirs.get_vocab()
-    different = sorted(token for token in vocabulary.keys() | other.keys() if vocabulary.get(token) != other.get(token))
-    if different:
-        token = different[0]
-        ids = [f"is {ids[token]}" if token in ids else "is none" for ids in (other, vocabulary)]
-        return f"{len(different):,} tokens differ, such as {token!r}, which {ids[0]} there and {ids[1]} here"
-    if template and theirs.chat_template is not None and theirs.chat_template != ours.chat_template:
-        return "its chat template is another one"
-    return None
 
 
 def log_probs_folder(**identity: Any) -> Path:

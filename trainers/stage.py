@@ -21,6 +21,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, get_quantization_config
 
 from jai.errors import UserError
 from jai.files import print_next
+from jai.trainers.agreement import check_reference, check_resumption
 from jai.trainers.announce import print_plan
 from jai.trainers.arguments import (
     JaiTrainingArguments,
@@ -45,7 +46,6 @@ from jai.trainers.parts import TrainableParts
 from jai.trainers.prepare import prepare_rows
 from jai.trainers.preview import print_preview
 from jai.trainers.record import recorded_data, write_record
-from jai.trainers.reference import check_reference
 from jai.trainers.rows import DatasetType
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.tokens import count_tokens
@@ -128,6 +128,8 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     parts = choose_parts(arguments.jai, arguments.model, base, model)
     lora = lora_config(arguments.model, parts, model)
     check_partial_training(arguments, parts.masked(lora is not None))
+    if checkpoint is not None:
+        check_resumption(Path(checkpoint), base, lora)
     loading = loading_arguments(arguments, base)
 
     _choose_packing(arguments.training, data)
