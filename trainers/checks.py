@@ -255,7 +255,7 @@ def check_options_with_model(arguments: StageArguments, config: PreTrainedConfig
     if training.label_smoothing_factor == 0:
         return
     if hasattr(training, "label_smoothing"):
-        raise UserError("`label_smoothing_factor` has no effect on preferences. `label_smoothing` is DPO's own.")
+        raise UserError("`label_smoothing_factor` has no effect on preferences. `label_smoothing` is the one that has.")
     if not isinstance(training, SFTConfig):
         raise UserError("`label_smoothing_factor` is for SFT, and has no effect here. Leave it out.")
     weight = training.router_aux_loss_coef

@@ -202,6 +202,7 @@ def check_dpo_options(arguments: StageArguments) -> None:
             ),
             "ref_model_mixup_alpha": (training.sync_ref_model, "`sync_ref_model: true`"),
             "ref_model_sync_steps": (training.sync_ref_model, "`sync_ref_model: true`"),
+            "padding_free": (False, "a TRL whose DPOTrainer has it again (1.16 falls back to padding)"),
             "precompute_ref_batch_size": (training.precompute_ref_log_probs, "`precompute_ref_log_probs: true`"),
         },
     )
@@ -209,6 +210,10 @@ def check_dpo_options(arguments: StageArguments) -> None:
         raise UserError(
             f"`label_smoothing` is {training.label_smoothing}, the share of pairs whose answers are the wrong way "
             "round; the robust loss needs less than 0.5."
+        )
+    if training.precompute_ref_log_probs and arguments.script.dataset_streaming:
+        raise UserError(
+            "`precompute_ref_log_probs` needs all pairs at once, and `dataset_streaming` is on. Leave out one of them."
         )
     if training.sync_ref_model:
         if training.precompute_ref_log_probs:

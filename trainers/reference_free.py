@@ -52,16 +52,14 @@ def check_reference_free_options(arguments: StageArguments) -> None:
         raise UserError(
             "`linear_cross_entropy` is about TRL's fused head, which this trainer of TRL's does not use. Leave it out."
         )
+    encoders = (False, "encoder-decoder models")
+    effective = {"max_completion_length": encoders, "is_encoder_decoder": encoders}
+    effective["generate_during_eval"] = (False, "TRL's own trainers (here, `jai generate` shows answers)")
     if isinstance(training, CPOConfig):
         is_sigmoid = training.loss_type in ("sigmoid", "simpo")
-        refuse_without_effect(
-            training,
-            {
-                "simpo_gamma": (training.loss_type == "simpo", "`loss_type: simpo`"),
-                "label_smoothing": (is_sigmoid, "`loss_type` sigmoid or simpo"),
-                "max_completion_length": (False, "encoder-decoder models"),
-            },
-        )
+        effective["simpo_gamma"] = (training.loss_type == "simpo", "`loss_type: simpo`")
+        effective["label_smoothing"] = (is_sigmoid, "`loss_type` sigmoid or simpo")
+    refuse_without_effect(training, effective)
 
 
 class ReferenceFreeMixin(JaiTrainerMixin):
