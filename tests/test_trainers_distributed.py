@@ -41,14 +41,15 @@ def chats(tmp_path_factory, sentences) -> Path:
     return path
 
 
-def launch(folder: Path, processes: int, checkpoint: Path, chats: Path, **options: Any) -> list[dict[str, Any]]:
-    """Run SFT by `accelerate launch` on CPU processes, and return the logs of its steps."""
+def launch(
+    folder: Path, processes: int, checkpoint: Path, data: Path, *, verb: str = "sft", **options: Any
+) -> list[dict[str, Any]]:
+    """Run a stage by `accelerate launch` on CPU processes, and return the logs of its steps."""
     out = folder / f"out-{processes}"
     options = {
         "model_name_or_path": checkpoint,
-        "dataset_name": chats,
+        "dataset_name": data,
         "output_dir": out,
-        "assistant_only_loss": True,
         "max_steps": 3,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -62,7 +63,7 @@ def launch(folder: Path, processes: int, checkpoint: Path, chats: Path, **option
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [
         "-m",
-        "jai.trainers.sft",
+        f"jai.trainers.{verb}",
         *(part for key, value in options.items() for part in (f"--{key}", str(value))),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "c")}
@@ -78,6 +79,7 @@ def launch(folder: Path, processes: int, checkpoint: Path, chats: Path, **option
 def test_two_processes_train_as_one_with_the_doubled_batch(checkpoint, chats, tmp_path):
     """Losses, those of categories, weights and router statistics. Without the auxiliary loss, which is a batch's."""
     options = {"router_aux_loss_coef": 0, "optim": "sgd", "learning_rate": 0.3, "category_column": "kind"}
+    options |= {"assistant_only_loss": True}
     two = launch(tmp_path, 2, checkpoint, chats, per_device_train_batch_size=2, **options)
     one = launch(tmp_path, 1, checkpoint, chats, per_device_train_batch_size=4, **options)
     for ours, theirs in zip(two, one, strict=True):
@@ -92,6 +94,32 @@ def test_two_processes_train_as_one_with_the_doubled_batch(checkpoint, chats, tm
     weights = load_file(tmp_path / "out-1" / "model.safetensors")
     for name, weight in load_file(tmp_path / "out-2" / "model.safetensors").items():
         torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["dpo", "cpo"])
+def test_two_processes_prefer_as_one_does(checkpoint, tmp_path, sentences, verb):
+    """Losses, figures of categories, and the reference's log-probabilities, of a number of pairs that is odd."""
+    rows = [
+        {"prompt": sentences[number % 6], "chosen": f"ดี {number}", "rejected": "no" * (1 + number % 3),
+         "kind": f"kind {number % 2}"}
+        for number in range(13)
+    ]  # fmt: skip
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"router_aux_loss_coef": 0, "optim": "sgd", "learning_rate": 0.1, "category_column": "kind"}
+    options |= {"verb": verb} | ({"precompute_ref_log_probs": True} if verb == "dpo" else {"cpo_alpha": 0})
+    two = launch(tmp_path, 2, checkpoint, data, per_device_train_batch_size=2, **options)
+    kept = list((tmp_path / "c").rglob("log_probs.bin"))
+    assert [path.stat().st_size for path in kept] == ([13 * 24] if verb == "dpo" else [])
+    for path in kept:
+        path.unlink()
+    one = launch(tmp_path, 1, checkpoint, data, per_device_train_batch_size=4, **options)
+    assert all(path.stat().st_size == 13 * 24 for path in kept)
+    names = ("loss", "rewards/margins", "rewards/margins/category/kind 0", "rewards/accuracies/category/kind 1")
+    for ours, theirs in zip(two, one, strict=True):
+        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], abs=1e-4)
+    assert abs(one[-1]["rewards/margins"] - one[0]["rewards/margins"]) > 1e-3
 
 
 @pytest.fixture
