@@ -379,6 +379,10 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, JaiExperts4bit):
                 model.set_submodule(name, module.dequantized(dtype))
+        from bitsandbytes.nn import Linear4bit
+
+        if not any(isinstance(module, Linear4bit) for module in model.modules()):
+            return model  # where no linear layer is quantised, transformers fails (5.23)
         return super()._dequantize(model, dtype=dtype)
 
 

@@ -2,6 +2,10 @@
 """Experts in four bits: what is stored, what is computed, what is kept, and what is refused."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import bitsandbytes
@@ -268,6 +272,16 @@ def test_it_dequantises_whole(model):
     assert restored(INPUT_IDS).logits.shape == (2, 10, 99)
 
 
+def test_experts_alone_are_quantised_and_dequantised(whole):
+    """Linear layers are skipped by their names, and transformers 5.23 fails to dequantise none."""
+    how = four_bits(llm_int8_skip_modules=["lm_head", "q_proj", "k_proj", "v_proj", "o_proj"])
+    model = JaiForCausalLM.from_pretrained(whole, quantization_config=how)
+    assert len(experts_of(model)) == 3
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    expected = model(INPUT_IDS).logits
+    torch.testing.assert_close(model.dequantize()(INPUT_IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 STRANGER = """
 import sys, torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -308,6 +322,104 @@ def test_other_models_see_nothing_of_it(whole, tmp_path):
     mixtral.save_pretrained(tmp_path)
     loaded = MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits())
     assert type(loaded.hf_quantizer).__module__.startswith("transformers.")
+
+
+# Sixteen layers of 28 MB, 450 MB in all, are loaded in four bits or quantised by the verb; says the peak of what the
+# process has for itself, and how much of that the quantised model is.
+PEAK = """
+import sys, threading, torch
+from pathlib import Path
+from transformers import BitsAndBytesConfig
+import bitsandbytes.functional
+from jai import JaiForCausalLM
+from jai.conversion.quantize.command import quantize
+from jai.conversion.quantize.options import QuantizeOptions
+
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+
+way, folder, out = sys.argv[1:]
+how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+bitsandbytes.functional.quantize_4bit(torch.randn(64, 64), quant_type="nf4")
+done, before, peak, kept = threading.Event(), anonymous(), [0], 0
+watcher = threading.Thread(target=watch)
+watcher.start()
+if way == "load":
+    model = JaiForCausalLM.from_pretrained(folder, quantization_config=how)
+    kept = sum(p.numel() * p.element_size() for p in model.parameters())
+elif way == "reload":
+    model = JaiForCausalLM.from_pretrained(folder)
+    kept = sum(p.numel() * p.element_size() for p in model.parameters())
+else:
+    quantize(QuantizeOptions(model=folder, out=Path(out)))
+done.set()
+watcher.join()
+print("peak", peak[0] - before - kept)
+"""
+
+
+@pytest.mark.slow
+def test_loading_takes_the_memory_of_one_layer(tiny_model, tmp_path, record_property):
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "block_repeats": [16], "block_size": 1}
+    tiny_model(**sizes).save_pretrained(tmp_path / "whole", max_shard_size="100MB")
+    layer = 4 * (3 * 512 * 1024 * 4 + 3 * 512 * 512)
+    figures = {}
+    for way, folder, bound in (
+        ("load", "whole", 1.5 * layer),
+        ("quantize", "whole", 1.5 * layer),
+        ("reload", "out", 0.5 * layer),
+    ):
+        command = [sys.executable, "-c", PEAK, way, str(tmp_path / folder), str(tmp_path / "out")]
+        # Matrices of this size stay in glibc's heap when they are freed; those of a real model go back at once.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stderr
+        figures[way] = int(run.stdout.split()[-1])
+        assert figures[way] < bound, f"{way}: {figures}, of layers of {layer:,} bytes"
+    record_property("figures", f"peaks beside the result: {figures}, of layers of {layer:,} bytes")
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from jai import JaiForCausalLM
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+model = JaiForCausalLM.from_pretrained(sys.argv[1]).train()
+wrapped = DistributedDataParallel(model)
+ids = torch.load(sys.argv[2]).chunk(2)[dist.get_rank()]
+wrapped(ids, labels=ids).loss.backward()
+if dist.get_rank() == 0:
+    torch.save({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, sys.argv[3])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(whole, tmp_path):
+    """Data-parallel over gloo: the gradients of what is trained beside the experts are those of one process."""
+    JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits()).save_pretrained(tmp_path / "four")
+    ids = torch.randint(3, 99, (4, 12), generator=torch.Generator().manual_seed(0))
+    torch.save(ids, tmp_path / "ids.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RANK, *map(str, (tmp_path / "four", tmp_path / "ids.pt", tmp_path / "out.pt"))]
+    workers = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    model = JaiForCausalLM.from_pretrained(tmp_path / "four").train()
+    (sum(model(half, labels=half).loss for half in ids.chunk(2)) / 2).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(expected) > 10
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, rtol=1e-4, atol=1e-6)
 
 
 # --- what is refused
