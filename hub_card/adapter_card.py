@@ -25,8 +25,12 @@ tokenizer = AutoTokenizer.from_pretrained("{tokenizer}", trust_remote_code=True)
 
 `trust_remote_code=True` runs the model code of {base} on your machine. It is pinned: `adapter_config.json` names the \
 commit `{revision}`, on which the adapter was checked.
-
+{serving}
 {settings}
+"""
+_EXPERTS_ARE_ADAPTED = """
+**Merge it before you serve it** with vLLM or SGLang (`model.merge_and_unload().save_pretrained(OUT)`): it adapts \
+experts, which are 3-D parameters, and these engines drop such factors or read them in another order.
 """
 _SHOWN = ("r", "lora_alpha", "target_modules", "target_parameters", "modules_to_save")
 
@@ -57,6 +61,7 @@ def adapter_card(contents: Contents, adapter: Adapter, repo_id: str) -> str:
         repo_id=repo_id,
         tokenizer=repo_id if "tokenizer_config.json" in contents.kept else adapter.base,
         revision=adapter.revision,
+        serving=_EXPERTS_ARE_ADAPTED if adapter.config.get("target_parameters") else "",
         settings=ReportTable(["key", "value"], rows).markdown(),
     )
     return mark_generated(redact(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))))

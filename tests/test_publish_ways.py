@@ -238,6 +238,7 @@ def test_an_adapter(adapter, checkpoint, hub, api, push, run_line):
     assert (card.data.base_model, card.data.base_model_relation, card.data.library_name) == (BASE, "adapter", "peft")
     assert "| r | 2 |" in card.text
     assert "| trainable_token_indices | 3 of embed_tokens |" in card.text
+    assert "**Merge it before you serve it**" in card.text
     assert str(checkpoint) not in card.text + json.dumps(config)
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(checkpoint)
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_quantization_config
 
 from jai.errors import UserError
-from jai.files import print_next
+from jai.files import print_next, read_json
 from jai.trainers.agreement import check_reference, check_resumption
 from jai.trainers.announce import print_plan
 from jai.trainers.arguments import (
@@ -336,6 +336,8 @@ def say_what_is_next(
             f"[bold]peft.{peft_class}.from_pretrained({escape(repr(str(out)))})[/] loads it on its model; "
             "`--merge_adapter true` makes a full checkpoint, which the next stage needs."
         )
+        if read_json(out / "adapter_config.json").get("target_parameters"):
+            console.print("vLLM and SGLang serve LoRA of experts wrongly, or drop it: merge it before serving.")
         print_next(console, ["jai", "publish", out, "OWNER/NAME", "--base", "OWNER/BASE"])
         return
     console.print(f"[bold green]Checkpoint written to[/] {shown}")
