@@ -108,10 +108,18 @@ class TestDrafts:
         with torch.no_grad():
             trained = model(input_ids=ids, position_ids=positions, labels=ids, fused_lm_head=True)
             states = loaded(ids, output_hidden_states=True).hidden_states[-1]
-            cache = MtpCache(config=loaded.config.get_mtp_config())
-            drafted = layers.forward_layer(0, states[:, :-2], positions[:, 1:-1], cache, input_ids=ids[:, 1:-1])
-            logits = loaded.lm_head(drafted)
-        loss = F.cross_entropy(logits[0], ids[0, 2:], reduction="sum")
+            # It gives the logits after its last token alone.
+            drafted = [
+                layers(
+                    input_ids=ids[:, 1:end],
+                    last_hidden_states=states[:, : end - 1],
+                    attention_mask=None,
+                    position_ids=positions[:, 1:end],
+                    mtp_cache=MtpCache(config=loaded.config.get_mtp_config()),
+                )[1][0, 0]
+                for end in range(2, 12)
+            ]
+        loss = F.cross_entropy(torch.stack(drafted), ids[0, 2:], reduction="sum")
         assert trained.second_tokens == 10
         assert trained.second_loss.item() == pytest.approx(loss.item(), rel=1e-5)
 
