@@ -60,6 +60,33 @@ def test_a_calm_run_gives_no_alarm_and_has_all_its_charts(tmp_path):
     assert "z-loss" not in page  # it logged none
 
 
+def test_pairs_have_charts_of_their_own(tmp_path):
+    logs = [
+        {
+            "step": step,
+            "loss": 0.7 - 0.01 * step,
+            **{
+                f"rewards/{figure}{group}": step / 10
+                for figure in ("margins", "accuracies")
+                for group in ("", "/category/chat", "/category/if", "/language/th", "/language/en")
+            },
+        }
+        for step in range(1, 6)
+    ]
+    write_state(tmp_path / "run", logs)
+    page = report_run(RunReportOptions(run=tmp_path / "run"), Console(quiet=True)).read_text()
+    assert page.count("<polyline") == 1 + 2 * (1 + 2 + 2)
+    for text in (
+        "Margin of the chosen",
+        "Margin by category",
+        "Share of pairs whose chosen",
+        "The same share by language",
+    ):
+        assert text in page
+    for group in ("chat", "if", "th", "en"):
+        assert page.count(f"{group}: 0.5") == 2
+
+
 @pytest.mark.parametrize(
     ("logs", "kind", "text"),
     [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on pairs: DPO against a literal computation, its reference, CPO and ORPO, figures by category, recipes."""
 
+import copy
 import gc
 import json
 import math
@@ -20,15 +21,19 @@ from trl import DPOTrainer, ModelConfig, ScriptArguments
 
 from jai import JaiForCausalLM
 from jai.errors import UserError
-from jai.provenance import read_step
+from jai.provenance import checkpoint_revision, read_step
 from jai.trainers import cpo, dpo, orpo
+from jai.trainers.agreement import tokenizer_difference
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
 from jai.trainers.cpo import JaiCPOConfig
+from jai.trainers.data import TrainingData
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.dpo import JaiDPOConfig, JaiDPOTrainer
 from jai.trainers.orpo import JaiORPOConfig
+from jai.trainers.pair_figures import PairFigures
 from jai.trainers.reference import KeptLogProbs
 from jai.trainers.reference_free import CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer, tokenize_pairs
+from jai.trainers.rows import DatasetType
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OF_ALL = (ModelConfig, JaiTrainingArguments, DataArguments)
@@ -157,6 +162,9 @@ def test_dpo_is_its_equation_with_an_untouched_reference(checkpoint, pairs, lite
             if min(map(abs, margins)) > 1e-4:
                 right = sum(margin > 0 for margin in margins) / len(margins)
                 assert log[f"rewards/accuracies/{name}"] == pytest.approx(right)
+        for name in ("margins", "accuracies"):  # as many pairs of both languages, ties too
+            both = [log[f"rewards/{name}/language/{language}"] for language in ("th", "en")]
+            assert sum(both) / 2 == pytest.approx(log[f"rewards/{name}"], abs=1e-5)
     named = {key.partition("rewards/margins/")[2] for log in logs for key in log if key.startswith("rewards/margins/")}
     assert named == {*groups}
 
@@ -187,6 +195,25 @@ def test_figures_of_categories_with_lora_beforehand_and_in_an_evaluation(checkpo
         found.append([logs[key] for key in names] + [evaluated[key] for key in names_there])
     assert found[0] == pytest.approx(found[1], abs=1e-4)
     assert max(map(abs, found[0])) > 1e-3
+
+
+def test_pairs_without_a_group_are_in_no_figure():
+    rows = Dataset.from_list([{"category": "a", "language": "th"}, {"category": "b", "language": None}])
+    figures = PairFigures(TrainingData("d", DatasetType.PREFERENCE, ("chosen",), True, rows, None))
+    asked = [{"category": "b"}, {"category": "a", "language": "th"}, {"category": "a"}, {}]
+    numbers = torch.tensor([figures.number_of(row) for row in asked])
+    assert numbers.tolist() == [1, 0, 2, 2]
+    figures.add(numbers, torch.tensor([1.0, 2.0, 50.0, 60.0]), torch.tensor([1.0, 1.5, 0.0, 0.0]), training=True)
+    assert figures.pop(lambda sums: sums, training=False) == {}
+    assert figures.pop(lambda sums: sums, training=True) == {
+        "rewards/margins/category/a": 0.5,
+        "rewards/margins/category/b": 0.0,
+        "rewards/margins/language/th": 0.5,
+        "rewards/accuracies/category/a": 1.0,
+        "rewards/accuracies/category/b": 0.0,  # of equal rewards none is higher
+        "rewards/accuracies/language/th": 1.0,
+    }
+    assert figures.pop(lambda sums: sums, training=True) == {}
 
 
 # --- the reference
@@ -331,6 +358,39 @@ def test_another_reference_or_other_tokens_are_computed_anew(checkpoint, tiny_ch
     assert sum(counted) == 8
 
 
+def test_a_reference_is_known_by_all_that_decides_its_numbers(checkpoint, tiny_checkpoint, pairs, monkeypatch):
+    """What another checkpoint is loaded with is its own: no context or revision of the model's."""
+    identities: list[dict[str, Any]] = []
+    monkeypatch.setattr(dpo, "log_probs_folder", lambda **identity: identities.append(identity) or Path("kept"))
+    other = tiny_checkpoint(Path("other"))
+    options = {"precompute_ref_log_probs": True, "max_steps": 1, "truncation_mode": "keep_end", "max_length": 40}
+    options |= {"max_position_embeddings": 64, "attn_implementation": "eager"}
+    dpo.main(arguments(checkpoint, pairs, "own", **options))
+    dpo.main(arguments(checkpoint, pairs, "other-run", ref_model_name_or_path=other, dtype="bfloat16", **options))
+    own, named = identities
+    shared = {"autocast": (False, False), "max_length": 40, "truncation_mode": "keep_end", "ld_alpha": None}
+    assert own == own | shared | {"dtype": torch.float32, "reference": checkpoint_revision(str(checkpoint))}
+    assert named == named | shared | {"dtype": torch.bfloat16, "reference": checkpoint_revision(str(other))}
+    assert own.keys() == named.keys() == {*shared, "dtype", "reference", "loading"}
+    assert own["loading"]["max_position_embeddings"] == 64
+    assert own["loading"]["attn_implementation"] == named["loading"]["attn_implementation"] == "eager"
+    assert "max_position_embeddings" not in named["loading"]
+    assert not {"revision"} & (own["loading"].keys() | named["loading"].keys())
+
+
+def test_how_tokenizers_differ(tiny_tokenizer):
+    bare, other = copy.deepcopy(tiny_tokenizer), copy.deepcopy(tiny_tokenizer)
+    bare.chat_template, other.chat_template = None, "another"
+    assert tokenizer_difference(tiny_tokenizer, bare, template=True) is None
+    assert tokenizer_difference(tiny_tokenizer, other, template=False) is None
+    assert tokenizer_difference(tiny_tokenizer, other, template=True) == "its chat template is another one"
+    other.add_tokens(["ใหม่"])
+    size = len(tiny_tokenizer)
+    assert tokenizer_difference(tiny_tokenizer, other, template=False) == (
+        f"1 tokens differ, such as 'ใหม่', which is {size} there and is none here"
+    )
+
+
 def test_two_runs_do_not_write_one_file(checkpoint, pairs):
     options = {"precompute_ref_log_probs": True, "max_steps": 1}
     dpo.main(arguments(checkpoint, pairs, "out", **options))
@@ -431,10 +491,15 @@ def test_trls_own_trainers_give_the_same_losses(
 
 
 @pytest.mark.parametrize(("stage", "options"), [(cpo, SIMPO), (orpo, {})], ids=["simpo", "orpo"])
-def test_the_auxiliary_loss_is_added_and_categories_are_told_apart(checkpoint, pairs, stage, options):
+def test_the_auxiliary_loss_is_added_and_categories_are_told_apart(checkpoint, pairs, monkeypatch, stage, options):
     shared = {**options, "learning_rate": 0, "max_steps": 1, "category_column": "kind", "language_column": "lang"}
+    loaded, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda name, **kwargs: loaded.append(kwargs) or load(name, **kwargs)
+    )
     log = logs_of(stage.main(arguments(checkpoint, pairs, "with", **shared)))[0]
     without = logs_of(stage.main(arguments(checkpoint, pairs, "without", router_aux_loss_coef=0, **shared)))[0]
+    assert {kwargs["device_map"] for kwargs in loaded} == {None}  # TRL's "auto" would split it over all GPUs
     assert log["aux_loss"] > 0.5
     assert log["loss"] == pytest.approx(without["loss"] + 0.1 * log["aux_loss"], abs=1e-5)
     assert log["grad_norm"] != pytest.approx(without["grad_norm"], abs=1e-4)  # it has gradients of its own

@@ -135,5 +135,5 @@ def tokenize_pairs(
 
     columns = [name for name in rows.column_names if name not in (CATEGORY, LANGUAGE)]
     tokens = rows.map(encode, with_indices=True, remove_columns=columns, num_proc=num_proc, desc="Tokenizing")
-    names = ("chosen_labels", "rejected_labels")
-    return tokens.filter(lambda row: all(any(label != IGNORED for label in row[name]) for name in names))
+    # Both answers begin at the same token, so that one has none left where the other has none.
+    return tokens.filter(lambda row: any(label != IGNORED for label in row["chosen_labels"]))
