@@ -5,7 +5,11 @@ import copy
 import gc
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +329,33 @@ def test_a_reference_that_was_interrupted_goes_on_and_is_used_again(checkpoint, 
     more = [*pair_rows[::-1], {**pair_rows[0], "chosen": turn("assistant", "another")}]
     dpo.main(arguments(checkpoint, write_rows(Path("more.jsonl"), more), "more", **options))
     assert counted == [1]
+
+
+@pytest.mark.slow
+def test_a_killed_reference_goes_on_with_the_same_command(checkpoint, tmp_path):
+    """SIGKILL while it is computed; the same command computes the rest, and trains."""
+    rows = [{"prompt": f"{row}", "chosen": f"yes {row}", "rejected": f"no {row}"} for row in range(400)]
+    data = write_rows(tmp_path / "many.jsonl", rows)
+    options = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1, "max_steps": 1, "bf16": False}
+    command = [sys.executable, "-m", "jai", "dpo", *arguments(checkpoint, data, "out", **options)]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def kept() -> int:
+        return sum(path.stat().st_size for path in (tmp_path / "cache").rglob("log_probs.bin")) // 24
+
+    while kept() < 20:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = kept()
+    assert before < 400
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"Log-probabilities of the reference: {before} of 400 pairs are kept." in done.stdout
+    assert kept() == 400
+    assert logs_of(Path("out"))[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
