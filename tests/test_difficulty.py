@@ -13,7 +13,10 @@ from rich.console import Console
 import jai.recipes
 from chat_endpoint import Answer, ChatEndpoint
 from jai.errors import UserError
+from jai.evaluation.reply_cache import ChatReply
 from jai.options import read_options_file
+from jai.preferences import difficulty
+from jai.preferences.answering import Answered, ask_for_answers
 from jai.preferences.difficulty import TOO_EASY, TOO_HARD, select_prompts
 from jai.preferences.options import DifficultyOptions
 
@@ -113,6 +116,34 @@ def test_cut_answers_count_as_they_stand_and_are_said(problems, tmp_path):
         said, rows, _ = run(problems, tmp_path / "out", model)
         assert len(rows) == 3
         assert "20 answers were cut off at --max-answer-tokens, and count as they stand." in said
+
+
+def test_a_checkpoint_answers_and_is_not_asked_again(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """Random answers follow a rule now and then; the rates are those of a count of its own answers."""
+    ids = {"pad_token_id": tiny_tokenizer.pad_token_id, "eos_token_id": tiny_tokenizer.eos_token_id}
+    model = tiny_model(vocab_size=len(tiny_tokenizer), block_repeats=[1, 1], max_position_embeddings=512, **ids)
+    for each in (model, tiny_tokenizer):
+        each.save_pretrained(tmp_path / "jai")
+    rule = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    file = write_rows(tmp_path / "if.jsonl", [{"prompt": f"{number}?", **rule} for number in range(4)])
+    answered: list[list[list[ChatReply]]] = []
+    monkeypatch.setattr(
+        difficulty,
+        "ask_for_answers",
+        lambda *args: answered.append(ask_for_answers(*args).replies) or Answered(answered[-1]),
+    )
+    options = {"by": "checks", "candidates": 6, "max_answer_tokens": 24, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
+    paths = [
+        select_prompts(
+            DifficultyOptions(prompts=file, out=tmp_path / "out", model=str(tmp_path / "jai"), **options),
+            console=Console(file=io.StringIO()),
+        )
+        for _ in range(2)
+    ]
+    assert answered[0] == answered[1]
+    rates = [json.loads(line)["pass_rate"] for line in paths[0].read_text(encoding="utf-8").splitlines()]
+    assert rates == [sum("," not in reply.text for reply in replies) / 6 for replies in answered[0]]
+    assert len(set(rates)) > 1
 
 
 def test_bad_input(problems, tmp_path):

@@ -43,11 +43,11 @@ def _field_names(module: str, name: str) -> set[str] | None:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             names = {
-                each.target.id
-                for each in node.body
-                if isinstance(each, ast.AnnAssign)
-                and isinstance(each.target, ast.Name)
-                and "ClassVar" not in ast.unparse(each.annotation)
+                field.target.id
+                for field in node.body
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and "ClassVar" not in ast.unparse(field.annotation)
             }
             for base in node.bases:
                 inherited = _field_names(module, ast.unparse(base))
@@ -56,10 +56,10 @@ def _field_names(module: str, name: str) -> set[str] | None:
                 names |= inherited
             return names
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(tree):  # those for type checkers too: packages that import lazily name their classes there
-        if isinstance(node, ast.ImportFrom) and name in (alias.asname or alias.name for alias in node.names):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            return _field_names(".".join([*above, *filter(None, [node.module])]), name)
+    for each in ast.walk(tree):  # those for type checkers too: packages that import lazily name their classes there
+        if isinstance(each, ast.ImportFrom) and name in (alias.asname or alias.name for alias in each.names):
+            above = package.split(".")[: len(package.split(".")) - each.level + 1] if each.level else []
+            return _field_names(".".join([*above, *filter(None, [each.module])]), name)
     return None
 
 
