@@ -3,6 +3,7 @@
 
 import copy
 import gzip
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from jai.errors import UserError
 from jai.provenance import read_step
+from jai.trainers import data as data_module
 from jai.trainers import sft
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments
 from jai.trainers.data import CATEGORY, CHOOSING_COLUMNS, LANGUAGE, TrainingData, load_training_data
@@ -298,6 +300,27 @@ def test_a_stream_leaves_out_as_many():
         list(load(name, streaming=True, data={"max_faulty_rows": 1}).train)
 
 
+@pytest.mark.parametrize("module", ["messages_module", "rows_module"])
+def test_what_another_reader_has_read_is_read_again(monkeypatch, module):
+    """The code that reads decides what comes out: after it has changed, what it made before is no longer taken."""
+    fingerprint, made, source = data_module._SourceSplit.fingerprint, [], inspect.getsource
+
+    def recorded(split: Any) -> str:
+        made.append(fingerprint(split))
+        return made[-1]
+
+    def changed(each: Any) -> str:
+        return source(each) + ("#" if each is getattr(data_module, module) else "")
+
+    name = write("rows.jsonl", CHAT)
+    monkeypatch.setattr(data_module._SourceSplit, "fingerprint", recorded)
+    load(name)
+    load(name)
+    monkeypatch.setattr(inspect, "getsource", changed)
+    load(name)
+    assert made[0] == made[1] != made[2]
+
+
 def test_changed_files_are_read_again_and_others_are_not(capfd):
     name = write("rows.jsonl", CHAT)
     assert load(name).rows == 1
@@ -508,6 +531,22 @@ def test_forms_of_pairs_become_trls(form):
     data = load(write("rows.jsonl", row), DPO_TYPES)
     assert contents(data.train) == [expected]
     assert data.conversational == isinstance(expected["chosen"], list)
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content"])
+def test_answers_may_differ_by_a_call_or_a_thought_alone(key):
+    """What both say is the same, and still one is preferred; with the same call or thought they are the same answer."""
+    calls = [[{"type": "function", "function": {"name": name, "arguments": {}}}] for name in ("add", "subtract")]
+    one, other = {"tool_calls": calls, "reasoning_content": ["hm", "so"]}[key]
+    pair = {
+        "prompt": [user("a")],
+        "chosen": [assistant("b", **{key: one})],
+        "rejected": [assistant("b", **{key: other})],
+    }
+    (row,) = load(write("pairs.jsonl", pair), DPO_TYPES).train
+    assert (row["chosen"][0][key], row["rejected"][0][key]) == (one, other)
+    with pytest.raises(UserError, match="`chosen` and `rejected` are the same"):
+        load(write("same.jsonl", {**pair, "rejected": pair["chosen"]}), DPO_TYPES)
 
 
 def test_single_answers_with_labels_are_read():
