@@ -356,7 +356,12 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             )
         for name, module in chosen:
             with torch.device("meta"):
-                model.set_submodule(name, module.in_four_bits(self.quantization_config))
+                experts = module.in_four_bits(self.quantization_config)
+                for matrix in () if self.pre_quantized else _MATRICES:
+                    # What is loaded gets the placeholder's dtype, before it is quantised (transformers up to 5.22).
+                    placeholder = torch.empty(getattr(experts, matrix).shape)
+                    setattr(experts, matrix, nn.Parameter(placeholder, requires_grad=False))
+            model.set_submodule(name, experts)
         _refuse_chosen_implementation(model)
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
@@ -364,6 +369,12 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         if isinstance(module, JaiExperts4bit):
             return name in _MATRICES
         return super().param_needs_quantization(model, param_name, **kwargs)
+
+    def param_element_size(self, model, param_name: str, param: torch.Tensor) -> float:
+        module, name = get_module_from_name(model, param_name)
+        if isinstance(module, JaiExperts4bit) and name in _MATRICES:
+            return 1  # byte, of two weights
+        return super().param_element_size(model, param_name, param)
 
     def get_quantize_ops(self):
         return _Quantize(super().get_quantize_ops())

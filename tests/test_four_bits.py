@@ -27,7 +27,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import jai.kernels.register  # noqa: F401  "jai_fused"
 from jai import JaiForCausalLM, JaiForSequenceClassification
 from jai.modeling_jai import JaiExperts
-from jai.quantization_jai import JaiExperts4bit, JaiFineGrainedFP8HfQuantizer, quantize_matrices
+from jai.quantization_jai import (
+    JaiBnb4BitHfQuantizer,
+    JaiExperts4bit,
+    JaiFineGrainedFP8HfQuantizer,
+    quantize_matrices,
+)
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "block_repeats": [1, 2]}
 INPUT_IDS = torch.arange(5, 25).reshape(2, 10)
@@ -322,6 +327,26 @@ def test_other_models_see_nothing_of_it(whole, tmp_path):
     mixtral.save_pretrained(tmp_path)
     loaded = MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits())
     assert type(loaded.hf_quantizer).__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize("pre_quantized", [False, True])
+def test_devices_are_planned_with_the_bytes_that_experts_take(tiny_model, pre_quantized):
+    """By `device_map="auto"`, and for the memory that is reserved before loading."""
+    with torch.device("meta"):
+        model = tiny_model(**SIZES)
+    quantizer = JaiBnb4BitHfQuantizer(four_bits(), pre_quantized=pre_quantized)
+    quantizer.preprocess_model(model, dtype=torch.float32, device_map={"": "cpu"})
+    experts, name = experts_of(model)[0], "model.layers.0.mlp.experts"
+    sizes = {
+        key: parameter.numel() * quantizer.param_element_size(model, f"{name}.{key}", parameter)
+        for key, parameter in experts.named_parameters()
+    }
+    assert sizes == {
+        "gate_up_proj": 4 * 256 * 64 / 2,
+        "gate_up_absmax": 4 * 256 * 64 / 64 * 4,
+        "down_proj": 4 * 64 * 128 / 2,
+        "down_absmax": 4 * 64 * 128 / 64 * 4,
+    }
 
 
 # Sixteen layers of 28 MB, 450 MB in all, are loaded in four bits or quantised by the verb; says the peak of what the
