@@ -153,6 +153,34 @@ def _multiply(x_S: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | N
     return torch.bmm(x_S.unsqueeze(1), weight).squeeze(1)
 
 
+class Lora4bit(NamedTuple):
+    """LoRA of one matrix of every expert: `scale * b[e] @ a[e]` is added to it.
+
+    Attributes:
+        a_ERC, b_ERR: `(E, rank, C)` and `(E, R, rank)`.
+        scale: usually alpha / rank.
+    """
+
+    a_ERC: torch.Tensor
+    b_ERR: torch.Tensor
+    scale: float
+
+    def prepared(self, dtype: torch.dtype) -> "Lora4bit":
+        """In another type, with rows whose bytes grouped_mm takes: ranks that are a multiple of eight, contiguous."""
+        missing = -self.a_ERC.shape[1] % 8
+        a_ERC, b_ERR = F.pad(self.a_ERC.to(dtype), (0, 0, 0, missing)), F.pad(self.b_ERR.to(dtype), (0, missing))
+        return Lora4bit(a_ERC.contiguous(), b_ERR.contiguous(), self.scale)
+
+    def of(self, experts: torch.Tensor | slice) -> "Lora4bit":
+        """The factors of some experts, by ids or a slice."""
+        return Lora4bit(self.a_ERC[experts], self.b_ERR[experts], self.scale)
+
+    def product(self, x_S: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+        """What is added to the rows' products: two narrow products; of the rows as `_multiply` has it."""
+        inner_S = _multiply(x_S, self.a_ERC.transpose(-2, -1), offsets)
+        return _multiply(inner_S, self.b_ERR.transpose(-2, -1), offsets) * self.scale
+
+
 class JaiExperts4bit(nn.Module):
     """`JaiExperts` with its matrices in four bits; nothing in it is trained.
 
@@ -180,6 +208,7 @@ class JaiExperts4bit(nn.Module):
         self.quant_type: str = quantization.bnb_4bit_quant_type
         self.is_double: bool = quantization.bnb_4bit_use_double_quant
         self.compute_dtype: torch.dtype = quantization.bnb_4bit_compute_dtype
+        self.lora: dict[str, Lora4bit] = {}  # by matrix, while `adapted` runs
         self.shapes: dict[str, tuple[int, int]] = {name: tuple(getattr(experts, name).shape[1:]) for name in _MATRICES}
         for name, (rows, columns) in self.shapes.items():
             if columns % BLOCK:
@@ -220,6 +249,13 @@ class JaiExperts4bit(nn.Module):
         if implementation not in (None, *_OWN):
             refuse_implementation(self, implementation)
             return ALL_EXPERTS_FUNCTIONS[implementation](self, hidden_states, top_k_index, top_k_weights)
+        in_loop = implementation in (None, "eager")
+        return self.compute(hidden_states, top_k_index, top_k_weights, in_loop)
+
+    def compute(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, in_loop: bool
+    ) -> torch.Tensor:
+        """`forward` by bitsandbytes' kernels and torch's, whatever implementation is chosen."""
         tokens, choices = top_k_index.shape
         if tokens == 0:
             return torch.zeros_like(hidden_states)
@@ -228,7 +264,6 @@ class JaiExperts4bit(nn.Module):
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.compute_dtype
         x_S = hidden_states.to(dtype)[order_S // choices]
-        in_loop = implementation in (None, "eager")
         gate, up = self._project("gate_up_proj", x_S, ids_S, in_loop).chunk(2, dim=-1)
         y_S = self._project("down_proj", self.act_fn(gate) * up, ids_S, in_loop)
         y_S = y_S * top_k_weights.reshape(-1)[order_S, None]
@@ -236,22 +271,45 @@ class JaiExperts4bit(nn.Module):
         return y_S[in_order].view(tokens, choices, self.hidden_dim).sum(dim=1).to(hidden_states.dtype)
 
     def _project(self, name: str, x_S: torch.Tensor, ids_S: torch.Tensor, in_loop: bool) -> torch.Tensor:
-        """Each row times its expert's matrix; the ids are sorted."""
-        matrices = self.matrices(name)
+        """Each row times its expert's matrix, and LoRA's beside it; the ids are sorted."""
+        matrices, lora = self.matrices(name), self.lora.get(name)
+        if lora is not None:
+            lora = lora.prepared(x_S.dtype)
         if not in_loop and len(ids_S) <= self.num_experts:
-            return _product(x_S, matrices, ids=ids_S)
+            y_S = _product(x_S, matrices, ids=ids_S)
+            return y_S if lora is None else y_S + lora.of(ids_S).product(x_S)
         experts = torch.arange(self.num_experts, device=ids_S.device)
         ends_E = torch.searchsorted(ids_S, experts, right=True)
         if not in_loop:
-            return _product(x_S, matrices, offsets=ends_E.int())
+            y_S = _product(x_S, matrices, offsets=ends_E.int())
+            return y_S if lora is None else y_S + lora.product(x_S, ends_E.int())
         ends = [0, *ends_E.tolist()]
-        return torch.cat(
-            [
-                _product(x_S[start:end], matrices.of(slice(expert, expert + 1)))
-                for expert, (start, end) in enumerate(pairwise(ends))
-                if start < end
-            ]
-        )
+        parts = []
+        for expert, (start, end) in enumerate(pairwise(ends)):
+            if start < end:
+                x, one = x_S[start:end], slice(expert, expert + 1)
+                y = _product(x, matrices.of(one))
+                parts.append(y if lora is None else y + lora.of(one).product(x))
+        return torch.cat(parts)
+
+    @contextmanager
+    def adapted(self, name: str, lora: "Lora4bit") -> Iterator[None]:
+        """Within it `gate_up_proj` or `down_proj` has this LoRA beside it.
+
+        Raises:
+            ValueError: if the factors do not fit the matrices.
+        """
+        rows, columns = self.shapes[name]
+        rank = lora.a_ERC.shape[1]
+        expected = (self.num_experts, rank, columns), (self.num_experts, rows, rank)
+        given = tuple(lora.a_ERC.shape), tuple(lora.b_ERR.shape)
+        if given != expected:
+            raise ValueError(f"LoRA's factors of {name} are {given}, and its experts need {expected}.")
+        self.lora[name] = lora
+        try:
+            yield
+        finally:
+            del self.lora[name]
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
         """The `JaiExperts` with these weights, as they are after quantisation."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jai.kernels.experts import triton_kernels as experts_kernels
+from jai.kernels.experts.four_bits import NESTED, SCALED
 from jai.kernels.experts.routing import ALIGNMENT, FP8_GROUP
-from jai.kernels.experts.tiles import FOLDER, NARROW_TILE, PRODUCTS, Tile
+from jai.kernels.experts.tiles import FOLDER, FOUR_BIT_DECODING_TILE, FOUR_BIT_TILE, NARROW_TILE, PRODUCTS, Tile
 from jai.kernels.head import triton_kernels as head_kernels
 
 
@@ -125,6 +126,16 @@ def _product(product: str, tile: Tile) -> tuple[Any, dict[str, str], dict[str, o
     return experts_kernels.rows_kernel, types, by_expert | {"NN": not transposed, "ADD": False}
 
 
+def _four_bits(tile: Tile, double: bool, transposed: bool) -> tuple[dict[str, str], dict[str, object]]:
+    types = {"a_RK": "*bf16", "packed": "*u8", "absmax": "*u8" if double else "*fp32", "out_RN": "*bf16"}
+    types |= dict.fromkeys(("nested_absmax", "nested_offset", "nested_code", "code"), "*fp32")
+    types |= {"offsets_E": "*i32", **dict.fromkeys(("rows", "K", "N", "stride_a"), "i32")}
+    constants: dict[str, object] = {"E": EXPERTS, "E_PAD": EXPERTS, "NN": not transposed, "DOUBLE": double}
+    constants |= {"SCALED": SCALED, "NESTED": NESTED, "PRECISION": "ieee", "BLOCK_M": tile.block_m}
+    constants |= {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m}
+    return types, constants
+
+
 def _variant(
     name: str, function: Any, types: dict[str, str], constants: dict[str, object], warps: int, stages: int, targets
 ) -> KernelVariant:
@@ -154,6 +165,16 @@ def experts_variants() -> list[KernelVariant]:
     function, types, constants = _product("weight_gradient", NARROW_TILE)
     name = "experts.lora.weight_gradient"
     found[name] = _variant(name, function, types, constants, NARROW_TILE.num_warps, NARROW_TILE.num_stages, EVERY)
+    for tile, name, transposed in (
+        (FOUR_BIT_DECODING_TILE, "decode", True),
+        (FOUR_BIT_TILE, "nt", True),
+        (FOUR_BIT_TILE, "nn", False),
+    ):
+        for double in (False, True):
+            full_name = f"experts.four_bits.{name}{'.double' if double else ''}"
+            types, constants = _four_bits(tile, double, transposed)
+            function = experts_kernels.rows_of_four_bits_kernel
+            found[full_name] = _variant(full_name, function, types, constants, tile.num_warps, tile.num_stages, EVERY)
     for name, (function, types, constants) in _SMALL.items():
         warps = 8 if name == "swiglu_backward" else 4
         found[name] = _variant(f"experts.{name}", function, types, constants, warps, 3, EVERY)

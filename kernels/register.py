@@ -9,6 +9,7 @@ It serves every model whose experts are SwiGLU with gate and up rows concatenate
 `jai_fused_fp8` keep less for the backward pass (see `save` of `fused_experts`).
 """
 
+import functools
 import importlib.util
 import logging
 import os
@@ -22,6 +23,7 @@ from torch.nn.utils import parametrize
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .experts.four_bits import FourBits
 from .experts.fused import ExpertsLora, Save, fused_experts
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ def why_not(experts: nn.Module, hidden_states: torch.Tensor, save: Save = "x+pre
         return f"{name} stores its matrices transposed"
     if not _is_silu(getattr(experts, "act_fn", None)) or not _has_default_gate(type(experts)):
         return f"{name} has another activation than SwiGLU's silu"
+    if is_in_four_bits(experts):
+        return None
     for matrix in _matrices(experts):
         if isinstance(matrix, DTensor):
             return f"the matrices of {name} are distributed tensors"
@@ -60,6 +64,11 @@ def why_not(experts: nn.Module, hidden_states: torch.Tensor, save: Save = "x+pre
         if matrix.ndim != 3:
             return f"the matrices of {name} have {matrix.ndim} dimensions; the kernels take (experts, rows, columns)"
     return None
+
+
+def is_in_four_bits(experts: nn.Module) -> bool:
+    """Whether they are a JAI's in four bits, of the package or of remote code."""
+    return all(hasattr(experts, name) for name in ("matrices", "compute", "lora", "compute_dtype"))
 
 
 @torch.compiler.assume_constant_result  # torch.compile would put the call into its graph
@@ -138,13 +147,57 @@ def experts_forward(
     reason = why_not(experts, hidden_states, save)
     if reason is not None:
         _warn_once(reason)
+        if is_in_four_bits(experts):
+            return cast(Any, experts).compute(hidden_states, top_k_index, top_k_weights, in_loop=False)
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
     device_type = hidden_states.device.type
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if is_in_four_bits(experts):
+        x = hidden_states.to(autocast or cast(torch.dtype, experts.compute_dtype))
+        out = _compute_in_four_bits(cast(Any, experts), x, top_k_index, top_k_weights, save)
+        return out.to(hidden_states.dtype)
     gate_up, down = _matrices(experts)
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else gate_up.dtype
+    dtype = autocast or gate_up.dtype
     x, gate_up, down = (tensor.to(dtype) for tensor in (hidden_states, gate_up, down))
     out = fused_experts(x, gate_up, down, top_k_index, top_k_weights, save=save, lora=_lora(experts, dtype))
     return out.to(hidden_states.dtype)
+
+
+def _compute_in_four_bits(experts: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, save: Save):
+    matrices = [experts.matrices(name) for name in _MATRIX_NAMES]
+    scales = [
+        [part for part in (m.absmax, m.nested_absmax, m.nested_offset, m.nested_quant_map) if part is not None]
+        for m in matrices
+    ]
+    four_bits = FourBits(_code(experts.quant_type, x.device), *scales)
+    lora = None
+    if experts.lora:
+        factors: list[torch.Tensor] = []
+        strengths: list[float] = []
+        for name, matrix in zip(_MATRIX_NAMES, matrices, strict=True):
+            rows, columns = matrix.shape
+            of_matrix = experts.lora.get(name)
+            if of_matrix is None:
+                a, b, strength = (
+                    x.new_empty(len(matrix.packed), 0, columns),
+                    x.new_empty(len(matrix.packed), rows, 0),
+                    0.0,
+                )
+            else:
+                a, b, strength = of_matrix
+            factors += [a.to(x.dtype), b.to(x.dtype)]
+            strengths.append(strength)
+        up_a, up_b, down_a, down_b = factors
+        lora = ExpertsLora(up_a, up_b, down_a, down_b, *strengths)
+    gate_up, down = (matrix.packed for matrix in matrices)
+    return fused_experts(x, gate_up, down, ids, weights, save=save, lora=lora, four_bits=four_bits)
+
+
+@functools.cache
+def _code(quant_type: str, device: torch.device) -> torch.Tensor:
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(quant_type, device=device)
 
 
 _warned: set[str] = set()
@@ -157,4 +210,6 @@ def _warn_once(reason: str) -> None:
 
 
 for _name, _save in IMPLEMENTATIONS.items():
-    ALL_EXPERTS_FUNCTIONS.register(_name, partial(experts_forward, save=_save))
+    _function = partial(experts_forward, save=_save)
+    cast(Any, _function).reads_four_bits = True  # for the model's file
+    ALL_EXPERTS_FUNCTIONS.register(_name, _function)

@@ -421,13 +421,21 @@ class TestOperators:
         operators = torch.ops.jai_kernels_experts
         lora = random_lora(inputs, 2, 3)
         factors, scales = [factor.detach() for factor in lora[:4]], list(lora[4:])
-        up = (inputs["x_TH"], inputs["gate_up_EFH"], inputs["ids_TK"], True, factors, scales)
+        up = (inputs["x_TH"], inputs["gate_up_EFH"], inputs["ids_TK"], True, factors, scales, [])
         act_RI, pre_RF, *routing = operators.experts_up(*up)
-        down = (act_RI, inputs["down_EHI"], inputs["weights_TK"], *routing, factors, scales)
+        down = (act_RI, inputs["down_EHI"], inputs["weights_TK"], *routing, factors, scales, [])
         torch.library.opcheck(operators.experts_up, up, test_utils=("test_schema", "test_faketensor"))
         torch.library.opcheck(operators.experts_down, down, test_utils=("test_schema", "test_faketensor"))
         backward = (torch.randn_like(inputs["x_TH"]), inputs["x_TH"], inputs["gate_up_EFH"], inputs["down_EHI"])
-        backward += (inputs["weights_TK"], pre_RF, *routing, factors, scales, [True, False, True, True, *[True] * 4])
+        backward += (
+            inputs["weights_TK"],
+            pre_RF,
+            *routing,
+            factors,
+            scales,
+            [],
+            [True, False, True, True, *[True] * 4],
+        )
         torch.library.opcheck(operators.experts_backward, backward, test_utils=("test_schema", "test_faketensor"))
         fp8 = operators.experts_to_fp8(pre_RF)
         torch.library.opcheck(operators.experts_to_fp8, (pre_RF,), test_utils=("test_schema", "test_faketensor"))

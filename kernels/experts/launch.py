@@ -12,8 +12,9 @@ from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_kernels as kernels
+from .four_bits import NESTED, SCALED, Packed
 from .routing import ALIGNMENT, FP8_GROUP, Routing, padded_rows
-from .tiles import FALLBACK_TILE, NARROW_TILE, Tile, choose_tile
+from .tiles import FALLBACK_TILE, NARROW_TILE, Tile, choose_tile, four_bit_tile
 
 BLOCK_ROWS = 8  # of the kernels that only move and weigh rows; divides ALIGNMENT, so a block has one expert
 
@@ -187,17 +188,37 @@ def _launch(tile: Tile) -> dict[str, int]:
 
 
 def rows_by_expert(
-    product: str, a_RK: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor, rows: int, transposed: bool
+    product: str, a_RK: torch.Tensor, b: torch.Tensor | Packed, offsets_E: torch.Tensor, rows: int, transposed: bool
 ) -> torch.Tensor:
     """`a @ b[expert].T` for `b` `(E, N, K)`, or, not `transposed`, `a @ b[expert]` for `(E, K, N)`.
 
     The result has the rows of `a`, padded or not, whose ends are `offsets_E`; `rows` is how many of them are real.
     """
+    if isinstance(b, Packed):
+        return _rows_of_four_bits(a_RK, b, offsets_E, rows, transposed)
     tile = _tile(product, rows, b.shape[0], a_RK, b)
     if tile is None:
         return functional.grouped_mm(a_RK, b.transpose(1, 2) if transposed else b, offs=offsets_E)
     out_RN = a_RK.new_empty((a_RK.shape[0], b.shape[1] if transposed else b.shape[2]))
     _rows_by_expert(tile, a_RK, b, offsets_E, transposed, out_RN)
+    return out_RN
+
+
+def _rows_of_four_bits(
+    a_RK: torch.Tensor, b: Packed, offsets_E: torch.Tensor, rows: int, transposed: bool
+) -> torch.Tensor:
+    num_experts, depth = b.packed_EB.shape[0], a_RK.shape[1]
+    columns = b.other_side(depth)
+    out_RN = a_RK.new_empty((a_RK.shape[0], columns))
+    tile = four_bit_tile(a_RK.device, rows, transposed)
+    absmax, *nested = b.scales
+    tiles = _row_tiles(a_RK.shape[0], num_experts, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    kernels.rows_of_four_bits_kernel[_programs(tile, tiles, a_RK.device)](
+        a_RK, b.packed_EB, absmax, *(nested or [absmax] * 3), b.code, out_RN, offsets_E,
+        a_RK.shape[0], depth, columns, a_RK.stride(0),
+        E=num_experts, E_PAD=_power_of_two(num_experts), NN=not transposed, DOUBLE=bool(nested), SCALED=SCALED,
+        NESTED=NESTED, PRECISION=_precision(a_RK.dtype), **_blocks(tile), **_launch(tile),
+    )  # fmt: skip
     return out_RN
 
 

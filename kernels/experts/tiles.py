@@ -35,6 +35,10 @@ class Tile:
 
 # For LoRA's matrices, on any device: those products are bound by reading and writing the wide side.
 NARROW_TILE = Tile(64, 32, 64, 8, num_warps=4, num_stages=3, persistent=False, tma=False)
+# For matrices in four bits, on any device: chosen without a clock, to compile without spills. Decoding one to eight
+# tokens, of two experts each, is a single tile of rows, so that each chosen expert is read once.
+FOUR_BIT_TILE = Tile(64, 64, 64, 8, num_warps=4, num_stages=3, persistent=False, tma=False)
+FOUR_BIT_DECODING_TILE = Tile(16, 32, 128, 8, num_warps=4, num_stages=3, persistent=False, tma=False)
 # For what the configured tiles do not serve, on any device: they were chosen for 16 bits.
 FALLBACK_TILE = Tile(64, 64, 32, 8, num_warps=4, num_stages=3, persistent=False, tma=False)
 # One program costs 0.1 ms and one step of its loop 2 to 6 ms there.
@@ -69,3 +73,10 @@ def choose_tile(product: str, device: torch.device, rows: int, num_experts: int)
         return INTERPRETER_TILE
     average = -(-rows // num_experts)
     return next(tile for most, tile in _tiles_of(device)[product] if most is None or average <= most)
+
+
+def four_bit_tile(device: torch.device, rows: int, transposed: bool) -> Tile:
+    """The tile for matrices in four bits: one holds all rows where they are few, but in the backward pass."""
+    if device.type != "cuda":
+        return INTERPRETER_TILE
+    return FOUR_BIT_DECODING_TILE if transposed and rows <= FOUR_BIT_DECODING_TILE.block_m else FOUR_BIT_TILE

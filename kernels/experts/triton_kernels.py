@@ -400,6 +400,104 @@ def rows_kernel(
         tl.store(out_block, out.to(out_RN.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _block_of_four_bits(
+    packed,  # two weights a byte, the first in the upper half; rows of all experts one below the other
+    absmax,  # a scale for every SCALED weights in a row; with DOUBLE its code
+    nested_absmax,  # with DOUBLE a scale for every NESTED codes of an expert
+    nested_offset,  # with DOUBLE what is added to an expert's scales
+    nested_code,  # with DOUBLE what the 256 codes mean
+    code,  # what the 16 codes of weights mean, fp32
+    expert,
+    row,  # within the expert
+    column,
+    rows,
+    columns,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    SCALED: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """A (ROWS, COLUMNS) block of an expert's matrix, dequantised as bitsandbytes does; 0 outside of the matrix."""
+    GROUP: tl.constexpr = min(SCALED, COLUMNS)
+    r = row + tl.arange(0, ROWS)
+    first = (tl.cast(expert, tl.int64) * rows + row) * columns
+    near = tl.arange(0, ROWS)[:, None] * columns
+    pair = column // 2 + tl.arange(0, COLUMNS // 2)
+    inside = (r < rows)[:, None] & (pair < columns // 2)[None, :]
+    two = tl.load(packed + first // 2 + near // 2 + pair[None, :], mask=inside, other=0).to(tl.int32)
+    weights = tl.join(tl.load(code + (two >> 4)), tl.load(code + (two & 15)))
+    weights = weights.reshape(ROWS, COLUMNS // GROUP, GROUP)
+    place = (column + tl.arange(0, COLUMNS // GROUP) * GROUP) // SCALED
+    inside = (r < rows)[:, None] & (place < columns // SCALED)[None, :]
+    scale = tl.load(absmax + first // SCALED + near // SCALED + place[None, :], mask=inside, other=0)
+    if DOUBLE:
+        within = (r * (columns // SCALED))[:, None] + place[None, :]
+        nested = expert * tl.cdiv(rows * (columns // SCALED), NESTED) + within // NESTED
+        scale = tl.load(nested_code + scale.to(tl.int32)) * tl.load(nested_absmax + nested, mask=inside, other=0.0)
+        scale = tl.where(inside, scale + tl.load(nested_offset + expert), 0.0)
+    return (weights * scale[:, :, None]).reshape(ROWS, COLUMNS).to(dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rows_of_four_bits_kernel(
+    a_RK,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    nested_code,
+    code,
+    out_RN,
+    offsets_E,  # or the padded ones: `out` has the rows of `a`
+    rows,
+    K,
+    N,
+    stride_a,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    NN: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    SCALED: tl.constexpr,
+    NESTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """`rows_kernel` with matrices in four bits: out = a @ w[expert].T for (N, K), or with NN a @ w[expert] for (K, N).
+
+    Each tile is dequantised on its way to the product: no matrix is ever written in 16 bits.
+    """
+    dtype: tl.constexpr = a_RK.dtype.element_ty
+    starts, ends = _ends(offsets_E, E, E_PAD)
+    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    for tile in tl.range(tl.program_id(0), tl.sum(tiles, axis=0) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        expert, row, end, column = _tile_of(tile, starts, ends, tiles, N, E_PAD, BLOCK_M, BLOCK_N, GROUP_M)
+        out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            a = _block(a_RK, row, k, rows, K, stride_a, BLOCK_M, BLOCK_K, False, False, False)
+            if NN:
+                w = _block_of_four_bits(
+                    packed, absmax, nested_absmax, nested_offset, nested_code, code, expert, k, column, K, N,
+                    dtype, BLOCK_K, BLOCK_N, DOUBLE, SCALED, NESTED,
+                )  # fmt: skip
+                out = tl.dot(a, w, out, input_precision=PRECISION)
+            else:
+                w = _block_of_four_bits(
+                    packed, absmax, nested_absmax, nested_offset, nested_code, code, expert, column, k, N, K,
+                    dtype, BLOCK_N, BLOCK_K, DOUBLE, SCALED, NESTED,
+                )  # fmt: skip
+                out = tl.dot(a, w.T, out, input_precision=PRECISION)
+        r = row + tl.arange(0, BLOCK_M)
+        c = column + tl.arange(0, BLOCK_N)
+        out_block = _pointers(out_RN, row, column, N, BLOCK_M, BLOCK_N)
+        tl.store(out_block, out.to(dtype), mask=(r < end)[:, None] & (c < N)[None, :])
+
+
 @triton.jit(do_not_specialize=["rows"])
 def weight_gradient_kernel(
     a_PM,  # padded rows
