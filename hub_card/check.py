@@ -6,6 +6,7 @@ Of an adapter likewise, on its base model.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from jai.hub_card.adapter import read_adapter
 from jai.hub_card.contents import Contents, Kind, read_contents
 
 _CLEAN_LOAD = Path(__file__).with_name("clean_load.py")
+_RELATIVE_IMPORT = re.compile(r"^from \.(\w+) import", re.MULTILINE)
 _OTHER_JSON = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 _ROUNDINGS = 4  # of the weights' dtype, by which the logits of two processes may differ
 
@@ -92,6 +94,13 @@ def check_files(folder: str | os.PathLike) -> Contents:
             f"{folder} lacks {', '.join(missing)}, which auto_map in its config.json names. Load the model with `jai` "
             "imported and save it again with save_pretrained: that puts the code beside the weights."
         )
+    imported = {f"{name}.py" for module in modules for name in _RELATIVE_IMPORT.findall(_text_of(folder / module))}
+    lost = sorted(imported - contents.kept.keys())
+    if lost:
+        raise UserError(
+            f"{folder} lacks {', '.join(lost)}, which the model's code imports. Load the model with `jai` imported and "
+            "save it again with save_pretrained: that puts the code beside the weights."
+        )
     foreign = sorted({where for where in places if "--" in where})
     if foreign:
         raise UserError(
@@ -114,6 +123,10 @@ def check_files(folder: str | os.PathLike) -> Contents:
             "left of an earlier save; else write the checkpoint again."
         )
     return contents
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def check_checkpoint(

@@ -170,6 +170,7 @@ def an_adapter(folder: Path) -> None:
             "another repository",
         ),
         (lambda f: (f / "modeling_jai.py").unlink(), "lacks modeling_jai.py"),
+        (lambda f: (f / "quantization_jai.py").unlink(), r"lacks quantization_jai\.py, which the model's code imports"),
         (lambda f: (f / "model.safetensors").unlink(), "no safetensors weights"),
         (only_pickles, "[Pp]ickle"),
         (lost_shard, "lacks model-00002-of-00002.safetensors"),

@@ -42,17 +42,19 @@ def run(model: Path, out: Path, **options) -> str:
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "dense"])
-def test_every_weight_is_what_transformers_makes_of_the_whole_model(checkpoints, tmp_path, kind, double):
-    run(checkpoints[kind], tmp_path / "out", double_quant=double, verify=True)
-    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+@pytest.mark.parametrize(
+    ("kind", "to"), [("float32", None), ("bfloat16", None), ("dense", None), ("float32", "bfloat16")]
+)
+def test_every_weight_is_what_transformers_makes_of_the_whole_model(checkpoints, tmp_path, kind, to, double):
+    run(checkpoints[kind], tmp_path / "out", double_quant=double, dtype=to, verify=True)
+    dtype = torch.bfloat16 if "bfloat16" in (kind, to) else torch.float32
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=dtype,
     )
-    expected = AutoModelForCausalLM.from_pretrained(checkpoints[kind], dtype="auto", quantization_config=how)
+    expected = AutoModelForCausalLM.from_pretrained(checkpoints[kind], dtype=dtype, quantization_config=how)
     actual, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not any(loading.values())
     assert actual.config.quantization_config.to_dict() == how.to_dict()
@@ -129,7 +131,7 @@ def test_the_plan_and_the_record(checkpoints, tmp_path):
     step = read_step(tmp_path / "out")
     whole = JaiForCausalLM.from_pretrained(checkpoints["bfloat16"])
     assert step["step"] == "quantize"
-    assert step["options"] == {"quant_type": "nf4", "double_quant": True}
+    assert step["options"] == {"quant_type": "nf4", "double_quant": True, "dtype": "bfloat16"}
     assert step["result"]["parameters"] == whole.num_parameters()
     assert step["versions"]["bitsandbytes"] == bitsandbytes.__version__
     assert {"modeling_jai.py", "quantization_jai.py", "config.json"} <= {p.name for p in (tmp_path / "out").iterdir()}

@@ -6,7 +6,9 @@ weight, and loads by itself.
 """
 
 from importlib import metadata
+from pathlib import Path
 
+import torch
 from packaging import version
 from rich import filesize
 from rich.console import Console
@@ -17,7 +19,6 @@ from transformers import BitsAndBytesConfig
 from jai.configuration_jai import JaiConfig
 from jai.conversion.inputs.config import load_generation_config
 from jai.conversion.inputs.jai import open_jai
-from jai.conversion.inputs.values import dtype_names
 from jai.conversion.output.checkpoint_folder import (
     PlannedCheckpoint,
     checkpoint_folder,
@@ -56,19 +57,24 @@ def quantize(options: QuantizeOptions, *, console: Console | None = None) -> Jai
     if source.is_snapshot:
         raise UserError(f"{source.name} has only FFN weights. Give the whole checkpoint.")
     config = source.config
-    config.dtype = source.dtype
+    dtype = getattr(torch, options.dtype) if options.dtype else source.dtype
+    config.dtype = dtype
     config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=QUANT_TYPE,
         bnb_4bit_use_double_quant=options.double_quant,
-        bnb_4bit_compute_dtype=source.dtype,
+        bnb_4bit_compute_dtype=dtype,
     ).to_dict()
-    plan = plan_quantized_tensors(source.reader, config, double=options.double_quant)
+    plan = plan_quantized_tensors(source.reader, config, dtype, double=options.double_quant)
     checkpoint = PlannedCheckpoint(
         step="quantize",
         out=options.out,
         tensors=plan.tensors,
-        options={"quant_type": QUANT_TYPE, "double_quant": options.double_quant},
+        options={
+            "quant_type": QUANT_TYPE,
+            "double_quant": options.double_quant,
+            "dtype": str(dtype).removeprefix("torch."),
+        },
         inputs=[("model", source)],
         tokenizer=source.folder,
         max_shard_bytes=options.max_shard_size,
@@ -87,9 +93,11 @@ def quantize(options: QuantizeOptions, *, console: Console | None = None) -> Jai
     with checkpoint_folder(checkpoint, verify_bytes=options.verify, console=console) as folder:
         write_beside(folder, config, tokenizer=source.folder, generation=generation)
         copy_code(folder)
-    print_written(
-        console, "JAI in four bits", options.out, ["jai", "generate", options.out, "…"], ["jai", "publish", options.out]
-    )
+    following: list[list[str | Path]] = [
+        ["jai", "generate", options.out, "…"],
+        ["jai", "publish", options.out, "OWNER/NAME"],
+    ]
+    print_written(console, "JAI in four bits", options.out, *following)
     return config
 
 
@@ -113,7 +121,7 @@ def _plan_table(options: QuantizeOptions, checkpoint: PlannedCheckpoint, plan: Q
     for column in ("weights", "size", "bytes a weight"):
         table.add_column(column, justify="right")
     table.add_column("as")
-    whole = " and ".join(dtype_names(t.dtype for t in checkpoint.tensors if t.holds is None))
+    whole = str(checkpoint.options["dtype"])
     for part, (weights, size, is_quantized) in plan.parts.items():
         form = "NF4" if is_quantized else whole
         table.add_row(part, f"{weights:,}", filesize.decimal(size), f"{size / weights:.3f}", form)

@@ -44,10 +44,12 @@ class QuantizedPlan:
     parts: dict[str, tuple[int, int, bool]]
 
 
-def plan_quantized_tensors(reader: CheckpointReader, config: JaiConfig, *, double: bool) -> QuantizedPlan:
-    """Every tensor of the output: experts and linear layers in NF4, all else as it is.
+def plan_quantized_tensors(
+    reader: CheckpointReader, config: JaiConfig, dtype: torch.dtype, *, double: bool
+) -> QuantizedPlan:
+    """Every tensor of the output: experts and linear layers in NF4, all else in `dtype`.
 
-    As in transformers, the head is left whole.
+    As in transformers, weights are rounded to `dtype` before they are quantised, and the head is left whole.
 
     Raises:
         UserError: if the experts have matrices whose columns are no multiple of 64.
@@ -56,11 +58,12 @@ def plan_quantized_tensors(reader: CheckpointReader, config: JaiConfig, *, doubl
     parts: dict[str, tuple[int, int, bool]] = {}
     for name, shape in jai_shapes(config).items():
         if names.is_expert_stack(name):
-            made, part = _expert_tensors(reader, name, shape, double), "experts"
+            made, part = _expert_tensors(reader, name, shape, dtype, double), "experts"
         elif _is_linear(name):
-            made, part = _linear_tensors(reader, name, shape, double), "attention" if "self_attn" in name else "MLPs"
+            made = _linear_tensors(reader, name, shape, dtype, double)
+            part = "attention" if "self_attn" in name else "MLPs"
         else:
-            made = [PlannedTensor(name, shape, reader.dtypes[name], (reader.copied(name),))]
+            made = [PlannedTensor(name, shape, dtype, (reader.cast(name, dtype),))]
             part = "embeddings, head" if name in (names.EMBEDDINGS, names.LM_HEAD) else "norms, routers, …"
         tensors += made
         weights, size, _ = parts.get(part, (0, 0, False))
@@ -82,11 +85,14 @@ class _Matrix:
         name: of the tensor that it is, or is a part of.
         start: the number of its first weight in the tensor.
         count: how many weights it has.
+        dtype: what they are rounded to first.
         double: whether its scales are quantised too.
     """
 
-    def __init__(self, reader: CheckpointReader, name: str, start: int, count: int, double: bool):
-        self.count, self._double = count, double
+    def __init__(
+        self, reader: CheckpointReader, name: str, start: int, count: int, dtype: torch.dtype, *, double: bool
+    ):
+        self.count, self._dtype, self._double = count, dtype, double
         self._reader, self._name, self._start = reader, name, start
         self._statistics: list[torch.Tensor] | None = None
 
@@ -97,7 +103,7 @@ class _Matrix:
         scales = []
         for at in range(0, self.count, _CHUNK):
             values = self._reader.values(self._name, self._start + at, min(_CHUNK, self.count - at))
-            packed, state = quantize_4bit(values, blocksize=BLOCK, quant_type=QUANT_TYPE)
+            packed, state = quantize_4bit(values.to(self._dtype), blocksize=BLOCK, quant_type=QUANT_TYPE)
             scales.append(state.absmax)
             yield packed
         absmax = torch.cat(scales)
@@ -130,7 +136,9 @@ class _Matrix:
         return self.part(length, "scales", make)
 
 
-def _expert_tensors(reader: CheckpointReader, name: str, shape: tuple[int, ...], double: bool) -> list[PlannedTensor]:
+def _expert_tensors(
+    reader: CheckpointReader, name: str, shape: tuple[int, ...], dtype: torch.dtype, double: bool
+) -> list[PlannedTensor]:
     """The parameters of `JaiExperts4bit` for one matrix of all experts."""
     experts, rows, columns = shape
     if columns % BLOCK:
@@ -141,7 +149,7 @@ def _expert_tensors(reader: CheckpointReader, name: str, shape: tuple[int, ...],
         )
     count = rows * columns
     blocks = count // BLOCK
-    matrices = [_Matrix(reader, name, expert * count, count, double) for expert in range(experts)]
+    matrices = [_Matrix(reader, name, expert * count, count, dtype, double=double) for expert in range(experts)]
 
     def tensor(part: str, shape: tuple[int, ...], dtype: torch.dtype, number: int, is_last: bool) -> PlannedTensor:
         length = math.prod(shape) * dtype.itemsize // experts
@@ -163,11 +171,13 @@ def _expert_tensors(reader: CheckpointReader, name: str, shape: tuple[int, ...],
     return made
 
 
-def _linear_tensors(reader: CheckpointReader, name: str, shape: tuple[int, ...], double: bool) -> list[PlannedTensor]:
+def _linear_tensors(
+    reader: CheckpointReader, name: str, shape: tuple[int, ...], dtype: torch.dtype, double: bool
+) -> list[PlannedTensor]:
     """The parts of bitsandbytes' `Linear4bit`."""
     count = math.prod(shape)
     blocks = math.ceil(count / BLOCK)
-    matrix = _Matrix(reader, name, 0, count, double)
+    matrix = _Matrix(reader, name, 0, count, dtype, double=double)
     packed = math.ceil(count / 2)
     scale = torch.uint8 if double else torch.float
     absmax = (matrix.statistic(0, blocks * scale.itemsize, is_last=False),)
@@ -186,7 +196,7 @@ def _linear_tensors(reader: CheckpointReader, name: str, shape: tuple[int, ...],
         ]
 
     def record() -> Iterator[torch.Tensor]:
-        yield _record(shape, reader.dtypes[name], matrix.statistics()[2] if double else None)
+        yield _record(shape, dtype, matrix.statistics()[2] if double else None)
         matrix.release()
 
     part = matrix.part(_RECORD_BYTES, "record", record)
