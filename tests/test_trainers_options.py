@@ -313,17 +313,32 @@ def mixtral() -> MixtralConfig:
 
 
 @pytest.mark.parametrize("kind", ["jai", "mixtral"])
-def test_four_bits_are_refused_where_experts_would_stay(tiny_config, kind):
+def test_bits_are_refused_where_experts_would_stay(tiny_config, kind):
     """The share, counted by hand: all but attention's four matrices, which alone are linear layers (the head stays)."""
     config = tiny_config() if kind == "jai" else mixtral()
     layers, alphas = config.num_hidden_layers, 4 if kind == "jai" else 0
     attention = 32 * (32 + 16 + 16 + 32)
     experts = 4 * 3 * 32 * 48
     total = layers * (attention + experts + 4 * 32 + 2 * 32) + 2 * 99 * 32 + 32 + alphas
+    few = ModelConfig(load_in_8bit=True, use_peft=True) if kind == "jai" else FOUR_BITS
     with pytest.raises(UserError) as error:
-        count(base_model(config), FOUR_BITS)
+        count(base_model(config), few)
     assert f"leave {1 - layers * attention / total:.0%} of base as it is" in str(error.value)
     assert f"the experts ({layers * experts / total:.0%} of the parameters)" in str(error.value)
+
+
+def test_four_bits_of_a_jai_are_counted_with_its_experts(tiny_config):
+    config = tiny_config(hidden_size=64, intermediate_size=128)
+    counted = count(base_model(config), FOUR_BITS)
+    layers, attention, experts = config.num_hidden_layers, 64 * (64 + 32 + 32 + 64), 4 * 3 * 64 * 128
+    assert counted.quantized == layers * (attention + experts)
+    assert counted.quantization == "4 bits (nf4)"
+    double = ModelConfig(load_in_4bit=True, use_bnb_nested_quant=True)
+    assert count(base_model(config), double).quantization == "4 bits (nf4, scales in 8 bits)"
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    stored = count(base_model(config), ModelConfig())
+    assert (stored.quantized, stored.quantization) == (counted.quantized, "4 bits (fp4)")
+    assert count(base_model(config), ModelConfig()).total > counted.quantized
 
 
 @pytest.mark.parametrize("kind", ["jai", "phi3"])

@@ -261,10 +261,9 @@ def _weights(arguments: StageArguments, parameters: TrainedParameters) -> str:
     autocast = ", autocast to bf16" if training.bf16 else ", autocast to fp16" if training.fp16 else ""
     if not parameters.quantized:
         return f"weights in {model.dtype}{autocast}"
-    bits = f"4 bits ({model.bnb_4bit_quant_type})" if model.load_in_4bit else "8 bits"
     share = parameters.quantized / parameters.total
     return (
-        f"{parameters.quantized:,} weights ({share:.0%}, the linear layers but the head) in {bits}, the rest in "
+        f"{parameters.quantized:,} weights ({share:.0%}) in {parameters.quantization}, the rest in "
         f"{model.dtype}{autocast}"
     )
 

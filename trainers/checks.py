@@ -245,12 +245,32 @@ def check_partial_training(arguments: StageArguments, partial: Collection[str]) 
         )
 
 
+def _check_quantized_checkpoint(arguments: StageArguments, config: PreTrainedConfig) -> None:
+    """Of a checkpoint whose weights are quantised, only what is beside them can be trained."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    what = f"The checkpoint's weights are quantised ({stored.get('quant_method', 'unknown')})"
+    model = arguments.model
+    if not model.use_peft:
+        raise UserError(f"{what}, and cannot be trained. Set `use_peft: true`, or give the checkpoint in 16 bits.")
+    if arguments.jai.merge_adapter:
+        raise UserError(
+            f"{what}, and an adapter cannot be merged into them. Leave `merge_adapter` out, and merge into the "
+            "checkpoint in 16 bits afterwards: jai merge-adapter ADAPTER OUT --base CKPT"
+        )
+    if model.load_in_8bit or (model.load_in_4bit and not stored.get("load_in_4bit")):
+        raise UserError(f"{what}, and cannot be quantised again. Leave `load_in_4bit` and `load_in_8bit` out.")
+
+
 def check_options_with_model(arguments: StageArguments, config: PreTrainedConfig) -> None:
     """Refuse options that TRL would drop for this model in silence.
 
     Raises:
         UserError: naming the options.
     """
+    _check_quantized_checkpoint(arguments, config)
     training = arguments.training
     if training.label_smoothing_factor == 0:
         return

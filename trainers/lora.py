@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_peft_config
 
 from jai.errors import UserError
+from jai.trainers.expert_lora import adapting_four_bits
 from jai.trainers.parts import ALL, EMBEDDINGS, TASK_HEAD, TrainableParts, part_kinds, without_layer
 
 
@@ -74,6 +75,7 @@ def lora_config(model_args: ModelConfig, parts: TrainableParts, model: PreTraine
     _check_experts(model_args)
     whole = [*(model_args.lora_modules_to_save or []), *targets.whole_modules]
     config = cast(LoraConfig, get_peft_config(replace(model_args, lora_modules_to_save=whole or None)))
+    adapting_four_bits(config)
     config.trainable_token_indices = targets.rows or None
     return config
 

@@ -63,6 +63,10 @@ class JaiTrainerMixin(Trainer):
     ):
         super().__init__(*args, **kwargs)
         model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes would pack the layer in an evaluation, and warn alone of the wrong gradients after it.
+                cast(Any, module).support_avx512bf16_for_cpu = False
         self._trained = TrainedModel() if parts is None else train_parts(model, parts)
         if self._trained.alphas:
             alphas_follow_adapter(cast(PeftModel, model), self._trained)

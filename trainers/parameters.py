@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from trl import ModelConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from trl import ModelConfig, get_quantization_config
 
 from jai.errors import UserError
+from jai.modeling_jai import JaiExperts
 from jai.trainers.base_model import BaseModel
 from jai.trainers.parts import EMBEDDINGS, NEW_ROWS, TrainableParts, count_entries, kind_of, part_kinds, without_layer
 from jai.trainers.trainable import train_parts
@@ -45,13 +46,15 @@ class TrainedParameters:
     Attributes:
         total: all, adapters included.
         trained: those that training changes.
-        quantized: those that `load_in_4bit` or `load_in_8bit` stores in fewer bits; 0 without them.
+        quantized: those that are stored in fewer bits; 0 in a model in full.
+        quantization: how, as in "4 bits (nf4)".
         kinds: the same by kind.
     """
 
     total: int
     trained: int
     quantized: int
+    quantization: str
     kinds: tuple[KindCount, ...]
 
 
@@ -110,7 +113,8 @@ def count_trained_parameters(
         KindCount(kind, total, trained[kind], kind in by_lora, kind in are_partial) for kind, total in totals.items()
     )
     total = sum(parameter.numel() for parameter in prepared.parameters())
-    return TrainedParameters(total, trained.total(), quantized, kinds)
+    how = quantization_of(base.config, model_args)
+    return TrainedParameters(total, trained.total(), quantized, "" if how is None else _described(how), kinds)
 
 
 def _count_kinds(model: PreTrainedModel, parts: TrainableParts) -> dict[str, int]:
@@ -125,22 +129,56 @@ def _count_kinds(model: PreTrainedModel, parts: TrainableParts) -> dict[str, int
     return totals
 
 
+def quantization_of(config: PreTrainedConfig, model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """How the model is quantised: as its checkpoint is, or as the options ask; None where it is not, by bitsandbytes.
+
+    Args:
+        config: the checkpoint's.
+        model_args: TRL's.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return get_quantization_config(model_args)
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    return BitsAndBytesConfig.from_dict(stored) if stored.get("quant_method") == "bitsandbytes" else None
+
+
+def _described(how: BitsAndBytesConfig) -> str:
+    if not how.load_in_4bit:
+        return "8 bits"
+    double = ", scales in 8 bits" if how.bnb_4bit_use_double_quant else ""
+    return f"4 bits ({how.bnb_4bit_quant_type}{double})"
+
+
 def _count_quantized(model: PreTrainedModel, base: BaseModel, model_args: ModelConfig) -> int:
-    """Parameters that bitsandbytes quantises: the weights of linear layers but the head's."""
-    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+    """Parameters that are quantised: the weights of linear layers but the head's, and a JAI's experts in four bits."""
+    how = quantization_of(base.config, model_args)
+    if how is None:
         return 0
-    option = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
+    option = "load_in_4bit" if how.load_in_4bit else "load_in_8bit"
     total = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     quantized = sum(
         module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear) and module is not head
     )
     experts = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 3)
-    if experts:
+    if experts and how.load_in_4bit and base.is_jai:
+        with torch.device("meta"):
+            for module in model.modules():
+                if isinstance(module, JaiExperts):
+                    try:
+                        module.in_four_bits(how)
+                    except ValueError as error:
+                        raise UserError(str(error)) from None
+        return quantized + experts
+    if experts and getattr(base.config, "quantization_config", None) is None:
+        advice = "load in bfloat16 (`dtype: bfloat16`)"
+        if base.is_jai:
+            advice = f"set `load_in_4bit: true`, which takes the experts along, or {advice}"
         raise UserError(
             f"`{option}` is on, but it would leave {1 - quantized / total:.0%} of {base.name} as it is: bitsandbytes "
             f"quantises linear layers, and the experts ({experts / total:.0%} of the parameters) are 3-D parameters. "
-            f"Leave `{option}` out and load in bfloat16 (`dtype: bfloat16`); dense models can be quantised."
+            f"Leave `{option}` out and {advice}."
         )
     return quantized
 

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages on four bits, from their options: the same as on the dequantised weights, and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from json_lines import write_rows
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_four_bits import SIZES, four_bits
+from test_trainers import arguments, chat, log_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jai.errors import UserError
+from jai.provenance import read_step
+from jai.trainers import dpo, grpo, reward, sft
+
+FOUR_BITS = {
+    "load_in_4bit": True,
+    "use_peft": True,
+    "lora_r": 4,
+    "dtype": "float32",
+    "learning_rate": 0.02,
+    "router_aux_loss_coef": 0,
+    "max_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_checkpoint) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def dequantized(checkpoint, tmp_path_factory) -> Path:
+    """The checkpoint with the weights that it has in four bits, in full."""
+    folder = tmp_path_factory.mktemp("dequantized")
+    how = four_bits(bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=how).dequantize().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized")
+    AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=four_bits()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory, sentences) -> Path:
+    rows = [{"messages": chat(text, f"{text[:9]} {i}")} for i, text in enumerate(sentences)]
+    return write_rows(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory, sentences) -> Path:
+    rows = [
+        {
+            "prompt": chat(text[:12]),
+            "chosen": [{"role": "assistant", "content": f"yes {i}"}],
+            "rejected": [{"role": "assistant", "content": f"no {i}"}],
+        }
+        for i, text in enumerate(sentences)
+    ]
+    return write_rows(tmp_path_factory.mktemp("data") / "preferences.jsonl", rows)
+
+
+def losses(out: Path) -> list[float]:
+    return [log["loss"] for log in log_of(out)]
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+class TestStages:
+    @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+    def test_sft_loses_what_it_does_on_the_dequantised_weights(
+        self, checkpoint, dequantized, chats, implementation, capsys
+    ):
+        options = {**FOUR_BITS, "experts_implementation": implementation}
+        out = sft.main(arguments(checkpoint, chats, "four", **options))
+        plan = " ".join(capsys.readouterr().out.split())
+        assert "in 4 bits (nf4), the rest in float32" in plan
+        assert "experts (or MLP)" in plan
+        expected = sft.main(arguments(dequantized, chats, "whole", **{**options, "load_in_4bit": False}))
+        # TRL holds LoRA in bf16 beside quantised weights, and in fp32 beside others.
+        assert losses(out) == pytest.approx(losses(expected), rel=0.02)
+        assert losses(out)[0] == pytest.approx(losses(expected)[0], rel=1e-4)
+        assert losses(out)[-1] < losses(out)[0] - 0.05
+        stored = load_file(out / "adapter_model.safetensors")
+        kinds = {
+            kind for kind in ("self_attn", "experts", "gate", "skip_alpha") if any(kind in name for name in stored)
+        }
+        assert kinds == {"self_attn", "experts", "gate", "skip_alpha"}
+        model = AutoModelForCausalLM.from_pretrained(dequantized)
+        ids = torch.arange(3, 40)[None]
+        before = model(ids).logits
+        assert (PeftModel.from_pretrained(model, out)(ids).logits - before).abs().max() > 0.01
+
+    def test_dpo_loses_what_it_does_on_the_dequantised_weights(self, checkpoint, dequantized, preferences):
+        out = dpo.main(arguments(checkpoint, preferences, "four", **FOUR_BITS))
+        expected = dpo.main(arguments(dequantized, preferences, "whole", **{**FOUR_BITS, "load_in_4bit": False}))
+        assert losses(out) == pytest.approx(losses(expected), abs=0.02)
+        assert losses(out)[0] == pytest.approx(0.6931, abs=1e-3)
+        assert losses(out)[-1] < 0.68
+
+    def test_a_checkpoint_in_four_bits_trains_as_it_is_and_resumes(self, quantized, checkpoint, chats, capsys):
+        options = {**FOUR_BITS, "load_in_4bit": False, "save_strategy": "steps", "save_steps": 2}
+        out = sft.main(arguments(quantized, chats, "run", **options))
+        assert "in 4 bits (nf4)" in " ".join(capsys.readouterr().out.split())
+        assert losses(out) == pytest.approx(
+            losses(sft.main(arguments(checkpoint, chats, "asked", **FOUR_BITS))), rel=1e-4
+        )
+        again = sft.main(
+            arguments(quantized, chats, "run", **options, resume_from_checkpoint="run/checkpoint-2", seed=42)
+        )
+        assert losses(again) == pytest.approx(losses(out), rel=1e-4)
+        assert read_step(out)["options"].get("load_in_4bit") in (None, False)
+
+    def test_an_evaluation_before_training_changes_nothing(self, checkpoint, chats, tmp_path):
+        """On some processors bitsandbytes packs linear layers in it, which then have other gradients."""
+        expected = sft.main(arguments(checkpoint, chats, "without", **FOUR_BITS))
+        data = tmp_path / "data"
+        data.mkdir()
+        for split in ("train", "test"):
+            shutil.copyfile(chats, data / f"{split}.jsonl")
+        evaluated = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1}
+        out = sft.main(arguments(checkpoint, data, "with", **FOUR_BITS, **evaluated))
+        assert losses(out) == pytest.approx(losses(expected), rel=1e-5)
+
+    def test_grpo(self, checkpoint, tmp_path, sentences):
+        rows = [{"prompt": chat(text[:12]), "answer": "7"} for text in sentences]
+        prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+        options = {
+            **FOUR_BITS,
+            "max_steps": 1,
+            "rewards": "repetition",
+            "num_generations": 4,
+            "max_completion_length": 4,
+        }
+        out = grpo.main(arguments(checkpoint, prompts, "grpo", **options))
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= {file.name for file in out.iterdir()}
+
+    @pytest.mark.parametrize("scales", [False, True])
+    def test_reward_with_double_quantisation(self, checkpoint, preferences, scales):
+        options = {**FOUR_BITS, "use_bnb_nested_quant": scales, "gradient_checkpointing": scales}
+        out = reward.main(arguments(checkpoint, preferences, f"reward-{scales}", **options))
+        assert losses(out)[-1] < losses(out)[0]
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        (
+            "checkpoint",
+            {"load_in_8bit": True, "load_in_4bit": False},
+            r"`load_in_8bit` is on, but.*`load_in_4bit: true`",
+        ),
+        ("checkpoint", {"lora_dropout": 0.1}, r"`lora_dropout` is 0.1, which PEFT cannot do on experts"),
+        ("checkpoint", {"use_peft": False}, r"quantised weights cannot be trained. Set `use_peft: true`"),
+        ("quantized", {"use_peft": False, "load_in_4bit": False}, r"weights are quantised.*Set `use_peft: true`"),
+        ("quantized", {"merge_adapter": True}, r"cannot be merged into them.*jai merge-adapter"),
+        ("quantized", {"load_in_4bit": False, "load_in_8bit": True}, r"cannot be quantised again"),
+        ("odd", {}, r"`intermediate_size` is 96.*multiple of 64"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_weights_are_read(
+    base, options, message, checkpoint, quantized, chats, tiny_checkpoint, tmp_path
+):
+    folder = {"checkpoint": checkpoint, "quantized": quantized, "odd": tmp_path / "odd"}[base]
+    if base == "odd":
+        tiny_checkpoint(folder, **{**SIZES, "intermediate_size": 96})
+    with pytest.raises(UserError, match=message):
+        sft.main(arguments(folder, chats, "out", **{**FOUR_BITS, **options}))
+    assert not Path("out").exists()
