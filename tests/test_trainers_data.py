@@ -533,6 +533,24 @@ def test_forms_of_pairs_become_trls(form):
     assert data.conversational == isinstance(expected["chosen"], list)
 
 
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_turn_may_stand_in_a_column(column):
+    """Of chats, pairs and prompts; a turn that is there already stands, and a blank one is none."""
+    system = {"role": "system", "content": "Be brief."}
+    for row, types, read in (
+        ({"conversations": [user("a"), assistant("b")]}, SFT_TYPES, "messages"),
+        ({"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}, DPO_TYPES, "prompt"),
+        ({"question": "a"}, (DatasetType.PROMPT,), "prompt"),
+    ):
+        (given,) = load(write("rows.jsonl", {**row, column: "Be brief."}), types).train
+        assert given[read][:2] == [system, user("a")]
+        (blank,) = load(write("rows.jsonl", {**row, column: " "}), types).train
+        assert blank[read][0] == user("a")
+    chat = {"messages": [{"role": "system", "content": "mine"}, user("a"), assistant("b")], column: "Be brief."}
+    (own,) = load(write("rows.jsonl", chat)).train
+    assert [message["content"] for message in own["messages"]] == ["mine", "a", "b"]
+
+
 @pytest.mark.parametrize("key", ["tool_calls", "reasoning_content"])
 def test_answers_may_differ_by_a_call_or_a_thought_alone(key):
     """What both say is the same, and still one is preferred; with the same call or thought they are the same answer."""
