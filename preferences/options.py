@@ -111,6 +111,11 @@ class PairsOptions(AnsweringOptions, JudgeOptions):
             self.check_judge()
         elif self.judge_url or self.judge_model:
             raise UserError(f"There is no judge in --by {self.by}, but --judge-url or --judge-model is given.")
+        elif self.repeats != 1:
+            raise UserError(
+                f"There is no judge in --by {self.by}, and --repeats is how often one judges. Leave it out."
+            )
+        _check_language(self.by, self.language)
         if self.candidates == 1 and self.off_policy is None:
             raise UserError("One answer makes no pair. Give --candidates 2 or more, or --off-policy.")
 
@@ -155,6 +160,14 @@ class DifficultyOptions(AnsweringOptions):
         """
         check_is_file(self.prompts, "Give a file of prompts.")
         self.check_answering()
+        _check_language(self.by, self.language)
+
+
+def _check_language(by: str, language: str) -> None:
+    if by != "checks" and language != "th":
+        raise UserError(
+            f"--language does nothing with --by {by}: it is of instructions that are checked. Leave it out."
+        )
 
 
 @dataclass(kw_only=True)

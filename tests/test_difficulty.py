@@ -157,6 +157,8 @@ def test_bad_input(problems, tmp_path):
         assert not (tmp_path / "out").exists()
         with pytest.raises(UserError, match=re.escape("No prompt is left;")):
             run(problems, tmp_path / "out", model, min_pass_rate=0.3, max_pass_rate=0.4)
+        with pytest.raises(UserError, match="--language does nothing with --by answers"):
+            run(problems, tmp_path / "other", model, language="en")
     with pytest.raises(UserError, match=r"--min-pass-rate is 0\.5, and --max-pass-rate 0\.4"):
         DifficultyOptions(prompts=problems, out=tmp_path, model="m", min_pass_rate=0.5, max_pass_rate=0.4)
 

@@ -490,6 +490,8 @@ def test_a_classifier_is_no_reward_model(tiny_config, tiny_tokenizer, tmp_path):
         ({}, "--judge-url is not given"),
         ({"by": "checks", "judge_url": "http://h/v1"}, "There is no judge in --by checks"),
         ({"by": "checks", "candidates": 1}, "One answer makes no pair"),
+        ({"by": "checks", "repeats": 2}, "--repeats is how often one judges"),
+        ({"by": "reward", "reward_model": "x", "language": "en"}, "--language does nothing with --by reward"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
