@@ -441,6 +441,10 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         for module in model.modules():
             if isinstance(module, JaiExperts4bit):
                 module.requires_grad_(False)  # loading makes every parameter of floating point trainable
+            elif hasattr(module, "support_avx512bf16_for_cpu"):
+                # In evaluation mode on such CPUs, bitsandbytes 0.50 packs a linear layer's weights and rounds its
+                # scales. Saved after that they are others, and training has wrong gradients, without an error.
+                module.support_avx512bf16_for_cpu = False
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def _dequantize(self, model, dtype=None):
