@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from jai.cli.verb import PlainGroup, verb
+from jai.errors import UserError
 from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.options import CompareOptions, ContaminationOptions, EvalOptions, LanguageOptions
 from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
@@ -23,6 +24,21 @@ class _EvalGroup(PlainGroup):
         if args and args[0] not in (*self.commands, "--help"):
             args = [_MEASURE, *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        _refuse_several_processes()
+        return super().invoke(ctx)
+
+
+def _refuse_several_processes() -> None:
+    """Refuse a launcher's processes: each would measure all, and all but one would find the run's folder taken."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdecimal() and int(count) > 1:
+        raise UserError(
+            f"`jai eval` runs in one process, and a launcher has started {count} (WORLD_SIZE). Start it without the "
+            "launcher: --parallelize spreads a model over all GPUs, and runs with other suites may go side by side, "
+            "each with its --device and --out."
+        )
 
 
 app = typer.Typer(cls=_EvalGroup, no_args_is_help=True, help="Measure checkpoints; jai eval CKPT is jai eval run CKPT.")
@@ -91,7 +107,8 @@ def pairwise(options: PairwiseOptions) -> None:
 def language(options: LanguageOptions) -> None:
     """Language accuracy and think accuracy of files of replies.
 
-    What they are is defined in docs/evaluation.md."""
+    What they are is defined in docs/evaluation.md. With --out, the figures are kept as a run."""
+    options.check()
     from jai.evaluation.generations import report_language
 
     report_language(options)

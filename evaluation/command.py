@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jai eval CKPT`: measure suites on a model, and keep what comes."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def evaluate_suites(
                 f"The suite {suite.name} runs programs that the model writes. Allow it with --allow-code-execution, on "
                 "a machine that has nothing to lose."
             )
+    if any(isinstance(suite, Suite) and suite.runs_code for suite in suites):
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # else the metric of lm-eval's HumanEval and MBPP runs nothing
     if any(isinstance(suite, JudgedSuite) or suite.chat for suite in suites):
         check_chat_template(options)
     conditions = {

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jai.errors import UserError
 from jai.evaluation.instructions.scoring import instruction_row
+from jai.evaluation.programs import check_program_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,6 +124,13 @@ def _known_files() -> dict[DataSource, KnownFile]:
                 f"mgsm_{language}", ("question", "answer"), _mgsm_row
             ),
         }
+    program = ("question_content", "starter_code", "public_test_cases", "private_test_cases", "metadata")
+    known[DataSource("hf://datasets/livecodebench/code_generation_lite/test.jsonl", None, "test")] = KnownFile(
+        "livecodebench_en", program, check_program_row
+    )
+    known[DataSource("iapp/code_generation_lite-th", None, "test")] = KnownFile(
+        "livecodebench_th", program, check_program_row
+    )
     known[DataSource("aisingapore/Instruction-Following-IFEval", None, "th")] = KnownFile(
         "ifeval_th", ("id", "prompts", "metadata", "kwargs"), partial(_instruction_row, "th")
     )

@@ -11,7 +11,7 @@ letters. Code, formulae, addresses and quoted foreign names belong to no languag
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, get_args
@@ -152,7 +152,11 @@ class FormCounts:
 
 def count_form_faults(replies: Iterable[str], language: str) -> FormCounts:
     """Count the faults of language and of thinking in replies."""
-    faults = [(language_fault(text, language), think_fault(text)) for text in replies]
+    return form_counts([(language_fault(text, language), think_fault(text)) for text in replies])
+
+
+def form_counts(faults: Sequence[tuple[LanguageFault | None, ThinkFault | None]]) -> FormCounts:
+    """Counts of the faults that were found in each reply."""
     return FormCounts(
         len(faults),
         Counter(fault for fault, _ in faults if fault is not None),

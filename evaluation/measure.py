@@ -119,10 +119,12 @@ def _measure_task(
     model.too_long.clear()
     _fit_answers(task, model, run)
     name = task.task_name
+    asked = _first_of_each_length(suite, task, limit)
     results = evaluate(
         lm=model,
         task_dict={"tasks": {name: task}},
-        limit=limit,
+        limit=limit if asked is None else None,
+        samples=None if asked is None else {name: asked},
         bootstrap_iters=0,
         apply_chat_template=suite.chat,
         fewshot_as_multiturn=suite.chat,
@@ -142,11 +144,22 @@ def _measure_task(
         _check_mean(items, row.scale, name, metric, results["results"][name].get(f"{metric},{reading}"))
         run.add(items)
     if count := model.too_long[name]:
-        _note(run, f"{name}: {count} requests are longer than the model takes, and lost their beginning.")
+        _note(run, f"{name}: requests that are longer than the model takes and lost their beginning: {count}.")
     if row.task == name:  # the tasks of a group may each take their part of the same data
         _note_left_out(task, run)
     higher = results["higher_is_better"].get(name, {})
     return {(name, metric): higher.get(metric) is not False for metric in row.metrics}
+
+
+def _first_of_each_length(suite: Suite, task: "Task", limit: int | None) -> list[int] | None:
+    """Numbers of the questions that a limit leaves of a task of long contexts, whose questions come by their lengths;
+    None for other tasks, of which lm-eval itself takes the first."""
+    if limit is None or "max_seq_lengths" not in (suite.metadata or {}):
+        return None
+    numbers: dict[int, list[int]] = {}
+    for number, doc in enumerate(task.eval_docs):
+        numbers.setdefault(doc["max_length"], []).append(number)
+    return sorted(number for of_length in numbers.values() for number in of_length[:limit])
 
 
 def _fit_answers(task: "Task", model: KeptAnswers, run: EvaluationRun) -> None:

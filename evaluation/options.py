@@ -50,7 +50,9 @@ class EvalOptions(JudgeOptions):
         metavar="DIR",
         shown_default="eval/ and the checkpoint's name",
     )
-    limit: int | None = option(None, help="Measure only the first questions of each task.", at_least=1)
+    limit: int | None = option(
+        None, help="Measure only the first questions of each task; of long contexts, of each length.", at_least=1
+    )
     data: Path | None = option(
         None,
         help="Folder with data sets as JSON Lines, used in place of the Hub's (docs/evaluation.md says which names).",
@@ -132,9 +134,24 @@ class LanguageOptions:
         metavar="NAME",
         shown_default="the first that is usual, such as response, completion or messages",
     )
+    out: Path | None = option(
+        None, help="Folder for a run with the figures of one file, which `jai eval compare` takes.", metavar="DIR"
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
+
+    def check(self) -> None:
+        """Refuse what cannot be done, before anything heavy is imported.
+
+        Raises:
+            UserError: for a run of several files.
+        """
+        if self.out is not None and len(self.files) > 1:
+            raise UserError(
+                f"--out {self.out} takes the figures of one file, and {len(self.files)} are given. Give each file a "
+                "run of its own."
+            )
 
 
 @dataclass(kw_only=True)

@@ -251,3 +251,29 @@ def _mmlu_prox_row(number: int, category: str) -> dict:
         "category": category,
         "cot_content": f"คิด คำตอบคือ ({LETTERS[right]})",
     }
+
+
+# The metric of lm-eval's HumanEval and MBPP, which `evaluate` downloads. A folder of this name where a process works
+# stands in for it: the same interface and, as the original, nothing without HF_ALLOW_CODE_EVAL.
+CODE_EVAL = """
+import os
+import subprocess
+import sys
+import datasets
+import evaluate
+
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        features = {"predictions": datasets.Sequence(datasets.Value("string")), "references": datasets.Value("string")}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(features))
+
+    def _compute(self, predictions, references, k=(1,)):
+        if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+            raise ValueError("set HF_ALLOW_CODE_EVAL to 1")
+        passed = [
+            subprocess.run([sys.executable, "-I", "-c", f"{program}\\n{test}"], capture_output=True).returncode == 0
+            for programs, test in zip(predictions, references)
+            for program in programs
+        ]
+        return {"pass@1": sum(passed) / len(passed)}, passed
+"""

@@ -39,13 +39,23 @@ from jai.evaluation.suites import JudgedSuite, Suite, read_suite, suite_names
 from jai.evaluation.tasks import TASKS_FOLDER, TaskLoader
 from jai.hub_card.evaluation import Evaluation, Score, read_evaluation, record_run, write_evaluation
 
-# The others of lm-eval's tasks: RULER downloads its texts, and the tests of programs come from the Hub with their code.
-NEED_NETWORK = {"code", "ruler"}
-# test_evaluation_generation.py and test_evaluation_consistency.py have them.
-WRITTEN_ANSWERS = {"consistency", "ifeval-en", "ifeval-th", "mgsm", "reasoning"}
-LM_EVAL_SUITES = [
-    name for name in suite_names() if isinstance(read_suite(name), Suite) and name not in NEED_NETWORK | WRITTEN_ANSWERS
-]
+# Suites that are shown to tell right from wrong elsewhere; all others are here. lm-eval's own RULER alone is nowhere:
+# it downloads its texts, and its checks are lm-eval's.
+SHOWN_BY = {
+    "code": "test_evaluation_verb.py",
+    "consistency": "test_evaluation_consistency.py",
+    "hall-bench": "test_judged_command.py",
+    "hall-bench-298": "test_judged_command.py",
+    "hall-bench-small": "test_judged_command.py",
+    "ifeval-en": "test_evaluation_generation.py",
+    "ifeval-th": "test_evaluation_generation.py",
+    "livecodebench": "test_programs.py",
+    "mgsm": "test_evaluation_generation.py",
+    "mt-bench-en": "test_judged_command.py",
+    "mt-bench-th": "test_judged_command.py",
+    "reasoning": "test_evaluation_generation.py",
+}
+LM_EVAL_SUITES = [name for name in suite_names() if name not in SHOWN_BY and name != "ruler"]
 
 
 SLOW = {"eng-h6-leaderboard", "eng-h6-trillion", "ruler-en", "thai-knowledge"}  # 57 subjects of MMLU, and 14
@@ -129,6 +139,12 @@ def test_a_model_that_knows_some_answers_gets_that_score(plan_of, tmp_path, name
         assert figure.low <= figure.value <= figure.high
 
 
+@pytest.mark.parametrize(("name", "file"), SHOWN_BY.items())
+def test_every_other_suite_is_shown_where_the_table_says(name, file):
+    assert f'"{name}"' in (Path(__file__).parent / file).read_text(encoding="utf-8")
+    assert name in suite_names()
+
+
 def six_scores():
     return [
         -(-ITEMS[name] // 2) / ITEMS[name] for name in ("arc", "hellaswag", "mmlu", "truthfulqa", "winogrande", "gsm8k")
@@ -183,6 +199,14 @@ def test_a_figure_for_each_length_beside_the_mean(plan_of, tmp_path):
     for name in [*(f"{length} tokens" for length in LENGTHS.values()), "mean"]:
         assert figure_of(run, name).value == pytest.approx(0.5)
     assert figure_of(run, "mean").items == 4 * figure_of(run, "1536 tokens").items == 4 * 6 * 2
+
+
+def test_a_limit_takes_questions_of_each_length(plan_of, tmp_path):
+    whole = measure(plan_of("ruler-th"), Knows(), tmp_path / "whole")
+    some = measure(plan_of("ruler-th"), Knows(), tmp_path / "some", limit=1)
+    assert len(some.items) == len(whole.items) / 2 == 6 * 4
+    for key, item in some.items.items():
+        assert whole.items[key].texts["expected"] == item.texts["expected"]
 
 
 # --- Agreement with lm-eval ---
@@ -464,7 +488,10 @@ def test_rows_that_are_left_out_are_counted(plan_of, tmp_path):
 def test_what_is_too_long_is_counted_or_refused(lm, plan_of, tmp_path):
     short = PrefixSharingLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=8, backend="causal", max_length=128)
     run = measure(plan_of("thai-exam"), short, tmp_path / "run", limit=1)
-    assert "thai_exam_onet: 5 requests are longer than the model takes, and lost their beginning." in run.results.notes
+    assert (
+        "thai_exam_onet: requests that are longer than the model takes and lost their beginning: 5."
+        in run.results.notes
+    )
     with pytest.raises(UserError, match="xquad_th lets the model write 256 tokens, and the model takes 128"):
         measure(plan_of("thai-nlu"), short, tmp_path / "nlu", limit=1)
 

@@ -50,7 +50,7 @@ class KnowingModel(LM):
         raise NotImplementedError
 
     def generate_until(self, requests, **_):
-        self.longest_answers |= {each.args[1]["max_gen_toks"] for each in requests}
+        self.longest_answers |= {each.args[1]["max_gen_toks"] for each in requests if "max_gen_toks" in each.args[1]}
         return [next(reply for text, reply in self.replies.items() if text in each.args[0]) for each in requests]
 
 

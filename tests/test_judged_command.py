@@ -215,6 +215,36 @@ def test_options_reach_the_judge(data, tmp_path):
     assert {item.score for item in items if item.metric == "agreement"} == {1.0}
 
 
+RIGHT, WRONG = "เขารู้", "เขาไม่ทราบ"
+
+
+@pytest.mark.parametrize("known", [{"0", "2"}, {"0", "1", "2"}, set()], ids=["some", "oracle", "negation"])
+@pytest.mark.parametrize("suite", ["hall-bench", "hall-bench-298", "hall-bench-small", "mt-bench-en", "mt-bench-th"])
+def test_a_model_that_knows_some_answers_gets_that_score(data, tmp_path, suite, known):
+    """By a judge that can tell: it finds what is right right, and gives it a 10."""
+    for source, copy in (("hall_bench", "hall_bench_small"), ("mt_bench_th", "mt_bench_en")):
+        text = (data / f"{source}.jsonl").read_text()
+        (data / f"{copy}.jsonl").write_text(text)
+    numbers = {"math": "0", "writing": "1", "stem": "2"}
+
+    def answers(request: dict, before: int) -> str:
+        asked = request["messages"][0]["content"].strip("?")
+        return RIGHT if numbers.get(asked, asked.removeprefix("ข้อ ")) in known else WRONG
+
+    def judges(request: dict, before: int) -> str:
+        if len(request["messages"]) < 2:
+            return "[[7]]"  # whether it is there
+        is_right = ANSWER.findall(request["messages"][1]["content"])[-1][1] == RIGHT
+        return f"[[{10 if is_right else 1}]]" if "mt-" in suite else f"[[{str(is_right).lower()}]]"
+
+    with ChatEndpoint(answers) as model, ChatEndpoint(judges) as judge:
+        server = {"backend": "openai", "base_url": model.url}
+        _, options = evaluate(suite, judge=judge, model="m", data=data, out=tmp_path / "run", **server)
+    figure = read_run(options.folder)[0].figures[0]
+    share = len(known) / 3
+    assert figure.value == pytest.approx(1 + 9 * share if "mt-" in suite else share)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Language accuracy and think accuracy."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,8 +13,12 @@ from hypothesis import strategies as st
 import jai
 from jai import cli
 from jai.errors import UserError
+from jai.evaluation.comparison import compare_runs
+from jai.evaluation.generations import FileReply, read_replies
 from jai.evaluation.language import LanguageFault, ThinkFault, count_form_faults, language_fault, think_fault
+from jai.evaluation.results import read_run
 from jai.evaluation.text import plain_text, split_thought
+from jai.files import sha256
 
 THAI = "คำตอบคือสี่สิบสอง"
 OTHER, MORE, NONE = LanguageFault.OTHER_SCRIPT, LanguageFault.MORE_LATIN, LanguageFault.NONE_OF_ITS_OWN
@@ -218,7 +223,8 @@ def test_files_of_replies(tmp_path, jai_eval_language, rows, field):
     code, out, err = jai_eval_language(path)
     assert code == 0, err
     assert f"2 replies ({field})" in out
-    assert re.search(r"language accuracy 0.5000 \(0.0000–1.0000\)  letters of another script: 1\n", out)
+    interval = "0.5000–0.5000" if field == "resps" else "0.0000–1.0000"  # replies to one question are drawn together
+    assert f"language accuracy 0.5000 ({interval})  letters of another script: 1\n" in out
     assert re.search(r"think accuracy 0.5000 .*no thought: 1\n", out)
 
 
@@ -252,3 +258,58 @@ def test_a_malformed_row_of_replies_is_named(tmp_path, jai_eval_language, lines,
 def test_a_missing_file_of_replies_is_named(tmp_path, jai_eval_language):
     code, _, err = jai_eval_language(tmp_path / "missing.jsonl")
     assert (code, "missing.jsonl does not exist" in err) == (1, True)
+
+
+def test_figures_of_a_file_are_a_run_that_can_be_compared(tmp_path, jai_eval_language, monkeypatch, capsys):
+    asked = [json.dumps({"prompt": f"ข้อ {number}", "response": "四"}, ensure_ascii=False) for number in range(8)]
+    before = write_lines(tmp_path / "before.jsonl", *asked)
+    after = write_lines(tmp_path / "after.jsonl", *(line.replace("四", "<think>ก</think>สี่") for line in asked))
+    for path in (before, after, after):  # again, it is written anew
+        code, out, err = jai_eval_language(path, "--out", tmp_path / path.stem)
+        assert code == 0, err
+        assert f"Next: jai eval compare {tmp_path / path.stem}" in out
+    results, _ = read_run(tmp_path / "after")
+    assert (results.finished, results.model, results.revision) == (True, str(after), sha256(after))
+    assert results.conditions == {"language": "th", "field": "response"}
+    assert [(each.suite, each.name, each.metric, each.value) for each in results.figures] == [
+        ("language-th", "replies", "language_acc", 1.0),
+        ("language-th", "replies", "think_acc", 1.0),
+    ]
+    assert [item.texts for item in read_run(tmp_path / "before")[1] if item.id == "3"] == [
+        {"question": "ข้อ 2", "answer": "四", "fault": "letters of another script"},
+        {"question": "ข้อ 2", "answer": "四", "fault": "no thought"},
+    ]
+    row, _ = compare_runs([tmp_path / "before", tmp_path / "after"]).rows
+    assert (row.metric, row.obstacles) == ("language_acc", ("", ""))
+    assert (row.differences[1].value, row.differences[1].items) == (1.0, 8)
+    assert row.differences[1].p_value < 0.05
+    other = write_lines(tmp_path / "other.jsonl", *(line.replace("ข้อ", "คำถาม") for line in asked))
+    jai_eval_language(other, "--out", tmp_path / "other")
+    row, _ = compare_runs([tmp_path / "before", tmp_path / "other"]).rows
+    assert row.obstacles == ("", "other questions")
+
+
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        (CHAT % "ไทย", '[{"role": "user", "content": "x"}]'),
+        ('{"doc_id": 0, "arguments": [["x", {}]], "resps": [["ไทย"]]}', '[["x", {}]]'),
+        ('{"question": "x", "answer": "ไทย"}', "x"),
+        ('{"answer": "ไทย"}', ""),
+    ],
+)
+def test_what_was_asked_is_found_in_a_row(tmp_path, row, question):
+    assert read_replies(write_lines(tmp_path / "replies.jsonl", row))[1] == [FileReply(1, "ไทย", question)]
+
+
+def test_a_run_of_replies_is_of_one_file(tmp_path, jai_eval_language):
+    path = write_lines(tmp_path / "replies.jsonl", '{"response": "ไทย"}')
+    code, _, err = jai_eval_language(path, path, "--out", tmp_path / "run")
+    assert (code, "takes the figures of one file, and 2 are given" in " ".join(err.split())) == (1, True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    code, _, err = jai_eval_language(path, "--out", tmp_path / "mine")
+    assert (code, "is no evaluation" in " ".join(err.split())) == (1, True)
+    jai_eval_language(path, "--out", tmp_path / "run")
+    code, _, err = jai_eval_language(path, "--out", tmp_path / "run", "--language", "en")
+    assert (code, "holds another evaluation: language" in " ".join(err.split())) == (1, True)

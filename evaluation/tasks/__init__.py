@@ -164,5 +164,6 @@ def data_source(config: dict[str, Any], split: str) -> DataSource:
     """Where a task's split comes from, by its configuration."""
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if files:
-        return DataSource(files[split] if isinstance(files, dict) and split in files else str(files), None, split)
+        of_split = files[split] if isinstance(files, dict) and split in files else str(files)
+        return DataSource(of_split if isinstance(of_split, str) else of_split[0], None, split)
     return DataSource(str(config.get("dataset_path")), config.get("dataset_name"), split)
