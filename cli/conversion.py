@@ -10,6 +10,8 @@ from pathlib import Path
 import typer
 
 from jai.cli.verb import verb
+from jai.conversion.adapter.files import adapter_folder, base_of, read_adapter_config
+from jai.conversion.adapter.options import MergeAdapterOptions
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.export.options import ExportOptions
 from jai.conversion.inputs.first_look import (
@@ -65,7 +67,7 @@ def convert(options: ConvertOptions) -> None:
 
 @verb(app, UpcycleOptions, config="plan.yaml")
 def upcycle(options: UpcycleOptions) -> None:
-    """Make experts from a dense JAI and snapshots of its training.
+    """Make experts from a dense JAI and its snapshots.
 
     If it is interrupted, the same command resumes it."""
     named = {options.base_weights} - {"last", "first"}
@@ -92,7 +94,7 @@ def snapshot(options: SnapshotOptions) -> None:
 
 @verb(app, MergeOptions, config="recipes/merge_m3.yaml")
 def merge(options: MergeOptions) -> None:
-    """Merge checkpoints of one architecture, with weights by layer.
+    """Merge checkpoints of one architecture, weighed by layer.
 
     If it is interrupted, the same command resumes it."""
     _prepare(options.out)
@@ -132,9 +134,24 @@ def quantize(options: QuantizeOptions) -> None:
     quantize(options)
 
 
+@verb(app, MergeAdapterOptions)
+def merge_adapter(options: MergeAdapterOptions) -> None:
+    """Merge a LoRA adapter into its JAI, shard by shard.
+
+    An adapter of a model in four bits goes into the checkpoint in 16. An interrupted run resumes."""
+    _prepare(options.out)
+    folder = adapter_folder(options.adapter)
+    base = base_of(options.adapter, read_adapter_config(folder), options.base)
+    look_at_checkpoint(base, read_whole_jai_config, needs_weights=not options.dry_run)
+    _read_tokenizer(base)
+    from jai.conversion.adapter.command import merge_adapter
+
+    merge_adapter(options)
+
+
 @verb(app, InspectOptions)
 def inspect(options: InspectOptions) -> None:
-    """Show the layer plan, the parameters and the memory they take."""
+    """Show the layer plan, the parameters and their memory."""
     if options.model != PAPERS_JAI:
         look_at_checkpoint(options.model, read_jai_config, needs_weights=False)
     from jai.conversion.inspect_checkpoint import inspect

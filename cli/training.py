@@ -49,7 +49,7 @@ def dpo(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def kto(context: typer.Context) -> None:
-    """Align with good and bad single answers, by TRL's KTOTrainer.
+    """Align with single answers, good or bad, by KTOTrainer.
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments("kto", context.args)

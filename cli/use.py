@@ -41,7 +41,7 @@ def serve(context: typer.Context) -> None:
 
 @verb(app, DemoOptions)
 def demo(options: DemoOptions) -> None:
-    """Run everything on tiny models in a few minutes, without a GPU.
+    """Run everything on tiny models in minutes, without a GPU.
 
     A base is trained, converted, fine-tuned, aligned, pushed to a local Hub, and a report written."""
     from jai.demo.run import run_demo

@@ -11,7 +11,7 @@ import pytest
 from jai import cli
 from jai.version import __version__
 
-MAKING = ("tokenizer", "convert", "snapshot", "upcycle", "merge", "export", "quantize")
+MAKING = ("tokenizer", "convert", "snapshot", "upcycle", "merge", "export", "quantize", "merge-adapter")
 TRAINING = ("pretrain", "sft", "dpo", "kto", "cpo", "orpo", "reward", "grpo")
 VERBS = (*MAKING, "inspect", *TRAINING, "pairs", "difficulty", "score", "generate", "publish", "demo")
 

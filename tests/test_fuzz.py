@@ -236,6 +236,12 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, sentences) -> Path:
     (home / "adapter" / "adapter_config.json").write_text(json.dumps(adapter | {"target_modules": ["q_proj"]}))
     weights = {f"base_model.model.model.layers.0.q_proj.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
     save_file(weights, home / "adapter" / "adapter_model.safetensors")
+    (home / "lora").mkdir()
+    sound = {**adapter, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": str(home / "jai")}
+    (home / "lora" / "adapter_config.json").write_text(json.dumps(sound))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    factors = {f"{name}A.weight": torch.ones(2, 16), f"{name}B.weight": torch.ones(16, 2)}
+    save_file(factors, home / "lora" / "adapter_model.safetensors")
     (home / "text.txt").write_text("".join(f"{sentence}\n\n" for sentence in sentences * 4), encoding="utf-8")
     write_rows(home / "chats.jsonl", [{"messages": CHAT}, {"messages": [*CHAT, *CHAT]}])
     write_rows(home / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
@@ -273,6 +279,7 @@ WORKS = {
     "merge, second": Work("sharded", ("merge", "OUT", "--models", "the/other", "DAMAGED", "--method", "slerp")),
     "export": Work("plain", ("export", "DAMAGED", "OUT")),
     "quantize": Work("wide", ("quantize", "DAMAGED", "OUT")),
+    "merge-adapter": Work("lora", ("merge-adapter", "DAMAGED", "OUT", "--base", "the/jai")),
     "inspect": Work("jai", ("inspect", "DAMAGED")),
     "publish": Work("jai", ("publish", "DAMAGED", "me/model", "--dry-run")),
     "publish, adapter": Work("adapter", ("publish", "DAMAGED", "me/model", "--dry-run")),
@@ -355,6 +362,7 @@ VALID: dict[str, dict[str, Any]] = {
     "merge": {"out": "OUT", "models": ["the/jai", "the/jai-2"]},
     "export": {"model": "the/plain", "out": "OUT"},
     "quantize": {"model": "the/wide", "out": "OUT"},
+    "merge-adapter": {"adapter": "the/lora", "out": "OUT"},
     "publish": {"folder": "the/jai", "repo_id": "me/model", "dry_run": True},
     "tokenizer train": {"text": ["the/text.txt"], "base": "the/base", "out": "OUT", "vocab_size": EXTENDED},
     "tokenizer report": {"tokenizer": ["the/base"], "text": ["the/text.txt"]},

@@ -65,6 +65,8 @@ CASES = [
     (HEAVY, "export phi3 out --to mixtral", 1, "of type 'phi3', not 'jai'"),
     (HEAVY, "quantize phi3 out", 1, "of type 'phi3', not 'jai'"),
     (HEAVY, "quantize jai-four out", 1, "jai-four is quantised already (bitsandbytes)"),
+    (HEAVY, "merge-adapter jai out", 1, "jai has no adapter_config.json"),
+    (HEAVY, "merge-adapter adapter out --base jai-four", 1, "has no adapter_model.safetensors"),
     (HEAVY, "inspect jai-cut", 1, "its header cannot be read"),
     (HEAVY, "inspect damaged", 1, "is no valid JSON"),
     (HEAVY, "generate empty hello", 1, "empty has no config.json"),

@@ -13,6 +13,8 @@ from test_four_bits import SIZES, four_bits
 from test_trainers import arguments, chat, log_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from jai.conversion.adapter.command import merge_adapter
+from jai.conversion.adapter.options import MergeAdapterOptions
 from jai.errors import UserError
 from jai.provenance import read_step
 from jai.trainers import dpo, grpo, reward, sft
@@ -95,8 +97,13 @@ class TestStages:
             kind for kind in ("self_attn", "experts", "gate", "skip_alpha") if any(kind in name for name in stored)
         }
         assert kinds == {"self_attn", "experts", "gate", "skip_alpha"}
-        model = AutoModelForCausalLM.from_pretrained(dequantized)
+        merge_adapter(MergeAdapterOptions(adapter=str(out), out=Path("merged")))  # into the checkpoint in full
         ids = torch.arange(3, 40)[None]
+        in_memory = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), out)
+        with torch.no_grad():
+            streamed = AutoModelForCausalLM.from_pretrained("merged").eval()(ids).logits
+            torch.testing.assert_close(streamed, in_memory.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+        model = AutoModelForCausalLM.from_pretrained(dequantized)
         before = model(ids).logits
         assert (PeftModel.from_pretrained(model, out)(ids).logits - before).abs().max() > 0.01
 

@@ -334,11 +334,16 @@ def say_what_is_next(
         console.print(f"[bold green]Adapter written to[/] {shown} (for {escape(base.name)})")
         console.print(
             f"[bold]peft.{peft_class}.from_pretrained({escape(repr(str(out)))})[/] loads it on its model; "
-            "`--merge_adapter true` makes a full checkpoint, which the next stage needs."
+            "`--merge_adapter true` makes a full checkpoint, which the next stage needs; so does jai merge-adapter."
         )
         if read_json(out / "adapter_config.json").get("target_parameters"):
             console.print("vLLM and SGLang serve LoRA of experts wrongly, or drop it: merge it before serving.")
-        print_next(console, ["jai", "publish", out, "OWNER/NAME", "--base", "OWNER/BASE"])
+        commands: list[Sequence[str | Path]] = [["jai", "publish", out, "OWNER/NAME", "--base", "OWNER/BASE"]]
+        if base.is_jai and auto_class is AutoModelForCausalLM:
+            is_quantized = getattr(base.config, "quantization_config", None) is not None
+            which = ["--base", "CKPT-IN-16-BITS"] if is_quantized else []
+            commands.insert(0, ["jai", "merge-adapter", out, "OUT", *which])
+        print_next(console, *commands)
         return
     console.print(f"[bold green]Checkpoint written to[/] {shown}")
     if not base.is_jai:
@@ -351,7 +356,7 @@ def say_what_is_next(
             ["jai", "pairs", "PROMPTS", "OUT", "--model", "CKPT", "--by", "reward", "--reward-model", out],
         )
         return
-    commands: list[Sequence[str | Path]] = [["jai", "generate", out, "…"], ["jai", "publish", out, "OWNER/NAME"]]
+    commands = [["jai", "generate", out, "…"], ["jai", "publish", out, "OWNER/NAME"]]
     if following := {"pretrain": "sft", "sft": "dpo"}.get(step):
         recipe = f"recipes/{following}.yaml"
         commands.insert(0, ["jai", following, "--config", recipe, "--model_name_or_path", out])

@@ -2,6 +2,7 @@
 """What weights are read from: the files of a folder, or a plan that has only their form."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -52,12 +53,12 @@ class WeightFiles(Protocol):
 
 
 class LocalFiles:
-    """The weight files of a local folder."""
+    """The weight files of a local folder: a checkpoint's, or those that are named."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, names: Sequence[str] = ()):
         self.folder = folder
         self.place = str(folder)
-        self.names = [path.name for path in weight_files(folder)]
+        self.names = [*names] or [path.name for path in weight_files(folder)]
         self._identities = {name: self._identity(name) for name in self.names}
 
     def header(self, name: str) -> Header:
