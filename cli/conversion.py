@@ -144,9 +144,9 @@ def merge_adapter(options: MergeAdapterOptions) -> None:
     base = base_of(options.adapter, read_adapter_config(folder), options.base)
     look_at_checkpoint(base, read_whole_jai_config, needs_weights=not options.dry_run)
     _read_tokenizer(base)
-    from jai.conversion.adapter.command import merge_adapter
+    from jai.conversion.adapter.command import merge_lora
 
-    merge_adapter(options)
+    merge_lora(options)
 
 
 @verb(app, InspectOptions)

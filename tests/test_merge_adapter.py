@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from jai import JaiForCausalLM
 from jai.conversion.adapter import plan
-from jai.conversion.adapter.command import merge_adapter
+from jai.conversion.adapter.command import merge_lora
 from jai.conversion.adapter.options import MergeAdapterOptions
 from jai.errors import UserError
 from jai.provenance import read_step
@@ -50,7 +50,7 @@ def make_adapter(base: Path, folder: Path, four: bool = False, **options) -> Pat
 def run(adapter: Path, out: Path, **options) -> str:
     output = StringIO()
     console = Console(file=output, width=200)
-    merge_adapter(MergeAdapterOptions(adapter=str(adapter), out=out, **options), console=console)
+    merge_lora(MergeAdapterOptions(adapter=str(adapter), out=out, **options), console=console)
     return output.getvalue()
 
 

@@ -13,7 +13,7 @@ from test_four_bits import SIZES, four_bits
 from test_trainers import arguments, chat, log_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jai.conversion.adapter.command import merge_adapter
+from jai.conversion.adapter.command import merge_lora
 from jai.conversion.adapter.options import MergeAdapterOptions
 from jai.errors import UserError
 from jai.provenance import read_step
@@ -97,7 +97,7 @@ class TestStages:
             kind for kind in ("self_attn", "experts", "gate", "skip_alpha") if any(kind in name for name in stored)
         }
         assert kinds == {"self_attn", "experts", "gate", "skip_alpha"}
-        merge_adapter(MergeAdapterOptions(adapter=str(out), out=Path("merged")))  # into the checkpoint in full
+        merge_lora(MergeAdapterOptions(adapter=str(out), out=Path("merged")))  # into the checkpoint in full
         ids = torch.arange(3, 40)[None]
         in_memory = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), out)
         with torch.no_grad():

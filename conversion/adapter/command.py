@@ -47,7 +47,7 @@ class _Adapter(Checkpoint):
         return input_of(role, self.name, files=files, made_by=read_step(self.folder))
 
 
-def merge_adapter(options: MergeAdapterOptions, *, console: Console | None = None) -> JaiConfig:
+def merge_lora(options: MergeAdapterOptions, *, console: Console | None = None) -> JaiConfig:
     """Write a JAI with an adapter merged into it.
 
     Args:
