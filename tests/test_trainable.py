@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -27,6 +28,7 @@ from jai.errors import UserError
 from jai.hub_card.check import check_checkpoint
 from jai.provenance import input_of, read_step, write_step
 from jai.trainers import dpo, sft
+from jai.trainers.checks import check_partial_training
 from jai.trainers.lora import lora_config
 from jai.trainers.parts import ADAPTER_PARTS, read_entries, select_parts
 from jai.trainers.trainable import train_parts
@@ -474,6 +476,14 @@ def test_what_does_not_fit_is_refused(checkpoint, texts, options, message):
     with pytest.raises(UserError, match=message):
         sft.main(arguments(checkpoint, texts, "out", **options))
     assert not Path("out").exists()
+
+
+def test_deepspeed_cannot_train_a_part_of_a_matrix():
+    """It keeps gradients out of reach, so that frozen entries would move."""
+    training = SimpleNamespace(optim="adamw_torch", deepspeed={"zero_optimization": {"stage": 2}})
+    with pytest.raises(UserError, match=r"`deepspeed` is on, and lm_head\.weight is to learn in part"):
+        check_partial_training(SimpleNamespace(training=training), ["lm_head.weight"])
+    check_partial_training(SimpleNamespace(training=training), [])
 
 
 def test_a_part_that_the_model_lacks_is_named(tiny_model):

@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from jai import JaiForCausalLM
+from jai import JaiForCausalLM, JaiForSequenceClassification
 from jai.configuration_jai import AUTO_MAP
 from jai.errors import UserError
 from jai.files import sha256
@@ -379,6 +379,15 @@ def test_the_experts_of_a_dense_jai_are_its_mlp(tiny_model):
     model = tiny_model(num_local_experts=1)
     config = lora_config(ModelConfig(use_peft=True), select_parts(["attention", "experts"], model, None), model)
     assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_the_head_of_a_reward_model_learns_as_a_whole(tiny_config):
+    """It starts from nothing, and a share of low rank would be all that it ever is."""
+    with torch.device("meta"):
+        model = JaiForSequenceClassification(tiny_config(num_labels=1))
+    config = lora_config(ModelConfig(use_peft=True), select_parts(["attention"], model, None), model)
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert config.modules_to_save == ["score"]
 
 
 def test_lora_targets_given_by_hand_stand(tiny_model):

@@ -21,6 +21,7 @@ from jai.trainers.arguments import JaiTrainingArguments, StageArguments
 from jai.trainers.data import CATEGORY, CHOOSING_COLUMNS, LANGUAGE, TrainingData, load_training_data
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.dpo import JaiDPOTrainer
+from jai.trainers.faults import FaultyRow, refuse_faults
 from jai.trainers.prepare import prepare_rows
 from jai.trainers.rows import DatasetType
 from jai.trainers.sft import JaiSFTTrainer
@@ -290,6 +291,16 @@ def test_more_faulty_rows_are_refused_with_each_kind(limit):
     assert f"3 of 5 rows are faulty. Mend these rows or leave them out, or raise `max_faulty_rows` ({limit})" in str(
         error.value
     )
+
+
+def test_faults_of_each_source_are_named():
+    """Two sources with the same fault: the rows of both are found."""
+    faulty = [FaultyRow(where, row, "null", "it is null") for where, row in (("a", 3), ("a", 5), ("b", 7))]
+    (said,) = refuse_faults(faulty, 10, 3)
+    assert said.startswith("Left out 3 of 10 rows, which are faulty. Row 3 of a cannot be trained on: it is null.")
+    assert "Row 7 of b cannot be trained on" in said
+    with pytest.raises(UserError, match=r"Row 3 of a .* Rows like it: 5\. Also row 7 of b"):
+        refuse_faults(faulty, 10, 2)
 
 
 def test_a_stream_leaves_out_as_many():

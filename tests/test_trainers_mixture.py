@@ -595,6 +595,7 @@ def test_the_preview_shows_labels_and_loads_nothing(checkpoint, tiny_tokenizer, 
     taught = [int(number) for number in re.findall(r"\((\d+)\)", answer)]
     prompt = tiny_tokenizer.apply_chat_template(chat("hi", "")["messages"][:1], add_generation_prompt=True)["input_ids"]
     assert taught == ids[len(prompt) : 8]
+    assert f", {len(taught)} with a label;" in title  # what is cut off has none
     pairs = write("pairs.jsonl", [{"prompt": "a", "chosen": " b", "rejected": " c"}])
     dpo.main(
         ["--model_name_or_path", str(checkpoint), "--dataset_name", pairs, "--output_dir", "out", "--preview", "3"]
