@@ -28,6 +28,7 @@ EXTRA_OF = {
     "peft": "train",
     "pyarrow": "train",
     "pythainlp": "tokenizer",
+    "sacrebleu": "eval",
     "trl": "train",
     "uvicorn": "serving",
 }

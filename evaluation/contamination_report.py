@@ -166,7 +166,7 @@ def training_rows(part: TextFile | HubDataset) -> Iterator[Mapping[str, Any]]:
         UserError: if it cannot be read, naming the row.
     """
     if isinstance(part, HubDataset):
-        yield from _hub_rows(part)
+        yield from (row for _, row in part.numbered_rows())
     elif part.path.name.lower().endswith(".txt"):
         yield from ({"text": document.text} for document in part.read_once())
     elif part.path.name.lower().endswith(".parquet"):
@@ -188,21 +188,6 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     yield row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is a damaged parquet file after row {number}: {error}. Fetch it again.") from error
-
-
-def _hub_rows(part: HubDataset) -> Iterator[Mapping[str, Any]]:
-    rows, number = iter(part.rows), 0
-    while True:
-        number += 1
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # of many kinds: the network's, the file format's, the Hub's
-            raise UserError(
-                f"{part.name} could not be read at row {number}: {error}. Check the network, or give another dataset."
-            ) from error
-        yield row
 
 
 # --- What was found ---

@@ -67,8 +67,7 @@ def report_language(options: LanguageOptions, *, console: Console | None = None)
         items = _items(f"language-{options.language}", replies, faults)
         figures = _figures(items)
         _print(console, f"{path}: {counts[path].replies} replies ({field})")
-        for figure, found in zip(figures, (counts[path].language, counts[path].think)):
-            listed = "; ".join(f"{fault.value}: {count}" for fault, count in found.most_common())
+        for figure, listed in zip(figures, (_listed(counts[path].language), _listed(counts[path].think))):
             score = f"{_METRICS[figure.metric]} {figure.value:.4f} ({figure.low:.4f}–{figure.high:.4f})"
             _print(console, f"  {score}" + (f"  {listed}" if listed else ""))
         if options.out is not None:
@@ -159,6 +158,10 @@ def _items(suite: str, replies: Sequence[FileReply], faults: Sequence[_Faults]) 
                 )
             )
     return items
+
+
+def _listed(faults: Counter[LanguageFault] | Counter[ThinkFault]) -> str:
+    return "; ".join(f"{fault.value}: {count}" for fault, count in faults.most_common())
 
 
 def _figures(items: Sequence[Item]) -> list[Figure]:

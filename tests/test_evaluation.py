@@ -54,6 +54,7 @@ SHOWN_BY = {
     "mt-bench-en": "test_judged_command.py",
     "mt-bench-th": "test_judged_command.py",
     "reasoning": "test_evaluation_generation.py",
+    "translation": "test_evaluation_generation.py",
 }
 LM_EVAL_SUITES = [name for name in suite_names() if name not in SHOWN_BY and name != "ruler"]
 

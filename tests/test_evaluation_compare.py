@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import jai
 from jai.errors import UserError
 from jai.evaluation.comparison import compare_runs
 from jai.evaluation.comparison_report import draw_comparison, published_table, radar_rows, report_comparison
@@ -259,6 +260,25 @@ def test_published_averages_are_those_of_their_rows():
         assert sum(tens) / 12 == pytest.approx(values["Avg."], abs=0.11)
 
 
+def test_the_documentation_has_a_command_for_each_published_figure():
+    """With the suites that measure the same, and no others than there are."""
+    page = (Path(jai.__file__).parent / "docs/evaluation.md").read_text(encoding="utf-8")
+    section = page.partition("## The papers' figures")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.split("\n") if line[:2] == "| "]
+    documented = {
+        (paper.strip(), table, column): command
+        for paper, tables, columns, command, _ in rows[2:]
+        for table in tables.split(", ")
+        for column in columns.split("; ")
+    }
+    for each in published_figures():
+        command = documented[each.paper, each.table, each.name]
+        assert all(f"{suite}" in command for suite in each.suites), each
+    for command in documented.values():
+        for words in re.findall(r"--suite ([a-z0-9 -]+?)(?: --|`)", command):
+            assert set(words.split()) <= set(suite_names())
+
+
 @pytest.mark.skipif(not PAPERS.exists(), reason=f"{PAPERS} is not there: it is no part of the repository")
 def test_published_figures_are_those_of_the_papers_texts():
     texts = {"JAI-1": "000_*", "Typhoon2-R1": "002_*", "Trillion-7B": "004_*"}
@@ -266,7 +286,7 @@ def test_published_figures_are_those_of_the_papers_texts():
     rows: dict[tuple[str, str, str], list[float]] = {}
     for each in published_figures():
         rows.setdefault((each.paper, each.table, each.model), []).append(each.value)
-    assert len(rows) == 71
+    assert len(rows) == 74
     for (paper, table, model), values in rows.items():
         grid = grids[paper][table]
         columns = [list(column) for column in zip(*grid)] if len({len(row) for row in grid}) == 1 else []

@@ -19,6 +19,7 @@ from jai.evaluation.measure import measure_suite, plan_suite
 from jai.evaluation.results import open_run
 from jai.evaluation.suites import read_suite
 from jai.evaluation.tasks import TASKS_FOLDER, TaskLoader
+from jai.evaluation.translation import sentence_bleu
 
 SHARED = Path(__file__).parents[2] / "shared/data/eval"
 needs_shared_data = pytest.mark.skipif(
@@ -195,6 +196,34 @@ def test_math_and_aime_in_the_columns_of_the_hub(measured, tmp_path):
         assert found[task, "exact_match"] == 1
     assert found["mgsm_final_th", "exact_match"] == round(1 / 3, 9)
     assert found["mean", "exact_match"] == round((4 + 2 / 3) / 6, 9)
+
+
+THAI = {"cat": "แมวนอนอยู่บนเก้าอี้ในบ้าน", "dog": "หมาวิ่งเล่นอยู่ในสวน", "sky": "วันนี้อากาศดีมาก"}
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        (lambda right: f"<think>hm</think> {right}\n", 1),
+        (lambda right: right.replace("ำ", "ํา") + "\u200b", 1),
+        (lambda right: "ไม่ทราบ", 0),
+        (lambda right: f"<think>{right}", 0),
+        (lambda right: right if "แมว" in right else "", 1 / 3),
+    ],
+)
+def test_translations(measured, tmp_path, said, score):
+    rows = [{"en": english, "th": thai} for english, thai in THAI.items()]
+    for name in ("flores", "arc", "mmlu"):
+        write_rows(tmp_path / f"data/translation/{name}/test.jsonl", rows)
+    figures = measured("translation", tmp_path / "data", {english: said(thai) for english, thai in THAI.items()})
+    assert {name for name, _ in figures} == {"FLORES", "ARC", "MMLU"}
+    assert all(figure.value == pytest.approx(score, abs=0.03) for figure in figures.values())
+
+
+def test_a_translation_is_closer_the_more_of_its_words_are_right():
+    right = "แมวนอนอยู่บนเก้าอี้ในบ้านหลังใหญ่"
+    assert 0 < sentence_bleu("แมวนอนอยู่บนเตียง", right) < sentence_bleu("แมวนอนอยู่บนเก้าอี้", right) < 1
+    assert sentence_bleu(right, right) == pytest.approx(1)
 
 
 def test_a_problem_without_an_answer_is_one_error(measured, tmp_path):

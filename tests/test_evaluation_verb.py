@@ -67,6 +67,7 @@ def data(tmp_path_factory, shared_data) -> Path:
         "iapp/math-500-th/test": problems,
         "iapp/aime_2024-th/train": problems,
         "Maxwell-Jia/AIME_2024/train": aime,
+        **{f"translation/{name}/test": [{"en": "A cat.", "th": "แมว"}] for name in ("flores", "arc", "mmlu")},
         "ifeval_en": [{"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}],
         "mt_bench_th": [{"question_id": 1, "category": "math", "turns": ["๑", "๒"], "reference": ["ก", "ข"]}],
         "hall_bench": [{"id": "a", "question": "ใคร", "facts": "เขา"}],

@@ -196,7 +196,22 @@ class HubDataset:
         Raises:
             UserError: as `read`.
         """
-        rows = iter(self.rows.skip(number) if number else self.rows)
+        for place, row in self.numbered_rows(number):
+            for column in self.columns.texts:
+                if not isinstance(row.get(column), str):
+                    raise UserError(
+                        f"{self.name}, row {place} has no string `{column}` (columns: {', '.join(row)}). Give a "
+                        f"dataset with a column `{column}`."
+                    )
+            yield _document(row, self.columns, f"{self.name}, row {place}")
+
+    def numbered_rows(self, begin: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Its rows with all their columns, and their numbers from 1; from the one after the first `begin` on.
+
+        Raises:
+            UserError: if the Hub does not give a row.
+        """
+        rows, number = iter(self.rows.skip(begin) if begin else self.rows), begin
         while True:
             number += 1
             try:
@@ -208,13 +223,7 @@ class HubDataset:
                     f"{self.name} could not be read at row {number}: {_reason(error)}. Check the network, or give "
                     "another dataset."
                 ) from error
-            for column in self.columns.texts:
-                if not isinstance(row.get(column), str):
-                    raise UserError(
-                        f"{self.name}, row {number} has no string `{column}` (columns: {', '.join(row)}). Give a "
-                        f"dataset with a column `{column}`."
-                    )
-            yield _document(row, self.columns, f"{self.name}, row {number}")
+            yield number, row
 
     def record(self) -> dict[str, Any]:
         """For a JSON record."""
