@@ -406,13 +406,14 @@ RESUMABLE = {
 }
 
 
-def start(options: dict[str, Any], processes: int = 1) -> subprocess.Popen:
+def start(options: dict[str, Any], processes: int = 1, program: str = "jai.trainers.pretrain") -> subprocess.Popen:
     launcher = []
     if processes > 1:  # accelerate's `--cpu` starts one process only; torchrun is behind `--multi_gpu`
         launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--multi_gpu"]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--main_process_port", "0"]
-    command = [sys.executable, *launcher, "-m", "jai.trainers.pretrain", *command_line(options)]
+    program_arguments = [program] if program.endswith(".py") else ["-m", program]
+    command = [sys.executable, *launcher, *program_arguments, *command_line(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -470,6 +471,12 @@ class TestResume:
         for ours, theirs in zip(logs_of(moved), logs_of(one), strict=True):
             assert of_tokens(ours) == pytest.approx(of_tokens(theirs), abs=1e-6, rel=1e-5)
             assert abs(ours["loss"] - theirs["loss"]) < 1e-6
+
+    @pytest.mark.slow
+    def test_the_wrapper_of_two_processes_is_let_go_before_their_group_ends(self, options):
+        """The last holder of gloo's group would wait for its thread with Python's lock, and the run never ends."""
+        process = start(options, 2, str(Path(__file__).with_name("ending_worker.py")))
+        assert finish(process).count("wrapped True, left 0") == 2
 
     def test_other_options_are_refused(self, options, packed, tmp_path):
         options |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "save_total_limit": 1}

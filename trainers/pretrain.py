@@ -43,7 +43,7 @@ from jai.trainers.router_losses import balance_weight
 from jai.trainers.schedules import annealing_begins
 from jai.trainers.second_token import drop_second_token_layer
 from jai.trainers.snapshots import SnapshotCallback
-from jai.trainers.stage import loading_arguments, run_as_script, save_result, say_what_is_next
+from jai.trainers.stage import end_training, loading_arguments, run_as_script, save_result, say_what_is_next
 from jai.trainers.steps import StepLayout
 from jai.trainers.whole_checkpoints import (
     check_same_run,
@@ -144,8 +144,7 @@ def run_pretrain(
         say_what_is_next(out, "pretrain", arguments, base, console)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=corpus.folder.name)
-    if hasattr(trainer, "end"):  # transformers 5.18 and later
-        trainer.end()
+    end_training(trainer)
     return out
 
 

@@ -167,8 +167,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
         say_what_is_next(out, step, arguments, base, console, auto_class=stage.auto_class)
     if arguments.training.push_to_hub:
         trainer.push_to_hub(dataset_name=data.name)
-    if hasattr(trainer, "end"):  # transformers 5.18 and later
-        trainer.end()
+    end_training(trainer)
     return out
 
 
@@ -314,6 +313,19 @@ def save_result(
         base.tokenizer.save_pretrained(out)
         (adapter / "training_args.bin").unlink()
     return out
+
+
+def end_training(trainer: JaiTrainerMixin) -> None:
+    """Finish the trackers and the process group, after all that needs the other processes.
+
+    The wrapper of data-parallel training goes first. If it were the last to hold gloo's process group, its destructor
+    would wait for the group's thread while it has Python's lock, for which that thread may be waiting (torch 2.13: now
+    and then a run that was done did not end).
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    if hasattr(trainer, "end"):  # transformers 5.18 and later
+        trainer.end()
 
 
 def say_what_is_next(
