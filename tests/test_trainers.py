@@ -259,7 +259,8 @@ def test_a_run_goes_on_from_what_it_was_alone(checkpoint, tiny_checkpoint, chats
     """An adapter of a model with other tokens would be trained on in silence, and the rest end in tracebacks."""
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     whole, adapter = (arguments(checkpoint, chats, f"run-{peft}", use_peft=peft, **saving) for peft in (False, True))
-    for run in (whole, adapter):
+    dora = arguments(checkpoint, chats, "dora", use_peft=True, use_dora=True, trainable="attention", **saving)
+    for run in (whole, adapter, dora):
         sft.main(run)
     monkeypatch.setattr(JaiForCausalLM, "from_pretrained", None)  # no weights are read
     larger = tiny_checkpoint(tmp_path / "larger", vocab_size=448)
@@ -282,6 +283,7 @@ def test_a_run_goes_on_from_what_it_was_alone(checkpoint, tiny_checkpoint, chats
         (adapter, {"use_peft": False}, "of a run with an adapter, and `use_peft` is off"),
         (adapter, {"lora_r": 4}, "of a run with another adapter: `lora_r` was 16, and is 4"),
         (adapter, {"trainable": "attention"}, "`lora_target_parameters` was .*, and is None"),
+        (dora, {"use_dora": False}, "of a run with another adapter: `use_dora` was True, and is None"),
         (
             adapter,
             {"model_name_or_path": rendered},
