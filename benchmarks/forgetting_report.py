@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from jai.reports import ReportTable, figure_style, series_color
 
+_BACK = 0.01  # bits per character of English that a start may be behind the model that was not upscaled
+
 
 @dataclass(frozen=True)
 class Point:
@@ -143,32 +145,32 @@ def _equal_flops(arms: dict[str, list[ArmResult]], settings: Settings) -> str:
 
 
 def _english_over_tokens(arms: dict[str, list[ArmResult]]) -> str:
-    """English at each point, and the tokens after which it is what it was before the conversion."""
-    base = [run.at(0).english for run in arms.get("not upscaled", [])]
-    before = statistics.mean(base) if base else float("nan")
-    points = [point.tokens for point in next(iter(arms.values()))[0].points]
-    return ReportTable(
-        ["start", *(f"{tokens:,} tokens" for tokens in points), "tokens until English is back"],
-        [
-            [
-                arm,
-                *(_spread([run.points[i].english for run in found], ".3f") for i in range(len(points))),
-                ", ".join(_tokens_until(run, before) for run in found),
-            ]
-            for arm, found in arms.items()
-        ],
-        numbers=True,
-    ).markdown()
+    """English behind the model that was not upscaled and is trained on alike, seed by seed, at each point."""
+    plain = {run.seed: run for run in arms.get("not upscaled", [])}
+    tokens = [point.tokens for point in next(iter(arms.values()))[0].points]
+    rows = []
+    for arm, found in arms.items():
+        behind = [
+            [point.english - base.english for point, base in zip(run.points, plain[run.seed].points)]
+            for run in found
+            if run.seed in plain
+        ]
+        if behind and arm != "not upscaled":
+            spreads = [_spread(values, "+.3f") for values in zip(*behind)]
+            rows.append([arm, *spreads, ", ".join(_tokens_until_back(tokens, values) for values in behind)])
+    header = ["start − not upscaled", *(f"{count:,} tokens" for count in tokens), f"tokens until below {_BACK}"]
+    return ReportTable(header, rows, numbers=True).markdown()
 
 
-def _tokens_until(run: ArmResult, bits: float) -> str:
-    """Tokens at which English is at `bits` again, between two points in a straight line."""
-    if run.points[0].english <= bits + 1e-6:
+def _tokens_until_back(tokens: Sequence[int], behind: Sequence[float]) -> str:
+    """Tokens after which English is less than `_BACK` behind, between two points in a straight line."""
+    if behind[0] < _BACK:
         return "0"
-    for before, after in zip(run.points, run.points[1:]):
-        if after.english <= bits:
-            part = (before.english - bits) / (before.english - after.english)
-            return f"{before.tokens + part * (after.tokens - before.tokens):,.0f}"
+    for number in range(1, len(tokens)):
+        if behind[number] < _BACK:
+            before, after = behind[number - 1 : number + 1]
+            part = (before - _BACK) / (before - after)
+            return f"{tokens[number - 1] + part * (tokens[number] - tokens[number - 1]):,.0f}"
     return "not yet"
 
 
