@@ -301,9 +301,9 @@ def test_recipes_are_the_papers_tables_at_80_layers(name, share):
     for layer in range(80):
         assert reasoning.at(layer, 80) == pytest.approx(share(layer), abs=1e-12)
         assert language.at(layer, 80) + reasoning.at(layer, 80) == pytest.approx(1, abs=1e-12)
-    assert value_for(reasoning, "model.embed_tokens.weight", 80) == share(0)
+    assert value_for(reasoning, "model.embed_tokens.weight", range(80)) == share(0)
     for name in ("model.norm.weight", "lm_head.weight"):
-        assert value_for(reasoning, name, 80) == pytest.approx(share(79))
+        assert value_for(reasoning, name, range(80)) == pytest.approx(share(79))
 
 
 @pytest.mark.parametrize("layers", [1, 7, 32, 64, 80])
@@ -361,11 +361,67 @@ def test_each_layer_has_its_weight(tmp_path, models):
     assert any(name.endswith("mlp.gate.weight") for name in result)
 
 
+def test_copies_of_one_base_layer_have_one_weight(tmp_path, models, tiny_phi3, capsys, monkeypatch):
+    """Blocks of one layer that run 2, 3 and 2 times: the base has three layers, and its middle one lies half-way."""
+    monkeypatch.setenv("COLUMNS", "200")
+    points = [[{"at": 0, "value": 1}, {"at": 1, "value": 0}], [{"at": 0, "value": 0}, {"at": 1, "value": 1}]]
+    result = run(models[:2], tmp_path / "out", weights=points, place_by="origin")
+    first, second = load(models[0]), load(models[1])
+    for name, tensor in result.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else 0 if "embed" in name else 6
+        if layer < 2:
+            assert torch.equal(tensor, first[name]), name
+        elif layer > 4:
+            assert torch.equal(tensor, second[name]), name
+        else:
+            torch.testing.assert_close(tensor, (first[name] + second[name]) / 2, msg=name)
+    assert "1 at base layer 0, 0 at base layer 2" in capsys.readouterr().out
+    assert read_step(tmp_path / "out")["options"]["place_by"] == "origin"
+
+    by_number = [
+        [{"layer": 1, "value": 1}, {"layer": 2, "value": 0}],
+        [{"layer": 1, "value": 0}, {"layer": 2, "value": 1}],
+    ]
+    result = run(models[:2], tmp_path / "numbers", weights=by_number, place_by="origin")
+    for layer, model in ((4, first), (5, second)):
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        assert torch.equal(result[name], model[name])
+    phi3 = [str(tiny_phi3(tmp_path / name, seed)) for seed, name in enumerate(("phi3-a", "phi3-b"))]
+    with pytest.raises(UserError, match=r"phi3-a is no JAI \(model_type 'phi3'\)"):
+        merge(MergeOptions(models=phi3, out=tmp_path / "phi3", weights=points, place_by="origin"))
+
+
+def test_places_without_a_curve_are_said(tmp_path, models, capsys):
+    merge(MergeOptions(models=list(map(str, models[:2])), out=tmp_path / "out", place_by="origin", dry_run=True))
+    assert "no weight depends on the layer, so --place-by changes nothing" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["merge_m1", "merge_m3"])
+def test_dare_that_drops_nothing_is_the_recipe(tmp_path, models, name):
+    """mergekit's dare_linear keeps all changes unless told otherwise; with weights that sum to 1 it is linear."""
+    values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    linear = run(models[1:], tmp_path / "linear", **values)
+    values |= {"method": "dare-linear", "base": str(models[0]), "density": 1.0}
+    dare = run(models[1:], tmp_path / "dare", **values)
+    for tensor_name, tensor in linear.items():
+        torch.testing.assert_close(dare[tensor_name], tensor, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "models_", "shares"), [("merge_sft", 2, [0.5, 0.5]), ("merge_seeds", 3, [1 / 3] * 3)])
+def test_recipes_of_equal_parts(tmp_path, models, name, models_, shares):
+    values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    result = run(models[:models_], tmp_path / "out", **values)
+    inputs = [load(folder) for folder in models[:models_]]
+    for tensor_name, tensor in result.items():
+        expected = sum(share * each[tensor_name] for share, each in zip(shares, inputs))
+        torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_what_one_model_gives_is_copied(models):
     readers = [CheckpointReader(model) for model in models[:2]]
     points = [{"at": 0, "value": 0}, {"at": 1, "value": 1}]
     options = MergeOptions(models=["a", "b"], out=Path("out"), method="slerp", t=points)
-    kinds = {tensor.name: tensor.parts[0] for tensor in plan_merged_tensors(options, readers)}
+    kinds = {tensor.name: tensor.parts[0] for tensor in plan_merged_tensors(options, readers, range(7))}
     assert isinstance(kinds["model.embed_tokens.weight"], Copied)
     assert isinstance(kinds["lm_head.weight"], Copied)
     middle = kinds["model.layers.3.self_attn.q_proj.weight"]

@@ -151,6 +151,16 @@ def test_an_answer_is_cut_where_the_client_says(client, checkpoint):
     assert CHATS["Who are you?"].startswith(completion.choices[0].message.content)
 
 
+def test_a_temperature_samples(client, checkpoint, request):
+    """The checkpoint's generation config does not, and transformers' server would stay with that."""
+    if "remote-batching" in request.node.name:
+        pytest.skip("continuous batching decides by its first request, in transformers itself")
+    hot = {ask(client, checkpoint, "สวัสดี", temperature=1.9, max_tokens=12).choices[0].message.content for _ in range(6)}
+    assert len(hot) > 1
+    cold = ask(client, checkpoint, "สวัสดี", temperature=0)
+    assert cold.choices[0].message.content == CHATS["สวัสดี"]
+
+
 def test_requests_at_once_get_each_their_own_answer(client, checkpoint):
     questions = [*CHATS] * 2
     with ThreadPoolExecutor(len(questions)) as pool:

@@ -36,16 +36,17 @@ from jai.conversion.output.checkpoint_folder import (
     write_beside,
 )
 from jai.conversion.output.shards import plan_shards
+from jai.errors import UserError
 from jai.files import check_is_file, refuse_existing, work_folder
 
 
 @dataclass(frozen=True)
 class _MergeInputs:
-    """The inputs of a merge, the base (where there is one) apart, and how many layers they have."""
+    """The inputs of a merge, the base (where there is one) apart, and where each of their layers lies on the curves."""
 
     models: list[MergeInput]
     base: MergeInput | None
-    layers: int
+    places: list[int]
 
     @property
     def first(self) -> MergeInput:
@@ -80,16 +81,18 @@ def merge(options: MergeOptions, *, console: Console | None = None) -> None:
     for other in [*models[1:], *([base] if base else [])]:
         check_alike(models[0], other)
     readers = [*([base.reader] if base else []), *(model.reader for model in models)]
-    inputs = _MergeInputs(models, base, count_layers(readers[0]))
+    inputs = _MergeInputs(models, base, _places(options, models[0]))
     generation = load_generation_config(inputs.first.folder)
     checkpoint = PlannedCheckpoint(
         step="merge",
         out=options.out,
-        tensors=plan_merged_tensors(options, readers, ties_head=bool(inputs.first.config.get("tie_word_embeddings"))),
+        tensors=plan_merged_tensors(
+            options, readers, inputs.places, ties_head=bool(inputs.first.config.get("tie_word_embeddings"))
+        ),
         options=options.recorded(),
         inputs=[*inputs.by_role],
         tokenizer=inputs.tokenizer_folder,
-        result={"layers": inputs.layers},
+        result={"layers": len(inputs.places)},
         max_shard_bytes=options.max_shard_size,
         workers=options.workers,
     )
@@ -114,6 +117,29 @@ def merge(options: MergeOptions, *, console: Console | None = None) -> None:
     }
     following = next_commands.get(inputs.first.model_type)
     print_written(console, "Merged model", options.out, *([following] if following else []))
+
+
+def _places(options: MergeOptions, first: MergeInput) -> list[int]:
+    """Where each layer lies: its index, or with `place_by: origin` that of the base's layer that it was copied from.
+
+    Raises:
+        UserError: for origins of a model that is no JAI.
+    """
+    layers = count_layers(first.reader)
+    if not options.places_by_origin:
+        return list(range(layers))
+    if first.model_type != JaiConfig.model_type:
+        raise UserError(
+            f"place_by is origin, but {first.name} is no JAI (model_type {first.model_type!r}): its layers are copies "
+            "of none. Leave place_by out."
+        )
+    places = [planned.origin for planned in load_jai_config(first.folder).running_plan]
+    if len(places) != layers:
+        raise UserError(
+            f"{first.name} has weights of {layers} layers, and its configuration plans {len(places)}. It is damaged, "
+            "or not whole; fetch it again."
+        )
+    return places
 
 
 def _copy_beside(folder: Path, options: MergeOptions, inputs: _MergeInputs) -> None:
@@ -141,11 +167,17 @@ def _print_plan(console: Console, options: MergeOptions, inputs: _MergeInputs, c
         table.add_row("base", escape(inputs.base.name), "")
     for number, model in enumerate(inputs.models):
         curve = options.curves[0 if options.method == "slerp" else number]
-        weight = "" if options.method == "slerp" and number == 0 else _curve_text(curve, inputs.layers)
+        weight = (
+            ""
+            if options.method == "slerp" and number == 0
+            else _curve_text(curve, inputs.places, "base layer" if options.places_by_origin else "layer")
+        )
         table.add_row(f"model {number + 1}", escape(model.name), weight)
     table.add_row("weights", f"{checkpoint.parameters:,} parameters, {size} in {' and '.join(dtypes)}", "")
     table.add_row("tensors", f"{len(checkpoint.tensors) - copied:,} computed, {copied:,} copied", "")
     console.print(table)
+    if options.places_by_origin and all(curve.is_constant for curve in options.curves):
+        print_note(console, "no weight depends on the layer, so --place-by changes nothing.")
     if options.dtype is None:
         _note_rounding(console, inputs, checkpoint)
     for note in dict.fromkeys(note for _, source in inputs.by_role for note in source.notes):
@@ -168,9 +200,9 @@ def _note_rounding(console: Console, inputs: _MergeInputs, checkpoint: PlannedCh
             )
 
 
-def _curve_text(curve: Curve, layers: int) -> str:
+def _curve_text(curve: Curve, places: list[int], of: str) -> str:
     """For people: 0.25, or each bend with its layer."""
     if curve.is_constant:
         return f"{curve.points[0][1]:g}"
-    position = 1 if curve.by_layer else max(layers - 1, 1)
-    return ", ".join(f"{value:g} at layer {place * position:.4g}" for place, value in curve.points)
+    position = 1 if curve.by_layer else max(max(places, default=0), 1)
+    return ", ".join(f"{value:g} at {of} {place * position:.4g}" for place, value in curve.points)

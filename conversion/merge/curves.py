@@ -3,6 +3,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -76,12 +77,19 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found and not name.startswith("mtp.") else None
 
 
-def value_for(curve: Curve, name: str, layers: int) -> float:
-    """Value of a curve for a tensor: embeddings take that of the first layer, final norm and head that of the last."""
+def value_for(curve: Curve, name: str, places: Sequence[int]) -> float:
+    """Value of a curve for a tensor: embeddings take that of the first layer, final norm and head that of the last.
+
+    Args:
+        curve: of the weight.
+        name: of the tensor.
+        places: where each layer lies: its own index, or that of the base's layer that it was copied from. The curve
+            ends at the largest of them.
+    """
     layer = layer_of(name)
-    if layer is None:
-        layer = 0 if "embed" in name else layers - 1
-    return curve.at(layer, layers)
+    last = max(places, default=-1)
+    place = places[layer] if layer is not None else 0 if "embed" in name else last
+    return curve.at(place, last + 1)
 
 
 def _position(option: str, point: dict[str, Any], by_layer: bool) -> float:

@@ -50,6 +50,11 @@ class MergeOptions(WriteOptions):
         shown_default="0.5",
         parse=float,
     )
+    place_by: Literal["depth", "origin"] = option(
+        "depth",
+        help="Where a layer lies, for weights that depend on it: in the model itself, or in the base that it was "
+        "scaled up from, so that all copies of one base layer have one weight.",
+    )
     base: str | None = option(None, help="Checkpoint that the models were trained from.", metavar="CKPT")
     density: float | None = option(
         None, help="ties, dare: share of the changes that is kept.", shown_default="0.5", above=0, at_most=1
@@ -96,9 +101,15 @@ class MergeOptions(WriteOptions):
         """The seed in force."""
         return self.seed or 0
 
+    @property
+    def places_by_origin(self) -> bool:
+        return self.place_by == "origin"
+
     def recorded(self) -> dict[str, Any]:
         """What decides the values of the output, beside the models."""
         values: dict[str, Any] = {"method": self.method, "dtype": self.dtype}
+        if self.places_by_origin:
+            values["place_by"] = self.place_by
         if self.method == "slerp":
             return values | {"t": 0.5 if self.t is None else self.t}
         values |= {"weights": self.weights or [1.0] * len(self.models), "normalize": self.normalizes}

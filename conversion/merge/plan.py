@@ -28,13 +28,14 @@ _SMALLEST_SUM = 1e-6
 
 
 def plan_merged_tensors(
-    options: MergeOptions, readers: list[CheckpointReader], *, ties_head: bool = False
+    options: MergeOptions, readers: list[CheckpointReader], places: Sequence[int], *, ties_head: bool = False
 ) -> list[PlannedTensor]:
     """Every tensor of the output, in the order of the first model.
 
     Args:
         options: the merge.
         readers: the models' weights, before them the base's where the method has one.
+        places: where each layer lies on the curves.
         ties_head: whether the configuration says that the head is the embeddings. Where all have a copy of them as
             their head, it is merged as they are, though it has another name and another place in the depth.
 
@@ -43,8 +44,7 @@ def plan_merged_tensors(
             tensor belongs to one.
     """
     first = readers[1 if options.has_base else 0]
-    layers = count_layers(first)
-    if not layers and not all(curve.is_constant for curve in options.curves):
+    if not places and not all(curve.is_constant for curve in options.curves):
         raise UserError(
             f"The weights depend on the layer, but no tensor of {first.name} is named after one ('layers.N.'). Give "
             "constant weights."
@@ -54,7 +54,7 @@ def plan_merged_tensors(
     for name, shape in first.shapes.items():
         dtype = getattr(torch, options.dtype) if options.dtype else first.dtypes[name]
         source = EMBEDDINGS if ties_head and name == LM_HEAD else name
-        values = [value_for(curve, source, layers) for curve in options.curves]
+        values = [value_for(curve, source, places) for curve in options.curves]
         part = _formula(options, readers, source, values).part(source, dtype)
         tensors.append(PlannedTensor(name, shape, dtype, (part,)))
     return tensors
