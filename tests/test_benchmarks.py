@@ -62,3 +62,23 @@ def test_cross_entropy(folder):
     errors = {row["contender"]: row["weight_gradient_error"] for row in rows if row["weight_gradient_error"]}
     assert {"jai linear_cross_entropy", "jai linear_log_probs", "TRL chunked", "whole logits"} <= set(errors)
     assert all(float(error) < 1e-5 for error in errors.values())
+
+
+@pytest.mark.slow
+def test_what_few_bits_cost(folder, tiny_checkpoint, tmp_path, sentences):
+    """Every form of a tiny JAI by language; rounding to bf16 costs less than rounding to four bits."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes = {"hidden_size": 128, "intermediate_size": 128}
+    models = [tiny_checkpoint(tmp_path / str(seed), seed=seed, **sizes) for seed in (0, 1)]
+    (tmp_path / "text.txt").write_text("\n\n".join(sentences), encoding="utf-8")
+    script = folder / "four_bits.py"
+    command = [sys.executable, script, "measure", *models, "--heldout", f"Both={tmp_path / 'text.txt'}"]
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    with (folder / "results" / "four_bits.csv").open() as file:
+        rows = {row["form"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 7
+    cost = {form: abs(float(row["cost_percent"])) for form, row in rows.items()}
+    assert cost["float32"] == 0
+    assert cost["bf16"] <= cost["NF4"]
+    assert len({rows[form]["bits_per_character"] for form in ("NF4", "NF4, double quantisation", "FP8", "int8")}) == 4

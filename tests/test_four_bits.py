@@ -2,6 +2,7 @@
 """Experts in four bits: what is stored, what is computed, what is kept, and what is refused."""
 
 import copy
+import gc
 import os
 import socket
 import subprocess
@@ -188,6 +189,17 @@ def test_nothing_of_a_matrix_is_kept_for_the_backward_pass(model, implementation
     assert max(kept) == largest
     if tokens == 1:
         assert largest < smallest_matrix  # so that the line above would see one
+
+
+def test_no_dequantised_matrix_lives_between_the_passes(model):
+    """Nor in an attribute, which the hooks above would not see."""
+    experts, _ = pairs(experts_of(model)[0], "grouped_mm")
+    gc.collect()
+    before = {id(each) for each in gc.get_objects() if isinstance(each, torch.Tensor)}
+    out = experts(*inputs(3))
+    made = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and id(each) not in before]
+    assert max(each.numel() for each in made if each.is_floating_point()) < 64 * 128
+    out.sum().backward()
 
 
 def test_autocast_decides_the_type_of_the_product(model):
