@@ -61,7 +61,7 @@ def test_every_verb_ran(demo):
     loaded = f"{results['jai_parameters']:,} parameters, float32; logits equal to the installed package's, bit for bit"
     assert results["checks"] == {
         "Loads in a clean process": f"{loaded} (through trust_remote_code, jai not importable)",
-        "Back from the Hub bit-equal": "5 files, SHA-256 equal",
+        "Back from the Hub bit-equal": "6 files, SHA-256 equal",
     }
     assert all(check in output for check in results["checks"])
     assert results["peak_memory_mb"] < 4000

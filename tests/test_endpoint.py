@@ -304,7 +304,7 @@ client.ask([ChatRequest([{"role": "user", "content": f"{number}"}], {"max_tokens
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_asks_nothing_twice(client_of, tmp_path, how):
-    with ChatEndpoint(lambda request, before: Answer(echo(request, before), delay=0.1)) as server:
+    with ChatEndpoint(lambda request, before: Answer(echo(request, before), delay=0.4)) as server:
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, server.url, str(tmp_path / "replies.sqlite")],
             env=os.environ,

@@ -32,6 +32,7 @@ BROUGHT = {
     "numpy": "transformers",
     "packaging": "transformers",
     "requests": "lm-eval[api]",
+    "tqdm": "transformers",
     "triton": "looked for",
 }
 HEAVY = (*OPTIONAL, "trl", "peft", "datasets", "matplotlib", "typer", "pythainlp", "torch._inductor")

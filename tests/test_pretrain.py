@@ -191,7 +191,7 @@ class TestRun:
             for name, (batch, accumulated) in sizes.items()
         }
         for ours, theirs in zip(runs["halves"], runs["whole"], strict=True):
-            assert of_tokens(ours) == pytest.approx(of_tokens(theirs), abs=1e-6)
+            assert of_tokens(ours) == pytest.approx(of_tokens(theirs), abs=1e-6, rel=1e-6)  # 4 units in the last place
 
     def test_what_text_is_taken_and_when_is_as_the_options_say(self, options, packed):
         """Each option has another value than its default; nothing is trained."""
