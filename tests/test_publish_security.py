@@ -73,7 +73,7 @@ def calls(tree: ast.AST):
 
 
 def unpickles_text_alone(tree: ast.Module) -> bool:
-    """Whether pickles are read only by classes that refuse every name, so that nothing but plain values comes of them."""
+    """Whether pickles are read only by classes that refuse every name: nothing but plain values comes of them."""
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     readers = [node for node in classes if list(map(ast.unparse, node.bases)) == ["pickle.Unpickler"]]
     refusing = [
