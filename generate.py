@@ -17,6 +17,7 @@ from jai.errors import UserError
 from jai.files import read_json
 from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
 from jai.options import argument, check_values, option
+from jai.tokenization.chat import check_chat
 from jai.tokenization.loading import load_tokenizer, tokenizer_folder
 from jai.tokenization.stops import stop_ids
 
@@ -232,8 +233,6 @@ def whole_checkpoint(model: str, *, weights: bool = True) -> Path:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions) -> BatchEncoding:
-    from jinja2 import TemplateError
-
     if options.raw:
         inputs = tokenizer(options.prompt, return_tensors="pt")
         if not inputs["input_ids"].numel():
@@ -241,17 +240,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions) -> Bat
         return inputs
     if tokenizer.chat_template is None:
         raise UserError(f"{options.model} has no chat template. Use --raw to continue the text as it stands.")
-    try:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": options.prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    except TemplateError as error:
-        raise UserError(
-            f"The chat template of {options.model} cannot be used: {error} Use --raw to do without."
-        ) from error
+    check_chat(options.model, tokenizer, "Use --raw to do without.")
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": options.prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     return cast("BatchEncoding", inputs)  # as return_dict asks
 
 

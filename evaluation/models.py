@@ -13,6 +13,7 @@ from jai.errors import UserError
 from jai.evaluation.options import EvalOptions
 from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
 from jai.provenance import checkpoint_revision
+from jai.tokenization.chat import check_chat
 from jai.tokenization.loading import load_tokenizer
 
 
@@ -36,7 +37,7 @@ def check_chat_template(options: EvalOptions) -> None:
     """Refuse a checkpoint that cannot be asked in a chat; a server has its own template.
 
     Raises:
-        UserError: if its tokenizer has no chat template.
+        UserError: if its tokenizer has no chat template, or one that makes no tokens of a chat.
     """
     if options.backend == "openai":
         return
@@ -46,6 +47,7 @@ def check_chat_template(options: EvalOptions) -> None:
             f"{options.model} has no chat template, in which it is asked here. Give a checkpoint that was tuned for "
             "chats, or put a chat_template.jinja into its folder."
         )
+    check_chat(options.model, tokenizer)
 
 
 def revision_of(options: EvalOptions) -> str:

@@ -8,6 +8,7 @@ from jai.errors import UserError
 from jai.evaluation.progress import counted_progress
 from jai.evaluation.reply_cache import Message
 from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
+from jai.tokenization.chat import check_chat
 from jai.tokenization.loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class RewardModel:
         self._tokenizer: Any = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         if self._tokenizer.chat_template is None:
             raise UserError(f"The reward model {model} has no chat template, so it cannot read conversations.")
+        check_chat(model, self._tokenizer)
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise UserError(
                 f"{model} is a LoRA adapter without its model. Train it with `merge_adapter: true`, which leaves a "

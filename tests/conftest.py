@@ -26,6 +26,7 @@ from huggingface_hub.utils import _http, disable_progress_bars
 from hypothesis import settings
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
+from fuzzing import Figures, bounds
 from jai import JaiConfig, JaiForCausalLM
 from jai.files import sha256
 from jai.hub_card import publish as publishing
@@ -358,3 +359,19 @@ def run_as_stranger() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+# --- Hundreds of damaged inputs (fuzzing.py)
+
+
+@pytest.fixture
+def figures(record_property) -> Iterator[Figures]:
+    found = Figures()
+    yield found
+    record_property("figures", str(found))
+
+
+@pytest.fixture(scope="module")
+def within_bounds() -> Iterator[None]:
+    with bounds():
+        yield

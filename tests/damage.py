@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hypothesis import strategies as st
 
 # What no key expects, or what only some do.
@@ -80,6 +81,8 @@ def damages_of(file: str, content: bytes) -> st.SearchStrategy[Damage]:
         structured = _safetensors_damages
     elif file.endswith(".jsonl"):
         structured = _row_damages
+    elif file.endswith(".yaml"):
+        structured = _yaml_damages
     elif not file.endswith(".json"):
         structured = _byte_damages
     # Of ten, six by structure, three by bytes, one by place.
@@ -127,6 +130,12 @@ def _byte_damages(draw: st.DrawFn, file: str, content: bytes) -> Damage:
 def _json_damages(file: str, content: bytes) -> st.SearchStrategy[Damage]:
     return changed_objects(json.loads(content)).map(
         lambda change: Damage(file, change[0], json.dumps(change[1], ensure_ascii=True).encode())
+    )
+
+
+def _yaml_damages(file: str, content: bytes) -> st.SearchStrategy[Damage]:
+    return changed_objects(yaml.safe_load(content)).map(
+        lambda change: Damage(file, change[0], yaml.safe_dump(change[1]).encode(errors="surrogatepass"))
     )
 
 

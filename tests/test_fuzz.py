@@ -7,19 +7,12 @@ time; `make test-slow` takes new ones, for JAI_FUZZ_SECONDS in all (600). The fi
 
 import contextlib
 import gzip
-import io
 import json
 import os
 import re
-import resource
 import shutil
-import signal
-import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,21 +23,19 @@ import pytest
 import torch
 import yaml
 from damage import VALUES, Damage, changed_rows, damages, damages_of, hard_linked
-from huggingface_hub import constants
-from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from json_lines import write_rows
 from pyarrow import Table
-from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from jai.cli.app import main
+from chat_endpoint import ChatEndpoint
+from fuzzing import SECONDS, Figures, Outcome, check_nothing_left, check_outcome, check_whole, fuzz, no_hanging, run
+from jai import JaiForSequenceClassification
 from jai.cli.verb import VERBS, Verb
 from jai.errors import UserError
 from jai.evaluation.results import Item, mean_figure, open_run
-from jai.files import work_folder
 from jai.options import Option, options_of
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments
 from jai.trainers.data import load_training_data
@@ -52,166 +43,17 @@ from jai.trainers.data_arguments import DataArguments
 from jai.trainers.rows import DatasetType
 from jai.trainers.sft import JaiSFTConfig
 
-SECONDS = float(os.environ.get("JAI_FUZZ_SECONDS", "600"))
-HANG_SECONDS = 60  # an example takes a quarter of a second
-MEMORY = 3 * 2**30  # bytes that may be added to what this process has
-LARGEST_FILE = 2**28
+pytestmark = pytest.mark.usefixtures("within_bounds")
+
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-
-
-# --- Running jai, and what must hold whatever it was given ---
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def kind(self) -> str:
-        """What happened, without the names and numbers of this example."""
-        if self.code == 0:
-            return "ok"
-        message = re.split("^Error: ", self.err, flags=re.MULTILINE)[-1]
-        return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|[\w.]*\d[\w.,]*|[\w.]*[._][\w.]+", "…", message)[:60]
-
-
-class Hang(BaseException):
-    """An example that takes for ever."""
-
-
-@contextmanager
-def no_hanging() -> Iterator[None]:
-    def hang(*_: Any) -> None:
-        raise Hang(f"no end after {HANG_SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(HANG_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def run(*words: str | Path) -> Outcome:
-    """Run `jai …` in this process; whatever is not an exit is a traceback to the user."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
-    argv, sys.argv = sys.argv, ["jai", *map(str, words)]
-    try:
-        with redirect_stdout(out), redirect_stderr(err), no_hanging():
-            main()
-        code: Any = 0
-    except SystemExit as exit_:
-        code = exit_.code or 0
-    finally:
-        sys.argv = argv
-    texts = []
-    for stream in (out, err):
-        stream.flush()
-        texts.append(stream.buffer.getvalue().decode(errors="replace"))  # type: ignore[attr-defined]
-    return Outcome(code, *texts)
-
-
-def check_outcome(outcome: Outcome) -> None:
-    assert outcome.code in (0, 1, 2), outcome
-    assert "Traceback" not in outcome.err, outcome.err
-    assert len(re.findall("^Error: ", outcome.err, re.MULTILINE)) == (outcome.code != 0), outcome.err
-
-
-def check_nothing_left(out: Path) -> None:
-    assert not out.exists()
-    assert not work_folder(out).exists()
-
-
-def check_whole(out: Path, *, forward: bool = False) -> None:
-    """A folder is what its configuration says, to readers that are not ours, and every weight is a number."""
-    for path in sorted(out.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                assert file.get_tensor(name).isfinite().all(), f"{name} in {path} is not finite"
-    for path in out.glob("*.json"):
-        assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict), path
-    if (out / "generation_config.json").exists():
-        GenerationConfig.from_pretrained(out)
-    if json.loads((out / "config.json").read_text())["model_type"] == "jai_ffn_snapshot":
-        return
-    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
-    rows = model.get_input_embeddings().weight.shape[0]
-    if (out / "tokenizer.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(out)
-        ids = tokenizer("A ก.")["input_ids"]
-        assert max(tokenizer.get_vocab().values()) < rows, "ids beyond the rows"
-        assert max(ids) < rows
-    if forward:
-        with torch.inference_mode():
-            assert model.eval()(torch.tensor([[1, 5, 6, 7]])).logits.isfinite().all()
-
-
-# --- Examples: how many, and the figures ---
-
-
-class Figures:
-    """How often each kind of outcome was met."""
-
-    def __init__(self) -> None:
-        self.kinds: Counter[str] = Counter()
-
-    def add(self, outcome: Outcome | str) -> None:
-        self.kinds[outcome if isinstance(outcome, str) else outcome.kind] += 1
-
-    def __str__(self) -> str:
-        ok, total = self.kinds["ok"], self.kinds.total()
-        messages = len(self.kinds - Counter(ok=ok))
-        return f"{total:,} examples: {ok:,} taken, {total - ok:,} refused with {messages:,} messages"
-
-
-@pytest.fixture
-def figures(record_property) -> Iterator[Figures]:
-    found = Figures()
-    yield found
-    record_property("figures", str(found))
-
-
-def fuzz(strategy: st.SearchStrategy, check: Callable[[Any], None], *, examples: int, seconds: float | None) -> None:
-    """Check examples: the same ones each time, or without `examples` new ones until the seconds are over."""
-
-    def some(count: int, **more: Any) -> Callable[[], None]:
-        return settings(max_examples=count, deadline=None, suppress_health_check=[*HealthCheck], **more)(
-            given(strategy)(check)
-        )
-
-    if seconds is None:
-        some(examples, derandomize=True, database=None)()
-        return
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        seed(time.time_ns())(some(20))()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def bounds() -> Iterator[None]:
-    """Whoever takes the machine's memory, disk or network fails."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = {resource.RLIMIT_AS: used + MEMORY, resource.RLIMIT_FSIZE: LARGEST_FILE}
-    before = {kind: resource.getrlimit(kind) for kind in limits}
-    for kind, soft in limits.items():
-        resource.setrlimit(kind, (soft, before[kind][1]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        yield
-    for kind, limit in before.items():
-        resource.setrlimit(kind, limit)
 
 
 # --- Checkpoints ---
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, sentences) -> Path:
-    """A folder with one of each kind that a verb reads."""
+def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, tiny_config, sentences) -> Iterator[Path]:
+    """A folder with one of each kind that a verb reads; a judge answers at the address in its `judge_url`."""
     home = tmp_path_factory.mktemp("fuzz")
     shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": len(tiny_tokenizer)}
     base = tiny_phi3(home / "base", **shape)
@@ -247,14 +89,57 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, sentences) -> Path:
     write_rows(home / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
     corpus = {"sources": [{"name": "t", "text": [str(home / "text.txt")], "language": "th"}]}
     (home / "corpus.yaml").write_text(yaml.safe_dump(corpus), encoding="utf-8")
-    with open_run(home / "run", model="m", revision="r") as evaluation:
-        evaluation.add([Item("s", "t", str(number), "acc", number % 2) for number in range(4)])
-        evaluation.replace_figures("s", [mean_figure([*evaluation.items.values()], suite="s", name="t", metric="acc")])
-        evaluation.finish()
+    for run_folder in (home / "run", home / "run-2"):
+        with open_run(run_folder, model="m", revision="r") as evaluation:
+            evaluation.add([Item("s", "t", str(number), "acc", number % 2) for number in range(4)])
+            items = [*evaluation.items.values()]
+            evaluation.replace_figures("s", [mean_figure(items, suite="s", name="t", metric="acc")])
+            evaluation.finish()
     (home / "trained-run").mkdir()
     history = [{"step": step, "loss": 3.0 - step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in range(3)]
     (home / "trained-run" / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 2}))
-    return home
+    write_what_is_judged(home, tiny_config, tiny_tokenizer)
+    with ChatEndpoint(lambda request, before: f"[[{len(str(request)) % 10 + 1}]]") as judge:
+        (home / "judge_url").write_text(judge.url)
+        yield home
+
+
+def write_what_is_judged(home: Path, tiny_config: Callable, tiny_tokenizer: Any) -> None:
+    """Prompts, answers and questions, a reward model, and an ablation's file."""
+    reward_model = JaiForSequenceClassification(
+        tiny_config(vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=24, num_labels=1)
+    )
+    reward_model.save_pretrained(home / "reward")
+    tiny_tokenizer.save_pretrained(home / "reward")
+    (home / "prompts").mkdir()
+    write_rows(home / "prompts" / "prompts.jsonl", [{"prompt": prompt} for prompt in ("A", "ก", "hi there")])
+    (home / "data").mkdir()
+    questions = [{"question_id": n, "category": "math", "turns": ["1?", "2?"], "reference": ["a", "b"]} for n in (0, 1)]
+    write_rows(home / "data" / "mt_bench_th.jsonl", questions)
+    choices = {"choice1": "ก", "choice2": "ข", "question": "effect"}
+    (home / "data" / "cambridgeltl" / "xcopa" / "th").mkdir(parents=True)
+    rows = [{"premise": f"A {n}.", "label": n % 2, **choices} for n in range(4)]
+    write_rows(home / "data" / "cambridgeltl" / "xcopa" / "th" / "test.jsonl", rows)
+    suite = {"title": "T", "about": "A", "language": "th", "tasks": [{"task": "xcopa_th", "metric": "acc", "shots": 0}]}
+    (home / "suite.yaml").write_text(yaml.safe_dump(suite | {"means": [{"name": "mean", "over": "tasks"}]}))
+    (home / "answers").mkdir()
+    for name in ("first", "second"):
+        answers = [{"id": str(n), "answers": [name, "b"], "questions": ["1?", "2?"]} for n in (0, 1)]
+        write_rows(home / "answers" / f"{name}.jsonl", answers)
+    ablation = {
+        "languages": [{"name": "Thai", "texts": [str(home / "text.txt")]}],
+        "arms": [{"name": "base"}],
+        "training": {"tokens": 64, "context": 8, "batch_rows": 4, "warmup_steps": 1, "dtype": "float32"},
+        "model": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "base": str(home / "base"),
+        "seeds": [0],
+        "heldout_every": 4,
+        "heldout_characters": 20,
+        "piece_characters": 40,
+    }
+    for folder, content in (("ablation", ablation), ("corpus", yaml.safe_load((home / "corpus.yaml").read_text()))):
+        (home / folder).mkdir()
+        (home / folder / f"{folder}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -264,8 +149,16 @@ class Work:
     damaged: str
     words: tuple[str, ...]
 
+    @property
+    def verb(self) -> str:
+        """Its name, of one word or two."""
+        first, second = self.words[:2]
+        return f"{first} {second}" if first in ("eval", "tokenizer") else first
+
 
 BLOCKS = ("--block-size", "1", "--block-repeats", "1,2", "--experts", "2")
+REWARD = ("--candidates", "2", "--max-answer-tokens", "2", "--by", "reward", "--reward-model")
+JUDGE = ("--judge-url", "the/judge_url", "--judge-model", "judge", "--judge-attempts", "1")
 WORKS = {
     "convert": Work("base", ("convert", "DAMAGED", "OUT", *BLOCKS)),
     "convert, shards": Work("sharded", ("convert", "DAMAGED", "OUT", *BLOCKS, "--dtype", "float16")),
@@ -283,8 +176,65 @@ WORKS = {
     "inspect": Work("jai", ("inspect", "DAMAGED")),
     "publish": Work("jai", ("publish", "DAMAGED", "me/model", "--dry-run")),
     "publish, adapter": Work("adapter", ("publish", "DAMAGED", "me/model", "--dry-run")),
+    "pack": Work("corpus", ("pack", "OUT", "--config", "DAMAGED/corpus.yaml", "--tokenizer", "the/jai")),
+    "report": Work("trained-run", ("report", "DAMAGED", "--out", "OUT")),
+    "eval compare": Work("run", ("eval", "compare", "the/run", "DAMAGED")),
+    "eval pairwise": Work(
+        "answers",
+        (
+            "eval",
+            "pairwise",
+            "the/answers/first.jsonl",
+            "DAMAGED/second.jsonl",
+            *JUDGE,
+            "--data",
+            "the/data",
+            "--out",
+            "OUT",
+        ),
+    ),
+    "generate": Work("jai", ("generate", "DAMAGED", "A", "--max-new-tokens", "2")),
+    "eval run": Work(
+        "jai",
+        ("eval", "run", "DAMAGED", "--suite", "the/suite.yaml", "--data", "the/data", "--limit", "1", "--out", "OUT"),
+    ),
+    "pairs": Work("jai", ("pairs", "the/prompts/prompts.jsonl", "OUT", "--model", "DAMAGED", *REWARD, "the/reward")),
+    "pairs, reward model": Work(
+        "reward", ("pairs", "the/prompts/prompts.jsonl", "OUT", "--model", "the/jai", *REWARD, "DAMAGED")
+    ),
+    "pairs, prompts": Work(
+        "prompts", ("pairs", "DAMAGED/prompts.jsonl", "OUT", "--model", "the/jai", *REWARD, "the/reward")
+    ),
+    "eval language": Work("answers", ("eval", "language", "DAMAGED/first.jsonl")),
+    "score": Work("reward", ("score", "the/chats.jsonl", "OUT", "--model", "DAMAGED")),
+    "tokenizer ablate": Work("ablation", ("tokenizer", "ablate", "--config", "DAMAGED/ablation.yaml", "--out", "OUT")),
 }
-EXAMPLES = {"convert": 80, "convert, shards": 40}
+EXAMPLES = {"convert": 80, "convert, shards": 40} | dict.fromkeys(
+    (
+        *("pack", "report", "eval compare", "eval pairwise", "eval run", "eval language", "generate", "pairs"),
+        *("pairs, reward model", "pairs, prompts", "score", "tokenizer ablate"),
+    ),
+    4,
+)
+# What these have done when they end with an error is gone on with.
+RESUMABLE = ("eval run", "eval pairwise", "pairs", "tokenizer ablate")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What stands for the words of a line that name something: OUT and the like, and what lies in `the`."""
+
+    home: Path
+    others: Mapping[str, Path]
+
+    def given(self, word: str) -> str:
+        first, *rest = word.split("/")
+        if word == "the/judge_url":
+            return (self.home / "judge_url").read_text()
+        if first in self.others:
+            return str(Path(self.others[first], *rest))
+        path = Path(self.home, *rest)
+        return str(path) if first == "the" and path.exists() else word
 
 
 def check_damage(checkpoints: Path, work: Work, damage: Damage) -> Outcome:
@@ -292,12 +242,12 @@ def check_damage(checkpoints: Path, work: Work, damage: Damage) -> Outcome:
         out = Path(folder) / "out"
         damaged = hard_linked(checkpoints / work.damaged, Path(folder) / "damaged")
         damage.lay_on(damaged)
-        names = {"OUT": out, "DAMAGED": damaged} | {f"the/{path.name}": path for path in checkpoints.iterdir()}
-        outcome = run(*(names.get(word, word) for word in work.words))
+        names = Names(checkpoints, {"OUT": out, "DAMAGED": damaged})
+        outcome = run(*map(names.given, work.words))
         check_outcome(outcome)
-        if outcome.code:
+        if outcome.code and work.verb not in RESUMABLE:
             check_nothing_left(out)
-        elif "OUT" in work.words:
+        elif (out / "config.json").exists():
             check_whole(out, forward=not damage.file.endswith(".safetensors"))
         return outcome
 
@@ -368,11 +318,34 @@ VALID: dict[str, dict[str, Any]] = {
     "tokenizer report": {"tokenizer": ["the/base"], "text": ["the/text.txt"]},
     "generate": {"model": "the/jai", "prompt": "A", "max_new_tokens": 2},
     "inspect": {"model": "the/jai"},
+    "eval run": {"model": "the/jai", "suite": ["the/suite.yaml"], "data": "the/data", "limit": 1, "out": "OUT"},
     "eval language": {"files": ["the/chats.jsonl"]},
-    "eval compare": {"runs": ["the/run", "the/run"]},
+    "eval contamination": {"texts": ["the/text.txt"], "suite": ["the/suite.yaml"], "data": "the/data"},
+    "eval pairwise": {
+        "first": "the/answers/first.jsonl",
+        "second": "the/answers/second.jsonl",
+        **{"data": "the/data", "out": "OUT"},
+        **{"judge_url": "the/judge_url", "judge_model": "judge", "judge_attempts": 1},
+    },
+    "eval compare": {"runs": ["the/run", "the/run-2"]},
     "pack": {"out": "OUT", "config": "the/corpus.yaml", "tokenizer": "the/jai"},
     "report": {"run": "the/trained-run", "out": "OUT"},
+    "pairs": {
+        **{
+            "prompts": "the/prompts/prompts.jsonl",
+            "out": "OUT",
+            "model": "the/jai",
+            "candidates": 2,
+            "max_answer_tokens": 2,
+        },
+        **{"by": "reward", "reward_model": "the/reward", "judge_attempts": 1},
+    },
+    "score": {"file": "the/chats.jsonl", "out": "OUT", "model": "the/reward"},
+    "tokenizer ablate": {"config": "the/ablation/ablation.yaml", "out": "OUT"},
 }
+LINE_EXAMPLES = dict.fromkeys(
+    ("eval run", "eval contamination", "eval pairwise", "pairs", "score", "tokenizer ablate"), 8
+)
 FUZZED = [verb for verb in VERBS if verb.name in VALID]
 
 
@@ -444,15 +417,13 @@ def shell_word(text: str) -> str:
 def check_line(checkpoints: Path, line: Line) -> Outcome:
     with tempfile.TemporaryDirectory(dir=checkpoints) as folder, contextlib.chdir(folder):
         out, config = Path(folder) / "out", Path(folder) / "config.yaml"
-        names = {"OUT": str(out), "CONFIG": str(config), "the": str(checkpoints)}
-        names |= {f"the/{path.name}": str(path) for path in checkpoints.iterdir()}
+        names = Names(checkpoints, {"OUT": out, "CONFIG": config})
         if line.yaml is not None:
-            config.write_bytes(
-                re.sub(rb"the/[\w-]+|\bOUT\b", lambda found: names.get(found[0].decode(), "the").encode(), line.yaml)
-            )
-        outcome = run(*(names.get(word, word) for word in line.words))
+            named = re.sub(rb"the/[\w./-]+|\bOUT\b", lambda found: names.given(found[0].decode()).encode(), line.yaml)
+            config.write_bytes(named)
+        outcome = run(*map(names.given, line.words))
         check_outcome(outcome)
-        if outcome.code:
+        if outcome.code and not any(" ".join(line.words).startswith(verb) for verb in RESUMABLE):
             check_nothing_left(out)
         elif (out / "config.json").exists():
             check_whole(out)
@@ -472,7 +443,16 @@ def test_options_for_minutes(checkpoints, figures, verb):
 
 
 def fuzz_options(checkpoints: Path, figures: Figures, verb: Verb, seconds: float | None) -> None:
-    fuzz(lines(verb), lambda line: figures.add(check_line(checkpoints, line)), examples=20, seconds=seconds)
+    if seconds is not None:
+        known = options_of(verb.options)
+        words = (word for name, value in VALID[verb.name].items() for word in words_of(known[name], value))
+        assert check_line(checkpoints, Line((*verb.name.split(), *words), None)).code == 0
+    fuzz(
+        lines(verb),
+        lambda line: figures.add(check_line(checkpoints, line)),
+        examples=LINE_EXAMPLES.get(verb.name, 20),
+        seconds=seconds,
+    )
 
 
 TRAINING = {

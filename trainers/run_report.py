@@ -82,13 +82,30 @@ def read_logs(run: Path) -> list[Log]:
             history = read_json(path).get("log_history") if path.exists() else None
         except UserError:  # the checkpoint that was being written when the run was killed
             continue
-        logs = [log for log in history or [] if "loss" in log]
-        if logs:
+        if logs := _losses(history or [], path):
             return logs
     raise UserError(
         f"{run} has no logs of training: neither it nor a checkpoint-N in it has a trainer_state.json with losses. "
         "Give the output folder of `jai pretrain`, `jai sft` or `jai dpo`."
     )
+
+
+def _losses(history: Any, path: Path) -> list[Log]:
+    """The logs that have a loss, and of each what is a number."""
+    logs = []
+    for log in history if isinstance(history, list) else [None]:
+        if not isinstance(log, dict):
+            raise UserError(f"{path} is damaged: its log_history is no list of logs. Give another run.")
+        numbers = {key: value for key, value in log.items() if _is_number(value)}
+        if "loss" in log:
+            if "loss" not in numbers or type(numbers.get("step")) is not int:
+                raise UserError(f"{path} is damaged: a log has no number for its loss or its step. Give another run.")
+            logs.append(numbers)
+    return logs
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)  # more is no float to draw
 
 
 def find_alarms(logs: Sequence[Log], language: str) -> list[RunAlarm]:
