@@ -10,7 +10,7 @@ PEFT's own class for `target_parameters` adds the product of its factors to the 
 """
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -29,7 +29,7 @@ class ParamWrapper(layer.ParamWrapper):
 
     def get_param(self) -> torch.Tensor:
         """What PEFT reads the shape, device and dtype of: a single 0 that stands for the whole matrix."""
-        experts = self.get_base_layer()
+        experts = cast(JaiExperts4bit, self.get_base_layer())
         packed, shape = getattr(experts, self.parameter_name), experts.shapes[self.parameter_name]
         return torch.zeros((), dtype=experts.compute_dtype, device=packed.device).expand(len(packed), *shape)
 
@@ -39,7 +39,8 @@ class ParamWrapper(layer.ParamWrapper):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         with ExitStack() as stack:
             if active:
-                stack.enter_context(self.get_base_layer().adapted(self.parameter_name, self._lora(active)))
+                experts = cast(JaiExperts4bit, self.get_base_layer())
+                stack.enter_context(experts.adapted(self.parameter_name, self._lora(active)))
             return self.base_layer(x, *args, **kwargs)
 
     def _lora(self, adapters: list[str]) -> Lora4bit:

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_quantization_config
 
@@ -322,7 +323,7 @@ def end_training(trainer: JaiTrainerMixin) -> None:
     would wait for the group's thread while it has Python's lock, for which that thread may be waiting (torch 2.13: now
     and then a run that was done did not end).
     """
-    trainer.model_wrapped = trainer.model
+    trainer.model_wrapped = cast(nn.Module, trainer.model)
     trainer.accelerator.free_memory()
     if hasattr(trainer, "end"):  # transformers 5.18 and later
         trainer.end()

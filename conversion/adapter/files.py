@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jai.errors import UserError
 from jai.files import check_is_file, read_json
@@ -85,7 +85,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         type(rank) is int
         and rank > 0
         and type(alpha) in (int, float)
-        and math.isfinite(alpha)
+        and math.isfinite(cast(float, alpha))
         and isinstance(base, str | None)
         and isinstance(parameters, list)
         and all(isinstance(name, str) for name in parameters)
@@ -94,6 +94,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     )
     if not is_sound:
         raise UserError(f"{path} has no sound rank, alpha and targets. {_REMEDY}")
+    rank, alpha = cast(int, rank), cast(float, alpha)
     scale = alpha / (math.sqrt(rank) if content.get("use_rslora") else rank)
     return AdapterConfig(base or "", rank, scale, tuple(parameters), rows)
 
