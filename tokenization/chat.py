@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from jai.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
@@ -32,7 +32,8 @@ def check_chat(name: str, tokenizer: PreTrainedTokenizerBase, remedy: str = "Men
         UserError: if it fails, or makes no tokens of a chat.
     """
     try:
-        tokens = tokenizer.apply_chat_template([{"role": "user", "content": "A"}], return_dict=True)["input_ids"]
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": "A"}], return_dict=True)
+        tokens = cast("BatchEncoding", inputs)["input_ids"]
     except Exception as error:  # of any kind: jinja2's, and what a template does wrong with its values
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(f"The chat template of {name} cannot be used: {reason}. {remedy}") from error

@@ -92,7 +92,7 @@ def read_logs(run: Path) -> list[Log]:
 
 def _losses(history: Any, path: Path) -> list[Log]:
     """The logs that have a loss, and of each what is a number."""
-    logs = []
+    logs: list[Log] = []
     for log in history if isinstance(history, list) else [None]:
         if not isinstance(log, dict):
             raise UserError(f"{path} is damaged: its log_history is no list of logs. Give another run.")
