@@ -65,6 +65,11 @@ VALUES: dict[type, dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any
         "base": ({"method": "task-arithmetic"}, {"base": "MODEL0"}, {"base": "MODEL2"}),
         "density": ({"method": "ties", "base": "MODEL0"}, {}, {"density": 0.2}),
         "normalize": ({"weights": [1.0, 2.0]}, {}, {"normalize": False}),
+        "place_by": (
+            {"weights": [[{"at": 0, "value": 0.0}, {"at": 1, "value": 1.0}], 1.0]},
+            {},
+            {"place_by": "origin"},
+        ),
         "scale": ({"method": "ties", "base": "MODEL0"}, {}, {"scale": 2.0}),
         "dtype": ({}, {}, {"dtype": "bfloat16"}),
         "seed": ({"method": "dare-linear", "base": "MODEL0"}, {}, {"seed": 1}),

@@ -178,8 +178,8 @@ class TestOtherVerbs:
 
     def test_a_merge_takes_it_for_the_last_layer(self):
         curve = parse_curve("weights", [{"layer": 0, "value": 0.0}, {"layer": 4, "value": 1.0}])
-        assert value_for(curve, "mtp.layers.0.mtp_block.mlp.gate.weight", 5) == 1
-        assert value_for(curve, "model.layers.0.mlp.gate.weight", 5) == 0
+        assert value_for(curve, "mtp.layers.0.mtp_block.mlp.gate.weight", range(5)) == 1
+        assert value_for(curve, "model.layers.0.mlp.gate.weight", range(5)) == 0
 
     def test_publishing_takes_it_as_it_is(self, kept):
         request = LoadRequest(folder=str(kept), base=None, source=True, forward=False, report="", logits="")

@@ -636,7 +636,27 @@ def test_examples_that_teach_nothing_are_counted(checkpoint, tmp_path, sentences
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options"), [("pretrain.yaml", SFT_OPTIONS), ("sft.yaml", SFT_OPTIONS), ("dpo.yaml", DPO_OPTIONS)]
+    ("recipe", "options"),
+    [*((name, SFT_OPTIONS) for name in ("text", "sft_1", "sft_2")), ("dpo", DPO_OPTIONS)],
+)
+def test_tiny_recipes_parse(recipe, options):
+    """Those that benchmarks/post_training_chain.py runs, one after another."""
+    path = RECIPES / "tiny" / f"{recipe}.yaml"
+    parsed = parse_arguments(options, ["--config", str(path)], "jai sft")
+    values = {key: value for part in parsed for key, value in vars(part).items()}
+    given = yaml.safe_load(path.read_text())
+    assert {key: values[key] for key in given if key != "report_to"} == {
+        key: value for key, value in given.items() if key != "report_to"
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("pretrain.yaml", SFT_OPTIONS),
+        ("sft.yaml", SFT_OPTIONS),
+        ("dpo.yaml", DPO_OPTIONS),
+    ],
 )
 def test_recipes_parse(recipe, options, tmp_path):
     path = RECIPES / recipe
