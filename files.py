@@ -358,6 +358,29 @@ def lock_folder(work: Path, out: Path) -> int:
         work.mkdir(exist_ok=True)
 
 
+def make_locked_folder(folder: Path) -> int:
+    """Make a folder that may be there already, and lock it for this process.
+
+    Returns:
+        The descriptor to close, as of `lock_folder`.
+
+    Raises:
+        UserError: if another process has the lock, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock_folder(folder, folder)
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror}. Give a folder that you may write.") from error
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file that is there as a whole or not at all; one that is there is replaced."""
+    partial = path.with_name(f"{path.name}.new")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
+
+
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """What differs between two JSON values, a sentence each: "seed was 0 and is 1"."""
     if isinstance(old, dict) and isinstance(new, dict):

@@ -17,6 +17,7 @@ Shape suffixes: E experts, S rows, which are tokens by chosen expert, R and C ro
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -369,6 +370,24 @@ def _product(
 # --- Loading
 
 
+def refuse_old_bitsandbytes():
+    """Refuse a bitsandbytes without what is used here.
+
+    Raises:
+        ImportError: if the installed one is older than `BITSANDBYTES`.
+        ModuleNotFoundError: if there is none.
+    """
+    try:
+        installed = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        raise ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes") from None
+    if version.parse(installed) < version.parse(BITSANDBYTES):
+        raise ImportError(
+            f"bitsandbytes {installed} is installed, and experts in four bits need {BITSANDBYTES} or later: pip "
+            f"install 'bitsandbytes>={BITSANDBYTES}'"
+        )
+
+
 class _Quantize(ConversionOps):
     """A loaded weight in four bits: the experts' here, those of linear layers as transformers does it."""
 
@@ -395,13 +414,7 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
 
     def validate_environment(self, *args, **kwargs):
         super().validate_environment(*args, **kwargs)
-        import bitsandbytes
-
-        if version.parse(bitsandbytes.__version__) < version.parse(BITSANDBYTES):
-            raise ImportError(
-                f"bitsandbytes {bitsandbytes.__version__} is installed, and experts in four bits need {BITSANDBYTES} "
-                f"or later: pip install 'bitsandbytes>={BITSANDBYTES}'"
-            )
+        refuse_old_bitsandbytes()
 
     def _process_model_before_weight_loading(self, model, *args, **kwargs):
         super()._process_model_before_weight_loading(model, *args, **kwargs)

@@ -42,7 +42,8 @@ def _sample_where_asked() -> None:
     @wraps(build)
     def build_and_sample(self: Any, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         config = build(self, body, *args, **kwargs)
-        if float(body.get("temperature") or 0) > 0:
+        temperature = body.get("temperature")
+        if isinstance(temperature, int | float) and temperature > 0:
             config.do_sample = True
         return config
 

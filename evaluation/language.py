@@ -11,7 +11,7 @@ letters. Code, formulae, addresses and quoted foreign names belong to no languag
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, get_args
@@ -148,11 +148,6 @@ class FormCounts:
     @property
     def think_accuracy(self) -> float:
         return 1 - self.think.total() / self.replies
-
-
-def count_form_faults(replies: Iterable[str], language: str) -> FormCounts:
-    """Count the faults of language and of thinking in replies."""
-    return form_counts([(language_fault(text, language), think_fault(text)) for text in replies])
 
 
 def form_counts(faults: Sequence[tuple[LanguageFault | None, ThinkFault | None]]) -> FormCounts:

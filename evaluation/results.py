@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jai.errors import UserError
-from jai.files import differences, lock_folder, read_json
+from jai.files import differences, make_locked_folder, read_json, write_whole
 
 RESULTS_FILE = "results.json"
 ITEMS_FILE = "items.jsonl"
@@ -396,7 +396,7 @@ class EvaluationRun:
         """Set a suite's outcomes, where all of them are found anew from what was asked before."""
         others = {key: item for key, item in self.items.items() if item.suite != suite}
         self.items = others | {item.key: item for item in items}
-        _write_whole(self.folder / ITEMS_FILE, "".join(map(_line, self.items.values())))
+        write_whole(self.folder / ITEMS_FILE, "".join(map(_line, self.items.values())))
 
     def replace_notes(self, suite: str, notes: Iterable[str]) -> None:
         """Set what a reader of a suite's figures must know."""
@@ -411,12 +411,12 @@ class EvaluationRun:
     def save(self) -> None:
         """Write `results.json`, whole or not at all."""
         content = json.dumps(dataclasses.asdict(self.results), indent=2, ensure_ascii=False)
-        _write_whole(self.folder / RESULTS_FILE, content + "\n")
+        write_whole(self.folder / RESULTS_FILE, content + "\n")
 
     def finish(self) -> None:
         """Order the items, and mark the run as finished: its files are then those of a run that was never stopped."""
         self.items = dict(sorted(self.items.items(), key=lambda pair: _order(pair[0])))
-        _write_whole(self.folder / ITEMS_FILE, "".join(map(_line, self.items.values())))
+        write_whole(self.folder / ITEMS_FILE, "".join(map(_line, self.items.values())))
         self.results.tasks.sort(key=lambda each: (each.suite, each.task))
         self.results.figures.sort(key=lambda each: each.suite)
         self.results.finished = True
@@ -439,11 +439,7 @@ def open_run(
     """
     if not (folder / RESULTS_FILE).exists() and not _is_free(folder):
         raise UserError(f"{folder} exists already and is no evaluation. Give another output folder.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder, folder)
-    except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error.strerror}. Give a folder that you may write.") from error
+    lock = make_locked_folder(folder)
     try:
         asked = EvaluationResults(model, revision, json.loads(json.dumps(dict(conditions or {}))))
         if (folder / RESULTS_FILE).exists():
@@ -531,9 +527,3 @@ def _line(item: Item) -> str:
 def _order(key: ItemKey) -> tuple[str, str, str, int, str]:
     """Ids that are numbers in the order of their values."""
     return key.suite, key.task, key.metric, len(key.id), key.id
-
-
-def _write_whole(path: Path, content: str) -> None:
-    partial = path.with_suffix(".new")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)

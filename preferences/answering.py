@@ -18,7 +18,7 @@ from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.models import load_answering_model, revision_of
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.reply_cache import ChatReply, ChatRequest, ReplyCache
-from jai.files import differences, lock_folder, read_json, sha256
+from jai.files import differences, make_locked_folder, read_json, sha256, write_whole
 from jai.preferences.options import AnsweringOptions
 from jai.preferences.prompts import PreferencePrompt
 
@@ -122,11 +122,7 @@ def answers_folder(out: Path, plan: dict[str, Any], what: str) -> Iterator[None]
     path = out / _PLAN_FILE
     if out.exists() and not path.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already and holds no {what}. Give another output folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(out, out)
-    except OSError as error:
-        raise UserError(f"Cannot write to {out}: {error.strerror}. Give a folder that you may write.") from error
+    lock = make_locked_folder(out)
     try:
         changes = sorted(differences(read_json(path), plan)) if path.exists() else []
         if changes:
@@ -139,10 +135,3 @@ def answers_folder(out: Path, plan: dict[str, Any], what: str) -> Iterator[None]
     finally:
         (out / "lock").unlink(missing_ok=True)
         os.close(lock)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file that is there as a whole or not at all."""
-    partial_path = path.with_name(f"{path.name}.new")
-    partial_path.write_text(content, encoding="utf-8")
-    partial_path.replace(path)

@@ -21,9 +21,9 @@ from jai.evaluation.judged.prompts import FACTS, LATER_TURN_GRADE, SINGLE_GRADE,
 from jai.evaluation.models import check_chat_template
 from jai.evaluation.progress import quiet_libraries
 from jai.evaluation.reply_cache import ReplyCache
-from jai.files import check_is_file, print_next, sha256
+from jai.files import check_is_file, print_next, sha256, write_whole
 from jai.hub import METADATA_PATTERNS, local_folder
-from jai.preferences.answering import answering_plan, answers_folder, ask_for_answers, model_options, write_whole
+from jai.preferences.answering import answering_plan, answers_folder, ask_for_answers, model_options
 from jai.preferences.calibration import Calibration, read_calibration
 from jai.preferences.candidates import Candidate, OtherAnswers, add_off_policy, keep_candidates, other_answers
 from jai.preferences.options import PairsOptions

@@ -21,8 +21,8 @@ from jai.evaluation.judged.command import REPLIES_FILE
 from jai.evaluation.models import check_chat_template
 from jai.evaluation.progress import quiet_libraries
 from jai.evaluation.reply_cache import ChatReply, ReplyCache
-from jai.files import print_next
-from jai.preferences.answering import answering_plan, answers_folder, ask_for_answers, model_options, write_whole
+from jai.files import print_next, write_whole
+from jai.preferences.answering import answering_plan, answers_folder, ask_for_answers, model_options
 from jai.preferences.options import DifficultyOptions
 from jai.preferences.prompts import PreferencePrompt, number_prompts, preference_prompt
 from jai.provenance import versions

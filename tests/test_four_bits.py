@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import bitsandbytes
@@ -491,7 +492,8 @@ def test_sizes_that_are_no_multiple_of_a_block(tiny_model, tmp_path):
 
 def test_an_old_or_missing_bitsandbytes(whole, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(bitsandbytes, "__version__", "0.49.2")
+        installed = metadata.version
+        patch.setattr(metadata, "version", lambda name: "0.49.2" if name == "bitsandbytes" else installed(name))
         with pytest.raises(ImportError, match=r"0\.49\.2 is installed.*need 0\.50 or later"):
             JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits())
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)

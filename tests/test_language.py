@@ -15,7 +15,7 @@ from jai import cli
 from jai.errors import UserError
 from jai.evaluation.comparison import compare_runs
 from jai.evaluation.generations import FileReply, read_replies
-from jai.evaluation.language import LanguageFault, ThinkFault, count_form_faults, language_fault, think_fault
+from jai.evaluation.language import LanguageFault, ThinkFault, form_counts, language_fault, think_fault
 from jai.evaluation.results import read_run
 from jai.evaluation.text import plain_text, split_thought
 from jai.files import sha256
@@ -126,7 +126,8 @@ def test_another_language_is_refused():
 
 
 def test_accuracies_are_shares_of_the_replies():
-    counts = count_form_faults([f"<think>a</think>{THAI}", THAI, "四", ""], "th")
+    replies = [f"<think>a</think>{THAI}", THAI, "四", ""]
+    counts = form_counts([(language_fault(text, "th"), think_fault(text)) for text in replies])
     assert counts.replies == 4
     assert counts.language == {OTHER: 1, LanguageFault.BLANK: 1}
     assert counts.think == {ThinkFault.NO_THOUGHT: 3}

@@ -2,6 +2,7 @@
 """`jai quantize`: shard by shard the bytes that transformers and bitsandbytes make of a whole model."""
 
 import json
+from importlib import metadata
 from io import StringIO
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from jai import JaiForCausalLM, cli
 from jai.conversion.inputs.weight_files import weight_map
-from jai.conversion.quantize import command, plan
+from jai.conversion.quantize import plan
 from jai.conversion.quantize.command import quantize
 from jai.conversion.quantize.options import QuantizeOptions
 from jai.errors import UserError
@@ -158,15 +159,15 @@ def test_what_cannot_be_quantised(checkpoints, tiny_checkpoint, tmp_path, monkey
 
 def test_a_bitsandbytes_that_is_missing_or_old(checkpoints, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(command.metadata, "version", lambda name: "0.49.2")
+        patch.setattr(metadata, "version", lambda name: "0.49.2")
         with pytest.raises(UserError, match=r"bitsandbytes 0\.49\.2 is installed.*need 0\.50 or later"):
             run(checkpoints["bfloat16"], tmp_path / "out")
 
     def missing(name: str) -> str:
-        raise command.metadata.PackageNotFoundError(name)
+        raise metadata.PackageNotFoundError(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command.metadata, "version", missing)
+        patch.setattr(metadata, "version", missing)
         patch.setattr("sys.argv", ["jai", "quantize", str(checkpoints["bfloat16"]), str(tmp_path / "out")])
         with pytest.raises(SystemExit):
             cli.main()

@@ -105,10 +105,8 @@ class JaiDPOTrainer(JaiTrainerMixin, DPOTrainer):
         if self.is_deepspeed_enabled or not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         keys, kept = pair_keys(dataset), None
-        shared: list[Any] = [
-            None,
-            None,
-        ]  # what is known, or why nothing can be; the main process alone reads and writes
+        # What is known, or why nothing can be: the main process alone reads and writes.
+        shared: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
                 kept = KeptLogProbs(self._log_probs_folder())

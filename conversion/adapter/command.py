@@ -19,7 +19,7 @@ from jai.conversion.adapter.options import MergeAdapterOptions
 from jai.conversion.adapter.plan import plan_adapted_tensors
 from jai.conversion.inputs.checkpoint import Checkpoint
 from jai.conversion.inputs.config import load_generation_config
-from jai.conversion.inputs.jai import jai_shapes, open_jai
+from jai.conversion.inputs.jai import jai_shapes, open_whole_jai
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inputs.weight_sources import LocalFiles
 from jai.conversion.output.checkpoint_folder import (
@@ -30,7 +30,6 @@ from jai.conversion.output.checkpoint_folder import (
     print_written,
     write_beside,
 )
-from jai.errors import UserError
 from jai.files import refuse_existing, sha256
 from jai.provenance import Input, input_of, read_step
 
@@ -65,9 +64,7 @@ def merge_lora(options: MergeAdapterOptions, *, console: Console | None = None) 
     refuse_existing(options.out)
     folder = adapter_folder(options.adapter)
     config = read_adapter_config(folder)
-    source = open_jai(base_of(options.adapter, config, options.base), planned_only=options.dry_run)
-    if source.is_snapshot:
-        raise UserError(f"{source.name} has only FFN weights. Give the whole checkpoint.")
+    source = open_whole_jai(base_of(options.adapter, config, options.base), planned_only=options.dry_run)
     adapter = _Adapter(options.adapter, folder, CheckpointReader(LocalFiles(folder, [WEIGHTS])))
     tensors, counts = plan_adapted_tensors(source.reader, adapter.reader, config, jai_shapes(source.config))
     checkpoint = PlannedCheckpoint(

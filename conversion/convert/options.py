@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jai.conversion.output.options import MOST_EXPERTS, Dtype, WriteOptions
+from jai.conversion.output.options import Dtype, WriteOptions
 from jai.errors import UserError
 from jai.options import argument, check_values, option
 
@@ -64,7 +64,7 @@ class ConvertOptions(WriteOptions):
         "copy: with the block's weights (the paper's way), which changes the function.",
         shown_default="identity; in a plain stack copy",
     )
-    experts: int = option(4, help="Experts of a layer; 1 makes a dense JAI.", at_least=1, at_most=MOST_EXPERTS)
+    experts: int = option(4, help="Experts of a layer; 1 makes a dense JAI.", at_least=1)
     expert_init: Literal["copy", "noise", "random"] | None = option(
         None,
         help="How experts 1 and up begin. copy: as the base's MLP, which keeps the function; noise: with noise added; "

@@ -21,7 +21,7 @@ from jai.configuration_jai import JaiConfig
 from jai.conversion import names
 from jai.conversion.export.options import Architecture, ExportOptions
 from jai.conversion.inputs.config import CONFIG_FILE, load_generation_config
-from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_jai, slice_names
+from jai.conversion.inputs.jai import JaiCheckpoint, jai_shapes, open_whole_jai, slice_names
 from jai.conversion.inputs.values import common_dtype
 from jai.conversion.output.checkpoint_folder import (
     PlannedCheckpoint,
@@ -74,9 +74,7 @@ def export(options: ExportOptions, *, console: Console | None = None) -> PreTrai
     """
     console = console or Console()
     refuse_existing(options.out)
-    source = open_jai(options.model)
-    if source.is_snapshot:
-        raise UserError(f"{source.name} has only FFN weights. Give the whole checkpoint.")
+    source = open_whole_jai(options.model)
     _refuse_skips(source)
     plan = {"mixtral": _mixtral_config, "phi3": _phi3_config}[options.to]
     config = plan(source)

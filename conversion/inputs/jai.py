@@ -83,6 +83,18 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
     return JaiCheckpoint(name, folder, reader, config, is_snapshot, notes, step)
 
 
+def open_whole_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
+    """`open_jai` for what takes no snapshot.
+
+    Raises:
+        UserError: as `open_jai`, and for a snapshot.
+    """
+    source = open_jai(name, planned_only=planned_only)
+    if source.is_snapshot:
+        raise UserError(f"{source.name} has only FFN weights. Give the whole checkpoint.")
+    return source
+
+
 def open_jai_weights(
     name: str, folder: Path, config: JaiConfig, *, is_snapshot: bool = False
 ) -> tuple[CheckpointReader, list[str]]:

@@ -7,7 +7,6 @@ from typing import Literal
 
 from jai.options import Size, argument, option
 
-MOST_EXPERTS = 2**14  # that a JAI's configuration takes
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 

@@ -5,11 +5,9 @@ The result is what `from_pretrained` with a `BitsAndBytesConfig` and `save_pretr
 weight, and loads by itself.
 """
 
-from importlib import metadata
 from pathlib import Path
 
 import torch
-from packaging import version
 from rich import filesize
 from rich.console import Console
 from rich.markup import escape
@@ -18,7 +16,7 @@ from transformers import BitsAndBytesConfig
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion.inputs.config import load_generation_config
-from jai.conversion.inputs.jai import open_jai
+from jai.conversion.inputs.jai import open_whole_jai
 from jai.conversion.output.checkpoint_folder import (
     PlannedCheckpoint,
     checkpoint_folder,
@@ -32,7 +30,7 @@ from jai.conversion.quantize.options import QuantizeOptions
 from jai.conversion.quantize.plan import QUANT_TYPE, QuantizedPlan, plan_quantized_tensors
 from jai.errors import UserError
 from jai.files import refuse_existing
-from jai.quantization_jai import BITSANDBYTES
+from jai.quantization_jai import refuse_old_bitsandbytes
 
 
 def quantize(options: QuantizeOptions, *, console: Console | None = None) -> JaiConfig:
@@ -52,10 +50,13 @@ def quantize(options: QuantizeOptions, *, console: Console | None = None) -> Jai
     """
     console = console or Console()
     refuse_existing(options.out)
-    _check_bitsandbytes()
-    source = open_jai(options.model, planned_only=options.dry_run)
-    if source.is_snapshot:
-        raise UserError(f"{source.name} has only FFN weights. Give the whole checkpoint.")
+    try:
+        refuse_old_bitsandbytes()
+    except ModuleNotFoundError:
+        raise
+    except ImportError as error:
+        raise UserError(str(error)) from None
+    source = open_whole_jai(options.model, planned_only=options.dry_run)
     config = source.config
     dtype = getattr(torch, options.dtype) if options.dtype else source.dtype
     config.dtype = dtype
@@ -99,18 +100,6 @@ def quantize(options: QuantizeOptions, *, console: Console | None = None) -> Jai
     ]
     print_written(console, "JAI in four bits", options.out, *following)
     return config
-
-
-def _check_bitsandbytes() -> None:
-    try:
-        installed = metadata.version("bitsandbytes")
-    except metadata.PackageNotFoundError:
-        raise ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes") from None
-    if version.parse(installed) < version.parse(BITSANDBYTES):
-        raise UserError(
-            f"bitsandbytes {installed} is installed, and experts in four bits need {BITSANDBYTES} or later: pip "
-            f"install 'bitsandbytes>={BITSANDBYTES}'"
-        )
 
 
 def _plan_table(options: QuantizeOptions, checkpoint: PlannedCheckpoint, plan: QuantizedPlan) -> Table:

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jai.conversion.output.options import MOST_EXPERTS, Dtype, WriteOptions
+from jai.conversion.output.options import Dtype, WriteOptions
 from jai.errors import UserError
 from jai.options import argument, check_values, option
 
@@ -39,11 +39,7 @@ class UpcycleOptions(WriteOptions):
         "added; random: drawn fresh.",
     )
     experts: int | None = option(
-        None,
-        help="Experts of a layer.",
-        shown_default="one more than snapshots, or 4",
-        at_least=2,
-        at_most=MOST_EXPERTS,
+        None, help="Experts of a layer.", shown_default="one more than snapshots, or 4", at_least=2
     )
     expert_noise: float | None = option(
         None,

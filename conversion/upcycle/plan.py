@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from jai.configuration_jai import JaiConfig
 from jai.conversion import names
@@ -112,18 +113,23 @@ def _check_same_model(checkpoint: JaiCheckpoint, dense: JaiCheckpoint) -> None:
 
 
 def upcycled_config(dense: JaiCheckpoint, options: UpcycleOptions) -> JaiConfig:
-    """The configuration of the output: that of the dense JAI, with experts."""
+    """The configuration of the output: that of the dense JAI, with experts.
+
+    Raises:
+        UserError: for more experts than a configuration takes.
+    """
     values = dense.config.to_dict()
     for name in ("num_experts_per_tok", "router_aux_loss_coef"):  # a dense JAI's are 1 and 0
         values.pop(name, None)
-    return JaiConfig.from_dict(
-        values
-        | {
-            "num_local_experts": options.num_experts,
-            "architectures": ["JaiForCausalLM"],
-            "dtype": options.dtype or str(dense.dtype).removeprefix("torch."),
-        }
-    )
+    values |= {
+        "num_local_experts": options.num_experts,
+        "architectures": ["JaiForCausalLM"],
+        "dtype": options.dtype or str(dense.dtype).removeprefix("torch."),
+    }
+    try:
+        return JaiConfig.from_dict(values)
+    except (StrictDataclassError, ValueError) as error:
+        raise UserError(f"The options do not fit {dense.name}: {error.__cause__ or error}") from None
 
 
 def plan_upcycled_tensors(config: JaiConfig, inputs: UpcycleInputs, options: UpcycleOptions) -> list[PlannedTensor]:
