@@ -28,7 +28,7 @@ from json_lines import write_rows
 from pyarrow import Table
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from chat_endpoint import ChatEndpoint
 from fuzzing import SECONDS, Figures, Outcome, check_nothing_left, check_outcome, check_whole, fuzz, no_hanging, run
@@ -38,8 +38,13 @@ from jai.errors import UserError
 from jai.evaluation.results import Item, mean_figure, open_run
 from jai.options import Option, options_of
 from jai.trainers.arguments import JaiTrainingArguments, StageArguments
+from jai.trainers.cpo import JaiCPOConfig
 from jai.trainers.data import load_training_data
 from jai.trainers.data_arguments import DataArguments
+from jai.trainers.dpo import JaiDPOConfig
+from jai.trainers.grpo import JaiGRPOConfig
+from jai.trainers.orpo import JaiORPOConfig
+from jai.trainers.reward import JaiRewardConfig
 from jai.trainers.rows import DatasetType
 from jai.trainers.sft import JaiSFTConfig
 
@@ -87,6 +92,7 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, tiny_config, senten
     (home / "text.txt").write_text("".join(f"{sentence}\n\n" for sentence in sentences * 4), encoding="utf-8")
     write_rows(home / "chats.jsonl", [{"messages": CHAT}, {"messages": [*CHAT, *CHAT]}])
     write_rows(home / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
+    write_rows(home / "rated.jsonl", [{"prompt": "a", "completion": "b", "label": good} for good in (True, False)])
     corpus = {"sources": [{"name": "t", "text": [str(home / "text.txt")], "language": "th"}]}
     (home / "corpus.yaml").write_text(yaml.safe_dump(corpus), encoding="utf-8")
     for run_folder in (home / "run", home / "run-2"):
@@ -112,7 +118,16 @@ def write_what_is_judged(home: Path, tiny_config: Callable, tiny_tokenizer: Any)
     reward_model.save_pretrained(home / "reward")
     tiny_tokenizer.save_pretrained(home / "reward")
     (home / "prompts").mkdir()
-    write_rows(home / "prompts" / "prompts.jsonl", [{"prompt": prompt} for prompt in ("A", "ก", "hi there")])
+    prompts = ("A", "ก", "hi there")
+    write_rows(home / "prompts" / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    write_rows(home / "others.jsonl", [{"prompt": prompt, "answers": ["yes", "hello"]} for prompt in prompts])
+    for folder, rows in (
+        ("problems", [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "solution": 4}]),
+        ("replies", [{"question": "A?", "response": "ดี"}, {"question": "B?", "response": "<think>a</think>ดี"}]),
+    ):
+        (home / folder).mkdir()
+        write_rows(home / folder / f"{folder}.jsonl", rows)
+    write_rows(home / "texts.jsonl", [{"text": f"ข้อความ {number} สวัสดี"} for number in range(60)])
     (home / "data").mkdir()
     questions = [{"question_id": n, "category": "math", "turns": ["1?", "2?"], "reference": ["a", "b"]} for n in (0, 1)]
     write_rows(home / "data" / "mt_bench_th.jsonl", questions)
@@ -127,7 +142,7 @@ def write_what_is_judged(home: Path, tiny_config: Callable, tiny_tokenizer: Any)
         answers = [{"id": str(n), "answers": [name, "b"], "questions": ["1?", "2?"]} for n in (0, 1)]
         write_rows(home / "answers" / f"{name}.jsonl", answers)
     ablation = {
-        "languages": [{"name": "Thai", "texts": [str(home / "text.txt")]}],
+        "languages": [{"name": "Thai", "texts": [str(home / "texts.jsonl")]}],
         "arms": [{"name": "base"}],
         "training": {"tokens": 64, "context": 8, "batch_rows": 4, "warmup_steps": 1, "dtype": "float32"},
         "model": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -157,7 +172,8 @@ class Work:
 
 
 BLOCKS = ("--block-size", "1", "--block-repeats", "1,2", "--experts", "2")
-REWARD = ("--candidates", "2", "--max-answer-tokens", "2", "--by", "reward", "--reward-model")
+SHORT = ("--candidates", "2", "--max-answer-tokens", "2")
+REWARD = (*SHORT, "--off-policy", "the/others.jsonl", "--by", "reward", "--reward-model")  # its own answers are cut off
 JUDGE = ("--judge-url", "the/judge_url", "--judge-model", "judge", "--judge-attempts", "1")
 WORKS = {
     "convert": Work("base", ("convert", "DAMAGED", "OUT", *BLOCKS)),
@@ -205,19 +221,23 @@ WORKS = {
     "pairs, prompts": Work(
         "prompts", ("pairs", "DAMAGED/prompts.jsonl", "OUT", "--model", "the/jai", *REWARD, "the/reward")
     ),
-    "eval language": Work("answers", ("eval", "language", "DAMAGED/first.jsonl")),
+    "difficulty": Work(
+        "problems",
+        ("difficulty", "DAMAGED/problems.jsonl", "OUT", "--model", "the/jai", *SHORT, "--min-pass-rate", "0"),
+    ),
+    "eval language": Work("replies", ("eval", "language", "DAMAGED/replies.jsonl")),
     "score": Work("reward", ("score", "the/chats.jsonl", "OUT", "--model", "DAMAGED")),
     "tokenizer ablate": Work("ablation", ("tokenizer", "ablate", "--config", "DAMAGED/ablation.yaml", "--out", "OUT")),
 }
 EXAMPLES = {"convert": 80, "convert, shards": 40} | dict.fromkeys(
     (
         *("pack", "report", "eval compare", "eval pairwise", "eval run", "eval language", "generate", "pairs"),
-        *("pairs, reward model", "pairs, prompts", "score", "tokenizer ablate"),
+        *("pairs, reward model", "pairs, prompts", "difficulty", "score", "tokenizer ablate"),
     ),
     4,
 )
 # What these have done when they end with an error is gone on with.
-RESUMABLE = ("eval run", "eval pairwise", "pairs", "tokenizer ablate")
+RESUMABLE = ("eval run", "eval pairwise", "pairs", "difficulty", "tokenizer ablate")
 
 
 @dataclass(frozen=True)
@@ -257,6 +277,16 @@ def test_damaged_checkpoints(checkpoints, figures, name):
     fuzz_damages(checkpoints, figures, name, None)
 
 
+@pytest.mark.parametrize("name", WORKS)
+def test_what_is_not_damaged_is_taken(checkpoints, name):
+    """Else a target would refuse everything, and find nothing."""
+    folder = checkpoints / WORKS[name].damaged
+    file = next(path for path in sorted(folder.rglob("*")) if path.is_file())
+    nothing = Damage(str(file.relative_to(folder)), "nothing", file.read_bytes())
+    outcome = check_damage(checkpoints, WORKS[name], nothing)
+    assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 600)
 @pytest.mark.parametrize("name", WORKS)
@@ -280,22 +310,7 @@ WORDS = (
     *(
         "",
         " ",
-        "0",
-        "-1",
-        "1",
-        "2",
-        "3",
-        "0.5",
-        "1e9",
-        "nan",
-        "inf",
-        "-inf",
-        "1e400",
-        "1e-400",
-        "0x10",
-        "1_0",
-        "๑",
-        "½",
+        *["0", "-1", "1", "2", "3", "0.5", "1e9", "nan", "inf", "-inf", "1e400", "1e-400", "0x10", "1_0", "๑", "½"],
     ),
     *("9" * 400, "1,2", "1,,2", "0-1", "0-99999999", "5-1", "1-", ",", "-", "--", "-x", "--help", "[1]", "{}", "null"),
     *("true", "[bold", "[/]", "%s", "../x", "/dev/null", "~", "น้ำ", "a" * 5000, "\udcff", "\x1b[31m", "a\nb", "."),
@@ -340,6 +355,10 @@ VALID: dict[str, dict[str, Any]] = {
         },
         **{"by": "reward", "reward_model": "the/reward", "judge_attempts": 1},
     },
+    "difficulty": {
+        **{"prompts": "the/problems/problems.jsonl", "out": "OUT", "model": "the/jai", "min_pass_rate": 0.0},
+        **{"candidates": 2, "max_answer_tokens": 2},
+    },
     "score": {"file": "the/chats.jsonl", "out": "OUT", "model": "the/reward"},
     "tokenizer ablate": {"config": "the/ablation/ablation.yaml", "out": "OUT"},
 }
@@ -347,6 +366,12 @@ LINE_EXAMPLES = dict.fromkeys(
     ("eval run", "eval contamination", "eval pairwise", "pairs", "score", "tokenizer ablate"), 8
 )
 FUZZED = [verb for verb in VERBS if verb.name in VALID]
+# Verbs without a line above: what `demo` does takes minutes, whatever it is told.
+UNFUZZED = {"demo"}
+
+
+def test_every_verb_is_fuzzed():
+    assert {verb.name for verb in VERBS} == VALID.keys() | UNFUZZED
 
 
 @st.composite
@@ -457,7 +482,15 @@ def fuzz_options(checkpoints: Path, figures: Figures, verb: Verb, seconds: float
 
 TRAINING = {
     verb: (config, data, (ScriptArguments, config, ModelConfig, JaiTrainingArguments, DataArguments))
-    for verb, config, data in (("sft", JaiSFTConfig, "the/chats.jsonl"), ("dpo", DPOConfig, "the/pairs.jsonl"))
+    for verb, config, data in (
+        ("sft", JaiSFTConfig, "the/chats.jsonl"),
+        ("dpo", JaiDPOConfig, "the/pairs.jsonl"),
+        ("kto", KTOConfig, "the/rated.jsonl"),
+        ("cpo", JaiCPOConfig, "the/pairs.jsonl"),
+        ("orpo", JaiORPOConfig, "the/pairs.jsonl"),
+        ("reward", JaiRewardConfig, "the/pairs.jsonl"),
+        ("grpo", JaiGRPOConfig, "the/problems/problems.jsonl"),
+    )
 }
 
 
@@ -489,6 +522,13 @@ def training_lines(draw: st.DrawFn, verb: str) -> Line:
 
 
 @pytest.mark.parametrize("verb", TRAINING)
+def test_a_training_line_alone_is_taken(checkpoints, verb):
+    line = ("--model_name_or_path", "the/jai", "--dataset_name", TRAINING[verb][1], "--output_dir", "OUT")
+    outcome = check_line(checkpoints, Line((verb, *line, "--preview", "1"), None))
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("verb", TRAINING)
 def test_training_options(checkpoints, figures, verb):
     fuzz_training_options(checkpoints, figures, verb, None)
 
@@ -497,7 +537,7 @@ def test_training_options(checkpoints, figures, verb):
 @pytest.mark.timeout(SECONDS + 600)
 @pytest.mark.parametrize("verb", TRAINING)
 def test_training_options_for_minutes(checkpoints, figures, verb):
-    fuzz_training_options(checkpoints, figures, verb, SECONDS / 20)
+    fuzz_training_options(checkpoints, figures, verb, SECONDS / 10 / len(TRAINING))
 
 
 def fuzz_training_options(checkpoints: Path, figures: Figures, verb: str, seconds: float | None) -> None:
@@ -510,7 +550,7 @@ def fuzz_training_options(checkpoints: Path, figures: Figures, verb: str, second
             os.environ.update(environment)
         figures.add(outcome)
 
-    fuzz(training_lines(verb), check, examples=15, seconds=seconds)
+    fuzz(training_lines(verb), check, examples=15 if verb == "sft" else 5, seconds=seconds)
 
 
 # --- Text and training data ---
@@ -688,6 +728,10 @@ def test_what_fuzzing_found_is_refused(checkpoints, name, file, change, message)
             "no script that Unicode",
         ),
         (("generate", "the/jai", "\udcff"), "The prompt is not UTF-8"),
+        (
+            ("upcycle", "the/dense", "OUT", "--snapshots", "the/trained", "--experts", str(2**63)),
+            "expected a number from 1 to 16,384",
+        ),
         (
             ("pack", "OUT", "--config", "the/corpus.yaml", "--tokenizer", "the/jai", "--workers", "9" * 30),
             "expected a whole number from 1 up to 1024",
