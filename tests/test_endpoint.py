@@ -290,12 +290,14 @@ def test_a_cache_that_is_none(tmp_path):
 
 
 KILLED = """
+import signal
 import sys
 from pathlib import Path
 from rich.console import Console
 from jai.evaluation.endpoint import Endpoint, EndpointClient
 from jai.evaluation.reply_cache import ChatRequest, ReplyCache
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background would inherit none
 endpoint = Endpoint(url=sys.argv[1], model="judge", concurrency=2)
 client = EndpointClient(endpoint, ReplyCache(Path(sys.argv[2])), console=Console(soft_wrap=True))
 client.ask([ChatRequest([{"role": "user", "content": f"{number}"}], {"max_tokens": 100}) for number in range(20)])
@@ -304,7 +306,7 @@ client.ask([ChatRequest([{"role": "user", "content": f"{number}"}], {"max_tokens
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_asks_nothing_twice(client_of, tmp_path, how):
-    with ChatEndpoint(lambda request, before: Answer(echo(request, before), delay=0.4)) as server:
+    with ChatEndpoint(lambda request, before: Answer(echo(request, before), delay=0.1)) as server:
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, server.url, str(tmp_path / "replies.sqlite")],
             env=os.environ,

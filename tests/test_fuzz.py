@@ -127,7 +127,7 @@ def write_what_is_judged(home: Path, tiny_config: Callable, tiny_tokenizer: Any)
     ):
         (home / folder).mkdir()
         write_rows(home / folder / f"{folder}.jsonl", rows)
-    write_rows(home / "texts.jsonl", [{"text": f"ข้อความ {number} สวัสดี"} for number in range(60)])
+    write_rows(home / "texts.jsonl", [{"text": f"ข้อความ {number} สวัสดี"} for number in range(400)])
     (home / "data").mkdir()
     questions = [{"question_id": n, "category": "math", "turns": ["1?", "2?"], "reference": ["a", "b"]} for n in (0, 1)]
     write_rows(home / "data" / "mt_bench_th.jsonl", questions)

@@ -5,6 +5,7 @@ Nothing is listed here, so they are the names of the TRL and transformers that a
 """
 
 import ast
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,10 +66,16 @@ def _field_names(module: str, name: str) -> set[str] | None:
 
 def _source(module: str) -> Path | None:
     package, *rest = module.split(".")
-    spec = find_spec(package)
-    for folder in (spec.submodule_search_locations if spec else None) or ():
+    for folder in _folders(package):
         path = Path(folder, *rest)
         for candidate in (path / "__init__.py", path.with_suffix(".py")):
             if candidate.is_file():
                 return candidate
     return None
+
+
+def _folders(package: str) -> Iterable[str | Path]:
+    if package == "jai":  # where a folder of that name is in the working directory, `jai` may have another path
+        return [Path(__file__).parents[1]]
+    spec = find_spec(package)
+    return (spec.submodule_search_locations if spec else None) or ()
