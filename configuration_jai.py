@@ -212,7 +212,7 @@ class JaiConfig(PreTrainedConfig):
     """
 
     model_type = "jai"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_experts": "num_local_experts"}
     default_theta = 1_000_000.0
     norm_topk_prob = True  # read by engines that route by themselves: some take one expert a token for unnormalised

@@ -10,6 +10,8 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, H hidden_size, I intermed
 token, N query heads, G key and value heads, D head_dim, V vocabulary.
 """
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 
@@ -40,6 +42,27 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_jai import JaiConfig
 from .quantization_jai import JaiExperts4bit, quantizers_of_experts, refuse_implementation
+
+# What transformers calls the keys and values of earlier tokens: `cache` since 5.24.
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Let a method with `past_key_values` take it by transformers' name for it, too."""
+    if CACHE == "past_key_values":
+        return forward
+    signature = inspect.signature(forward)
+    parameter = inspect.Parameter(CACHE, inspect.Parameter.KEYWORD_ONLY, default=None)
+    *others, last = signature.parameters.values()
+
+    @functools.wraps(forward)
+    def renaming(self, *args, **kwargs):
+        if CACHE in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(CACHE)
+        return forward(self, *args, **kwargs)
+
+    renaming.__signature__ = signature.replace(parameters=[*others, parameter, last])  # `generate` looks for its name
+    return renaming
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -165,7 +188,7 @@ class JaiAttention(nn.Module):
         query, key = self.apply_rotary_pos_emb(query, key, *position_embeddings)
 
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -279,6 +302,7 @@ class JaiDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = JaiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = JaiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -312,7 +336,7 @@ class JaiPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["JaiDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -397,6 +421,7 @@ class JaiModel(JaiPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -446,7 +471,7 @@ class JaiModel(JaiPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
     def _causal_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values):
         """transformers' causal mask, which also keeps packed documents apart beside a 2-D attention mask."""
@@ -546,6 +571,7 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -605,12 +631,13 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
 
+    @takes_cache
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
         # `generate` takes embeddings only where this signature names them.
         # LongRoPE turns every key differently once the context outgrows the original one: compute the cache anew.
@@ -619,7 +646,7 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
         if limit and past_key_values is not None and 0 < past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
             past_key_values, kwargs["next_sequence_length"] = None, None
         return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, **{CACHE: past_key_values}, **kwargs
         )
 
 

@@ -54,13 +54,7 @@ def tiny_corpus(folder: Path) -> PackedCorpus:
 def mask_of(positions: torch.Tensor) -> np.ndarray:
     """Which token (row) sees which (column), `(context, context)`, by transformers."""
     config = JaiConfig(num_hidden_layers=1, block_size=1, block_repeats=[1], attn_implementation="eager")
-    mask = create_causal_mask(
-        config=config,
-        inputs_embeds=torch.zeros(1, CONTEXT, 1),
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions[None],
-    )
+    mask = create_causal_mask(config, torch.zeros(1, CONTEXT, 1), None, None, position_ids=positions[None])
     return mask[0, 0].numpy() == 0
 
 

@@ -18,6 +18,8 @@ import peft
 import pytest
 import torch
 import trainable_worker
+import transformers
+from packaging import version
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -211,7 +213,10 @@ def test_an_adapter_teaches_what_is_new_by_default(checkpoint, texts):
             merged = after[inner][NEW] if "token_adapter" in name else after[inner]
             assert torch.equal(merged, tensor), name
     by_peft = logits_of(PeftModel.from_pretrained(load(checkpoint), adapter))
-    torch.testing.assert_close(by_peft, logits_of(load(adapter)), atol=0, rtol=0)
+    if version.parse(transformers.__version__) >= version.parse(
+        "5.18"
+    ):  # 5.17 leaves out rows and routers, and says so
+        torch.testing.assert_close(by_peft, logits_of(load(adapter)), atol=0, rtol=0)
     torch.testing.assert_close(logits_of(load(out)), by_peft, atol=1e-4, rtol=1e-4)
 
 

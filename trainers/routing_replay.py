@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from jai.errors import UserError
+from jai.modeling_jai import CACHE
 from jai.router_load import ROUTER_NAME
 
 UNKNOWN = -1  # where nothing was recorded: padding, and the last token, which the rollout never read
@@ -141,7 +142,7 @@ class RoutingReplay:
         given = kwargs.get("input_ids", args[0] if args else None)
         tokens_BS = given if given is not None else kwargs["inputs_embeds"][..., 0]
         if self._is_recording:
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get("past_key_values", kwargs.get(CACHE))
             if cache is None or int(cache.get_seq_length()) == 0:  # without a cache, each pass reads all anew
                 self._forget()
             self._tokens.append(tokens_BS)

@@ -18,6 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from trl.trainer.utils import FusedCausalLMOutput
 
 from jai.errors import UserError
+from jai.modeling_jai import CACHE
 
 IGNORED = -100
 MODULE = "mtp"  # of the model; its names in a checkpoint, `mtp.layers.0.…`, are such as transformers reads
@@ -145,7 +146,7 @@ def _second_hidden(
         position_embeddings=decoder.rotary_emb(embeddings, position_ids=positions),
         attention_mask=mask,
         position_ids=of_documents,
-        past_key_values=None,
+        **{CACHE: None},
     )
 
 

@@ -26,6 +26,9 @@ _LOGIT_CHANGES = (
 )
 
 
+_CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # since 5.24
+
+
 @dataclass
 class LinearCrossEntropyOutput(MoeCausalLMOutputWithPast):
     """A model's output without logits; with `fused_lm_head=True` also the figures of each token that TRL reads.
@@ -152,7 +155,7 @@ def _forward(
     result = LinearCrossEntropyOutput(
         loss=loss,
         aux_loss=aux_loss,
-        past_key_values=outputs.get("past_key_values"),
+        **{_CACHE: outputs.get(_CACHE)},
         hidden_states=outputs.get("hidden_states"),
         attentions=outputs.get("attentions"),
         router_logits=router_logits,
