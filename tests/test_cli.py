@@ -74,6 +74,23 @@ def test_version(jai):
     assert jai("--version") == (0, f"jai {__version__}\n", "")
 
 
+def test_no_warning_of_a_kernel_that_is_not_used():
+    code = """
+import logging, sys
+from jai.cli.app import main
+sys.argv = ["jai", "--version"]
+try:
+    main()
+except SystemExit:
+    bitsandbytes, kernels = logging.getLogger("bitsandbytes.backends.cpu.ops"), logging.getLogger("kernels.hf_hub")
+bitsandbytes.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "offline")
+kernels.warning("Skipping publisher trust check for 'kernels-community/quantization-bitsandbytes'")
+bitsandbytes.warning("something else")
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stderr == "something else\n"
+
+
 def test_completion_is_offered_and_quick():
     """Completion must not load torch: it runs at every TAB."""
     code = (
