@@ -121,7 +121,7 @@ class Chain:
             steps = " --max_steps 4" if self._quick else ""
             steps += " --eval_steps 4" if self._quick and verb == "reward" else ""
             path = RECIPES / "tiny" / f"{recipe or name}.yaml"
-            self._shell.jai(f"{verb} --config {path} --disable_tqdm true --use_cpu true{steps}")
+            self._shell.jai(f"{verb} --config {path} --seed {self._seed} --disable_tqdm true --use_cpu true{steps}")
 
     def _make_pairs(self) -> None:
         if all((self._folder / name / "pairs.jsonl").exists() for name in ("pairs", "pairs_if")):
@@ -131,7 +131,8 @@ class Chain:
                 config = RECIPES / "tiny" / f"{name}.yaml"
                 few = " --limit 12" if self._quick else ""
                 self._shell.jai(
-                    f"pairs data/{prompts}.jsonl {name} --config {config} --model merged --base-url {address}/v1{few}"
+                    f"pairs data/{prompts}.jsonl {name} --config {config} --model merged --base-url {address}/v1 "
+                    f"--seed {self._seed}{few}"
                 )
 
 
@@ -266,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--quick", action="store_true", help="a few steps of each: all runs, and nothing is learnt")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights, training and answers")
     parser.add_argument("--record", action="store_true", help="append to results/post_training_chain.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
