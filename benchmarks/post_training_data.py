@@ -90,7 +90,7 @@ def write_data(shared: Path, out: Path, sizes: Sizes, seed: int) -> dict[str, in
         for row in chats:
             if id(row) not in taken:
                 files.setdefault(f"{TASKS[row['task']]}_{language}", []).append(_chat(row, language))
-        made = [_instruction_chat(row, language, rng) for row in changed]
+        made = [instruction_chat(row, language, rng) for row in changed]
         cut = min(sizes.held_out, len(made) // 4)
         files[f"if_{language}"] = made[cut:]
         if language == "th":
@@ -150,9 +150,11 @@ def _chat(row: dict[str, Any], language: str) -> dict[str, Any]:
     return {"messages": row["messages"], "language": language}
 
 
-def _instruction_chat(row: dict[str, Any], language: str, rng: random.Random) -> dict[str, Any]:
-    """A chat whose question asks for a form that a program checks, and whose answer has it."""
+def instruction_chat(row: dict[str, Any], language: str, rng: random.Random) -> dict[str, Any]:
+    """A chat whose question asks for a form that a program checks, and whose answer has it, after any thought."""
     asked, answer = row["messages"][-2]["content"], row["messages"][-1]["content"]
+    before, closing_tag, answer = answer.rpartition("</think>\n\n")
+    thought = before + closing_tag
     kind = rng.choice(("end", "quote", "title"))
     closing = rng.choice(CLOSINGS[language])
     type_, arguments, formed = {
@@ -164,14 +166,14 @@ def _instruction_chat(row: dict[str, Any], language: str, rng: random.Random) ->
     made = {
         "messages": [
             {"role": "user", "content": f"{asked}\n{told}"},
-            {"role": "assistant", "content": formed},
+            {"role": "assistant", "content": thought + formed},
         ],
         "language": language,
         "instruction_id_list": [type_],
         "kwargs": [arguments],
     }
     checked = instruction_row({"key": "made", "prompt": "", **_columns(made)}, language)
-    if not all(judge_instructions(checked, formed).strict):
+    if not all(judge_instructions(checked, thought + formed).strict):
         raise ValueError(f"{formed!r} does not follow {type_}")
     return made
 

@@ -70,7 +70,7 @@ def measure_checkpoint(folder: Path, data: Path, reward_model: RewardModel | Non
     )
     found["preference"] = mean_of([float(first > second) for first, second in zip(better, worse)])
     if reward_model is not None:
-        given = _answers(model, [pair["prompt"] for pair in pairs], "th")
+        given = answers_of(model, [pair["prompt"] for pair in pairs], "th")
         asked = [[*pair["prompt"], {"role": "assistant", "content": text}] for pair, text in zip(pairs, given)]
         found["reward"] = mean_of(reward_model.scores(asked, batch_size=_ROWS))
     problems = read_rows(data / "heldout_problems.jsonl")
@@ -79,7 +79,7 @@ def measure_checkpoint(folder: Path, data: Path, reward_model: RewardModel | Non
     thought: list[float] = []
     for language in ("th", "en"):
         some = [problem for problem in problems if problem["language"] == language][:rows]
-        for problem, text in zip(some, _answers(model, [each["prompt"] for each in some], language)):
+        for problem, text in zip(some, answers_of(model, [each["prompt"] for each in some], language)):
             asked_text = problem["prompt"][-1]["content"]
             right.append(is_right_answer(text, problem["solution"], question=asked_text, forms=STATED_FORMS))
             spoken.append(language_fault(text, language) is None)
@@ -109,10 +109,17 @@ def answer_log_probs(model: MeasuredModel, chats: Sequence[list[dict[str, str]]]
     return found
 
 
-def _answers(model: MeasuredModel, prompts: Sequence[list[dict[str, str]]], language: str) -> list[str]:
+def answers_of(
+    model: MeasuredModel,
+    prompts: Sequence[list[dict[str, str]]],
+    language: str,
+    longest: int = LONGEST_ANSWER,
+    rows: int = _ROWS,
+) -> list[str]:
+    """Greedy answers to prompts, `rows` at a time, of at most `longest` tokens each."""
     unanswered = {"role": "assistant", "content": ""}
     chats = [{"messages": [*prompt, unanswered], "language": language} for prompt in prompts]
     given: list[str] = []
-    for start in range(0, len(chats), _ROWS):
-        given += [answer.given for answer in model.answers(chats[start : start + _ROWS], LONGEST_ANSWER)]
+    for start in range(0, len(chats), rows):
+        given += [answer.given for answer in model.answers(chats[start : start + rows], longest)]
     return given
