@@ -61,6 +61,18 @@ COLUMNS = {
     "think": ("think accuracy", ".2f"),
 }
 BASE_VOCABULARY, VOCABULARY = 1600, 3000
+# Options of the quick form. With fewer steps no answer ends or follows an instruction, and the reward model is at
+# chance: there would be no pairs.
+QUICK = {
+    "base": "--max_steps 20",
+    "sft_1": "--max_steps 100 --per_device_train_batch_size 8",
+    "sft_2": "--max_steps 100 --per_device_train_batch_size 8",
+    "reward": "--max_steps 24 --eval_steps 24",
+    "pairs": "--limit 24 --temperature 0.7",
+    "pairs_if": "--limit 40 --temperature 0.7",
+    "dpo": "--max_steps 4 --logging_steps 1",
+    "grpo": "--max_steps 4 --logging_steps 1",
+}
 CONVERSION = "--block-size 1 --block-repeats 1,1,2,3,1,1 --experts 4 --expert-init copy"
 
 
@@ -69,7 +81,8 @@ class Chain:
 
     Args:
         folder: of the run.
-        quick: a few steps of each: all of it runs, and nothing is learnt.
+        quick: a few steps of each: all of it runs, and little is learnt.
+        seed: of data, weights, training and answers.
     """
 
     def __init__(self, folder: Path, *, quick: bool, seed: int):
@@ -99,7 +112,7 @@ class Chain:
     def _make_base(self) -> None:
         """A JAI that has read text in both languages, with rows of its own for Thai."""
         if not (self._folder / "data").exists():
-            sizes = Sizes(400, 200, 40, 12) if self._quick else Sizes()
+            sizes = Sizes(400, 200, 40, 40) if self._quick else Sizes()
             work = self._folder / "data.new"
             shutil.rmtree(work, ignore_errors=True)
             print(write_data(SHARED, work, sizes, self._seed))
@@ -110,7 +123,7 @@ class Chain:
         for name in ("phi3", "tokenizer", "converted"):
             shutil.rmtree(self._folder / name, ignore_errors=True)
         tokenizer = train_phi3_style(texts, BASE_VOCABULARY)
-        train_base(texts, tokenizer, self._folder / "phi3", steps=20 if self._quick else 300, seed=self._seed)
+        train_base(texts, tokenizer, self._folder / "phi3", steps=120 if self._quick else 300, seed=self._seed)
         size = BASE_VOCABULARY + 200 if self._quick else VOCABULARY
         self._shell.jai(f"tokenizer train data/text.txt --base phi3 --out tokenizer --vocab-size {size}")
         self._shell.jai(f"convert phi3 converted --tokenizer tokenizer {CONVERSION}")
@@ -118,10 +131,13 @@ class Chain:
 
     def _train(self, verb: str, name: str, recipe: str | None = None) -> None:
         if not self._is_there(name):
-            steps = " --max_steps 4" if self._quick else ""
-            steps += " --eval_steps 4" if self._quick and verb == "reward" else ""
             path = RECIPES / "tiny" / f"{recipe or name}.yaml"
-            self._shell.jai(f"{verb} --config {path} --seed {self._seed} --disable_tqdm true --use_cpu true{steps}")
+            self._shell.jai(
+                f"{verb} --config {path} --seed {self._seed} --disable_tqdm true --use_cpu true{self._changes(name)}"
+            )
+
+    def _changes(self, name: str) -> str:
+        return f" {QUICK[name]}" if self._quick else ""
 
     def _make_pairs(self) -> None:
         if all((self._folder / name / "pairs.jsonl").exists() for name in ("pairs", "pairs_if")):
@@ -129,10 +145,9 @@ class Chain:
         with serving(self._folder, "merged") as address:
             for name, prompts in (("pairs", "prompts_chat"), ("pairs_if", "prompts_if")):
                 config = RECIPES / "tiny" / f"{name}.yaml"
-                few = " --limit 12" if self._quick else ""
                 self._shell.jai(
                     f"pairs data/{prompts}.jsonl {name} --config {config} --model merged --base-url {address}/v1 "
-                    f"--seed {self._seed}{few}"
+                    f"--seed {self._seed}{self._changes(name)}"
                 )
 
 
@@ -205,7 +220,7 @@ def reward_accuracy(folder: Path, rows: int) -> Measured:
     better, worse = (
         model.scores([pair["prompt"] + pair[side] for pair in pairs], batch_size=16) for side in ("chosen", "rejected")
     )
-    return mean_of([float(first > second) for first, second in zip(better, worse)])
+    return mean_of([float(first > second) for first, second in zip(better, worse)], [pair["prompt"] for pair in pairs])
 
 
 def against_reference(folder: Path, rows: int) -> Measured:
@@ -220,7 +235,8 @@ def against_reference(folder: Path, rows: int) -> Measured:
         ]
         for side, chats in sides.items()
     }
-    return mean_of([float(first > second) for first, second in zip(gains["chosen"], gains["rejected"])])
+    better = [float(first > second) for first, second in zip(gains["chosen"], gains["rejected"])]
+    return mean_of(better, [pair["prompt"] for pair in pairs])
 
 
 def history(folder: Path, name: str, key: str) -> list[float]:
@@ -239,10 +255,12 @@ def write_table(folder: Path, rows: int, limit: int) -> tuple[str, dict[str, dic
     pairs = {name: json.loads((folder / name / "pairs.json").read_text()) for name in ("pairs", "pairs_if")}
     margins, rewards = history(folder, "dpo", "rewards/margins"), history(folder, "grpo", "reward")
     disagreement = history(folder, "grpo", "routing/disagreement")
-    held_out = len(read_rows(folder / "data" / "heldout_pairs.jsonl")[:rows])
+    held_out = read_rows(folder / "data" / "heldout_pairs.jsonl")[:rows]
+    prompts = len({json.dumps(pair["prompt"]) for pair in held_out})
     lines += [
         "",
-        f"- Reward model: accuracy on {held_out} held-out pairs {reward_accuracy(folder, rows):.2f}.",
+        f"- Reward model: accuracy on {len(held_out)} held-out pairs of {prompts} prompts "
+        f"{reward_accuracy(folder, rows):.2f}.",
         *(_pairs_line(name, record) for name, record in pairs.items()),
         f"- DPO: margin of the training pairs {margins[0]:.3f} at first and {margins[-1]:.3f} at last; accuracy beside "
         f"the reference on the held-out pairs {against_reference(folder, rows):.2f}.",
@@ -266,7 +284,7 @@ def _pairs_line(name: str, record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a few steps of each: all runs, and nothing is learnt")
+    parser.add_argument("--quick", action="store_true", help="a few steps of each: all runs, and little is learnt")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights, training and answers")
     parser.add_argument("--record", action="store_true", help="append to results/post_training_chain.csv")
     arguments = parser.parse_args()

@@ -36,9 +36,13 @@ def measured(figure: Figure) -> Measured:
     return Measured(figure.value, figure.low, figure.high, figure.items)
 
 
-def mean_of(scores: Sequence[float]) -> Measured:
-    """The mean of scores of independent rows."""
-    items = [Item("chain", "rows", str(number), "score", score) for number, score in enumerate(scores)]
+def mean_of(scores: Sequence[float], groups: Sequence[Any] | None = None) -> Measured:
+    """The mean of scores; those of equal groups, such as of one prompt, are no independent ones."""
+    named: Sequence[str | None] = [None] * len(scores) if groups is None else [json.dumps(each) for each in groups]
+    items = [
+        Item("chain", "rows", str(number), "score", score, group)
+        for number, (score, group) in enumerate(zip(scores, named, strict=True))
+    ]
     figure = mean_figure(items, suite="chain", name="rows", metric="score")
     assert figure is not None
     return measured(figure)
@@ -55,7 +59,7 @@ def measure_checkpoint(folder: Path, data: Path, reward_model: RewardModel | Non
     Args:
         folder: of the checkpoint.
         data: as `write_data` writes it.
-        reward_model: that scores the answers to held-out prompts; None leaves the reward out.
+        reward_model: that scores the answers to the held-out pairs' prompts; None leaves the reward out.
         rows: how many of each file are looked at.
     """
     model = MeasuredModel(folder)
@@ -68,10 +72,12 @@ def measure_checkpoint(folder: Path, data: Path, reward_model: RewardModel | Non
     better, worse = (
         answer_log_probs(model, [pair["prompt"] + pair[side] for pair in pairs]) for side in ("chosen", "rejected")
     )
-    found["preference"] = mean_of([float(first > second) for first, second in zip(better, worse)])
+    prompts = [pair["prompt"] for pair in pairs]
+    found["preference"] = mean_of([float(first > second) for first, second in zip(better, worse)], prompts)
     if reward_model is not None:
-        given = answers_of(model, [pair["prompt"] for pair in pairs], "th")
-        asked = [[*pair["prompt"], {"role": "assistant", "content": text}] for pair, text in zip(pairs, given)]
+        asked_once = list({json.dumps(prompt): prompt for prompt in prompts}.values())
+        given = answers_of(model, asked_once, "th")
+        asked = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(asked_once, given)]
         found["reward"] = mean_of(reward_model.scores(asked, batch_size=_ROWS))
     problems = read_rows(data / "heldout_problems.jsonl")
     right: list[float] = []
