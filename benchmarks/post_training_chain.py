@@ -61,15 +61,15 @@ COLUMNS = {
     "think": ("think accuracy", ".2f"),
 }
 BASE_VOCABULARY, VOCABULARY = 1600, 3000
-# Options of the quick form. With fewer steps no answer ends or follows an instruction, and the reward model is at
-# chance: there would be no pairs.
+# Options of the quick form. With fewer steps no answer ends, or the reward model is at chance: there would be no pairs.
+# With these no answer follows an instruction, so that the data's own answers compete.
 QUICK = {
     "base": "--max_steps 20",
-    "sft_1": "--max_steps 100 --per_device_train_batch_size 8",
-    "sft_2": "--max_steps 100 --per_device_train_batch_size 8",
+    "sft_1": "--max_steps 60 --per_device_train_batch_size 8",
+    "sft_2": "--max_steps 60 --per_device_train_batch_size 8",
     "reward": "--max_steps 24 --eval_steps 24",
     "pairs": "--limit 24 --temperature 0.7",
-    "pairs_if": "--limit 40 --temperature 0.7",
+    "pairs_if": "--limit 12 --off-policy data/answers_if.jsonl",
     "dpo": "--max_steps 4 --logging_steps 1",
     "grpo": "--max_steps 4 --logging_steps 1",
 }
@@ -123,7 +123,7 @@ class Chain:
         for name in ("phi3", "tokenizer", "converted"):
             shutil.rmtree(self._folder / name, ignore_errors=True)
         tokenizer = train_phi3_style(texts, BASE_VOCABULARY)
-        train_base(texts, tokenizer, self._folder / "phi3", steps=120 if self._quick else 300, seed=self._seed)
+        train_base(texts, tokenizer, self._folder / "phi3", steps=60 if self._quick else 300, seed=self._seed)
         size = BASE_VOCABULARY + 200 if self._quick else VOCABULARY
         self._shell.jai(f"tokenizer train data/text.txt --base phi3 --out tokenizer --vocab-size {size}")
         self._shell.jai(f"convert phi3 converted --tokenizer tokenizer {CONVERSION}")

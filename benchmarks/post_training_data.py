@@ -109,6 +109,9 @@ def write_data(shared: Path, out: Path, sizes: Sizes, seed: int) -> dict[str, in
         {"id": f"if-{number}", "prompt": row["messages"][:-1], "category": "if", **_columns(row)}
         for number, row in enumerate(instructions)
     ]
+    files["answers_if"] = [
+        {"id": f"if-{number}", "answers": [row["messages"][-1]["content"]]} for number, row in enumerate(instructions)
+    ]
     pairs = _drawn(
         _read(shared / "preference_th.jsonl.gz"),
         lambda row: all(len(row[side][0]["content"]) <= LONGEST_CHAT for side in ("prompt", "chosen", "rejected")),

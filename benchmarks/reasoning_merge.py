@@ -18,16 +18,17 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from post_training_measures import answers_of
-from reasoning_merge_data import Chat, DataSizes, write_data
-from reasoning_merge_report import ARMS, CONSTANT, LAYER_WISE, REASONER, Blend, Outcome, csv_rows, write_report
-from records import ROOT, append, provenance
+from reasoning_merge_arms import ARMS, QUICK, REASONER, Blend, Settings, blends, merge_weights
+from reasoning_merge_data import Chat, write_data
+from reasoning_merge_report import Outcome, csv_rows, write_report
+from records import append, provenance
 from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -43,62 +44,13 @@ from jai.evaluation.answers import STATED_FORMS, is_right_answer
 from jai.evaluation.instructions.scoring import instruction_row, judge_instructions
 from jai.evaluation.language import language_fault, think_fault
 from jai.files import new_folder, write_whole
-from jai.options import read_options_file
 from jai.tokenization.phi3_style import train_phi3_style
 from jai.trainers.arguments import StageArguments, parse_arguments
 from jai.trainers.sft import SFT
 from jai.trainers.stage import run_stage
 
-M3 = ROOT / "recipes" / "merge_m3.yaml"
 LONGEST_ANSWER = 80  # tokens; the longest of what is learnt has 65
 LAYERS = 6  # of demo.base.train_base
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of a whole run.
-
-    Attributes:
-        data: how many rows of each kind.
-        vocabulary: entries.
-        base_steps: of the base, from nothing, 1,024 tokens each.
-        language_steps, reasoner_steps, aligned_steps: of SFT, 16 chats each.
-        ratios: of the reasoner, between 0 and 1; constant, and at the start of a curve over the layers.
-    """
-
-    data: DataSizes = field(default_factory=DataSizes)
-    vocabulary: int = 1536
-    base_steps: int = 800
-    language_steps: int = 100
-    reasoner_steps: int = 800
-    aligned_steps: int = 60
-    ratios: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
-    curve_ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-
-
-QUICK = Settings(
-    DataSizes(base=20, traces=40, aligned=10, questions=4), base_steps=4, language_steps=2, reasoner_steps=2,
-    aligned_steps=2, ratios=(0.5,), curve_ratios=(0.75,),
-)  # fmt: skip
-
-
-def blends(settings: Settings) -> list[Blend]:
-    """Every model that is measured with each seed, the parents among them."""
-    shapes = {CONSTANT: (0.0, *settings.ratios, 1.0), LAYER_WISE: settings.curve_ratios}
-    return [Blend(arm, shape, ratio) for arm in ARMS for shape, ratios in shapes.items() for ratio in ratios]
-
-
-def merge_weights(blend: Blend) -> list[Any]:
-    """What `jai merge` is told: the weight of the language model and of the reasoner, constant or over the layers.
-
-    Over the layers it is M3 with another height: the ratio up to two thirds of the depth, a sixth of it at the end.
-    """
-    if blend.shape == CONSTANT:
-        return [1 - blend.ratio, blend.ratio]
-    curve = read_options_file(M3, MergeOptions)["weights"][1]
-    height = max(point["value"] for point in curve)
-    share = [{"at": point["at"], "value": point["value"] * blend.ratio / height} for point in curve]
-    return [[{**point, "value": 1 - point["value"]} for point in share], share]
 
 
 class Seed:

@@ -8,13 +8,11 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from reasoning_merge_arms import ARMS, CONSTANT, LAYER_WISE, Blend
 
 from jai.evaluation.results import Item, paired_difference
 from jai.reports import ReportTable, figure_style, series_color
 
-ARMS = {"merge only": "language", "SFT then merge": "aligned"}  # and what is merged with the reasoner
-REASONER = "reasoner"
-CONSTANT, LAYER_WISE = "constant", "layer-wise"
 MEASURES = {
     "right th": "right, Thai",
     "right en": "right, English",
@@ -29,31 +27,6 @@ _NAMED = {  # the recipe's ratios
     "M3": (LAYER_WISE, 0.75),
 }
 _INSIDE = (0.25, 0.5, 0.75)  # ratios at which a valley is looked for: chosen before anything was measured
-
-
-@dataclass(frozen=True)
-class Blend:
-    """A model between a parent (of ARMS) and the reasoner.
-
-    Attributes:
-        arm: of ARMS.
-        shape: "constant", or "layer-wise" in the shape of M3.
-        ratio: of the reasoner; layer-wise that of the early layers.
-    """
-
-    arm: str
-    shape: str
-    ratio: float
-
-    @property
-    def is_parent(self) -> bool:
-        return self.shape == CONSTANT and self.ratio in (0, 1)
-
-    @property
-    def name(self) -> str:
-        if self.is_parent:
-            return REASONER if self.ratio else ARMS[self.arm]
-        return f"{ARMS[self.arm]}, {self.shape}, {self.ratio:g}"
 
 
 @dataclass(frozen=True)

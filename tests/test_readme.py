@@ -11,7 +11,7 @@ from trl import KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from jai.cli.app import app
 from jai.cli.verb import VERBS
-from jai.options import options_of
+from jai.options import options_of, read_yaml
 from jai.trainers import pretrain
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
 from jai.trainers.cpo import JaiCPOConfig
@@ -100,6 +100,17 @@ def test_options_in_running_text_exist(page):
         assert name in flags, f"{page.name} names `jai {command}`"
         given = {word.partition("=")[0].replace("--no-", "--", 1) for word in words if word.startswith("--")}
         assert given <= flags[name] | {"--config", "--help"}, f"{page.name} names `jai {command}`"
+
+
+def test_the_table_of_what_learns_is_that_of_the_recipes():
+    page = (ROOT / "docs" / "post-training.md").read_text(encoding="utf-8")
+    found = 0
+    for line in page.split("## What learns, and what is frozen")[1].split("\n## ")[0].splitlines():
+        for recipe in re.findall(r"\.\./(recipes/\w+\.yaml)", line):
+            learns = re.findall("attention|experts|router|alphas|new_rows", line.split("|")[3])
+            assert read_yaml(ROOT / recipe)["trainable"] == learns, recipe
+            found += 1
+    assert found >= 13
 
 
 def test_the_script_of_ten_lines_is_the_tested_one():
