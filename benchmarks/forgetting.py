@@ -351,11 +351,11 @@ def read_run(job: Job) -> ArmResult | None:
 
 def forgetting(
     settings: Settings, data: Path, out: Path, groups: Sequence[str] = tuple(GROUPS)
-) -> tuple[list[ArmResult], bool]:
+) -> tuple[list[ArmResult], list[ArmResult]]:
     """Run every arm of the groups with every seed, or what of them `out` lacks, and write the report into `out`.
 
     Returns:
-        All runs, by group, arm and seed; and whether any of them is new.
+        All runs, by group, arm and seed; and those of them that `out` lacked.
 
     Raises:
         UserError: if `out` holds runs of other settings or texts.
@@ -368,17 +368,16 @@ def forgetting(
         Job(group, name, seed, settings, out) for seed in settings.seeds for group in groups for name in GROUPS[group]
     ]
     origin = provenance(("torch", "transformers", "tokenizers"))
-    is_new = False
+    new = []
     try:
         for job in jobs:
             if not job.file.exists():
-                run(job, origin)
-                is_new = True
+                new.append(run(job, origin))
     finally:  # after Ctrl-C too
         runs = [finished for job in jobs if (finished := read_run(job))]
         if runs:
             write_report(runs, settings, out)
-    return runs, is_new
+    return runs, new
 
 
 def _check_setup(settings: Settings, data: Path, out: Path) -> None:
@@ -413,12 +412,12 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        runs, is_new = forgetting(settings, arguments.data, arguments.out, arguments.groups)
+        _, new = forgetting(settings, arguments.data, arguments.out, arguments.groups)
     except UserError as error:
         sys.exit(f"error: {error}")
     print((arguments.out / "forgetting.md").read_text(encoding="utf-8"))
-    if is_new and not arguments.quick:
-        print("appended to", append("forgetting", csv_rows(runs)))
+    if new and not arguments.quick:
+        print("appended to", append("forgetting", csv_rows(new)))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def test_a_run_of_tiny_sizes_goes_on_and_trains_what_its_arms_say(tmp_path, monk
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     forgetting = importlib.import_module("forgetting")
     settings = replace(forgetting.QUICK, seeds=(0,))
-    runs, is_new = forgetting.forgetting(settings, DATA, tmp_path, ["starts"])
-    assert is_new
+    runs, new = forgetting.forgetting(settings, DATA, tmp_path, ["starts"])
+    assert new
     assert [run.name for run in runs] == list(forgetting.GROUPS["starts"])
     by_name = {run.name: run.points for run in runs}
     # `identity` is the function that it was made from; copies are not.
