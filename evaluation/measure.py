@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models.api_models import TemplateAPI
 
 from jai.errors import UserError
 from jai.evaluation.consistency import CONSISTENCY_METRICS, ParallelAnswers, parallel_answers
 from jai.evaluation.kept_answers import KeptAnswers
-from jai.evaluation.results import EvaluationRun, Figure, FigurePart, Item, TaskRecord, mean_figure
+from jai.evaluation.results import EvaluationRun, Figure, FigurePart, Item, TaskRecord, mean_figure, value_of_items
 from jai.evaluation.suites import Suite, SuiteMean, SuitePair, SuiteTask
 from jai.evaluation.tasks import TaskLoader
+from jai.evaluation.translation import BLEU_COUNTS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -116,6 +118,7 @@ def _measure_task(
     from transformers import set_seed
 
     set_seed(seed)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as lm-eval's command line does
     model.too_long.clear()
     _fit_answers(task, model, run)
     name = task.task_name
@@ -141,7 +144,7 @@ def _measure_task(
         if not scored:
             raise UserError(f"The task {name} has no metric {metric!r}. It has: {', '.join(_metrics(samples))}.")
         items = [item for sample in scored for item in _items(suite, row, name, metric, sample)]
-        _check_mean(items, row.scale, name, metric, results["results"][name].get(f"{metric},{reading}"))
+        _check_figure(items, row.scale, name, metric, results["results"][name].get(f"{metric},{reading}"))
         run.add(items)
     if count := model.too_long[name]:
         _note(run, f"{name}: requests that are longer than the model takes and lost their beginning: {count}.")
@@ -194,18 +197,22 @@ def _items(suite: Suite, row: SuiteTask, task: str, metric: str, sample: Mapping
     for number, part in enumerate(parts):
         if part == _NO_SCORE:
             continue
-        if not isinstance(part, bool | int | float) or not math.isfinite(part):
+        score, counts = (part.get("score"), part.get(BLEU_COUNTS, ())) if isinstance(part, dict) else (part, ())
+        if not isinstance(score, bool | int | float) or not math.isfinite(score):
             raise UserError(
                 f"The metric {metric!r} of {task} gives {part!r} for an item; a suite takes a mean of numbers."
             )
+        if counts and row.scale != 1:
+            raise UserError(f"The metric {metric!r} of {task} is BLEU, from 0 to 1, and takes no scale.")
         yield Item(
             suite.name,
             task,
             f"{name}.{number}" if isinstance(value, list) else name,
             metric,
-            float(part) * row.scale,
+            float(score) * row.scale,
             group if not isinstance(value, list) or group else f"{task}:{name}",
             _texts(sample),
+            tuple(counts),
         )
 
 
@@ -233,12 +240,12 @@ def _texts(sample: Mapping[str, Any]) -> dict[str, str]:
     return {"expected": str(sample["target"]), "answer": "\n".join(str(each[0]) for each in sample["resps"])}
 
 
-def _check_mean(items: Sequence[Item], scale: float, task: str, metric: str, theirs: Any) -> None:
+def _check_figure(items: Sequence[Item], scale: float, task: str, metric: str, theirs: Any) -> None:
     """Refuse a metric that lm-eval does not take the mean of: its figure would be another than lm-eval's."""
-    scores = [item.score for item in items if item.score is not None]
-    if not scores or not isinstance(theirs, int | float):
+    ours = value_of_items(items)
+    if ours is None or not isinstance(theirs, int | float):
         return
-    if abs(sum(scores) / len(scores) - theirs * scale) > 1e-9 * max(1.0, abs(theirs * scale)):
+    if abs(ours - theirs * scale) > 1e-9 * max(1.0, abs(theirs * scale)):
         raise UserError(f"The metric {metric!r} of {task} is no mean over its items, so a suite cannot take it.")
 
 

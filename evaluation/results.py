@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jai.errors import UserError
+from jai.evaluation.translation import corpus_bleu
 from jai.files import differences, make_locked_folder, read_json, write_whole
 
 RESULTS_FILE = "results.json"
@@ -53,6 +54,8 @@ class Item:
         group: items of one group stand or fall together, such as questions on one paragraph or one question in two
             languages. It is looked for in all tasks of a figure, so it needs a name that no other group has.
         texts: what a reader wants to see, by name, such as the prompt and the answer.
+        bleu_counts: where the score is a sentence's BLEU, what `corpus_bleu` takes the sums of: the figure is the BLEU
+            of the whole text, and no mean of scores.
     """
 
     suite: str
@@ -62,6 +65,7 @@ class Item:
     score: float | None
     group: str | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
+    bleu_counts: tuple[int, ...] = ()
 
     @property
     def key(self) -> ItemKey:
@@ -135,78 +139,110 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class _Clusters:
-    """Scores added up by the units that are drawn.
+    """What is added up of items, by the units that are drawn.
 
     Attributes:
-        sums, counts: of the scores, (clusters, tasks).
+        sums: (clusters, tasks, numbers).
+        combine: a value of (..., numbers) sums.
         strata: the clusters of each set that is drawn from by itself.
-        weights: of the tasks' means, (tasks,); None is the mean over all items.
+        weights: of the tasks' values, (tasks,); None is the value of all items together.
     """
 
     sums: np.ndarray
-    counts: np.ndarray
+    combine: Callable[[np.ndarray], np.ndarray]
     strata: list[np.ndarray]
     weights: np.ndarray | None
 
-    def value(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """The mean of (..., tasks) sums and counts; NaN where a task that counts has no item."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            if self.weights is None:
-                return sums.sum(-1) / counts.sum(-1)
-            return (sums / counts * self.weights).sum(-1)
+    def value_of(self, sums: np.ndarray) -> np.ndarray:
+        """The value of (..., tasks, numbers) sums; NaN where a task that counts has no item."""
+        if self.weights is None:
+            return self.combine(sums.sum(-2))
+        return (self.combine(sums) * self.weights).sum(-1)
 
-    def mean(self) -> float:
-        return float(self.value(self.sums.sum(0), self.counts.sum(0)))
+    def value(self) -> float:
+        return float(self.value_of(self.sums.sum(0)))
 
     def interval(self, seed: int) -> tuple[float, float]:
         """Ends of the percentile bootstrap's interval."""
         rng = np.random.default_rng(seed)
-        tasks = self.sums.shape[1]
-        sums, counts = np.zeros((RESAMPLES, tasks)), np.zeros((RESAMPLES, tasks))
+        sums = np.zeros((RESAMPLES, *self.sums.shape[1:]))
         for stratum in self.strata:
             size = len(stratum)
-            step = max(1, _CHUNK // size)
+            step = max(1, _CHUNK // (size * sums.shape[-1]))
             for begin in range(0, RESAMPLES, step):
                 some = slice(begin, min(begin + step, RESAMPLES))
                 drawn = stratum[rng.integers(0, size, (some.stop - begin, size))]
-                for task in np.flatnonzero(self.counts[stratum[0]]):
+                for task in np.flatnonzero(self.sums[stratum[0]].any(-1)):
                     sums[some, task] += self.sums[drawn, task].sum(1)
-                    counts[some, task] += self.counts[drawn, task].sum(1)
         tail = (1 - LEVEL) / 2
-        low, high = np.nanquantile(self.value(sums, counts), [tail, 1 - tail])
+        low, high = np.nanquantile(self.value_of(sums), [tail, 1 - tail])
         return float(low), float(high)
 
     def p_value(self, seed: int) -> float:
-        """Of the hypothesis that a cluster's scores are as likely to be their negatives (a sign-flip test)."""
+        """Of the hypothesis that the two halves of a cluster's numbers, two runs', might as well be swapped."""
         rng = np.random.default_rng(seed)
-        observed = abs(self.mean())
-        counts = self.counts.sum(0)
-        at_least, step = 0, max(1, _CHUNK // len(self.sums))
+        observed = abs(self.value())
+        first, second = np.split(self.sums, 2, axis=-1)
+        middle, apart = (first + second).sum(0) / 2, ((second - first) / 2).reshape(len(first), -1)
+        at_least, step = 0, max(1, _CHUNK // len(first))
         for begin in range(0, _FLIPS, step):
-            signs = rng.integers(0, 2, (min(step, _FLIPS - begin), len(self.sums)), dtype=np.int8) * 2.0 - 1
-            at_least += int((abs(self.value(signs @ self.sums, counts)) >= observed - 1e-12).sum())
+            signs = rng.integers(0, 2, (min(step, _FLIPS - begin), len(first)), dtype=np.int8) * 2.0 - 1
+            moved = (signs @ apart).reshape(-1, *middle.shape)
+            swapped = np.concatenate([middle - moved, middle + moved], axis=-1)
+            at_least += int((abs(self.value_of(swapped)) >= observed - 1e-12).sum())
         return (at_least + 1) / (_FLIPS + 1)
 
 
-def _clusters(items: Sequence[Item], weights: Mapping[str, float] | None) -> _Clusters:
-    """Group the items. Clusters that lie in the same tasks are a stratum: each task keeps its size when it is drawn."""
+def _clusters(
+    items: Sequence[Item],
+    numbers: Sequence[Sequence[float]],
+    combine: Callable[[np.ndarray], np.ndarray],
+    weights: Mapping[str, float] | None,
+) -> _Clusters:
+    """Group the items, of each of which some numbers are added up.
+
+    Clusters that lie in the same tasks are a stratum: each task keeps its size when it is drawn.
+    """
     tasks = {task: number for number, task in enumerate(weights or dict.fromkeys(item.task for item in items))}
-    numbers: dict[tuple[str, ...], int] = {}
+    places: dict[tuple[str, ...], int] = {}
     cluster_of = [
-        numbers.setdefault((item.group,) if item.group is not None else (item.task, item.id), len(numbers))
+        places.setdefault((item.group,) if item.group is not None else (item.task, item.id), len(places))
         for item in items
     ]
-    sums, counts = np.zeros((len(numbers), len(tasks))), np.zeros((len(numbers), len(tasks)))
-    for item, cluster in zip(items, cluster_of):
-        if item.score is not None:
-            sums[cluster, tasks[item.task]] += item.score
-            counts[cluster, tasks[item.task]] += 1
+    sums = np.zeros((len(places), len(tasks), len(numbers[0])))
+    for item, cluster, each in zip(items, cluster_of, numbers, strict=True):
+        sums[cluster, tasks[item.task]] += each
     strata = defaultdict(list)
-    for cluster, is_in in enumerate(counts > 0):
+    for cluster, is_in in enumerate(sums.any(-1)):
         if is_in.any():
             strata[tuple(is_in)].append(cluster)
     shares = None if weights is None else np.array(list(weights.values()))
-    return _Clusters(sums, counts, [np.array(each) for each in strata.values()], shares)
+    return _Clusters(sums, combine, [np.array(each) for each in strata.values()], shares)
+
+
+def _summed(items: Sequence[Item]) -> tuple[list[Sequence[float]], Callable[[np.ndarray], np.ndarray]]:
+    """What is added up of items that have a score, and what makes a figure of the sums."""
+    are_bleu = {bool(item.bleu_counts) for item in items}
+    if are_bleu == {True}:
+        return [item.bleu_counts for item in items], _bleu_of_sums
+    if are_bleu == {False, True}:
+        raise UserError(f"{', '.join(sorted({item.task for item in items}))}: BLEU has no mean with other scores.")
+    return [(item.score or 0.0, 1.0) for item in items], _mean_of_sums
+
+
+def _mean_of_sums(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def _bleu_of_sums(sums: np.ndarray) -> np.ndarray:
+    return np.apply_along_axis(corpus_bleu, -1, sums)
+
+
+def value_of_items(items: Sequence[Item]) -> float | None:
+    """The mean of items, or their BLEU; None where none has a score."""
+    scored = [item for item in items if item.score is not None]
+    return _clusters(scored, *_summed(scored), None).value() if scored else None
 
 
 def mean_figure(
@@ -219,7 +255,7 @@ def mean_figure(
     higher_is_better: bool = True,
     seed: int = 0,
 ) -> Figure | None:
-    """The mean of items with the interval of a percentile bootstrap that draws whole groups, within each task.
+    """The mean of items, or their BLEU, with the interval of a percentile bootstrap. It draws whole groups, by task.
 
     Args:
         items: outcomes, each once.
@@ -229,17 +265,22 @@ def mean_figure(
 
     Returns:
         The figure, None where no item, or none of a task with a weight, has a score.
+
+    Raises:
+        UserError: for BLEU and other scores in one figure.
     """
-    scored = sum(item.score is not None for item in items)
-    clusters = _clusters(items, weights)
-    if not scored or math.isnan(value := clusters.mean()):
+    scored = [item for item in items if item.score is not None]
+    if not scored:
+        return None
+    clusters = _clusters(scored, *_summed(scored), weights)
+    if math.isnan(value := clusters.value()):
         return None
     low, high = clusters.interval(seed)
     parts = tuple(
         FigurePart(task, measured, None if weights is None else weights[task])
         for task, measured in dict.fromkeys((item.task, item.metric) for item in items)
     )
-    return Figure(suite, name, metric, value, low, high, scored, len(items) - scored, higher_is_better, parts)
+    return Figure(suite, name, metric, value, low, high, len(scored), len(items) - len(scored), higher_is_better, parts)
 
 
 class FigureItems:
@@ -288,13 +329,18 @@ def paired_difference(
     """
     mine = {item.key: item for item in first if item.score is not None}
     theirs = {item.key: item for item in second if item.score is not None}
-    both = [
-        dataclasses.replace(item, score=item.score - mine[key].score)  # type: ignore[operator]
-        for key, item in theirs.items()
-        if key in mine
-    ]
-    clusters = _clusters(both, weights)
-    if not both or math.isnan(value := clusters.mean()):
+    both = [key for key in theirs if key in mine]
+    if not both:
+        return None
+    before, after = [mine[key] for key in both], [theirs[key] for key in both]
+    (old, combine), (new, _) = _summed(before), _summed(after)
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        older, newer = np.split(sums, 2, axis=-1)
+        return combine(newer) - combine(older)
+
+    clusters = _clusters(after, [(*a, *b) for a, b in zip(old, new)], difference, weights)
+    if math.isnan(value := clusters.value()):
         return None
     low, high = clusters.interval(seed)
     return PairedDifference(value, low, high, clusters.p_value(seed), len(both), len(mine.keys() ^ theirs.keys()))
@@ -489,7 +535,8 @@ def whole_lines(path: Path) -> list[bytes]:
 def _read_items(path: Path) -> Iterator[Item]:
     for number, line in enumerate(whole_lines(path), 1):
         try:
-            item = Item(**json.loads(line))
+            row = json.loads(line)
+            item = Item(**{**row, "bleu_counts": tuple(map(int, row.get("bleu_counts", ())))})
             if item.score is not None and not math.isfinite(item.score):
                 raise ValueError(f"the score is {item.score}")
         except (ValueError, TypeError, RecursionError) as error:

@@ -12,13 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_data import ITEMS, Constant, Knows, share_of_first, write_data, write_rows
+from evaluation_data import (
+    CODE_EVAL,
+    ITEMS,
+    LENGTHS,
+    Constant,
+    Knows,
+    mmlu_subjects,
+    share_of_first,
+    short_suite,
+    write_data,
+    write_rows,
+)
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from jai.errors import UserError
-from jai.evaluation import suites
 from jai.evaluation.command import evaluate_suites
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.measure import measure_suite, plan_suite
@@ -39,41 +49,18 @@ from jai.evaluation.suites import JudgedSuite, Suite, read_suite, suite_names
 from jai.evaluation.tasks import TASKS_FOLDER, TaskLoader
 from jai.hub_card.evaluation import Evaluation, Score, read_evaluation, record_run, write_evaluation
 
-# Suites that are shown to tell right from wrong elsewhere; all others are here. lm-eval's own RULER alone is nowhere:
-# it downloads its texts, and its checks are lm-eval's.
-SHOWN_BY = {
-    "code": "test_evaluation_verb.py",
-    "consistency": "test_evaluation_consistency.py",
-    "hall-bench": "test_judged_command.py",
-    "hall-bench-298": "test_judged_command.py",
-    "hall-bench-small": "test_judged_command.py",
-    "ifeval-en": "test_evaluation_generation.py",
-    "ifeval-th": "test_evaluation_generation.py",
-    "livecodebench": "test_programs.py",
-    "mgsm": "test_evaluation_generation.py",
-    "mt-bench-en": "test_judged_command.py",
-    "mt-bench-th": "test_judged_command.py",
-    "reasoning": "test_evaluation_generation.py",
-    "translation": "test_evaluation_generation.py",
-}
-LM_EVAL_SUITES = [name for name in suite_names() if name not in SHOWN_BY and name != "ruler"]
-
-
-SLOW = {"eng-h6-leaderboard", "eng-h6-trillion", "ruler-en", "thai-knowledge"}  # 57 subjects of MMLU, and 14
-LENGTHS = {4096: 1536, 8192: 2048, 16384: 2560, 32768: 3072}
+# All that lm-eval measures but its own RULER, which test_evaluation_ruler.py has; judged suites are in
+# test_judged_command.py.
+LM_EVAL_SUITES = [name for name in suite_names() if isinstance(read_suite(name), Suite) and name != "ruler"]
+# 57 subjects of MMLU, and 14; long contexts; programs, of which each test is a process; and what others are like.
+SLOW = {"eng-h6-leaderboard", "eng-h6-trillion", "thai-knowledge", "ruler-en", "code", "livecodebench"}
+SLOW |= {"mgsm", "onet", "thai-h6-trillion"}
+EACH_SUITE = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LM_EVAL_SUITES]
 
 
 @pytest.fixture(scope="session")
-def mmlu_subjects() -> list[str]:
-    import lm_eval.tasks
-
-    folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
-    return sorted(path.stem.removeprefix("mmlu_") for path in folder.glob("mmlu_*.yaml"))
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory, mmlu_subjects) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"), mmlu_subjects)
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), mmlu_subjects())
 
 
 @pytest.fixture(scope="session")
@@ -93,22 +80,12 @@ def plan_of(data, checkpoint, tmp_path_factory) -> Callable:
 
     def plan(name):
         if name not in plans:
-            suite = short_suite(name, tmp_path_factory.mktemp("suite")) if "ruler" in name else read_suite(name)
+            suite = read_suite(str(short_suite(name, tmp_path_factory.mktemp("suite"))) if "ruler" in name else name)
             metadata = {**(suite.metadata or {}), "haystack_folder": str(data), "pretrained": str(checkpoint)}
             plans[name] = plan_suite(suite, TaskLoader(data=data, metadata=metadata))
         return plans[name]
 
     return plan
-
-
-def short_suite(name, folder) -> Suite:
-    """A suite of long contexts with shorter and fewer ones."""
-    text = (Path(suites.__file__).parent / f"{name}.yaml").read_text()
-    for long, short in LENGTHS.items():
-        text = text.replace(str(long), str(short))
-    path = folder / f"{name}.yaml"
-    path.write_text(text.replace("metadata: {", "metadata: {samples: 2, "))
-    return read_suite(str(path))
 
 
 def measure(plan, lm, folder, limit=None) -> EvaluationRun:
@@ -127,23 +104,63 @@ def figure_of(run, name, metric=None):
 # --- Right and wrong ---
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LM_EVAL_SUITES]
-)
-def test_a_model_that_knows_some_answers_gets_that_score(plan_of, tmp_path, name):
-    run = measure(plan_of(name), Knows(), tmp_path / "run")
-    known = [float(int(item.id) % 2 == 0) for item in run.items.values()]
-    assert [item.score for item in run.items.values()] == pytest.approx(known, abs=1e-9)
-    assert run.results.figures
-    for figure in run.results.figures:
-        assert 0 < figure.value < 1
-        assert figure.low <= figure.value <= figure.high
+@pytest.fixture
+def programs_may_run(tmp_path, monkeypatch) -> None:
+    """The metric of HumanEval and MBPP, which is downloaded else, lies in the working folder."""
+    (tmp_path / "code_eval").mkdir()
+    (tmp_path / "code_eval/code_eval.py").write_text(CODE_EVAL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
 
 
-@pytest.mark.parametrize(("name", "file"), SHOWN_BY.items())
-def test_every_other_suite_is_shown_where_the_table_says(name, file):
-    assert f'"{name}"' in (Path(__file__).parent / file).read_text(encoding="utf-8")
-    assert name in suite_names()
+@pytest.mark.parametrize("name", EACH_SUITE)
+@pytest.mark.usefixtures("programs_may_run")
+def test_a_model_gets_what_it_knows(plan_of, tmp_path, name):
+    """All of the answers, none of them, and some: each question has the score that it should have."""
+    plan = plan_of(name)
+    pairs = {pair.name for pair in plan.suite.pairs}
+    for part, known in {
+        "oracle": lambda number: True,
+        "negation": lambda number: False,
+        "some": lambda number: number % 2 == 0,
+    }.items():
+        run = measure(plan, Knows(known), tmp_path / part)
+        items = [item for item in run.items.values() if item.task not in pairs]
+        expected = [float(known(int(item.id.partition(".")[0]))) for item in items]
+        assert [item.score for item in items] == pytest.approx(expected, abs=1e-9)
+        figures = [figure for figure in run.results.figures if figure.name not in pairs]
+        assert len({figure.name for figure in figures}) >= len(plan.suite.tasks)
+        for figure in figures:
+            assert figure.low <= figure.value <= figure.high
+            assert {"oracle": figure.value > 1 - 1e-9, "negation": figure.value < 1e-9}.get(part, 0 < figure.value < 1)
+        for figure in run.results.figures:  # what it knows it knows in both languages
+            assert figure.name not in pairs or figure.value == (figure.metric == "E(T)→T(T)")
+
+
+SIX = {"ARC": 1 / 4, "HellaSwag": share_of_first(3, 4), "MMLU": share_of_first(2, 4), "TruthfulQA": 1 / 3}
+SIX |= {"WinoGrande": 1 / 2, "GSM8K": 0}
+# Shares of the questions whose first choice is right. What is answered in words has no chance.
+CHANCE = {
+    **{f"{language}-h6-{shots}": SIX for language in ("eng", "thai") for shots in ("leaderboard", "trillion")},
+    "onet": {row.label: share_of_first(ITEMS["onet"], 4) for row in read_suite("onet").tasks},
+    "thai-exam": {row.label: 1 / 5 for row in read_suite("thai-exam").tasks},
+    "thai-knowledge": {"MMLU-ProX": 0, "Global PIQA parallel": 1 / 4, "Global PIQA": 1 / 2},
+    "thai-nlu": {"belebele_tha_Thai": 1 / 4, "xcopa_th": 1 / 2, "xquad_th": 0},
+}
+
+
+@pytest.mark.parametrize("name", EACH_SUITE)
+@pytest.mark.usefixtures("programs_may_run")
+def test_a_model_that_always_says_the_same_gets_chance(plan_of, tmp_path, name):
+    plan = plan_of(name)
+    run = measure(plan, Constant(), tmp_path / "run")
+    for row in plan.suite.tasks:
+        chance = CHANCE.get(name, {}).get(row.label, 0)
+        kinds = {task.OUTPUT_TYPE for task in plan.tasks[row.label]}
+        assert kinds == {"multiple_choice" if chance else "generate_until"}  # each suite of choices is in the table
+        for metric in row.metrics:
+            for figure in (each for each in run.results.figures if (each.name, each.metric) == (row.label, metric)):
+                assert figure.value == pytest.approx(chance)
 
 
 def six_scores():
@@ -175,18 +192,6 @@ def test_means_over_tasks_and_over_questions_differ_where_tasks_have_other_sizes
     assert figure_of(run, "mean over questions").value == pytest.approx((1 + 4 * 3) / (1 + 4 * 5))
 
 
-def test_a_model_that_always_says_the_same_gets_chance(plan_of, tmp_path):
-    run = measure(plan_of("thai-exam"), Constant(), tmp_path / "exam")
-    assert figure_of(run, "mean over questions").value == share_of_first(5, 5) == 1 / 5
-    run = measure(plan_of("thai-nlu"), Constant(), tmp_path / "nlu")
-    assert figure_of(run, "belebele_tha_Thai").value == 1 / 4
-    assert figure_of(run, "xcopa_th").value == 1 / 2
-    assert figure_of(run, "xquad_th", "f1").value == 0
-    run = measure(plan_of("thai-h6-leaderboard"), Constant(), tmp_path / "h6")
-    expected = [1 / 4, share_of_first(3, 4), share_of_first(2, 4), 1 / 3, 1 / 2, 0]
-    assert figure_of(run, "mean").value == pytest.approx(sum(expected) / 6)
-
-
 def test_questions_on_one_passage_are_one_for_the_interval(plan_of, tmp_path):
     run = measure(plan_of("thai-nlu"), Knows(), tmp_path / "run")
     figure = figure_of(run, "belebele_tha_Thai")
@@ -200,6 +205,25 @@ def test_a_figure_for_each_length_beside_the_mean(plan_of, tmp_path):
     for name in [*(f"{length} tokens" for length in LENGTHS.values()), "mean"]:
         assert figure_of(run, name).value == pytest.approx(0.5)
     assert figure_of(run, "mean").items == 4 * figure_of(run, "1536 tokens").items == 4 * 6 * 2
+
+
+class KnowsFewer(Knows):
+    """Finds one of what was asked for in the shortest context, one more in the next, and so on."""
+
+    def generate_until(self, requests):
+        found = {length: number for number, length in enumerate(LENGTHS.values(), 1)}
+        return [" ".join(request.doc["outputs"][: found[request.doc["max_length"]]]) for request in requests]
+
+
+def test_each_length_has_its_own_figure_in_each_task(plan_of, tmp_path):
+    """Of the six kinds by what they ask for: one needle or four, five variables, ten words."""
+    run = measure(plan_of("ruler-th"), KnowsFewer(), tmp_path / "run")
+    asked = {"single": 1, "multikey": 1, "multivalue": 4, "multiquery": 4, "chain": 5, "common": 10}
+    for number, length in enumerate(LENGTHS.values(), 1):
+        shares = {kind: min(number, count) / count for kind, count in asked.items()}
+        for kind, share in shares.items():
+            assert figure_of(run, f"ruler_th_{kind}", str(length)).value == pytest.approx(share)
+        assert figure_of(run, f"{length} tokens").value == pytest.approx(sum(shares.values()) / 6)
 
 
 def test_a_limit_takes_questions_of_each_length(plan_of, tmp_path):
@@ -271,25 +295,6 @@ def test_the_choice_of_the_shared_prefixes_is_that_of_lm_evals_loop(checkpoint, 
     assert {key: (item.score, item.texts) for key, item in ours.items.items()} == {
         key: (item.score, item.texts) for key, item in theirs.items.items()
     }
-
-
-@pytest.mark.slow
-def test_scores_are_those_of_lm_evals_command_line(data, plan_of, checkpoint, lm, tmp_path):
-    """Of a checkpoint that it loads itself, by a process of its own."""
-    (tmp_path / "plain.yaml").write_text(
-        f"include: {TASKS_FOLDER}/thai_exam/thai_exam_onet.yaml\ntask: plain\ndataset_path: json\ndataset_name: null\n"
-        f"dataset_kwargs: {{data_files: {{train: {data}/scb10x/thai_exam/onet/train.jsonl, "
-        f"test: {data}/scb10x/thai_exam/onet/test.jsonl}}}}\n"
-    )
-    # It knows JAI where `jai` is imported first, as a plug-in of the interpreter would.
-    code = "import jai, sys; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
-    arguments = ["run", "--model", "hf", "--model_args", f"pretrained={checkpoint}", "--tasks", "plain"]
-    arguments += ["--include_path", str(tmp_path), "--device", "cpu", "--output_path", str(tmp_path / "out")]
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
-    (path,) = (tmp_path / "out").rglob("results_*.json")
-    theirs = json.loads(path.read_text())["results"]["plain"]["acc,none"]
-    run = measure(plan_of("thai-exam"), lm, tmp_path / "run")
-    assert figure_of(run, "thai_exam_onet").value == theirs
 
 
 @pytest.mark.slow

@@ -3,23 +3,23 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lm_eval.api.model import LM
+from pythainlp.tokenize import word_tokenize
+from sacrebleu.metrics import BLEU
 from test_instructions import oracle
 
 from jai.errors import UserError
 from jai.evaluation.instructions.scoring import instruction_row
 from jai.evaluation.kept_answers import KeptAnswers
 from jai.evaluation.measure import measure_suite, plan_suite
-from jai.evaluation.results import open_run
+from jai.evaluation.results import FigureItems, Item, mean_figure, open_run, paired_difference, read_run
 from jai.evaluation.suites import read_suite
-from jai.evaluation.tasks import TASKS_FOLDER, TaskLoader
-from jai.evaluation.translation import sentence_bleu
+from jai.evaluation.tasks import TaskLoader
 
 SHARED = Path(__file__).parents[2] / "shared/data/eval"
 needs_shared_data = pytest.mark.skipif(
@@ -220,39 +220,72 @@ def test_translations(measured, tmp_path, said, score):
     assert all(figure.value == pytest.approx(score, abs=0.03) for figure in figures.values())
 
 
-def test_a_translation_is_closer_the_more_of_its_words_are_right():
-    right = "แมวนอนอยู่บนเก้าอี้ในบ้านหลังใหญ่"
-    assert 0 < sentence_bleu("แมวนอนอยู่บนเตียง", right) < sentence_bleu("แมวนอนอยู่บนเก้าอี้", right) < 1
-    assert sentence_bleu(right, right) == pytest.approx(1)
+SYSTEMS = (
+    {"cat": "แมวนอนอยู่บนเตียงในบ้าน", "dog": "หมาวิ่งเล่นอยู่ในบ้าน", "sky": "วันนี้อากาศดีมากครับ", "sea": "ทะเล"},
+    {"cat": "แมวนอนอยู่ในบ้าน", "dog": "", "sky": "วันนี้อากาศดีมาก", "sea": "เราไปเที่ยวทะเลกันเถอะ"},
+)
+SEA = {"sea": "เราไปเที่ยวทะเลกันในวันหยุดที่ยาวมาก"}
+
+
+def sacrebleu_of(references: list[str], translations: list[str]) -> float:
+    """By its own function of whole texts, of words in Thai."""
+
+    def words(texts):
+        return [" ".join(word_tokenize(text, keep_whitespace=False)) for text in texts]
+
+    return BLEU(tokenize="none").corpus_score(words(translations), [words(references)]).score / 100
+
+
+def test_bleu_is_that_of_the_whole_text_with_its_interval_and_its_paired_test(tmp_path):
+    """Against sacrebleu's own function: the figure, the draws of the interval, and all swaps of two translations."""
+    thai = THAI | SEA
+    for name in ("flores", "arc", "mmlu"):
+        write_rows(
+            tmp_path / f"data/translation/{name}/test.jsonl", [{"en": each, "th": text} for each, text in thai.items()]
+        )
+    found = []
+    for number, replies in enumerate(SYSTEMS):
+        with open_run(tmp_path / f"run {number}", model="m", revision="r") as run:
+            model = KeptAnswers(KnowingModel(replies, None), run.folder / "answers.jsonl", 8)
+            plan = plan_suite(read_suite("translation"), TaskLoader(data=tmp_path / "data"))
+            (figure, *_) = measure_suite(plan, model, run, limit=None, seed=3, tell=lambda name: None)
+        found.append((figure, FigureItems(read_run(run.folder)[1]).of(figure)[0]))
+    references, *translations = (list(each.values()) for each in (thai, *SYSTEMS))
+    bleu = [sacrebleu_of(references, each) for each in translations]
+    assert [figure.value for figure, _ in found] == bleu
+    assert 0 < bleu[1] < bleu[0] < 1
+    mean = sum(item.score for item in found[0][1]) / 4
+    assert abs(bleu[0] - mean) > 0.05  # the mean over sentences is another figure
+    draws = np.random.default_rng(3).integers(0, 4, (1000, 4))
+    unique = {tuple(draw): 0.0 for draw in draws.tolist()}
+    for draw in unique:
+        unique[draw] = sacrebleu_of([references[n] for n in draw], [translations[0][n] for n in draw])
+    ends = np.quantile([unique[tuple(draw)] for draw in draws.tolist()], [0.025, 0.975])
+    assert (found[0][0].low, found[0][0].high) == pytest.approx(tuple(ends))
+    difference = paired_difference(found[0][1], found[1][1])
+    assert difference.value == bleu[1] - bleu[0]
+    assert difference.low < difference.value < difference.high
+    swaps = []
+    for swap in product((0, 1), repeat=4):
+        first, second = ([translations[side ^ each][n] for n, side in enumerate(swap)] for each in (0, 1))
+        swaps.append(abs(sacrebleu_of(references, second) - sacrebleu_of(references, first)))
+    share = np.mean(np.array(swaps) >= abs(difference.value) - 1e-12)
+    assert 0.1 < share < 1
+    assert difference.p_value == pytest.approx(share, abs=0.02)
+
+
+def test_bleu_has_no_mean_with_other_scores_and_no_scale(measured, tmp_path):
+    bleu = Item("s", "t", "0", "bleu", 0.5, bleu_counts=(1,) * 10)
+    with pytest.raises(UserError, match="t, u: BLEU has no mean with other scores"):
+        mean_figure([bleu, Item("s", "u", "0", "acc", 0.5)], suite="s", name="n", metric="m")
+    write_rows(tmp_path / "data/translation/arc/test.jsonl", [{"en": "cat", "th": THAI["cat"]}])
+    row = {"task": "translation_arc", "metric": "bleu", "scale": 100}
+    (tmp_path / "mine.yaml").write_text(json.dumps({"title": "t", "about": "a", "tasks": [row]}))
+    with pytest.raises(UserError, match="'bleu' of translation_arc is BLEU, from 0 to 1, and takes no scale"):
+        measured(str(tmp_path / "mine.yaml"), tmp_path / "data", {"cat": "x"})
 
 
 def test_a_problem_without_an_answer_is_one_error(measured, tmp_path):
     write_rows(tmp_path / "data/math-ai/aime25/test.jsonl", [{"problem": "p", "solution": "s"}])
     with pytest.raises(UserError, match=r"aime25_final_en.*answer_number, answer, Answer"):
         TaskLoader(data=tmp_path / "data").load("aime25_final_en")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["ifeval_en", "math500_final_en"])
-def test_plain_lm_eval_takes_the_task_files(tmp_path, task):
-    """With its own command line; the data, which the Hub has, is given as a file by a file that includes ours."""
-    rows = ENGLISH_ROWS if task == "ifeval_en" else [{"problem": "p", "answer": "lol"}, {"problem": "q", "answer": "1"}]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    (source,) = TASKS_FOLDER.rglob(f"{task}.yaml")
-    split = {"ifeval_en": "train", "math500_final_en": "test"}[task]
-    (tmp_path / "mine.yaml").write_text(
-        f"include: {source}\ntask: mine\ndataset_path: json\ndataset_name: null\n"
-        f"dataset_kwargs: {{data_files: {{{split}: {tmp_path / 'rows.jsonl'}}}}}\n"
-    )
-    out = tmp_path / "out"
-    words = ["run", "--model", "dummy", "--tasks", "mine", "--include_path", str(tmp_path), "--output_path", str(out)]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # else it asks for `json` on the Hub, and waits
-    subprocess.run([sys.executable, "-m", "lm_eval", *words], check=True, cwd=tmp_path, env=offline)
-    (results,) = out.rglob("results_*.json")
-    scores = json.loads(results.read_text())["results"]["mine"]
-    if task == "ifeval_en":  # lm-eval's dummy says "lol"
-        assert scores["prompt_level_strict_acc,none"] == 0
-        assert scores["inst_level_strict_acc,none"] == pytest.approx(1 / 3)
-    else:
-        assert scores["exact_match,none"] == 0  # no answer is stated, and there is no number
-        assert scores["language_acc,none"] == 1

@@ -2,22 +2,18 @@
 """`jai eval CKPT --suite …` from the command line's words to the run's files, by a real checkpoint and without a
 network: every suite, on the shared data and, of what they do not have, on rows of the Hub's form."""
 
-import gzip
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import lm_eval.tasks
 import pytest
-from evaluation_data import CODE_EVAL, write_data, write_rows
+from evaluation_data import CODE_EVAL, short_suite, write_rows, write_whole_data
 from test_evaluation_generation import KnowingModel
 
 from chat_endpoint import ChatEndpoint
 from jai import cli
-from jai.evaluation import suites
 from jai.evaluation.kept_answers import KeptAnswers
 from jai.evaluation.measure import measure_suite, plan_suite
 from jai.evaluation.results import EvaluationResults, Item, open_run, read_run
@@ -28,7 +24,6 @@ ANSWER_TOKENS = 16  # of generated answers: half of what the model is said to ta
 DOWNLOADS = {"ruler"}  # lm-eval's thirteen tasks fetch essays, SQuAD and HotpotQA, and need packages of their own
 LONG = {"ruler-en", "ruler-th", "thai-nlu"}  # their tasks want longer answers
 SLOW = {"eng-h6-leaderboard", "eng-h6-trillion", "thai-h6-leaderboard", "thai-h6-trillion", "thai-knowledge"}
-SHORT = {"4096": "1536", "8192": "2048", "16384": "2560", "32768": "3072"}  # lengths of long contexts
 # Suites whose questions are all in the shared data: how many outcomes of the first metric a whole run has.
 WHOLE = {
     "mgsm": 500,
@@ -50,35 +45,7 @@ def checkpoint(tmp_path_factory, tiny_checkpoint: Callable) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, shared_data) -> Path:
-    """The shared data; beside it, rows of what it has not."""
-    mmlu = Path(lm_eval.tasks.__file__).parent / "mmlu/default"
-    subjects = [path.stem.removeprefix("mmlu_") for path in mmlu.glob("mmlu_*.yaml")]
-    folder = write_data(tmp_path_factory.mktemp("data"), subjects)
-    for name in ("scb10x", "facebook", "google"):  # the shared files stand for these
-        assert (folder / name).rename(folder / f"unused-{name}")
-    for path in folder.glob("openthaigpt_*"):
-        path.unlink()
-    for path in (shared_data / "eval").iterdir():
-        (folder / path.name).symlink_to(path)
-    problems = [{"problem": f"What is {n} + 1?", "answer": str(n + 1), "solution": "…"} for n in range(3)]
-    aime = [{"Problem": row["problem"], "Answer": row["answer"], "ID": "1"} for row in problems]
-    for name, rows in {
-        "HuggingFaceH4/MATH-500/test": problems,
-        "iapp/math-500-th/test": problems,
-        "iapp/aime_2024-th/train": problems,
-        "Maxwell-Jia/AIME_2024/train": aime,
-        **{f"translation/{name}/test": [{"en": "A cat.", "th": "แมว"}] for name in ("flores", "arc", "mmlu")},
-        "ifeval_en": [{"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}],
-        "mt_bench_th": [{"question_id": 1, "category": "math", "turns": ["๑", "๒"], "reference": ["ก", "ข"]}],
-        "hall_bench": [{"id": "a", "question": "ใคร", "facts": "เขา"}],
-        "hall_bench_298": [{"id": "a", "question": "ใคร", "facts": "เขา"}],
-    }.items():
-        write_rows(folder, name, rows)
-    for language in ("th", "en"):
-        with gzip.open(shared_data / f"train_{language}.jsonl.gz", "rt", encoding="utf-8") as lines:
-            text = "\n".join(json.loads(next(lines))["text"] for _ in range(4))
-        (folder / f"haystack_{language}.txt").write_text(text, encoding="utf-8")
-    return folder
+    return write_whole_data(tmp_path_factory.mktemp("data"), shared_data)
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +80,6 @@ def jai_eval(checkpoint, data, judge, tmp_path, monkeypatch, capsys) -> Callable
 
 def is_judged(name: str) -> bool:
     return isinstance(read_suite(name), JudgedSuite)
-
-
-def short_suite(name: str, folder: Path) -> Path:
-    """A suite of long contexts as a file of one's own, with shorter and fewer ones."""
-    text = (Path(suites.__file__).parent / f"{name}.yaml").read_text()
-    for long, short in SHORT.items():
-        text = text.replace(long, short)
-    path = folder / f"{name}.yaml"
-    path.write_text(text.replace("metadata: {", "metadata: {samples: 2, "))
-    return path
 
 
 def test_every_suite_runs_by_the_command_without_a_network(jai_eval):

@@ -25,7 +25,7 @@ from jai.evaluation.judged.prompts import FACTS
 from jai.evaluation.judged.side_by_side import compare_answers
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.results import read_run
-from jai.evaluation.suites import JudgedSuite, read_suites
+from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
 
 ANSWER = re.compile(r"\[Begin: (answer[^\]]*)\]\n(.*?)\n\[End: \1\]", re.DOTALL)
 
@@ -219,7 +219,7 @@ RIGHT, WRONG = "เขารู้", "เขาไม่ทราบ"
 
 
 @pytest.mark.parametrize("known", [{"0", "2"}, {"0", "1", "2"}, set()], ids=["some", "oracle", "negation"])
-@pytest.mark.parametrize("suite", ["hall-bench", "hall-bench-298", "hall-bench-small", "mt-bench-en", "mt-bench-th"])
+@pytest.mark.parametrize("suite", [name for name in suite_names() if isinstance(read_suite(name), JudgedSuite)])
 def test_a_model_that_knows_some_answers_gets_that_score(data, tmp_path, suite, known):
     """By a judge that can tell: it finds what is right right, and gives it a 10."""
     for source, copy in (("hall_bench", "hall_bench_small"), ("mt_bench_th", "mt_bench_en")):

@@ -2,12 +2,14 @@
 """Tasks by name: lm-eval's own, ours (the YAML files beside this one), and a user's; with data from a folder where one
 is given. `lm_eval --include_path` takes this folder as it is."""
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lm_eval.tasks
+import numpy as np
 
 from jai.errors import UserError
 from jai.evaluation.data import DataSource, local_split, names_of
@@ -102,7 +104,7 @@ class TaskLoader:
             yield from self._leaves(child, {**settings, **own})
 
     def _load(self, name: str, settings: dict[str, Any], shots: int | None) -> "Task":
-        from lm_eval.defaults import DEFAULT_OTHER_SEED
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
         config = {**self._config(name), **settings}
         makes_its_own = "custom_dataset" in config
@@ -111,6 +113,8 @@ class TaskLoader:
         alone = {"group": f"{name} alone", "task": [{**settings, **local, "task": name}]}
         manager = self._manager_of(name)
         assert manager is not None
+        random.seed(DEFAULT_RANDOM_SEED)  # as lm-eval's command line does; RULER draws its questions as it is loaded
+        np.random.seed(DEFAULT_OTHER_SEED)
         try:
             task = manager.load([alone])["tasks"][name]
         except UserError:
@@ -118,7 +122,6 @@ class TaskLoader:
         except Exception as error:  # of as many kinds as there are data sets
             raise self._refusal(name, config, error) from error
         task.set_config("num_fewshot", (task.get_config("num_fewshot") or 0) if shots is None else shots)
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as lm-eval's command line does
         return task
 
     def _local_settings(self, config: dict[str, Any], shots: int | None) -> dict[str, Any]:
