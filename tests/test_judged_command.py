@@ -370,10 +370,10 @@ def test_two_files_are_compared_in_both_orders(answer_files, data, tmp_path):
 
 
 def test_comparisons_that_fail_or_cannot_be_read_are_counted(answer_files, data, tmp_path):
-    """Of the four comparisons of the first question, as the second one is left out by --limit."""
-    answers = iter(["[[A]]", Answer(status=500), "Hm.", "[[A]]"])
+    """Of the first two questions: each turn of the first has one verdict of two, the other turns have both."""
+    answers = iter(["[[A]]", Answer(status=500), "Hm.", "[[A]]", *["[[A]]"] * 4])
     with ChatEndpoint(lambda request, before: next(answers), model="judge-2025") as judge:
-        options = {"judge_attempts": 1, "judge_max_failed": 1, "judge_concurrency": 1, "limit": 1}
+        options = {"judge_attempts": 1, "judge_max_failed": 1, "judge_concurrency": 1, "limit": 2}
         parameters = ["temperature=1"]
         printed, run = compare(
             *answer_files, judge, data=data, out=tmp_path / "pair", judge_parameters=parameters, **options
@@ -385,8 +385,20 @@ def test_comparisons_that_fail_or_cannot_be_read_are_counted(answer_files, data,
         "mt-bench-th-pairwise: 1 judgements have no reply; they count for nothing.",
     ]
     assert all(note in printed for note in notes)
+    assert {(figure.items, figure.unscored) for figure in run.results.figures if figure.name == "all turns"} == {(2, 2)}
     assert {request["temperature"] for request in judge.asked} == {1}
     assert run.results.tasks[0].judge_parameters == {"temperature": 1, "max_tokens": 2048}
+
+
+def test_a_comparison_without_a_verdict_is_no_run(answer_files, data, tmp_path):
+    with (
+        ChatEndpoint(always("Both are lovely.")) as judge,
+        pytest.raises(UserError, match=r"pairwise has no figure\. 8 of the judge's replies hold no verdict"),
+    ):
+        compare(*answer_files, judge, data=data, out=tmp_path / "pair")
+    results, items = read_run(tmp_path / "pair")
+    assert not results.finished
+    assert items
 
 
 def test_the_seed_decides_what_is_sampled(checkpoint, data, tmp_path):

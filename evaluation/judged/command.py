@@ -13,7 +13,7 @@ from jai.evaluation.endpoint import Endpoint, EndpointClient
 from jai.evaluation.judged.answers import Asker, write_answers
 from jai.evaluation.judged.checkpoint import CheckpointAsker
 from jai.evaluation.judged.hall_bench import criterion_cases
-from jai.evaluation.judged.judging import Case, judge_name_notes, requests_of
+from jai.evaluation.judged.judging import Case, judge_name_notes, refuse_unjudged, requests_of
 from jai.evaluation.judged.measure import Judge, JudgedOutcome, measure_hall_bench, measure_mt_bench
 from jai.evaluation.judged.mt_bench import grading_cases
 from jai.evaluation.judged.questions import ChatQuestion, FactQuestion, chat_question, check_questions, fact_question
@@ -131,8 +131,8 @@ def measure_judged(
         The figures.
 
     Raises:
-        UserError: if the run holds this suite as another judge saw it, the judge or the model cannot be asked, or the
-            model has no chat template.
+        UserError: if the run holds this suite as another judge saw it, the judge or the model cannot be asked, the
+            model has no chat template, or no verdict can be read.
     """
     endpoint = options.endpoint_of_judge()
     suite = plan.suite
@@ -155,6 +155,7 @@ def measure_judged(
         say(f"  Answers: {answering.summary()}")
     say(f"  Judge: {judge.client.summary()}")
     _keep(plan, run, outcome, judge, answering, options.max_answer_tokens)
+    refuse_unjudged(suite.name, outcome.figures, outcome.notes(), run.folder)
     return outcome.figures
 
 

@@ -3,12 +3,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from jai.errors import UserError
 from jai.evaluation.endpoint import EndpointClient, FailedRequest
 from jai.evaluation.judged.options import JUDGE_PARAMETERS
 from jai.evaluation.judged.prompts import JudgePrompt
 from jai.evaluation.reply_cache import ChatRequest
+from jai.evaluation.results import ITEMS_FILE, Figure
 
 Verdict = TypeVar("Verdict")
 
@@ -99,6 +102,23 @@ def judgement_notes(judgements: Sequence[Judgement]) -> list[str]:
         (sum(each.failed for each in judgements), "judgements have no reply; they count for nothing"),
     ]
     return [f"{count:,} {what}." for count, what in said if count]
+
+
+def refuse_unjudged(suite: str, figures: Sequence[Figure], notes: Sequence[str], folder: Path) -> None:
+    """Refuse to end as if all were well where there is no figure.
+
+    Args:
+        suite, figures, notes: what was judged, and what a reader must know.
+        folder: of the run, which keeps what was said.
+
+    Raises:
+        UserError: if there is no figure.
+    """
+    if not figures:
+        raise UserError(
+            f"{suite} has no figure. {' '.join(notes)} What was said is kept in {folder / ITEMS_FILE}; give a judge "
+            "that keeps to the form of its prompt."
+        )
 
 
 def judge_name_notes(judge: EndpointClient) -> list[str]:

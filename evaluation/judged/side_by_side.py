@@ -13,7 +13,7 @@ from jai.evaluation.endpoint import EndpointClient
 from jai.evaluation.figure_table import print_figures
 from jai.evaluation.judged.answers import ChatAnswers, chat_answers
 from jai.evaluation.judged.command import REPLIES_FILE, JudgedPlan, plan_judged
-from jai.evaluation.judged.judging import Judgement, judge_cases, judge_name_notes, judgement_notes
+from jai.evaluation.judged.judging import Judgement, judge_cases, judge_name_notes, judgement_notes, refuse_unjudged
 from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.judged.pairwise import (
     COMPARISON_PROMPTS,
@@ -86,6 +86,8 @@ def compare_answers(options: PairwiseOptions, *, console: Console | None = None)
                     judge_parameters=parameters,
                 )
             )
+        run.save()
+        refuse_unjudged(name_of_suite, figures, judgement_notes(judgements), run.folder)
         run.finish()
     say(f"  Judge: {judge.summary()}")
     print_figures(f"{options.first} against {options.second}", figures, console)
