@@ -15,6 +15,7 @@ from trl import GRPOConfig, SFTConfig
 
 from jai.errors import UserError
 from jai.trainers.arguments import StageArguments, StageConfig, max_length_of
+from jai.trainers.engine import check_engine, check_engine_with_model, sharded_at_load, uses_deepspeed
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
@@ -143,6 +144,7 @@ def check_options(arguments: StageArguments) -> None:
         raise UserError(
             "`merge_adapter` is on, but there is no adapter: set `use_peft: true` as well, or leave it out."
         )
+    check_engine(arguments.training, use_peft=arguments.model.use_peft)
     _check_trackers(arguments)
     _check_optimizer(arguments)
     _check_attention(arguments)
@@ -230,14 +232,16 @@ def check_partial_training(arguments: StageArguments, partial: Collection[str]) 
         partial: names of these parameters.
 
     Raises:
-        UserError: for an optimiser that mixes entries, and for DeepSpeed, which keeps gradients out of reach.
+        UserError: for an optimiser that mixes entries, and for an engine that keeps gradients out of reach.
     """
     if not partial:
         return
     name = str(getattr(arguments.training.optim, "value", arguments.training.optim))
     obstacle = f"`optim` is {name}" if any(part in name for part in _OPTIMIZERS_OF_WHOLE_MATRICES) else ""
-    if arguments.training.deepspeed:
+    if uses_deepspeed(arguments.training):
         obstacle = "`deepspeed` is on"
+    if sharded_at_load(arguments.training) is not None:
+        obstacle = "`distributed_config` is given"
     if obstacle:
         raise UserError(
             f"{obstacle}, and {next(iter(partial))} is to learn in part, which that cannot do. Train whole parts "
@@ -272,6 +276,7 @@ def check_options_with_model(arguments: StageArguments, config: PreTrainedConfig
     """
     _check_quantized_checkpoint(arguments, config)
     training = arguments.training
+    check_engine_with_model(training, config)
     if training.label_smoothing_factor == 0:
         return
     if hasattr(training, "label_smoothing"):

@@ -6,7 +6,9 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
 from jai.errors import UserError
@@ -37,6 +39,25 @@ def prepare_liger() -> None:
             "the option out."
         ) from error
     require_device()
+
+
+# Beside a sharded checkpoint of an adapter: the skip alphas that learn, which PEFT does not count to it.
+ALPHAS_FILE = "skip_alphas.safetensors"
+
+
+def gather_head_for_reading(model: PreTrainedModel) -> None:
+    """Under FSDP2, have the head whole when the backbone is done: TRL reads its weight and does not call it.
+
+    Accelerate shards it together with the last norm, whose call gathers both. PEFT's wrapper hides the norm from it:
+    of a sharded weight, rows of new tokens cannot be taken, and gradients would not be summed over processes.
+    """
+
+    def gather(backbone: nn.Module, args: tuple, output: Any) -> None:
+        head = model.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()
+
+    model.base_model.register_forward_hook(gather)
 
 
 class JaiTrainerMixin(Trainer):
@@ -83,6 +104,7 @@ class JaiTrainerMixin(Trainer):
                     cast(PreTrainedModel, self.accelerator.unwrap_model(model)),
                     expect_equal_weights=self.weighs_tokens_alike,
                 )
+        gather_head_for_reading(model.get_base_model() if isinstance(model, PeftModel) else model)
         self._router_monitor = RouterMonitor(cast(nn.Module, self.model)) if router_statistics else None
         self._group_figures = group_figures
         if isinstance(group_figures, GroupLosses):
@@ -116,12 +138,26 @@ class JaiTrainerMixin(Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, or its adapter, whose file then also holds the skip alphas that learn."""
+        """Save the model, or its adapter, whose file then also holds the skip alphas that learn.
+
+        A sharded checkpoint has no such file, and they lie beside it.
+        """
         super().save_model(output_dir, _internal_call)
         alphas = self._trained.alpha_values()  # on all ranks
         folder = Path(str(output_dir or self.args.output_dir))
-        if alphas and self.args.should_save and (folder / ADAPTER_WEIGHTS).exists():
-            add_to_adapter(folder, alphas)
+        if alphas and self.args.should_save:
+            if (folder / ADAPTER_WEIGHTS).exists():
+                add_to_adapter(folder, alphas)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(alphas, folder / ALPHAS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """transformers', and of a sharded checkpoint the skip alphas, which Accelerate leaves out of an adapter's."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / ALPHAS_FILE
+        if self._trained.alphas and path.exists():
+            self._trained.set_alphas(load_file(path))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._router_monitor is not None and "loss" in logs:  # a training step, not an evaluation or the summary

@@ -5,7 +5,6 @@ jai pretrain --config recipes/tiny/phase-1.yaml
 accelerate launch -m jai.trainers.pretrain --config recipes/jai-1/phase-1.yaml
 """
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from jai.trainers.base_model import BaseModel, open_base_model
 from jai.trainers.checks import check_options, check_options_with_model, check_partial_training
 from jai.trainers.chosen_parts import choose_parts
 from jai.trainers.context import with_context
+from jai.trainers.engine import batches_at_once, sharded_at_load, uses_deepspeed, uses_fsdp
 from jai.trainers.lora import lora_config
 from jai.trainers.mixin import prepare_liger
 from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
@@ -187,7 +187,7 @@ def _shares(mixture: str | None) -> Shares | None:
 
 
 def _batch_sequences(config: PretrainConfig) -> int:
-    return config.per_device_train_batch_size * config.world_size
+    return config.per_device_train_batch_size * batches_at_once(config)
 
 
 def _layout(config: PretrainConfig, steps: int) -> StepLayout:
@@ -205,8 +205,9 @@ def _check(config: PretrainConfig, model_args: ModelConfig, jai_args: JaiTrainin
         for option, is_on in (
             ("use_peft", model_args.use_peft),
             ("linear_cross_entropy", jai_args.linear_cross_entropy),
-            ("deepspeed", config.deepspeed),
-            ("fsdp", config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"),
+            ("deepspeed", uses_deepspeed(config)),
+            ("fsdp", uses_fsdp(config)),
+            ("distributed_config", sharded_at_load(config) is not None),
         ):
             if is_on:
                 raise UserError(
@@ -297,7 +298,7 @@ def _listed(tokens: dict[str, int]) -> str:
 
 
 def _step_rows(config: PretrainConfig, base: BaseModel, layout: StepLayout) -> Iterator[tuple[str, str]]:
-    batch = config.per_device_train_batch_size, config.world_size
+    batch = config.per_device_train_batch_size, batches_at_once(config)
     accumulated = str(layout.accumulation)
     if layout.first_accumulation < layout.accumulation:
         accumulated = f"{layout.first_accumulation} to {layout.accumulation}, growing over {layout.ramp_steps:,} steps,"

@@ -13,6 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from jai.errors import UserError
 from jai.pretraining.plan import AnyPlan
+from jai.trainers.engine import batches_at_once
 from jai.trainers.figures import MeanFigures
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.pretrain_config import PretrainConfig
@@ -127,7 +128,7 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
         """The loss of the next token over all of the step's labels, and the routers' losses over its batches."""
         args = cast(PretrainConfig, self.args)
         # Gradients are means over processes, and the count of labels is of all of them.
-        processes = self.accelerator.num_processes if args.average_tokens_across_devices else 1
+        processes = batches_at_once(args) if args.average_tokens_across_devices else 1
         languages = inputs.pop("language_ids")
         inputs.pop(SEQUENCE)
         outputs = model(**inputs, fused_lm_head=True)

@@ -92,6 +92,12 @@ class TrainedModel:
             name: (alpha.full_tensor() if isinstance(alpha, DTensor) else alpha).cpu() for name, alpha in values.items()
         }
 
+    def set_alphas(self, values: dict[str, torch.Tensor]) -> None:
+        """Give the skip alphas the values that `alpha_values` had."""
+        for name, owner in self.alphas.items():
+            local = _local(owner)
+            local.copy_(values[name][: len(local)])  # a rank of FSDP2 has all of it, or nothing
+
 
 def train_parts(model: nn.Module, parts: TrainableParts) -> TrainedModel:
     """Let the parts of a model learn and freeze the rest. Call it before an optimiser is made.
