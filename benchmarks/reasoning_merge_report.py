@@ -110,15 +110,15 @@ def _curves_table(found: Sequence[Outcome]) -> ReportTable:
 
 
 def _valley_table(found: Sequence[Outcome]) -> ReportTable:
-    """Merges by constant ratios against the worse of their parents, question by question."""
+    """Merges against the worse of their parents, question by question."""
     measures = (*MEASURES, MEAN)
     rows = []
     for arm in ARMS:
         ends = [_of(found, arm, CONSTANT, ratio) for ratio in (0.0, 1.0)]
-        for ratio in _INSIDE:
-            inside = _of(found, arm, CONSTANT, ratio)
-            if inside:
-                rows.append([f"{arm}, {ratio:g}", *(_against_worse(ends, inside, measure) for measure in measures)])
+        places = {f"{ratio:g}": (CONSTANT, ratio) for ratio in _INSIDE} | {"M3": _NAMED["M3"]}
+        for name, place in places.items():
+            if inside := _of(found, arm, *place):
+                rows.append([f"{arm}, {name}", *(_against_worse(ends, inside, measure) for measure in measures)])
     return ReportTable(["merge − worse parent", *MEASURES.values(), MEAN], rows, numbers=True)
 
 

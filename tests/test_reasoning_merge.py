@@ -57,20 +57,21 @@ def test_all_blends_are_means(benchmark):
 
 
 def outcomes(benchmark, middle: float) -> list:
-    """Of two questions and two seeds: everything is 0.5 for the parents, and `middle` between them."""
+    """Of two questions and two seeds: everything is 0.5 and 0.75 for the parents, and `middle` between them."""
+    scores = {0.0: 0.5, 0.5: middle, 1.0: 0.75}
     arms, report = benchmark("reasoning_merge_arms"), benchmark("reasoning_merge_report")
     return [
         report.Outcome(
             seed,
             arms.Blend("merge only", "constant", ratio),
-            {name: [(f"{number}", middle if ratio == 0.5 else 0.5) for number in range(2)] for name in report.MEASURES},
+            {name: [(f"{number}", score) for number in range(2)] for name in report.MEASURES},
         )
         for seed in (0, 1)
-        for ratio in (0.0, 0.5, 1.0)
+        for ratio, score in scores.items()
     ]
 
 
-@pytest.mark.parametrize(("middle", "cell"), [(0.25, "**-0.25 [-0.25, -0.25]**"), (0.75, "+0.25 [+0.25, +0.25]")])
+@pytest.mark.parametrize(("middle", "cell"), [(0.25, "**-0.25 [-0.25, -0.25]**"), (0.6, "+0.10 [+0.10, +0.10]")])
 def test_a_valley_is_marked(benchmark, tmp_path, middle, cell):
     benchmark("reasoning_merge_report").write_report(outcomes(benchmark, middle), tmp_path)
     text = (tmp_path / "reasoning_merge.md").read_text(encoding="utf-8")
