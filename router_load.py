@@ -32,6 +32,23 @@ def count_choices(logits_TE: torch.Tensor, top_k: int, mask_T: torch.Tensor | No
     return counts_E.index_add_(0, chosen_TK.flatten(), mask_T.float().repeat_interleave(top_k))
 
 
+def count_choices_by_group(logits_TE: torch.Tensor, top_k: int, group_T: torch.Tensor, groups: int) -> torch.Tensor:
+    """How often the tokens of each group choose each expert, (groups, E) in fp32 on the logits' device.
+
+    Args:
+        logits_TE: a router's logits for T tokens.
+        top_k: experts that a token is sent to.
+        group_T: number of each token's group; a token of -1 is in none.
+        groups: how many there are.
+    """
+    experts = logits_TE.shape[-1]
+    chosen_TK = logits_TE.topk(top_k, dim=-1).indices
+    of_expert_TK = group_T.clamp(min=0)[:, None] * experts + chosen_TK
+    counts = torch.zeros(groups * experts, device=logits_TE.device)
+    counts.index_add_(0, of_expert_TK.flatten(), (group_T >= 0).float().repeat_interleave(top_k))
+    return counts.view(groups, experts)
+
+
 @torch.no_grad()
 def router_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[list[float]]:
     """Share of each layer's choices that each expert gets, layer by expert; each layer sums to 1.

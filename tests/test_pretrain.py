@@ -284,6 +284,36 @@ class TestRun:
             assert log[f"router/z_loss/layer_{layer:02}"] == pytest.approx(z[layer], rel=1e-5)
         expected = losses[counted].mean().item() + 0.5 * sum(balance) / 7 + 0.25 * sum(z) / 7
         assert log["loss"] == pytest.approx(expected, rel=1e-5)
+        entropies: dict[str, list[float]] = {}
+        for number, language in enumerate(plan.languages):  # of all tokens, labelled or not
+            is_of_language = batch["language_ids"].flatten() == number
+            for layer, each in enumerate(output.router_logits):
+                p = each[is_of_language].softmax(-1)
+                chosen = p.topk(2, dim=-1).indices
+                loads = [(chosen == expert).float().sum().item() / chosen.numel() for expert in range(4)]
+                place = f"language/{language}/layer_{layer:02}"
+                assert [log[f"router/load/{place}/expert_{expert}"] for expert in range(4)] == pytest.approx(loads)
+                assert log[f"router/load_max/{place}"] == pytest.approx(max(loads))
+                entropies.setdefault(language, []).append(-(p * p.log()).sum(-1).mean().item())
+                assert log[f"router/entropy/{place}"] == pytest.approx(entropies[language][-1], rel=1e-5)
+        for language, values in entropies.items():
+            assert log[f"router/entropy/language/{language}/mean"] == pytest.approx(sum(values) / 7, rel=1e-5)
+        assert abs(entropies["en"][0] - entropies["th"][0]) > 1e-4  # or what is of which would not be told apart
+
+    def test_tensorboard_gets_every_figure(self, options, packed):
+        pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        out = run(options, report_to="tensorboard", max_steps=2)
+        (events,) = {path.parent for path in out.rglob("events.out.tfevents.*")}
+        shown = EventAccumulator(str(events))
+        shown.Reload()
+        for step, log in enumerate(logs_of(out), start=1):
+            for key in log.keys() - {"step", "epoch"}:
+                found = {each.step: each.value for each in shown.Scalars(f"train/{key}")}
+                assert found[step] == pytest.approx(log[key], rel=1e-6), key
+        named = {"loss/language/th", "router/load/language/th/layer_03/expert_0", "skip_alpha/mean", "tokens_seen/thai"}
+        assert {f"train/{name}" for name in (*named, "tokens_per_second")} <= {*shown.Tags()["scalars"]}
 
     def test_annealing_changes_text_weight_decay_and_learning_rate(self, options, packed, tmp_path):
         mixture = {"sources": [{"name": name, "language": name[:2], "weight": weight} for name, weight in _MORE_THAI]}

@@ -35,6 +35,27 @@ def calm_logs(steps: int = 12) -> list[dict[str, Any]]:
     ]
 
 
+def with_languages(share: float) -> list[dict[str, Any]]:
+    """Of two layers with four experts; Thai gives the first two of layer 1 so much together, the others the rest."""
+    return [
+        {
+            **{key: value for key, value in log.items() if not key.startswith("router/load")},
+            **{f"router/load/layer_0{layer}/expert_{expert}": 0.25 for layer in (0, 1) for expert in range(4)},
+            **{
+                f"router/load/language/{language}/layer_0{layer}/expert_{expert}": (
+                    (share if expert < 2 else 1 - share) / 2 if (language, layer) == ("th", 1) else 0.25
+                )
+                for language in ("en", "th")
+                for layer in (0, 1)
+                for expert in range(4)
+            },
+            **{f"router/entropy/language/{language}/mean": 0.5 for language in ("en", "th")},
+            **{f"router/load_max/language/{language}/mean": 0.25 for language in ("en", "th")},
+        }
+        for log in calm_logs()
+    ]
+
+
 def changed(number: int, **values: float) -> list[dict[str, Any]]:
     logs = calm_logs()
     logs[number].update({key.replace("__", "/"): value for key, value in values.items()})
@@ -109,6 +130,23 @@ def test_what_goes_wrong_gives_one_alarm(logs, kind, text):
     alarms = find_alarms(logs, "en")
     assert {alarm.kind for alarm in alarms} == {kind}
     assert text in alarms[0].text
+
+
+def test_a_router_that_collapses_for_one_language_alone_gives_alarm(tmp_path):
+    assert find_alarms(with_languages(0.9), "en") == []
+    (alarm,) = find_alarms(with_languages(0.992), "en")
+    assert alarm.kind == "router"
+    assert alarm.text == (
+        "layer 1 has collapsed for th: of 4 experts, 2, 3 together get 0.80% of its tokens at the end"
+    )
+    assert find_alarms(with_languages(0.992)[:2], "en") == []  # a mean of three logs
+    write_state(tmp_path, with_languages(0.992))
+    page = report_run(RunReportOptions(run=tmp_path), Console(quiet=True)).read_text()
+    for text in ("Entropy of routers by language", "Largest share of an expert by language", "collapsed for th"):
+        assert text in page
+    maps = page.partition("Routers at step")[2]
+    for text in ("all tokens", ">en<", ">th<", "layer 1, expert 3: 0 %", "layer 1, expert 0: 50 %"):
+        assert text in maps
 
 
 def test_little_gives_none():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What JAI adds to any of transformers' trainers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,6 +73,8 @@ class JaiTrainerMixin(Trainer):
 
     # Whether the loss is a plain mean over tokens, so that its gradient can be computed in the forward pass.
     weighs_tokens_alike = False
+    # What routers are told apart by: of a trainer that says which language each token is of.
+    languages: Sequence[str] = ()
 
     def __init__(
         self,
@@ -105,7 +108,9 @@ class JaiTrainerMixin(Trainer):
                     expect_equal_weights=self.weighs_tokens_alike,
                 )
         gather_head_for_reading(model.get_base_model() if isinstance(model, PeftModel) else model)
-        self._router_monitor = RouterMonitor(cast(nn.Module, self.model)) if router_statistics else None
+        self._router_monitor = None
+        if router_statistics:
+            self._router_monitor = RouterMonitor(cast(nn.Module, self.model), self.languages)
         self._group_figures = group_figures
         if isinstance(group_figures, GroupLosses):
             group_figures.watch(cast(nn.Module, self.model))

@@ -58,6 +58,7 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
         add_fused_lm_head(inner)
         second = add_second_token_layer(inner, args.seed, plan.corpus.eos_token_id) if args.mtp_weight else None
         self.plan, self.layout = plan, layout
+        self.languages = plan.languages
         self.annealing_step = annealing_begins(layout.steps, args.annealing)
         callbacks = [*(callbacks or []), RunIdentity(identity), FiniteGradients()]
         if args.annealing_weight_decay is not None:
@@ -131,6 +132,8 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
         processes = batches_at_once(args) if args.average_tokens_across_devices else 1
         languages = inputs.pop("language_ids")
         inputs.pop(SEQUENCE)
+        if self._router_monitor is not None:
+            self._router_monitor.language_T = languages.flatten()
         outputs = model(**inputs, fused_lm_head=True)
         losses = -outputs.log_probs
         loss = losses.sum() / cast(torch.Tensor, num_items_in_batch) * processes

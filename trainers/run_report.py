@@ -29,7 +29,7 @@ STARVED = 0.1  # share of what an expert would get if all got as much
 RETURN = 0.05  # nats that the old language may be worse at the end than at the start
 WINDOW = 3  # logs of a mean
 
-_LOAD = re.compile(r"router/load/layer_(\d+)/expert_(\d+)")
+_LOAD = re.compile(r"router/load/(language/(?P<language>.+)/)?layer_(?P<layer>\d+)/expert_(?P<expert>\d+)")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,12 @@ def _is_number(value: Any) -> bool:
 
 def find_alarms(logs: Sequence[Log], language: str) -> list[RunAlarm]:
     """What a run's logs give cause to look at."""
-    return [*_instability(logs), *_starved_experts(logs), *_lost_language(logs, language)]
+    return [
+        *_instability(logs),
+        *_starved_experts(logs),
+        *_collapsed_routers(logs),
+        *_lost_language(logs, language),
+    ]
 
 
 def _instability(logs: Sequence[Log]) -> Iterator[RunAlarm]:
@@ -149,6 +154,30 @@ def _starved_experts(logs: Sequence[Log]) -> Iterator[RunAlarm]:
             )
 
 
+def _collapsed_routers(logs: Sequence[Log]) -> Iterator[RunAlarm]:
+    """Languages that half of a layer's experts do not see, over the last logs that have them."""
+    for language in _languages(logs):
+        by_log = [load for log in logs if (load := _router_load(log, language))][-WINDOW:]
+        if len(by_log) < WINDOW:
+            continue
+        for layer in by_log[-1]:
+            shares = [mean(each) for each in zip(*(load[layer] for load in by_log if layer in load))]
+            starved = [expert for expert, share in enumerate(shares) if share < STARVED / len(shares)]
+            if len(starved) * 2 >= len(shares):
+                listed = ", ".join(map(str, starved))
+                yield RunAlarm(
+                    "router",
+                    f"layer {layer} has collapsed for {language}: of {len(shares)} experts, {listed} together get "
+                    f"{sum(shares[expert] for expert in starved):.2%} of its tokens at the end",
+                )
+
+
+def _languages(logs: Sequence[Log]) -> list[str]:
+    """That routers were told apart by."""
+    matches = (_LOAD.fullmatch(key) for log in logs[-WINDOW:] for key in log)
+    return sorted({match["language"] for match in matches if match and match["language"]})
+
+
 def _lost_language(logs: Sequence[Log], language: str) -> Iterator[RunAlarm]:
     name = f"loss/language/{language}"
     losses = [(log["step"], log[name]) for log in logs if name in log]
@@ -172,12 +201,12 @@ def _means(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     ]
 
 
-def _router_load(log: Log) -> dict[int, list[float]]:
-    """Shares of the experts by layer."""
+def _router_load(log: Log, language: str | None = None) -> dict[int, list[float]]:
+    """Shares of the experts by layer: of all tokens, or of a language's."""
     found: dict[int, dict[int, float]] = {}
     for key, value in log.items():
-        if match := _LOAD.fullmatch(key):
-            found.setdefault(int(match[1]), {})[int(match[2])] = value
+        if (match := _LOAD.fullmatch(key)) and match["language"] == language:
+            found.setdefault(int(match["layer"]), {})[int(match["expert"])] = value
     return {layer: [shares[expert] for expert in sorted(shares)] for layer, shares in sorted(found.items())}
 
 
@@ -199,6 +228,8 @@ _CHARTS = (
     ("Load-balancing loss of each layer", r"router/aux_loss/layer_(?P<name>\d+)"),
     ("z-loss of each layer", r"router/z_loss/layer_(?P<name>\d+)"),
     ("Entropy of each layer's router, in nats", r"router/entropy/layer_(?P<name>\d+)"),
+    ("Entropy of routers by language, mean of layers, in nats", r"router/entropy/language/(?P<name>.+)/mean"),
+    ("Largest share of an expert by language, mean of layers", r"router/load_max/language/(?P<name>.+)/mean"),
     ("Skip alphas, by layer", r"skip_alpha/layer_(?P<name>\d+)"),
 )
 
@@ -214,7 +245,9 @@ def _page(name: str, logs: Sequence[Log], alarms: Sequence[RunAlarm]) -> str:
     parts = [f"<ul>{warned}</ul>" if alarms else "<p>No alarms.</p>", facts.html(), *_charts(logs)]
     load = _router_load(last)
     if load:
-        parts += [f"<p>Routers at step {last['step']:,}.</p>", router_load_svg({"all tokens": list(load.values())})]
+        groups = {"all tokens": list(load.values())}
+        groups |= {each: list(_router_load(last, each).values()) for each in _languages([last])}
+        parts += [f"<p>Routers at step {last['step']:,}.</p>", router_load_svg(groups)]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f"<title>{escape(name)}</title><style>body{{font-family:system-ui,sans-serif;max-width:60rem;margin:2rem auto;"
