@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from jai.pretraining.plan import AnyPlan
+from jai.errors import UserError
+from jai.pretraining.plan import AnyPlan, SequencePlan
 
 IGNORED = -100  # the label on which there is no loss
 
@@ -44,6 +45,10 @@ class PackedSequences(Dataset):
         return self.plan.sequences
 
     def __getitem__(self, sequence: int) -> dict[str, torch.Tensor]:
+        """
+        Raises:
+            UserError: for a shard that cannot be read, or holds what no tokenizer wrote.
+        """
         plan, number = self.plan.part(sequence)
         pieces = plan.pieces(number)
         lengths = pieces.lengths
@@ -52,7 +57,14 @@ class PackedSequences(Dataset):
         columns = (pieces.source, pieces.document, pieces.start, pieces.stop, begins)
         for source, document, start, stop, begin in zip(*(column.tolist() for column in columns)):
             tokens = plan.sources[source].read(document, start, stop) if source >= 0 else plan.corpus.eos_token_id
+            if source >= 0 and len(tokens) != stop - start:
+                raise _damaged(plan, source, document, "its borders and its ids do not fit")
             ids[begin : begin + stop - start] = tokens
+        vocabulary = plan.corpus.tokenizer["vocabulary"]
+        if ids.max() >= vocabulary:
+            piece = int(begins.searchsorted(ids.argmax(), "right")) - 1
+            fault = f"it has the id {ids.max():,}, and the tokenizer has {vocabulary:,}"
+            raise _damaged(plan, int(pieces.source[piece]), int(pieces.document[piece]), fault)
         positions = np.arange(plan.context)
         labels = ids.copy()
         languages = pieces.language.repeat(lengths)
@@ -63,3 +75,11 @@ class PackedSequences(Dataset):
             labels[begins[-1] :] = IGNORED
         arrays = {"input_ids": ids, "position_ids": positions, "labels": labels, "language_ids": languages}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _damaged(plan: SequencePlan, source: int, document: int, fault: str) -> UserError:
+    of = plan.sources[source]
+    return UserError(
+        f"The shard {of.file_of(document)} is damaged: in document {document:,} of {of.name}, {fault}. Pack the corpus "
+        "again, or fetch the folder again; `verify_packed: true` compares all of it with its hashes before a run."
+    )

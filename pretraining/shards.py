@@ -11,6 +11,7 @@ SOURCE-00000.json           which rows of which files the shard was made of
 import bisect
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
@@ -180,6 +181,11 @@ class PackedSource:
         end = int(ends[index]) if stop is None else begin + stop
         return self._map(number, "tokens")[begin + start : end]
 
+    def file_of(self, document: int) -> Path:
+        """The file of ids that a document is in."""
+        number = bisect.bisect_right(self._first_document, document) - 1
+        return self.folder / f"{self.entry.shards[number].name}.tokens"
+
     def _parts(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """The shards that hold these documents, by number, and which of theirs these are."""
         number = bisect.bisect_right(self._first_document, first) - 1
@@ -265,7 +271,8 @@ class PackedCorpus:
             raise UserError(f"{folder / INDEX_FILE} is no index of packed text ({error}). {_REMEDY}") from error
         for path, size in corpus._sizes():
             try:
-                found = path.stat().st_size
+                with path.open("rb") as file:  # it must be there, and may be read
+                    found = os.fstat(file.fileno()).st_size
             except OSError as error:
                 raise UserError(f"The shard {path} cannot be read: {error.strerror}. {_REMEDY}") from error
             if found != size:

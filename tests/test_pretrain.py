@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -633,6 +634,92 @@ class TestFaults:
         (other / "tokenizer.json").write_text(json.dumps(tokenizer))
         with pytest.raises(UserError, match=r"packed with the tokenizer .*, which is not that of"):
             run(options, model_name_or_path=other)
+
+
+class TestShards:
+    """What is wrong with packed text, before a run and in the middle of one; mended, it ends as if nothing had been."""
+
+    @pytest.fixture
+    def options(self, options, packed, tmp_path):
+        shutil.copytree(packed, tmp_path / "packed")
+        return options | {"packed": tmp_path / "packed", "save_strategy": "steps", "save_steps": 1}
+
+    def break_after(self, options: dict[str, Any], break_it: Any) -> str:
+        """The error of a run in which text is damaged after its second step, and never was read before."""
+
+        class Break(TrainerCallback):
+            def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+                if state.global_step == 2:
+                    for source in train_dataloader.dataset.sequences.plan.sources:
+                        source._maps.clear()  # as shards that the run has not come to
+                    break_it()
+
+        with pytest.raises(UserError) as error:
+            pretrain.run_pretrain(*arguments_of(options), console=Console(quiet=True), callbacks=[Break()])
+        return str(error.value)
+
+    @pytest.mark.parametrize("way", ["deleted", "empty", "ids"])
+    def test_a_shard_that_cannot_be_read_in_the_middle(self, options, tmp_path, packed, way):
+        expected = run(options, output_dir=tmp_path / "whole")
+        shard = next(options["packed"].glob("english*.tokens"))
+
+        def break_it() -> None:
+            if way == "ids":
+                shard.write_bytes(b"\xff" * shard.stat().st_size)
+            else:
+                shard.unlink()
+                if way == "empty":
+                    shard.touch()
+
+        said = self.break_after(options, break_it)
+        assert str(shard) in said
+        assert ("has the id 65,535, and the tokenizer has" if way == "ids" else "cannot be read") in said
+        assert not (options["output_dir"] / "checkpoint-4").exists()
+        shutil.copy(packed / shard.name, shard)
+        assert_same_run(run(options, resume_from_checkpoint="true"), expected)
+
+    @pytest.mark.parametrize("way", ["deleted", "cut", "forbidden"])
+    def test_what_is_seen_before_the_run(self, options, way):
+        shard = next(options["packed"].glob("thai*.tokens"))
+        if way == "deleted":
+            shard.unlink()
+        elif way == "cut":
+            os.truncate(shard, shard.stat().st_size - 2)
+        else:
+            shard.chmod(0)
+            if os.access(shard, os.R_OK):
+                pytest.skip("this user may read everything")
+        with pytest.raises(UserError, match=rf"The shard .*{shard.name} (cannot be read|has .* bytes; expected)"):
+            run(options)
+        assert not options["output_dir"].exists()
+
+    def test_other_text_of_the_same_size_is_seen_by_its_hash(self, options):
+        shard = next(options["packed"].glob("thai*.tokens"))
+        content = bytearray(shard.read_bytes())
+        content[:4] = content[4:8]
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=rf"The shard .*{shard.name} is damaged: its SHA-256"):
+            run(options, verify_packed=True)
+        assert not options["output_dir"].exists()
+
+    @pytest.mark.slow
+    def test_a_shard_that_is_cut_off_while_it_is_mapped(self, options, tmp_path, packed):
+        """The machine ends the process (SIGBUS), which says where; the run goes on when the shard is mended."""
+        expected = run(options, output_dir=tmp_path / "whole", max_steps=60)
+        options |= {"max_steps": 60, "save_total_limit": 9}
+        process = start(options)
+        while not (options["output_dir"] / "checkpoint-2").exists():
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            time.sleep(0.01)
+        for shard in options["packed"].glob("*.tokens"):
+            os.truncate(shard, 0)
+        errors = process.communicate()[1]
+        assert process.returncode == -signal.SIGBUS
+        assert "Fatal Python error: Bus error" in errors
+        assert "pretraining/dataset.py" in errors
+        for shard in options["packed"].glob("*.tokens"):
+            shutil.copy(packed / shard.name, shard)
+        assert_same_run(run(options, resume_from_checkpoint="true"), expected)
 
 
 _PRETRAINING = ("annealing", "corpus", "long-context", "mixture", "phase", "pretrain")  # beside recipes of later stages

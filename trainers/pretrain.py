@@ -5,6 +5,7 @@ jai pretrain --config recipes/tiny/phase-1.yaml
 accelerate launch -m jai.trainers.pretrain --config recipes/jai-1/phase-1.yaml
 """
 
+import faulthandler
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,8 @@ def run_pretrain(
         )
     corpus = PackedCorpus.open(str(config.packed))
     corpus.check_tokenizer(base.name, base.tokenizer)
+    if config.verify_packed:
+        _verify(corpus, console)
     plan, layout = plan_run(config, corpus)
     config.max_steps = layout.steps
     model = empty_model(base)
@@ -220,6 +223,14 @@ def _check(config: PretrainConfig, model_args: ModelConfig, jai_args: JaiTrainin
             "With reentrant checkpointing the routers' losses have no gradient. Leave `use_reentrant` out of "
             "`gradient_checkpointing_kwargs`."
         )
+
+
+def _verify(corpus: PackedCorpus, console: Console) -> None:
+    """On one process of each node, while the others wait for it."""
+    console.print(f"Comparing {escape(str(corpus.folder))} with its hashes …")
+    with PartialState().local_main_process_first():
+        if PartialState().is_local_main_process:
+            corpus.verify()
 
 
 def _remove_unfinished(checkpoints: Sequence[Path], console: Console) -> None:
@@ -355,6 +366,7 @@ def main(argv: Sequence[str]) -> Path:
     """
     warnings.filterwarnings("ignore", message=".*activation_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found.*")
+    faulthandler.enable()  # a shard that is cut off while it is mapped ends the process by SIGBUS: say where
     return run_pretrain(*parse_arguments(OPTIONS, argv, prog="jai pretrain"))
 
 

@@ -24,6 +24,13 @@ class PretrainConfig(TrainingArguments):
     _argument_group_name = "options of pre-training"
 
     packed: str | None = field(default=None, metadata={"help": "Folder of text that `jai pack` wrote."})
+    verify_packed: bool = field(
+        default=False,
+        metadata={
+            "help": "Read all packed text before the run and compare it with its hashes. Sizes always are, and "
+            "ids with the vocabulary where they are read."
+        },
+    )
     mixture: str | None = field(
         default=None,
         metadata={
