@@ -7,6 +7,7 @@ accelerate launch -m jai.trainers.pretrain --config recipes/jai-1/phase-1.yaml
 
 import faulthandler
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -366,7 +367,8 @@ def main(argv: Sequence[str]) -> Path:
     """
     warnings.filterwarnings("ignore", message=".*activation_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found.*")
-    faulthandler.enable()  # a shard that is cut off while it is mapped ends the process by SIGBUS: say where
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # a shard that is cut off while it is mapped ends the process by SIGBUS
     return run_pretrain(*parse_arguments(OPTIONS, argv, prog="jai pretrain"))
 
 
