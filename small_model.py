@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from jai.planning.flops import LEARNS, attention_flops
 from jai.small_model_options import ModelShape, Training
 
 # Rows of logits at once. With 64,000 entries in bf16 that is 64 MB, and each pass over them is half as quick as when
@@ -72,7 +73,7 @@ def flops_per_token(shape: ModelShape, vocab_size: int, context: int) -> tuple[f
     """Floating-point operations of training on one token, forwards and backwards: of the layers, and of the head."""
     width, layers = shape.hidden_size, shape.num_hidden_layers
     weights = layers * (4 * width * width + 3 * width * shape.intermediate_size)
-    return 6.0 * (weights + layers * width * context), 6.0 * width * vocab_size
+    return LEARNS * weights + attention_flops(layers, width, context), LEARNS * width * vocab_size
 
 
 def train(

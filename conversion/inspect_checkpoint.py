@@ -18,15 +18,11 @@ from jai.conversion.inputs.weight_files import has_weights, weight_files
 from jai.conversion.inspect_options import PAPERS_JAI, InspectOptions
 from jai.conversion.output.checkpoint_folder import print_note
 from jai.errors import UserError
+from jai.planning.count import ParameterCount, count_parameters
+from jai.planning.memory import DOUBLE_NF4_BYTES, NF4_BYTES
+from jai.planning.report import training_table
 
 GB = 1e9
-# NF4: 4 bits a weight, and for 64 of them a scale of 32 bits; with double quantisation one of 8 bits, and for 256 of
-# these one of 32 (QLoRA paper, section 3).
-NF4_BYTES = (4 + 32 / 64) / 8
-DOUBLE_NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-# AdamW in mixed precision: bf16 weight and gradient, fp32 master weight and two moments.
-FULL_TRAINING_BYTES = 2 + 2 + 4 + 4 + 4
-
 PHI3_MEDIUM = Phi3Config(
     hidden_size=5120,
     intermediate_size=17920,
@@ -35,34 +31,6 @@ PHI3_MEDIUM = Phi3Config(
     num_key_value_heads=10,
     sliding_window=2047,
 )
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Parameters of a JAI by part.
-
-    Attributes:
-        embeddings: `embed_tokens` and, unless tied, `lm_head`.
-        attention: all attention matrices.
-        experts: all experts (or the MLPs of a dense JAI).
-        routers: all routers.
-        norms: all norms.
-        skip_alphas: skip alphas, trainable or frozen.
-        active: parameters that one token uses, its embedding rows counted as whole matrices.
-    """
-
-    embeddings: int
-    attention: int
-    experts: int
-    routers: int
-    norms: int
-    skip_alphas: int
-    active: int
-
-    @property
-    def total(self) -> int:
-        """All weights without the skip alphas, as the paper counts."""
-        return self.embeddings + self.attention + self.experts + self.routers + self.norms
 
 
 @dataclass(frozen=True)
@@ -86,28 +54,6 @@ class Inspection:
     @property
     def plan(self) -> tuple[PlannedLayer, ...]:
         return self.config.running_plan
-
-
-def count_parameters(config: JaiConfig) -> ParameterCount:
-    """Count the parameters of a configuration from its shapes (paper, Table 3)."""
-    hidden, layers = config.hidden_size, len(config.running_plan)
-    kv_heads, head_dim = names.kv_head_shape(config)
-    used_experts = config.num_experts_per_tok
-    assert used_experts is not None  # JaiConfig replaces None
-    attention = layers * 2 * hidden * (config.num_attention_heads + kv_heads) * head_dim
-    expert = 3 * hidden * config.intermediate_size
-    routers = layers * hidden * config.num_local_experts if config.num_local_experts > 1 else 0
-    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
-    norms = (2 * layers + 1) * hidden
-    return ParameterCount(
-        embeddings=embeddings,
-        attention=attention,
-        experts=layers * config.num_local_experts * expert,
-        routers=routers,
-        norms=norms,
-        skip_alphas=sum(planned.adds_anchor for planned in config.running_plan),
-        active=embeddings + attention + layers * used_experts * expert + routers + norms,
-    )
 
 
 def inspect(options: InspectOptions, *, console: Console | None = None) -> Inspection:
@@ -147,6 +93,8 @@ def inspect(options: InspectOptions, *, console: Console | None = None) -> Inspe
     console.print(layer_table(inspection))
     console.print(parameter_table(inspection))
     console.print(memory_table(inspection))
+    if options.train is not None:
+        console.print(training_table(options, config))
     return inspection
 
 
@@ -230,7 +178,7 @@ def parameter_table(inspection: Inspection) -> Table:
 
 
 def memory_table(inspection: Inspection) -> Table:
-    """Sizes in GB (10^9 bytes) of weights and optimiser states; activations come on top."""
+    """Sizes in GB (10^9 bytes) of weights and of the cache; what training takes is planned with `--train`."""
     config, count = inspection.config, inspection.count
     weights = count.total + count.skip_alphas
     # Embeddings, head, norms and routers stay in bf16.
@@ -238,19 +186,16 @@ def memory_table(inspection: Inspection) -> Table:
     four_bits, double = ((each * quantised + 2 * (weights - quantised)) for each in (NF4_BYTES, DOUBLE_NF4_BYTES))
     kv_heads, head_dim = names.kv_head_shape(config)
     cache = 2 * 2 * len(inspection.plan) * kv_heads * head_dim
-    table = Table(title="Memory, without activations", title_justify="left")
+    table = Table(title="Memory for serving, without activations", title_justify="left")
     table.add_column("")
     table.add_column("GB", justify="right")
     if inspection.checkpoint_bytes is not None:
         table.add_row("checkpoint on disk", _gigabytes(inspection.checkpoint_bytes))
-    table.add_row("serving: weights in bf16", _gigabytes(2 * weights))
-    table.add_row("serving: weights in 4 bits (NF4), experts too", _gigabytes(four_bits))
-    table.add_row("serving: the same, their scales in 8 bits (double quantisation)", _gigabytes(double))
+    table.add_row("weights in bf16", _gigabytes(2 * weights))
+    table.add_row("weights in 4 bits (NF4), experts too", _gigabytes(four_bits))
+    table.add_row("the same, their scales in 8 bits (double quantisation)", _gigabytes(double))
     context = config.max_position_embeddings
-    table.add_row(f"serving: cache of one context of {context:,} tokens in bf16", _gigabytes(cache * context))
-    table.add_row("training: all weights, AdamW, mixed precision", _gigabytes(FULL_TRAINING_BYTES * weights))
-    table.add_row("training: LoRA on bf16 weights, without the adapter", _gigabytes(2 * weights))
-    table.add_row("training: LoRA on weights in 4 bits, without the adapter", _gigabytes(four_bits))
+    table.add_row(f"cache of one context of {context:,} tokens in bf16", _gigabytes(cache * context))
     return table
 
 

@@ -19,6 +19,7 @@ from jai.trainers.context import context_of
 from jai.trainers.data import TrainingData
 from jai.trainers.parameters import TrainedParameters
 from jai.trainers.parts import EMBEDDINGS, KIND_TEXTS, NEW_ROWS
+from jai.trainers.predicted_memory import memory_rows
 from jai.trainers.rows import DatasetType
 from jai.trainers.tokens import TokenCount
 
@@ -84,6 +85,7 @@ def print_plan(
     )
     schedule = SchedulerType(training_args.lr_scheduler_type).value
     rows.append(("learning rate", f"{training_args.learning_rate:g}, {schedule}"))
+    rows += memory_rows(arguments, base, lora, parameters)
     rows += device_rows(arguments, lora, parameters)
     print_rows(console, title, rows)
 

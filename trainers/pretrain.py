@@ -38,6 +38,7 @@ from jai.trainers.engine import batches_at_once, sharded_at_load, uses_deepspeed
 from jai.trainers.lora import lora_config
 from jai.trainers.mixin import prepare_liger
 from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
+from jai.trainers.predicted_memory import memory_rows
 from jai.trainers.pretrain_config import PretrainConfig
 from jai.trainers.pretrain_trainer import TOKENS_SEEN, JaiPretrainTrainer
 from jai.trainers.record import write_record
@@ -116,6 +117,7 @@ def run_pretrain(
         ("context", context_text(config, base)),
         *_step_rows(config, base, layout),
         *_router_rows(config, base, parameters),
+        *memory_rows(arguments, base, lora, parameters),
         *device_rows(arguments, lora, parameters),
     ]
     print_rows(console, "Pre-training", rows)

@@ -11,7 +11,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
 
+from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
+from jai.planning.flops import model_flops
+from jai.planning.time import peak_flops
 from jai.pretraining.plan import AnyPlan
 from jai.trainers.engine import batches_at_once
 from jai.trainers.figures import MeanFigures
@@ -78,6 +81,7 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
         self._router_losses = RouterLosses(cast(nn.Module, self.model))
         self._figures = MeanFigures()
         self._present = 1  # batches of the running step that hold sequences
+        self._flops, self._peak = _flops_of(inner, args)
         self._since = (time.perf_counter(), 0)  # of the last log: when, and tokens seen
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -186,6 +190,9 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
             before, tokens_before = self._since
             if tokens_before:  # not the first, which would count what came before a resumed run
                 logs["tokens_per_second"] = (total - tokens_before) / (now - before)
+                if self._flops is not None and self._peak is not None:
+                    peak = self._peak * self.accelerator.num_processes
+                    logs["utilization"] = logs["tokens_per_second"] * self._flops / peak
             self._since = now, total
         super().log(logs, start_time)
 
@@ -209,6 +216,16 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
             "`--resume_from_checkpoint true` if the fault was the machine's; else lower `learning_rate`, or take these "
             "documents out of the text, and begin anew from that checkpoint's weights."
         )
+
+
+def _flops_of(model: PreTrainedModel, args: PretrainConfig) -> tuple[float | None, float | None]:
+    """Operations of training on a token, of a JAI; and those a second of the device in bf16, where they are known."""
+    flops = peak = None
+    if isinstance(model.config, JaiConfig):
+        flops = model_flops(model, model.config, args.max_length)
+    if args.device.type == "cuda" and (args.bf16 or model.dtype == torch.bfloat16):
+        peak = peak_flops(torch.cuda.get_device_name(args.device))
+    return flops, peak
 
 
 _SHOWN_DOCUMENTS = 12

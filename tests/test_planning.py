@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of training: predicted memory against the bytes that are counted in a step, and operations, twice."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
+from trl.trainer.utils import add_fused_lm_head
+
+from jai.configuration_jai import JaiConfig
+from jai.conversion.inspect_options import InspectOptions
+from jai.errors import UserError
+from jai.modeling_jai import JaiForCausalLM
+from jai.planning.advice import fits, what_would_fit
+from jai.planning.flops import model_flops
+from jai.planning.memory import Setup, moments, peak_memory, trained_parameters
+from jai.planning.report import setup_of
+from jai.planning.time import DEVICES, communication, peak_flops, planned_flops, speed
+from jai.small_model import build_model, flops_per_token
+from jai.small_model_options import ModelShape
+from jai.trainers.expert_lora import adapting_four_bits
+
+FULL = Setup(compute=4, rank=8, routers=False, length=512, accumulates=False, loss="logits", on_cpu=True)
+BF16 = replace(FULL, weights="bfloat16", compute=2)
+LORA = replace(FULL, learns="lora", routers=True, accumulates=False)
+QLORA = replace(LORA, weights="nf4")
+
+
+@dataclass(frozen=True)
+class Case:
+    setup: Setup
+    shape: dict[str, Any] = field(default_factory=dict)
+
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "block_repeats": [1] * 6, "vocab_size": 1000}
+DENSE = {"hidden_size": 128, "intermediate_size": 512, "num_local_experts": 1}
+QUICK = [Case(FULL), Case(QLORA), Case(replace(QLORA, checkpointing=False), WIDE)]
+SLOW = [
+    Case(replace(setup, checkpointing=checkpointing, **changes), shape)
+    for setup in (FULL, BF16, LORA, QLORA)
+    for checkpointing in (True, False)
+    for shape in ({}, WIDE, DENSE)
+    for changes in ({}, {"length": 128, "batch": 2}, {"length": 1024, "loss": "chunked"}, {"experts": "eager"})
+    if not (shape is DENSE and changes.get("experts"))
+]
+SLOW += [
+    Case(replace(LORA, new_rows=200)),
+    Case(replace(QLORA, new_rows=400), WIDE),
+    Case(replace(FULL, accumulates=True)),
+]
+
+
+def configuration(**changes: Any) -> JaiConfig:
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "block_size": 1,
+        "block_repeats": [1] * 4,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return JaiConfig(**(sizes | changes))
+
+
+def trained_model(config: JaiConfig, setup: Setup, folder) -> torch.nn.Module:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if setup.compute == 2 else torch.float32
+    model = JaiForCausalLM(config).to(dtype)
+    if setup.weights == "nf4":
+        model.save_pretrained(folder)
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        model = JaiForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=how)
+    model.set_experts_implementation(setup.experts)
+    whole = model
+    if setup.learns == "lora":
+        dense = config.num_local_experts == 1
+        lora = LoraConfig(
+            r=setup.rank,
+            target_modules=[
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                *(["gate_proj", "up_proj", "down_proj"] if dense else []),
+            ],
+            target_parameters=None if dense else ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            modules_to_save=None if dense else ["mlp.gate"],
+            trainable_token_indices=None
+            if not setup.new_rows
+            else {name: list(range(setup.new_rows)) for name in ("embed_tokens", "lm_head")},
+        )
+        model = get_peft_model(model, adapting_four_bits(lora))
+    if setup.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if setup.loss == "chunked":
+        add_fused_lm_head(whole)
+    return model.train()
+
+
+def counted_peak(config: JaiConfig, setup: Setup, folder) -> int:
+    """Bytes at the peak of a step, once the optimiser has its states."""
+    model = trained_model(config, setup, folder)
+    learning = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(learning, fused=True)
+    ids = torch.randint(0, config.vocab_size, (setup.batch, setup.length))
+
+    def step() -> None:
+        for _ in range(2 if setup.accumulates else 1):
+            with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast and setup.compute == 2):
+                if setup.loss == "chunked":
+                    loss = -model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True).log_probs.mean()
+                else:
+                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    states = [each for state in optimizer.state.values() for each in state.values() if torch.is_tensor(each)]
+    with LiveBytes([*model.parameters(), *model.buffers(), *states]) as live:
+        step()
+    return live.peak
+
+
+def check(case: Case, folder) -> None:
+    config = configuration(**case.shape)
+    predicted, counted = peak_memory(config, case.setup), counted_peak(config, case.setup, folder)
+    assert predicted.total == pytest.approx(counted, rel=0.1), predicted
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_predicted_peak_is_the_counted_one(case, tmp_path):
+    check(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=str)
+def test_predicted_peaks_are_the_counted_ones(case, tmp_path):
+    check(case, tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_local_experts": 1}, {"tie_word_embeddings": True}])
+def test_operations_of_a_configuration_are_those_of_its_model(changes):
+    config = configuration(**changes)
+    with torch.device("meta"):
+        model = JaiForCausalLM(config)
+    assert planned_flops(config, replace(FULL, length=100)) == model_flops(model, config, 100)
+    model.requires_grad_(False)
+    full = model_flops(model.requires_grad_(True), config, 100)
+    assert model_flops(model.requires_grad_(False), config, 100) < full
+
+
+def test_operations_of_lora_are_those_of_its_model(tmp_path):
+    config, setup = configuration(), replace(LORA, routers=False, length=100)
+    model = trained_model(config, replace(LORA, length=100), tmp_path)
+    for name, parameter in model.named_parameters():
+        if "mlp.gate" in name:
+            parameter.requires_grad_(False)
+    routers = 4 * sum(p.numel() for name, p in model.named_parameters() if "modules_to_save" in name)  # PEFT's copies
+    assert planned_flops(config, setup) == pytest.approx(model_flops(model, config, 100) - routers)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(trained_parameters(config, setup).values()) == learning
+
+
+def test_operations_of_a_small_model_are_those_of_a_jai_like_it():
+    shape = ModelShape(64, 176, 6, 4)
+    like = configuration(
+        num_local_experts=1,
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=176,
+        block_repeats=[1] * 6,
+        num_key_value_heads=4,
+    )
+    assert build_model(shape, 300, 50, 0).num_parameters() == JaiForCausalLM(like).num_parameters()
+    assert sum(flops_per_token(shape, 300, 50)) == planned_flops(like, replace(FULL, length=50))
+
+
+def test_jai_1_fits_one_card_in_four_bits_and_not_otherwise():
+    config = JaiConfig()
+    options = InspectOptions(model="jai-1", train="qlora", new_rows=31_936)
+    assert fits(config, setup_of(options, config), 80e9)
+    options.train, options.new_rows = "lora", 0
+    assert not fits(config, setup_of(options, config), 80e9)
+    found = what_would_fit(config, setup_of(options, config), 80e9)
+    assert found is not None
+    assert "GPUs" in found[0]
+
+
+def test_each_change_that_is_named_fits():
+    config = JaiConfig()
+    setup = Setup(gpus=64, sharding="fsdp", batch=8, checkpointing=False, loss="logits")
+    assert not fits(config, setup, 80e9)
+    words, peak = what_would_fit(config, setup, 80e9)
+    assert words.startswith("gradient checkpointing")
+    assert peak < 80e9
+
+
+def test_what_is_cut_is_cut_and_what_is_sent_is_counted():
+    config = configuration()
+    alone = Setup()
+    halves = replace(alone, gpus=2, sharding="fsdp")
+    state = lambda setup: next(moments(config, setup)).parts  # noqa: E731
+    for part in ("weights", "optimiser", "gradients"):
+        assert state(halves)[part] == state(alone)[part] / 2
+    assert communication(config, alone) == 0
+    weights = state(replace(alone, weights="bfloat16"))["weights"]
+    assert communication(config, halves) == 3 * weights / 2
+    assert communication(config, replace(alone, gpus=2)) == weights  # DDP: the gradients' mean
+    both = replace(alone, gpus=4, sharding="hsdp", group=2)
+    assert communication(config, both) == 3 * weights / 2 + 2 * weights / 2 / 2
+
+
+def test_communication_limits_small_micro_batches():
+    config, device = JaiConfig(), DEVICES["H100"]
+    few = speed(config, Setup(gpus=64, sharding="fsdp"), device, 0.425)
+    many = speed(config, Setup(gpus=64, sharding="fsdp", batch=8), device, 0.425)
+    assert (few.limit, many.limit) == ("communication", "computing")
+    assert few.utilisation(device, 64) < 0.425 == pytest.approx(many.utilisation(device, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_of_a_device(name, flops):
+    assert peak_flops(name) == flops
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"new_rows": 100_000, "train": "lora"}, "vocabulary has 64,000"),
+        ({"new_rows": 1, "train": "full"}, "all rows learn"),
+        ({"gpus": 12, "sharding": "hsdp", "train": "full"}, "multiple of the group"),
+    ],
+)
+def test_options_that_do_not_fit(options, error):
+    with pytest.raises(UserError, match=error):
+        setup_of(InspectOptions(model="jai-1", **options), JaiConfig())
