@@ -22,7 +22,7 @@ from datasets import Dataset
 from json_lines import write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from jai import JaiForCausalLM, JaiForSequenceClassification
 from jai.configuration_jai import AUTO_MAP
@@ -244,15 +244,48 @@ def test_dpo_takes_plain_strings_and_pairs_with_their_prompt_inside(checkpoint, 
 
 
 def test_resuming_continues_the_same_run(checkpoint, chats, tmp_path):
+    """From the last checkpoint that is whole; logs are where checkpoints are, and TRL's count of tokens goes on."""
     options = {"lr_scheduler_type": "constant", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3}
+    options |= {"logging_steps": 2}
     whole = sft.main(arguments(checkpoint, chats, "whole", max_steps=6, **options))
     sft.main(arguments(checkpoint, chats, "halves", max_steps=3, **options))
+    half = Path("halves/checkpoint-4")
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch": 0.')  # as a kill while saving leaves it
     halves = sft.main(arguments(checkpoint, chats, "halves", max_steps=6, resume_from_checkpoint="true", **options))
-    assert [log["step"] for log in log_of(halves)] == [1, 2, 3, 4, 5, 6]
-    assert [log["loss"] for log in log_of(halves)] == pytest.approx([log["loss"] for log in log_of(whole)], abs=1e-6)
+    assert not half.exists()
+    assert [log["step"] for log in log_of(halves)] == [2, 3, 4, 6]
+    assert log_of(halves) == log_of(whole)
+    assert log_of(whole)[-1]["num_tokens"] > log_of(whole)[1]["num_tokens"]
     expected = weights_of(whole)
     for name, weight in weights_of(halves).items():
         torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stage", "trainer_class", "config_class"), [(sft, SFTTrainer, SFTConfig), (dpo, DPOTrainer, DPOConfig)]
+)
+def test_trls_own_trainers_give_the_same_losses(
+    checkpoint, chats, preferences, stage, trainer_class, config_class, tmp_path
+):
+    """Ten lines of TRL, auxiliary loss included."""
+    data = chats if stage is sft else preferences
+    options = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1}
+    out = stage.main(arguments(checkpoint, data, "out", **options))
+    more = {"save_strategy": "no", "disable_tqdm": True, "report_to": "none", "bf16": False}
+    trainer = trainer_class(
+        model=str(checkpoint),
+        args=config_class(output_dir="trl", **options, **more),
+        train_dataset=Dataset.from_json(str(data), cache_dir=str(tmp_path)).remove_columns(
+            ["task"] if stage is sft else []
+        ),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+    )
+    trainer.train()
+    keys = ("loss", "grad_norm", "aux_loss", "num_tokens", *(("rewards/margins",) if stage is dpo else ()))
+    theirs = [[log[key] for key in keys] for log in trainer.state.log_history if "loss" in log]
+    assert [[log[key] for key in keys] for log in log_of(out)] == theirs
+    assert len({loss for loss, *_ in theirs}) == 3
 
 
 def test_a_run_goes_on_from_what_it_was_alone(checkpoint, tiny_checkpoint, chats, tmp_path, monkeypatch):
@@ -755,7 +788,7 @@ def test_other_input_that_is_refused(checkpoint, chats, tmp_path, sentences, cap
         sft.main(arguments(checkpoint, text, "out", assistant_only_loss=True))
     with pytest.raises(UserError, match=r"no split 'test'.*eval_strategy: no"):
         sft.main(arguments(checkpoint, text, "out", eval_strategy="steps"))
-    with pytest.raises(UserError, match=r"no checkpoint-N folder"):
+    with pytest.raises(UserError, match="has no checkpoint that is whole"):
         sft.main(arguments(checkpoint, text, "out", resume_from_checkpoint="true"))
     with pytest.raises(UserError, match=r"`eos_token` is '<end>', which the vocabulary of .* does not have"):
         sft.main(arguments(checkpoint, text, "out", eos_token="<end>"))

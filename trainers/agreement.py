@@ -106,7 +106,7 @@ def check_resumption(checkpoint: Path, base: BaseModel, lora: LoraConfig | None)
         adapter = read_json(checkpoint / "adapter_config.json")
         for name, option in _ADAPTER_OPTIONS.items():
             before, now = _plain(adapter.get(name)), _plain(getattr(lora, name, None))
-            if before != now:
+            if before != now and now != "all-linear":  # PEFT writes down which modules those were
                 raise UserError(
                     f"{checkpoint} is of a run with another adapter: `{option}` was {before}, and is {now}. Resume "
                     "with the `trainable` and the LoRA options of that run."

@@ -6,10 +6,8 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, get_type_hints
 
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import (
     DPOConfig,
@@ -27,7 +25,6 @@ from jai.options import refuse_unknown
 from jai.trainers.config_file import read_config_file
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.field_values import read_field
-from jai.trainers.first_look import refuse_used_output
 from jai.trainers.parts import PART_TEXTS, check_part_names, read_entries
 from jai.trainers.pretrain_config import PretrainConfig
 
@@ -202,32 +199,3 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
     except (ValueError, ImportError) as error:  # the dataclasses' own checks
         hint = " On a machine without a GPU give `bf16: false`." if "bf16" in str(error) else ""
         raise UserError(f"{error}{hint}") from error
-
-
-def resume_point(training_args: StageConfig) -> str | None:
-    """The checkpoint to resume from, or None for a fresh start.
-
-    `resume_from_checkpoint` is a folder, or "true" for the last checkpoint in the output folder.
-
-    Raises:
-        UserError: if there is no such checkpoint, or a fresh start would write into a folder that is not empty.
-    """
-    out = Path(str(training_args.output_dir))
-    wanted = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        refuse_used_output(out)
-        return None
-    if str(wanted).lower() == "true":
-        last = get_last_checkpoint(str(out)) if out.is_dir() else None
-        if last is None:
-            raise UserError(
-                f"`resume_from_checkpoint` is on, but {out} has no checkpoint-N folder. Leave it out to start afresh; "
-                "`save_steps` says how often checkpoints are written."
-            )
-        return last
-    if not Path(wanted).is_dir():
-        raise UserError(
-            f"`resume_from_checkpoint` names {wanted}, which is no folder. Give a checkpoint-N folder of an earlier "
-            "run, or `true` for the last one in `output_dir`."
-        )
-    return str(wanted)

@@ -145,6 +145,14 @@ class JaiGRPOTrainer(JaiTrainerMixin, GRPOTrainer):
         if config.routing_replay or (has_routers and can_record):
             self._routing = RoutingReplay(model, replays=config.routing_replay)
 
+    def go_on_from(self, state: dict[str, Any]) -> None:
+        """Count steps from where a checkpoint's run was, so that a rollout is made where that run would have made one.
+
+        Of a checkpoint amid the steps on one rollout, its prompts are answered anew.
+        """
+        super().go_on_from(state)
+        self._step = state.get("global_step", 0) * self.args.gradient_accumulation_steps
+
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self._routing is None else self._routing.recording():
             return super()._generate_single_turn(*args, **kwargs)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from jai.errors import UserError
 from jai.trainers.group_losses import GroupLosses
@@ -24,6 +25,7 @@ from jai.trainers.trainable import (
     alphas_follow_adapter,
     train_parts,
 )
+from jai.trainers.whole_checkpoints import LogWithCheckpoints, read_state
 
 
 def prepare_liger() -> None:
@@ -120,6 +122,23 @@ class JaiTrainerMixin(Trainer):
         for theirs, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(ours)
+        self.add_callback(LogWithCheckpoints())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers' own; what TRL counts goes on from a checkpoint's folder, too."""
+        if isinstance(resume_from_checkpoint, str):
+            self.go_on_from(read_state(Path(resume_from_checkpoint)) or {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def go_on_from(self, state: dict[str, Any]) -> None:
+        """Count tokens from where a checkpoint's run was; TRL begins at 0.
+
+        Args:
+            state: the checkpoint's trainer_state.json.
+        """
+        counts = [log["num_tokens"] for log in state.get("log_history", []) if "num_tokens" in log and "loss" in log]
+        if counts and hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = counts[-1]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The parameters that weight decay applies to.

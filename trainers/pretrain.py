@@ -6,7 +6,6 @@ accelerate launch -m jai.trainers.pretrain --config recipes/jai-1/phase-1.yaml
 """
 
 import faulthandler
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -52,6 +51,7 @@ from jai.trainers.whole_checkpoints import (
     check_same_run,
     deciding_options,
     last_whole_checkpoint,
+    remove_unfinished,
     resume_checkpoint,
 )
 
@@ -108,7 +108,7 @@ def run_pretrain(
     identity = {"plan": plan.identity(), "layout": layout.identity(), "options": options}
     if checkpoint is not None:
         check_same_run(checkpoint, plan, identity)
-    _remove_unfinished(unfinished, console)
+    remove_unfinished(unfinished, console)
     lora = lora_config(model_args, parts, model)
     check_partial_training(arguments, parts.masked(lora is not None))
     parameters = count_trained_parameters(model, base, parts, lora, model_args)
@@ -234,14 +234,6 @@ def _verify(corpus: PackedCorpus, console: Console) -> None:
     with PartialState().local_main_process_first():
         if PartialState().is_local_main_process:
             corpus.verify()
-
-
-def _remove_unfinished(checkpoints: Sequence[Path], console: Console) -> None:
-    """Or the Trainer, which counts folders to keep to `save_total_limit`, would remove whole ones for them."""
-    for folder in checkpoints:
-        console.print(f"[yellow]{escape(str(folder))} is removed:[/] it was not written to its end")
-        if PartialState().is_main_process:
-            shutil.rmtree(folder)
 
 
 @contextmanager

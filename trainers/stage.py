@@ -30,7 +30,6 @@ from jai.trainers.arguments import (
     StageConfig,
     max_length_of,
     parse_arguments,
-    resume_point,
 )
 from jai.trainers.base_model import BaseModel, open_base_model, prepare_chat
 from jai.trainers.checks import check_options, check_options_with_model, check_partial_training
@@ -50,6 +49,7 @@ from jai.trainers.record import recorded_data, write_record
 from jai.trainers.rows import DatasetType
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.tokens import count_tokens
+from jai.trainers.whole_checkpoints import remove_unfinished, resume_checkpoint
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
         stage.check_options(arguments)
     if arguments.training.use_liger_kernel:
         prepare_liger()
-    checkpoint = None if arguments.data.preview else resume_point(arguments.training)
+    checkpoint, unfinished = (None, []) if arguments.data.preview else resume_checkpoint(arguments.training)
     base = with_context(open_base_model(arguments.model, arguments.training), arguments)
     check_options_with_model(arguments, base.config)
     data = load_training_data(arguments, stage.dataset_types)
@@ -130,7 +130,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     lora = lora_config(arguments.model, parts, model)
     check_partial_training(arguments, parts.masked(lora is not None))
     if checkpoint is not None:
-        check_resumption(Path(checkpoint), base, lora)
+        check_resumption(checkpoint, base, lora)
     loading = loading_arguments(arguments, base)
 
     _choose_packing(arguments.training, data)
@@ -146,10 +146,11 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     train_tokens, evaluation_tokens = count_tokens(data, base.tokenizer, arguments.training)
 
     step, title = ("pretrain", "Continued pre-training") if data.is_plain_text else (stage.verb, stage.title)
+    remove_unfinished(unfinished, console)
     print_plan(console, title, arguments, base, data, lora, parameters, train_tokens, evaluation_tokens)
     trainer = _build(stage, arguments, base, data, parts, lora, loading, console)
     with _explaining_resumption(checkpoint):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
     out = save_result(trainer, arguments, base, console, auto_class=stage.auto_class)
     if stage.finish is not None:
         stage.finish(trainer, data, out, console)
@@ -271,7 +272,7 @@ def _explaining_errors(data: TrainingData) -> Iterator[None]:
 
 
 @contextmanager
-def _explaining_resumption(checkpoint: str | None) -> Iterator[None]:
+def _explaining_resumption(checkpoint: Path | None) -> Iterator[None]:
     try:
         yield
     except ValueError as error:

@@ -3,10 +3,14 @@
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from rich.console import Console
+from rich.markup import escape
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -73,17 +77,25 @@ class RunIdentity(TrainerCallback, ExportableState):
         """What transformers saves of it."""
         return {"args": {}, "attributes": {"identity": self.identity}}
 
+
+class LogWithCheckpoints(TrainerCallback):
+    """Logs whenever a checkpoint is saved, so that means in the logs begin anew where a resumed run's do."""
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Logs whenever a checkpoint is saved, so that means in the logs begin anew where a resumed run's do."""
+        """Of `save_strategy` steps."""
         if control.should_save:
             control.should_log = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Of `save_strategy` epoch."""
+        self.on_step_end(args, state, control)
 
 
 def last_whole_checkpoint(out: Path) -> tuple[Path | None, list[Path]]:
     """The last checkpoint in a folder that was written to its end, and the later ones that were not."""
     unfinished: list[Path] = []
     for checkpoint in sorted(_checkpoints(out), key=_step, reverse=True):
-        if _read_state(checkpoint) is not None:
+        if read_state(checkpoint) is not None:
             return checkpoint, unfinished
         unfinished.append(checkpoint)
     return None, unfinished
@@ -109,12 +121,29 @@ def resume_checkpoint(config: TrainingArguments) -> tuple[Path | None, list[Path
                 "start afresh; `save_steps` says how often checkpoints are written."
             )
         return checkpoint, unfinished
-    if _read_state(Path(wanted)) is None:
+    if read_state(Path(wanted)) is None:
         raise UserError(
             f"`resume_from_checkpoint` names {wanted}, which is no whole checkpoint: it has no readable {_STATE}. Give "
             "a checkpoint-N folder of an earlier run, or `true` for the last one in `output_dir`."
         )
     return Path(wanted), []
+
+
+def remove_unfinished(checkpoints: Sequence[Path], console: Console) -> None:
+    """Or the Trainer, which counts folders to keep to `save_total_limit`, would remove whole ones for them."""
+    for folder in checkpoints:
+        console.print(f"[yellow]{escape(str(folder))} is removed:[/] it was not written to its end")
+        if PartialState().is_main_process:
+            shutil.rmtree(folder)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any] | None:
+    """What the Trainer wrote of a checkpoint's run, the last of its files; None if it is not whole."""
+    try:
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def deciding_options(arguments: StageArguments, parts: Sequence[str]) -> dict[str, Any]:
@@ -145,7 +174,7 @@ def check_same_run(checkpoint: Path, plan: AnyPlan, identity: dict[str, Any]) ->
     Raises:
         UserError: naming what has changed.
     """
-    state = _read_state(checkpoint) or {}
+    state = read_state(checkpoint) or {}
     saved = state.get("stateful_callbacks", {}).get(RunIdentity.__name__, {}).get("attributes", {}).get("identity")
     if not isinstance(saved, dict):
         raise UserError(f"{checkpoint} was not written by `jai pretrain`. Give a checkpoint of such a run.")
@@ -172,11 +201,3 @@ def _checkpoints(out: Path) -> list[Path]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return state if isinstance(state, dict) else None

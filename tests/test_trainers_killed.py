@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of any trainer that is killed and begun again ends as one that was left alone, to the bit.
+
+Weights, and every log: losses, rewards, figures of categories, router statistics, alphas, counts of tokens.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from json_lines import write_rows
+from safetensors.torch import load_file
+
+from jai.provenance import read_step
+
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
+
+STEPS = 16
+OF_ALL = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 3,  # no divisor of where it resumes
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "disable_tqdm": True,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "router_aux_loss_coef": 0.01,
+}
+# What depends on the time or the machine.
+TIMES = ("runtime", "per_second", "step_time", "tps", "memory")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stage, the data that it takes, and its options."""
+
+    verb: str
+    data: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CATEGORIES = {"category_column": "kind"}
+EVALUATED = {"test_split_size": 4, "eval_strategy": "steps", "eval_steps": 4}
+GROUPS = {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 8}
+REWARDED = {**GROUPS, "rewards": ["language", "repetition"], "language_column": "lang", "beta": 0.1}
+RUNS = {
+    "sft": Run("sft", "chats", {"assistant_only_loss": True, **CATEGORIES, **EVALUATED}),
+    "sft-packed": Run("sft", "chats", {"packing": True, "max_length": 96, "neftune_noise_alpha": 5, **CATEGORIES}),
+    "sft-adapter": Run("sft", "chats", {"use_peft": True, "lora_dropout": 0.1, "lora_target_modules": "all-linear"}),
+    "dpo": Run("dpo", "pairs", {**CATEGORIES, **EVALUATED}),
+    "dpo-beforehand": Run("dpo", "pairs", {"precompute_ref_log_probs": True, "use_peft": True, **CATEGORIES}),
+    "kto": Run("kto", "answers"),
+    "reward": Run("reward", "pairs", {**EVALUATED, "gradient_accumulation_steps": 1}),
+    "cpo": Run("cpo", "pairs", {"loss_type": "simpo", "cpo_alpha": 0, **CATEGORIES}),
+    "orpo": Run("orpo", "pairs", CATEGORIES),
+    "grpo": Run("grpo", "prompts", {**REWARDED, "routing_replay": True}),
+    "grpo-iterations": Run("grpo", "prompts", {**REWARDED, "num_iterations": 2, "gradient_accumulation_steps": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_checkpoint) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, sentences) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("chats", "pairs", "answers", "prompts")}
+    for number in range(24):
+        ask = said("user", f"{sentences[number % 6]} {number}")
+        answer = said("assistant", f"{sentences[(number + 1) % 6]}{' yes' * (number % 3)}")
+        kind = {"kind": f"kind {number % 2}"}
+        rows["chats"].append({"messages": ask + answer, **kind})
+        rows["pairs"].append({"prompt": ask, "chosen": answer, "rejected": said("assistant", f"no {number}"), **kind})
+        rows["answers"].append({"prompt": ask, "completion": answer, "label": number % 3 > 0})
+        rows["prompts"].append({"prompt": ask, "lang": "th"})
+    return {name: write_rows(folder / f"{name}.jsonl", each) for name, each in rows.items()}
+
+
+def command_line(run: Run, checkpoint: Path, data: dict[str, Path], out: str, **more: Any) -> list[str]:
+    places = {"model_name_or_path": checkpoint, "dataset_name": data[run.data], "output_dir": out}
+    options = {**places, **OF_ALL, **run.options, **more}
+    if run.verb == "kto":
+        del options["router_aux_loss_coef"]
+    return [
+        part
+        for name, value in options.items()
+        for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+
+def start(run: Run, arguments: list[str], processes: int = 1) -> subprocess.Popen:
+    launcher = []
+    if processes > 1:  # accelerate's `--cpu` starts one process only; torchrun is behind `--multi_gpu`
+        launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--multi_gpu"]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--main_process_port", "0"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(Path("datasets_cache").absolute())}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", f"jai.trainers.{run.verb}", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    said = process.communicate()[0]
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def kill_sometime(process: subprocess.Popen, out: Path, random_place: random.Random) -> None:
+    """SIGKILL to the process and all that it started: some time after a checkpoint is there, before the run's end."""
+    while not (out / "checkpoint-2" / "trainer_state.json").exists() and not list(out.glob("checkpoint-[4-8]")):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.005)
+    time.sleep(random_place.uniform(0, 0.6))
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it had ended before it was killed: give it more steps"
+
+
+def logs_of(out: Path) -> list[dict[str, Any]]:
+    logs = json.loads((out / read_step(out)["log_history"]).read_text())
+    return [{key: log[key] for key in log if not any(word in key for word in TIMES)} for log in logs]
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    *logs, last = logs_of(out)
+    *expected_logs, expected_last = logs_of(expected)
+    for ours, theirs in zip(logs, expected_logs, strict=True):
+        assert ours == theirs
+    # `train_loss` of the summary is transformers' mean over the steps since the run went on.
+    assert last.keys() == expected_last.keys()
+    name = next(path.name for path in expected.glob("*.safetensors"))
+    weights, expected_weights = load_file(out / name), load_file(expected / name)
+    assert weights.keys() == expected_weights.keys()
+    for key, weight in weights.items():
+        assert torch.equal(weight, expected_weights[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_killed_run_ends_as_one_that_was_left_alone(checkpoint, data, name, record_property):
+    """Killed at random; a checkpoint that is half written is passed over."""
+    run = RUNS[name]
+    import_module(f"jai.trainers.{run.verb}").main(command_line(run, checkpoint, data, "whole"))
+    seed = random.randrange(1 << 30)
+    record_property("seed", seed)
+    random_place = random.Random(seed)
+    kill_sometime(start(run, command_line(run, checkpoint, data, "killed")), Path("killed"), random_place)
+    half = Path("killed/checkpoint-99")
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch": 0.')
+    said = finish(start(run, command_line(run, checkpoint, data, "killed", resume_from_checkpoint="true")))
+    assert "was not written to its end" in " ".join(said.split())
+    assert not half.exists()
+    assert_same_run(Path("killed"), Path("whole"))
