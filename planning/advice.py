@@ -32,7 +32,7 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         ("one sequence a micro-batch", {"batch": 1}),
         ("full sharding", {"sharding": "fsdp"}),
     ):
-        changed = replace(now, **changes)  # type: ignore[arg-type]
+        changed = replace(now, **changes)
         if changed != now and not (changes.get("sharding") and setup.gpus == 1):
             words.append(text)
             now = changed

@@ -34,13 +34,20 @@ class ParameterCount:
         return self.embeddings + self.attention + self.experts + self.routers + self.norms
 
 
+def head_widths(config: JaiConfig) -> tuple[int, int]:
+    """Heads times their dimension: of queries, and of keys or values."""
+    kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+    assert kv_heads is not None  # JaiConfig replaces None
+    assert head_dim is not None
+    return config.num_attention_heads * head_dim, kv_heads * head_dim
+
+
 def count_parameters(config: JaiConfig) -> ParameterCount:
     """Count the parameters of a configuration from its shapes (paper, Table 3)."""
     hidden, layers = config.hidden_size, len(config.running_plan)
-    used_experts, kv_heads = config.num_experts_per_tok, config.num_key_value_heads
+    used_experts = config.num_experts_per_tok
     assert used_experts is not None  # JaiConfig replaces None
-    assert kv_heads is not None
-    attention = layers * 2 * hidden * (config.num_attention_heads + kv_heads) * config.head_dim
+    attention = layers * 2 * hidden * sum(head_widths(config))
     expert = 3 * hidden * config.intermediate_size
     routers = layers * hidden * config.num_local_experts if config.num_local_experts > 1 else 0
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden

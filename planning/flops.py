@@ -9,6 +9,7 @@ utilisation of PaLM (appendix B).
 from torch import nn
 
 from jai.configuration_jai import JaiConfig
+from jai.planning.count import head_widths
 
 LEARNS, FROZEN = 6.0, 4.0
 
@@ -34,7 +35,7 @@ def model_flops(model: nn.Module, config: JaiConfig, length: int) -> float:
         length: tokens of a sequence.
     """
     used = float(config.num_experts_per_tok or 1) / config.num_local_experts
-    flops = attention_flops(len(config.running_plan), config.num_attention_heads * config.head_dim, length)
+    flops = attention_flops(len(config.running_plan), head_widths(config)[0], length)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or ("embed_tokens" in name and not config.tie_word_embeddings):
             continue

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jai.configuration_jai import JaiConfig
-from jai.planning.count import count_parameters
+from jai.planning.count import count_parameters, head_widths
 
 Weights = Literal["float32", "bfloat16", "nf4", "nf4-double"]
 Learning = Literal["full", "lora"]
@@ -117,17 +117,17 @@ class _Shape:
 
     @classmethod
     def of(cls, config: JaiConfig, setup: Setup) -> "_Shape":
-        used, kv_heads = config.num_experts_per_tok, config.num_key_value_heads
+        used = config.num_experts_per_tok
         assert used is not None  # JaiConfig replaces None
-        assert kv_heads is not None
+        queries, keys = head_widths(config)
         return cls(
             T=setup.tokens,
             H=config.hidden_size,
             I=config.intermediate_size,
             E=config.num_local_experts,
             R=setup.tokens * used,
-            A=config.num_attention_heads * config.head_dim,
-            G=kv_heads * config.head_dim,
+            A=queries,
+            G=keys,
             V=config.vocab_size,
             L=len(config.running_plan),
             heads=config.num_attention_heads,
@@ -188,6 +188,7 @@ def saved_by_layer(config: JaiConfig, setup: Setup) -> dict[str, float]:
         return parts
     keeps_input = full or setup.routers or setup.experts.startswith("jai_fused")
     router = 12 * s.T * s.E + 32 * s.R + (c * t_h if keeps_input else 0)
+    rows: float
     if setup.experts == "jai_fused":
         rows = c * s.R * 2 * s.I
     elif setup.experts == "jai_fused_fp8":
@@ -219,8 +220,9 @@ def working_of_layer(config: JaiConfig, setup: Setup) -> float:
     if setup.experts == "eager":
         if full:  # a slice's gradient is as large as the whole parameter's, and is added to it
             return max(5 * matrix - 2 * rows_i, 2 * rows_i / s.E + matrix)
-        one = matrix / s.E if setup.weights in ("nf4", "nf4-double") else matrix
-        return max(2 * rows_i / s.E, 0) + 2 * one
+        if setup.weights in ("nf4", "nf4-double"):  # the experts' rows beside what is put together of them
+            return 3 * rows_i + matrix / s.E
+        return 2 * rows_i / s.E + 2 * matrix
     if full:
         down, up = matrix, 3 * matrix
     elif setup.weights in ("nf4", "nf4-double"):  # dequantised, one matrix at a time
@@ -272,6 +274,8 @@ def moments(config: JaiConfig, setup: Setup) -> Iterator[Memory]:
     if shards > 1:
         stored = weight_bytes(config, setup) / (count.total + count.skip_alphas) if setup.weights[0] == "n" else s.c
         unsharded = 2 * stored * layer + stored * count.embeddings
+    elif setup.gpus > 1:  # DDP sends copies of the gradients
+        unsharded = gradients
     checkpoint = float(s.c * s.T * s.H) if setup.checkpointing else saved
     kept = checkpoint * s.L + float(s.c * s.T * s.H)
     own = saved if setup.checkpointing else 0.0
@@ -292,7 +296,7 @@ def _parts(gradients: float, kept: float, layer: float, working: float, unsharde
         "activations kept": kept,
         "activations of the layer that is computed again": layer,
         "working memory": working,
-        "weights gathered": unsharded,
+        "gathered or sent": unsharded,
     }
 
 

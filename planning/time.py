@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from jai.configuration_jai import JaiConfig
-from jai.planning.count import count_parameters
+from jai.planning.count import count_parameters, head_widths
 from jai.planning.flops import FROZEN, LEARNS, attention_flops
 from jai.planning.memory import Setup, lora_parameters, trained_parameters, weight_bytes
 
@@ -80,7 +80,7 @@ def planned_flops(config: JaiConfig, setup: Setup) -> float:
     lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     norms = count.norms
     used = count.active - lookup - norms
-    flops = attention_flops(len(config.running_plan), config.num_attention_heads * config.head_dim, setup.length)
+    flops = attention_flops(len(config.running_plan), head_widths(config)[0], setup.length)
     if setup.learns == "full":
         return flops + LEARNS * used
     return flops + FROZEN * used + LEARNS * lora_parameters(config, setup, config.num_experts_per_tok or 1)

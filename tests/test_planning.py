@@ -2,6 +2,7 @@
 """The plan of training: predicted memory against the bytes that are counted in a step, and operations, twice."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from jai.modeling_jai import JaiForCausalLM
 from jai.planning.advice import fits, what_would_fit
 from jai.planning.flops import model_flops
 from jai.planning.memory import Setup, moments, peak_memory, trained_parameters
-from jai.planning.report import setup_of
+from jai.planning.report import gigabytes, setup_of
 from jai.planning.time import DEVICES, communication, peak_flops, planned_flops, speed
 from jai.small_model import build_model, flops_per_token
 from jai.small_model_options import ModelShape
@@ -146,6 +147,66 @@ def test_predicted_peak_is_the_counted_one(case, tmp_path):
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_predicted_peaks_are_the_counted_ones(case, tmp_path):
     check(case, tmp_path)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "planning.md"
+SHAPES = {"narrow": {}, "wide": WIDE, "dense": DENSE}
+SETUPS = {"full": FULL, "LoRA": LORA, "QLoRA": QLORA}
+
+
+def planned_cells(options: str) -> list[str]:
+    """Cells of the page's table: peak, whether it fits, tokens a second, utilisation, and what limits it."""
+    given: dict[str, Any] = {}
+    for part in options.removeprefix("--").split(" --"):
+        name, _, value = part.partition(" ")
+        given[name.replace("-", "_")] = int(value) if value.isdigit() else value
+    config, inspected = JaiConfig(), InspectOptions(model="jai-1", **given)
+    setup, device = setup_of(inspected, config), DEVICES[inspected.gpu]
+    moved = speed(config, setup, device, inspected.utilization)
+    found = None if fits(config, setup, device.memory) else what_would_fit(config, setup, device.memory)
+    return [
+        f"{peak_memory(config, setup).total / 1e9:.1f}",
+        "yes" if found is None else f"no; {found[0]}: {found[1] / 1e9:.1f}",
+        f"{moved.tokens:,.0f}",
+        f"{moved.utilisation(device, inspected.gpus):.1%}",
+        moved.limit,
+    ]
+
+
+def rows_of_page(start: str) -> list[list[str]]:
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith(start)]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_table_of_the_page_is_what_the_commands_say():
+    rows = rows_of_page("| `--train")
+    assert len(rows) > 10
+    for options, *cells in rows:
+        assert cells == planned_cells(options), options
+
+
+def test_parts_on_one_card_are_what_the_command_says():
+    config = JaiConfig()
+    memory = peak_memory(config, setup_of(InspectOptions(model="jai-1", train="qlora", new_rows=31_936), config))
+    parts = memory.parts | {f"peak, in the {memory.moment}": memory.total}
+    for name, size in parts.items():
+        assert not size or f"| {name} | {gigabytes(size)} |" in PAGE.read_text()
+
+
+def counted_cells(shape: str, learns: str, checkpointing: str, folder) -> list[str]:
+    config = configuration(**SHAPES[shape])
+    setup = replace(SETUPS[learns], checkpointing=checkpointing == "yes")
+    predicted, counted = peak_memory(config, setup).total, counted_peak(config, setup, folder)
+    return [f"{predicted / 1e6:.1f}", f"{counted / 1e6:.1f}", f"{predicted / counted - 1:+.1%}"]
+
+
+@pytest.mark.slow
+def test_table_of_counted_peaks_is_of_today(tmp_path):
+    rows = [row for shape in SHAPES for row in rows_of_page(f"| {shape} |")]
+    assert len(rows) == 18
+    for number, (shape, learns, checkpointing, predicted, counted, _) in enumerate(rows):
+        now = counted_cells(shape, learns, checkpointing, tmp_path / str(number))
+        assert [float(predicted), float(counted)] == pytest.approx([float(each) for each in now[:2]], rel=0.01)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_local_experts": 1}, {"tie_word_embeddings": True}])

@@ -687,6 +687,9 @@ def test_tiny_recipes_parse(recipe, options):
     ("recipe", "options"),
     [
         ("pretrain.yaml", SFT_OPTIONS),
+        ("qlora_one_card.yaml", SFT_OPTIONS),
+        ("qlora_two_cards.yaml", SFT_OPTIONS),
+        ("lora_eight_cards.yaml", SFT_OPTIONS),
         ("sft.yaml", SFT_OPTIONS),
         ("dpo.yaml", DPO_OPTIONS),
     ],
