@@ -23,7 +23,16 @@ from jai.planning.report import gigabytes, setup_of
 from jai.planning.time import DEVICES, communication, peak_flops, planned_flops, speed
 from jai.small_model import build_model, flops_per_token
 from jai.small_model_options import ModelShape
+from jai.trainers.arguments import StageArguments, parse_arguments
+from jai.trainers.base_model import BaseModel
+from jai.trainers.dpo import DPO
 from jai.trainers.expert_lora import adapting_four_bits
+from jai.trainers.parameters import KindCount, TrainedParameters
+from jai.trainers.predicted_memory import setup_of_stage
+from jai.trainers.reward import REWARD
+from jai.trainers.sft import SFT
+
+SFT_OPTIONS, DPO_OPTIONS, REWARD_OPTIONS = SFT.option_classes, DPO.option_classes, REWARD.option_classes
 
 FULL = Setup(compute=4, rank=8, routers=False, length=512, accumulates=False, loss="logits", on_cpu=True)
 BF16 = replace(FULL, weights="bfloat16", compute=2)
@@ -314,3 +323,61 @@ def test_peak_of_a_device(name, flops):
 def test_options_that_do_not_fit(options, error):
     with pytest.raises(UserError, match=error):
         setup_of(InspectOptions(model="jai-1", **options), JaiConfig())
+
+
+def stage_setup(options: tuple[type, ...], given: dict[str, Any], *, lora: LoraConfig | None = None) -> Setup | str:
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    parsed = parse_arguments(options, ["--output_dir", "out", "--use_cpu", "true", *words], "jai sft")
+    config = configuration()
+    base = BaseModel("jai", Path("jai"), {}, config, None, None)  # type: ignore[arg-type]
+    kinds = (KindCount("router", 1, 1, False, False), KindCount("new_rows", 99, 2 * 64 * 7, False, False))
+    return setup_of_stage(StageArguments(*parsed), base, lora, TrainedParameters(1000, 10, 0, "", kinds))
+
+
+def test_setup_of_a_stage_is_what_its_options_say():
+    given = {"per_device_train_batch_size": 3, "max_length": 100, "gradient_accumulation_steps": 1, "dtype": "bfloat16"}
+    setup = stage_setup(SFT_OPTIONS, given)
+    assert isinstance(setup, Setup)
+    assert (setup.batch, setup.length, setup.accumulates) == (3, 100, False)
+    assert (setup.weights, setup.compute, setup.learns, setup.trained, setup.new_rows) == ("bfloat16", 2, "full", 10, 0)
+    assert (setup.loss, setup.checkpointing, setup.reference, setup.state) == ("chunked", True, False, 8.0)
+    others = {"optim": "paged_adamw_8bit", "gradient_checkpointing": "false", "experts_implementation": "eager"}
+    changed = stage_setup(SFT_OPTIONS, given | others | {"loss_type": "dft"}, lora=LoraConfig(r=5))
+    assert isinstance(changed, Setup)
+    assert (changed.state, changed.checkpointing, changed.experts, changed.loss) == (2.0, False, "eager", "logits")
+    assert (changed.learns, changed.rank, changed.new_rows) == ("lora", 5, 7)
+    four = {"load_in_4bit": "true", "use_bnb_nested_quant": "true"}
+    quantised = stage_setup(SFT_OPTIONS, given | four, lora=LoraConfig(r=5))
+    assert isinstance(quantised, Setup)
+    assert quantised.weights == "nf4-double"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (DPO_OPTIONS, (2, "chunked", True)),
+        (REWARD_OPTIONS, (2, "none", False)),
+    ],
+)
+def test_pairs_are_two_sequences(options, expected):
+    setup = stage_setup(options, {"per_device_train_batch_size": 1, "max_length": 100})
+    assert isinstance(setup, Setup)
+    assert (setup.batch, setup.loss, setup.reference) == expected
+    model = configuration()
+    alone = peak_memory(model, replace(setup, reference=False)).total
+    assert (peak_memory(model, setup).total > alone) == setup.reference
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"optim": "sgd"}, "AdamW alone"),
+        ({"experts_implementation": "batched_mm"}, "batched_mm"),
+        ({"max_length": "null"}, "max_length"),
+        ({"load_in_4bit": "true"}, "with LoRA alone"),
+    ],
+)
+def test_what_the_formulae_do_not_know_is_said(given, why):
+    setup = stage_setup(SFT_OPTIONS, given)
+    assert isinstance(setup, str)
+    assert why in setup

@@ -34,7 +34,7 @@ from jai.pretraining.pack import pack_corpus
 from jai.pretraining.plan import SequencePlan
 from jai.pretraining.shards import PackedCorpus
 from jai.provenance import chain, read_step
-from jai.trainers import pretrain
+from jai.trainers import pretrain, pretrain_trainer
 from jai.trainers.arguments import parse_arguments
 from jai.trainers.pretrain_trainer import TOKENS_SEEN
 from jai.trainers.schedules import annealing_begins, warmup_stable_decay
@@ -794,3 +794,22 @@ class TestRecipes:
         assert (config["max_position_embeddings"], config["rope_parameters"]["rope_theta"]) == (512, 1e6)
         history = read_step(out)
         assert [step["step"] for step in chain(history)][-3:] == ["pretrain"] * 3
+
+
+def test_utilisation_is_in_the_logs_where_the_peak_is_known(options, monkeypatch):
+    """No device of the table is here: the peak is given, and the rest is the run's own."""
+    flops: list[float] = []
+    found = pretrain_trainer._flops_of
+
+    def on_a_known_device(model, args):
+        of_token, peak = found(model, args)
+        assert peak is None  # of a processor
+        flops.append(of_token)
+        return of_token, 1e12
+
+    monkeypatch.setattr(pretrain_trainer, "_flops_of", on_a_known_device)
+    out = run(options, max_steps=3)
+    logs = [log for log in json.loads((out / read_step(out)["log_history"]).read_text()) if "tokens_per_second" in log]
+    assert logs
+    for log in logs:
+        assert log["utilization"] == pytest.approx(log["tokens_per_second"] * flops[0] / 1e12)

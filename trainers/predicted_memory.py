@@ -65,7 +65,10 @@ def setup_of_stage(
         return "the formulae know four bits with LoRA alone"
     is_cut = bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     half = training.bf16 or training.fp16
-    weights: Any = "float32" if arguments.model.dtype in ("float32", "auto", None) else "bfloat16"
+    dtype = arguments.model.dtype
+    if dtype in ("auto", None):
+        dtype = str(getattr(base.config, "dtype", None) or "float32").removeprefix("torch.")
+    weights: Any = "float32" if dtype == "float32" else "bfloat16"  # or float16, which is as wide
     compute = 2 if weights == "bfloat16" or (half and is_cut) else 4
     if how is not None:
         weights = "nf4-double" if how.bnb_4bit_use_double_quant else "nf4"
@@ -111,7 +114,7 @@ def _loss(arguments: StageArguments) -> Any:
     if isinstance(training, RewardConfig):
         return "none"
     if isinstance(training, SFTConfig):
-        return "chunked" if training.loss_type == "chunked_nll" else "logits"
+        return "logits" if training.loss_type == "dft" or training.label_smoothing_factor else "chunked"  # as TRL does
     return "chunked" if isinstance(training, PretrainConfig | DPOConfig | KTOConfig | GRPOConfig) else "logits"
 
 
