@@ -4,12 +4,15 @@
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +319,19 @@ class TestRun:
         named = {"loss/language/th", "router/load/language/th/layer_03/expert_0", "skip_alpha/mean", "tokens_seen/thai"}
         assert {f"train/{name}" for name in (*named, "tokens_per_second")} <= {*shown.Tags()["scalars"]}
 
+    @pytest.mark.slow
+    def test_trackio_gets_every_figure_without_a_network(self, options, tmp_path):
+        pytest.importorskip("trackio", reason="trackio is not installed")
+        environment = {"TRACKIO_DIR": str(tmp_path / "trackio"), "TRACKIO_PROJECT": "jai"}
+        finish(start({**options, "report_to": "trackio", "max_steps": 2}, environment=environment))
+        (database,) = (tmp_path / "trackio").glob("*.db")
+        with sqlite3.connect(database) as connection:
+            rows = [json.loads(metrics) for (metrics,) in connection.execute("SELECT metrics FROM metrics")]
+        shown = {row["train/global_step"]: row for row in rows if "train/loss" in row}
+        for step, log in enumerate(logs_of(options["output_dir"]), start=1):
+            for key in log.keys() - {"step"}:
+                assert shown[step][f"train/{key}"] == pytest.approx(log[key], rel=1e-6), key
+
     def test_annealing_changes_text_weight_decay_and_learning_rate(self, options, packed, tmp_path):
         mixture = {"sources": [{"name": name, "language": name[:2], "weight": weight} for name, weight in _MORE_THAI]}
         (tmp_path / "annealing.yaml").write_text(yaml.safe_dump(mixture))
@@ -437,7 +453,12 @@ RESUMABLE = {
 }
 
 
-def start(options: dict[str, Any], processes: int = 1, program: str = "jai.trainers.pretrain") -> subprocess.Popen:
+def start(
+    options: dict[str, Any],
+    processes: int = 1,
+    program: str = "jai.trainers.pretrain",
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen:
     launcher = []
     if processes > 1:  # accelerate's `--cpu` starts one process only; torchrun is behind `--multi_gpu`
         launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--multi_gpu"]
@@ -445,7 +466,7 @@ def start(options: dict[str, Any], processes: int = 1, program: str = "jai.train
         launcher += ["--main_process_port", "0"]
     program_arguments = [program] if program.endswith(".py") else ["-m", program]
     command = [sys.executable, *launcher, *program_arguments, *command_line(options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -455,11 +476,12 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-def kill_after(process: subprocess.Popen, checkpoint: Path) -> None:
-    """SIGKILL to the process and all that it started, as soon as a checkpoint is begun."""
+def kill_after(process: subprocess.Popen, checkpoint: Path, seconds: float = 0) -> None:
+    """SIGKILL to the process and all that it started, as soon as a checkpoint is begun, or so much later."""
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.01)
+    time.sleep(seconds)
     # torchrun gives its processes sessions of their own, so that the group is not all.
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
@@ -502,6 +524,25 @@ class TestResume:
         for ours, theirs in zip(logs_of(moved), logs_of(one), strict=True):
             assert of_tokens(ours) == pytest.approx(of_tokens(theirs), abs=1e-6, rel=1e-5)
             assert abs(ours["loss"] - theirs["loss"]) < 1e-6
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_killed_three_times_at_random_moments_it_ends_as_an_uninterrupted_one(self, options, tmp_path, processes):
+        options |= RESUMABLE | {"max_steps": 40, "save_steps": 3, "logging_steps": 5}
+        whole = {**options, "output_dir": tmp_path / "whole"}
+        finish(start(whole, processes=processes))
+        drawn = random.Random(processes)
+        out, begun = options["output_dir"], 0
+        for _ in range(3):
+            begun += 3 * drawn.randint(2, 4)  # 36 at most
+            again = {"resume_from_checkpoint": "true"} if out.exists() else {}
+            process = start({**options, **again}, processes=processes)
+            kill_after(process, out / f"checkpoint-{begun}", drawn.uniform(0, 0.1))
+            if not (out / f"checkpoint-{begun}" / "trainer_state.json").exists():
+                begun -= 3  # it is begun again
+        assert not (out / "checkpoint-40").exists()
+        finish(start({**options, "resume_from_checkpoint": "true"}, processes=processes))
+        assert_same_run(out, tmp_path / "whole")
 
     @pytest.mark.slow
     def test_the_wrapper_of_two_processes_is_let_go_before_their_group_ends(self, options):

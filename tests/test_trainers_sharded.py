@@ -195,7 +195,7 @@ def test_hsdp_is_two_groups_of_shards(options, tmp_path):
 
 def test_fsdp2_tunes_on_chats_as_one_process(options, chats, tmp_path):
     del options["packed"]
-    options |= {"dataset_name": chats, "max_length": 64, "packing": False, "save_strategy": "no"}
+    options |= {"dataset_name": chats, "max_length": 64, "packing": False, "save_strategy": "no", "max_steps": 2}
     one = run(tmp_path / "one", options, verb="sft")
     halves = {**options, "gradient_accumulation_steps": 2}
     assert_same(run(tmp_path / "two", halves, engine(tmp_path), "sft"), one)
