@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from damage import VALUES, Damage, changed_rows, damages, damages_of, hard_linked
+from huggingface_hub import constants
 from hypothesis import strategies as st
 from json_lines import write_rows
 from pyarrow import Table
@@ -47,6 +48,7 @@ from jai.trainers.orpo import JaiORPOConfig
 from jai.trainers.reward import JaiRewardConfig
 from jai.trainers.rows import DatasetType
 from jai.trainers.sft import JaiSFTConfig
+from loopback_hub import LoopbackHub
 
 pytestmark = pytest.mark.usefixtures("within_bounds")
 
@@ -361,17 +363,22 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "score": {"file": "the/chats.jsonl", "out": "OUT", "model": "the/reward"},
     "tokenizer ablate": {"config": "the/ablation/ablation.yaml", "out": "OUT"},
+    "demo": {"out": "OUT"},
 }
 LINE_EXAMPLES = dict.fromkeys(
     ("eval run", "eval contamination", "eval pairwise", "pairs", "score", "tokenizer ablate"), 8
 )
 FUZZED = [verb for verb in VERBS if verb.name in VALID]
-# Verbs without a line above: what `demo` does takes minutes, whatever it is told.
-UNFUZZED = {"demo"}
 
 
 def test_every_verb_is_fuzzed():
-    assert {verb.name for verb in VERBS} == VALID.keys() | UNFUZZED
+    assert {verb.name for verb in VERBS} == VALID.keys()
+
+
+@pytest.fixture(autouse=True)
+def no_demo(monkeypatch):
+    """What the demo is told is read and checked; what it does takes minutes, whatever it is told."""
+    monkeypatch.setattr("jai.demo.run.run_demo", lambda options: None)
 
 
 @st.composite
@@ -478,6 +485,43 @@ def fuzz_options(checkpoints: Path, figures: Figures, verb: Verb, seconds: float
         examples=LINE_EXAMPLES.get(verb.name, 20),
         seconds=seconds,
     )
+
+
+@pytest.fixture
+def login(nobody_logged_in, checked_once, hub, monkeypatch) -> None:
+    """A login to the Hub on this machine; what was checked once in a clean process is not checked again."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+
+
+def test_publishing(checkpoints, figures, login, hub):
+    fuzz_publishing(checkpoints, figures, hub, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 600)
+def test_publishing_for_minutes(checkpoints, figures, login, hub):
+    fuzz_publishing(checkpoints, figures, hub, SECONDS / 20)
+
+
+def fuzz_publishing(checkpoints: Path, figures: Figures, hub: LoopbackHub, seconds: float | None) -> None:
+    verb = next(verb for verb in VERBS if verb.name == "publish")
+    names = ("loopback/model", "model", "loopback/other")
+
+    def check(drawn: tuple[Line, str]) -> None:
+        line, name = drawn
+        words = [name if word == "me/model" else word for word in line.words if word != "--dry-run"]
+        outcome = check_line(checkpoints, Line(tuple(words), line.yaml))
+        figures.add(outcome)
+        assert outcome.code or "--help" in words or "--no-dry-run" in words or "Published" in outcome.out
+        for repo in hub.repos.values():
+            for head in {*repo.branches, *repo.tags}:
+                files = repo.head(head).files.keys() - {".gitattributes"}
+                assert not files or files >= {"README.md"}, "half of it is there"
+                assert not files & {"config.json"} or files >= {"modeling_jai.py", "model.safetensors"}, files
+
+    fuzz(st.tuples(lines(verb), st.sampled_from(names)), check, examples=2, seconds=seconds)
 
 
 TRAINING = {
