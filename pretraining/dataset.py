@@ -56,8 +56,11 @@ class PackedSequences(Dataset):
         ids = np.empty(plan.context, np.int64)
         columns = (pieces.source, pieces.document, pieces.start, pieces.stop, begins)
         for source, document, start, stop, begin in zip(*(column.tolist() for column in columns)):
-            tokens = plan.sources[source].read(document, start, stop) if source >= 0 else plan.corpus.eos_token_id
-            if source >= 0 and len(tokens) != stop - start:
+            if source < 0:
+                ids[begin : begin + stop - start] = plan.corpus.eos_token_id
+                continue
+            tokens = plan.sources[source].read(document, start, stop)
+            if len(tokens) != stop - start:
                 raise _damaged(plan, source, document, "its borders and its ids do not fit")
             ids[begin : begin + stop - start] = tokens
         vocabulary = plan.corpus.tokenizer["vocabulary"]
