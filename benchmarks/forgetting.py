@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from arms import check_setup, first_characters
 from forgetting_arms import (
     EDITED,
     ENGLISH,
@@ -156,10 +157,10 @@ def _write_text(settings: Settings, data: Path, folder: Path) -> None:
     _write_rows(folder / "parallel.jsonl", ({"en": row["en"], "th": row["th"]} for row in kept))
 
     weights = {ENGLISH: 1.0}
-    sample = list(_characters(reading_order(split, weights, "tokenizer"), settings.tokenizer_characters))
+    sample = list(first_characters(reading_order(split, weights, "tokenizer"), settings.tokenizer_characters))
     base = train_phi3_style(sample, settings.base_vocabulary)
     base.save_pretrained(folder / "base-tokenizer")
-    thai = list(_characters(reading_order(split, {THAI: 1.0}, "tokenizer"), settings.tokenizer_characters))
+    thai = list(first_characters(reading_order(split, {THAI: 1.0}, "tokenizer"), settings.tokenizer_characters))
     tokenizer = extend_tokenizer(base, thai, vocab_size=settings.vocabulary)
     tokenizer.save_pretrained(folder / "tokenizer")
     lengths = [
@@ -188,14 +189,6 @@ def _rows(path: Path, megabytes: float) -> Iterator[dict[str, Any]]:
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _characters(pieces: Iterable[str], characters: int) -> Iterator[str]:
-    for piece in pieces:
-        yield piece
-        characters -= len(piece)
-        if characters <= 0:
-            return
 
 
 def _train_base(settings: Settings, text: Path, folder: Path) -> None:
@@ -361,7 +354,9 @@ def forgetting(
         UserError: if `out` holds runs of other settings or texts.
     """
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    _check_setup(settings, data, out)
+    setup = asdict(settings) | {"texts": {path.name: sha256(path) for path in sorted(data.glob("*.jsonl.gz"))}}
+    setup.pop("seeds")  # more of them may come later
+    check_setup(setup, out)
     prepare(settings, data, out)
     # All arms of the first seed come first, so that a look at them is early.
     jobs = [
@@ -378,24 +373,6 @@ def forgetting(
         if runs:
             write_report(runs, settings, out)
     return runs, new
-
-
-def _check_setup(settings: Settings, data: Path, out: Path) -> None:
-    """Refuse to go on from runs that could not be compared with these."""
-    files = sorted(data.glob("*.jsonl.gz"))
-    setup = json.loads(json.dumps(asdict(settings) | {"texts": {path.name: sha256(path) for path in files}}))
-    setup.pop("seeds")  # more of them may come later
-    file = out / "setup.json"
-    if not file.exists():
-        file.write_text(json.dumps(setup, indent=1), encoding="utf-8")
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    different = [name for name in setup if setup[name] != before.get(name)]
-    if different:
-        raise UserError(
-            f"{out} holds runs with other {', '.join(different)}. Give another --out, or the options and the texts "
-            "that it was made with."
-        )
 
 
 def main() -> None:

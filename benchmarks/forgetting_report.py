@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from arms import mean_and_spread
 from forgetting_arms import GROUPS, Settings, equal_flops_step
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -109,7 +110,11 @@ def _table(arms: dict[str, list[ArmResult]], steps: int) -> str:
     return ReportTable(
         ["arm", *(name for name, *_ in columns), "seeds"],
         [
-            [arm, *(_spread([value(run) for run in found], form) for _, value, form in columns), str(len(found))]
+            [
+                arm,
+                *(mean_and_spread([value(run) for run in found], form) for _, value, form in columns),
+                str(len(found)),
+            ]
             for arm, found in arms.items()
         ],
         numbers=True,
@@ -133,7 +138,9 @@ def _equal_flops(arms: dict[str, list[ArmResult]], settings: Settings) -> str:
                 name,
                 str(step),
                 *(
-                    _spread([getattr(run.at(last), text) - getattr(base.at(at), text) for run, base in pairs], "+.3f")
+                    mean_and_spread(
+                        [getattr(run.at(last), text) - getattr(base.at(at), text) for run, base in pairs], "+.3f"
+                    )
                     for at in (last, step)
                     for text in ("english", "thai")
                 ),
@@ -156,7 +163,7 @@ def _english_over_tokens(arms: dict[str, list[ArmResult]]) -> str:
             if run.seed in plain
         ]
         if behind and arm != "not upscaled":
-            spreads = [_spread(values, "+.3f") for values in zip(*behind)]
+            spreads = [mean_and_spread(values, "+.3f") for values in zip(*behind)]
             rows.append([arm, *spreads, ", ".join(_tokens_until_back(tokens, values) for values in behind)])
     header = ["start − not upscaled", *(f"{count:,} tokens" for count in tokens), f"tokens until below {_BACK}"]
     return ReportTable(header, rows, numbers=True).markdown()
@@ -223,8 +230,3 @@ def _by_arm(runs: Sequence[ArmResult], group: str) -> dict[str, list[ArmResult]]
         if run.group == group:
             arms.setdefault(run.name, []).append(run)
     return arms
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean

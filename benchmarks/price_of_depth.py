@@ -17,7 +17,7 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from arms import check_setup, first_characters
 from price_of_depth_models import (
     EXPERT_NOISE,
     EXPERTS_PER_TOKEN,
@@ -361,7 +362,7 @@ def prepare_text(settings: Settings, texts: Sequence[Path], out: Path) -> None:
     weights = dict.fromkeys(documents, 1.0)
     rows = settings.training.rows
     with new_folder(out / "text") as folder:
-        sample = list(_characters(reading_order(text, weights, "tokenizer"), settings.tokenizer_characters))
+        sample = list(first_characters(reading_order(text, weights, "tokenizer"), settings.tokenizer_characters))
         base = train_phi3_style(sample, settings.base_vocabulary)
         tokenizer = extend_tokenizer(base, sample, vocab_size=settings.vocabulary)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -373,14 +374,6 @@ def prepare_text(settings: Settings, texts: Sequence[Path], out: Path) -> None:
 
 def _name(path: Path) -> str:
     return path.name.split(".")[0]
-
-
-def _characters(pieces: Iterable[str], characters: int) -> Iterable[str]:
-    for piece in pieces:
-        yield piece
-        characters -= len(piece)
-        if characters <= 0:
-            return
 
 
 def price_of_depth(
@@ -395,7 +388,7 @@ def price_of_depth(
         UserError: if `out` holds runs of other settings or texts, or for texts that cannot be used.
     """
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    _check_setup(settings, texts, out)
+    check_setup(asdict(settings) | {"texts": {_name(path): sha256(path) for path in texts}}, out)
     prepare_text(settings, texts, out)
     jobs = [Job(part, arm, seed, settings, out) for seed in settings.seeds for part in ARMS for arm in ARMS[part]]
     missing = [job for job in jobs if not job.file.exists()]
@@ -412,22 +405,6 @@ def price_of_depth(
         if runs:
             write_report(runs, out)
     return runs, bool(missing)
-
-
-def _check_setup(settings: Settings, texts: Sequence[Path], out: Path) -> None:
-    """Refuse to go on from runs that could not be compared with these."""
-    setup = json.loads(json.dumps(asdict(settings) | {"texts": {_name(path): sha256(path) for path in texts}}))
-    file = out / "setup.json"
-    if not file.exists():
-        file.write_text(json.dumps(setup, indent=1), encoding="utf-8")
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    different = [name for name in setup if setup[name] != before.get(name)]
-    if different:
-        raise UserError(
-            f"{out} holds runs with other {', '.join(different)}. Give another --out, or the options and the texts "
-            "that it was made with."
-        )
 
 
 def _run_in_processes(jobs: Sequence[Job], origin: dict[str, str], workers: int) -> None:

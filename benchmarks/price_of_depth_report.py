@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arms import mean_and_spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -114,10 +115,12 @@ def markdown(runs: Sequence[ArmResult]) -> str:
             [
                 [
                     arm,
-                    _spread([reference[run.seed].at(0).nats for run in found], ".3f"),
-                    *(_spread([run.at(step).nats for run in found], ".3f") for step in (0, steps[-1])),
+                    mean_and_spread([reference[run.seed].at(0).nats for run in found], ".3f"),
+                    *(mean_and_spread([run.at(step).nats for run in found], ".3f") for step in (0, steps[-1])),
                     *(
-                        _spread([run.at(step).nats - reference[run.seed].at(step).nats for run in found], "+.3f")
+                        mean_and_spread(
+                            [run.at(step).nats - reference[run.seed].at(step).nats for run in found], "+.3f"
+                        )
                         for step in shown
                     ),
                     str(len(found)),
@@ -129,8 +132,8 @@ def markdown(runs: Sequence[ArmResult]) -> str:
         lines.append(table.markdown())
         found = arms[REFERENCES[part]]
         lines += ["", f"{REFERENCES[part]} with the compute of the others: step {found[0].last_step}, "]
-        lines[-1] += _spread([run.points[-1].nats for run in found], ".3f")
-        gained = _spread([run.points[-1].nats - run.at(steps[-1]).nats for run in found], "+.3f")
+        lines[-1] += mean_and_spread([run.points[-1].nats for run in found], ".3f")
+        gained = mean_and_spread([run.points[-1].nats - run.at(steps[-1]).nats for run in found], "+.3f")
         lines[-1] += f"; {gained} against itself at step {steps[-1]}"
         lines += ["", f"## {part}: bits per character", ""]
         texts = list(found[0].points[0].bits_by_text)
@@ -138,7 +141,7 @@ def markdown(runs: Sequence[ArmResult]) -> str:
         table = ReportTable(
             ["start", *(f"{name}, step {step}" for step, name in ends)],
             [
-                [arm, *(_spread([r.at(step).bits_by_text[name] for r in found], ".3f") for step, name in ends)]
+                [arm, *(mean_and_spread([r.at(step).bits_by_text[name] for r in found], ".3f") for step, name in ends)]
                 for arm, found in arms.items()
             ],
             numbers=True,
@@ -159,8 +162,8 @@ def _alphas(arms: dict[str, list[ArmResult]]) -> list[str]:
             [
                 [
                     arm,
-                    *(_spread([run.points[-1].alphas[i] for run in found], "+.2f") for i in range(copies)),
-                    _spread([statistics.mean(run.points[-1].alphas) for run in found], "+.2f"),
+                    *(mean_and_spread([run.points[-1].alphas[i] for run in found], "+.2f") for i in range(copies)),
+                    mean_and_spread([statistics.mean(run.points[-1].alphas) for run in found], "+.2f"),
                 ]
                 for arm, found in learned.items()
             ],
@@ -189,7 +192,7 @@ def _experts(arms: dict[str, list[ArmResult]], shown: Sequence[int]) -> list[str
                 [
                     arm,
                     *(
-                        _spread([measure(run.at(step)) for run in found], ".3f")
+                        mean_and_spread([measure(run.at(step)) for run in found], ".3f")
                         for _, measure in columns
                         for step in (shown[0], shown[1], shown[-1])
                     ),
@@ -277,8 +280,3 @@ def _by_arm(runs: Sequence[ArmResult], part: str) -> dict[str, list[ArmResult]]:
 def _common_steps(arms: dict[str, list[ArmResult]]) -> list[int]:
     """Steps at which every run has a point; the reference has one more, at the compute of the others."""
     return sorted(set.intersection(*({point.step for point in run.points} for found in arms.values() for run in found)))
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean

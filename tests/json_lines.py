@@ -13,3 +13,8 @@ def write_rows(path: str | Path, rows: Iterable[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def turn(role: str, content: str) -> list[dict[str, str]]:
+    """A message alone, as a prompt or an answer of a row."""
+    return [{"role": role, "content": content}]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from datasets import Dataset
-from json_lines import write_rows
+from json_lines import turn, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer, ModelConfig, ScriptArguments
 
@@ -49,10 +49,6 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_checkpoint) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), router_aux_loss_coef=0.1)
-
-
-def turn(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
 
 
 @pytest.fixture(scope="module")

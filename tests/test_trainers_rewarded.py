@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from json_lines import write_rows
+from json_lines import turn, write_rows
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -60,10 +60,6 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_checkpoint) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), router_aux_loss_coef=0.1)
-
-
-def turn(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
 
 
 @pytest.fixture(scope="module")
