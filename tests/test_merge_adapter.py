@@ -131,6 +131,8 @@ def test_what_does_not_fit_is_refused(base, tiny_checkpoint, tmp_path):
         ({"rank_pattern": {"q_proj": 2}}, "`rank_pattern`"),
         ({"peft_type": "IA3"}, "'IA3'; only LORA"),
         ({"r": 0}, "no sound rank"),
+        ({"base_model_name_or_path": "me/base", "revision": "abc"}, r"revision abc.*--revision abc --local-dir"),
+        ({"revision": 7}, "no sound rank"),
         ({"base_model_name_or_path": None}, r"does not say which model.*--base"),
     ):
         shutil.rmtree(tmp_path / "changed", ignore_errors=True)

@@ -34,12 +34,14 @@ class AdapterConfig:
 
     Attributes:
         base: name of the model that it was trained on.
+        revision: of that model on the Hub; None is the default branch.
         rank, scale: of every pair of factors.
         parameters: endings of the names of adapted 3-D parameters.
         rows: by the ending of an embedding module's name, which rows the adapter holds.
     """
 
     base: str
+    revision: str | None
     rank: int
     scale: float
     parameters: tuple[str, ...]
@@ -77,7 +79,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
                 "memory, and call `merge_and_unload()`."
             )
     rank, alpha, base = content.get("r"), content.get("lora_alpha"), content.get("base_model_name_or_path")
-    parameters = content.get("target_parameters") or []
+    parameters, revision = content.get("target_parameters") or [], content.get("revision")
     rows = content.get("trainable_token_indices") or {}
     if isinstance(rows, list):
         rows = {"embed_tokens": rows}
@@ -87,6 +89,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         and type(alpha) in (int, float)
         and math.isfinite(cast(float, alpha))
         and isinstance(base, str | None)
+        and isinstance(revision, str | None)
         and isinstance(parameters, list)
         and all(isinstance(name, str) for name in parameters)
         and isinstance(rows, dict)
@@ -96,15 +99,22 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise UserError(f"{path} has no sound rank, alpha and targets. {_REMEDY}")
     rank, alpha = cast(int, rank), cast(float, alpha)
     scale = alpha / (math.sqrt(rank) if content.get("use_rslora") else rank)
-    return AdapterConfig(base or "", rank, scale, tuple(parameters), rows)
+    return AdapterConfig(base or "", revision, rank, scale, tuple(parameters), rows)
 
 
 def base_of(name: str, config: AdapterConfig, given: str | None) -> str:
     """The model to merge into.
 
     Raises:
-        UserError: if neither is named.
+        UserError: if neither is named, or it is on the Hub and the adapter names a revision of it.
     """
-    if base := given or config.base:
+    base = given or config.base
+    if base and base == config.base and config.revision and not Path(base).is_dir():
+        raise UserError(
+            f"{name} was trained on {base} at the revision {config.revision}, and this reads the default branch. "
+            f"Fetch that revision (hf download {base} --revision {config.revision} --local-dir FOLDER), and give it: "
+            "--base FOLDER"
+        )
+    if base:
         return base
     raise UserError(f"{name} does not say which model it is for. Give it: --base CKPT")
