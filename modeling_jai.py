@@ -61,7 +61,8 @@ def takes_cache(forward: Callable) -> Callable:
             kwargs["past_key_values"] = kwargs.pop(CACHE)
         return forward(self, *args, **kwargs)
 
-    renaming.__signature__ = signature.replace(parameters=[*others, parameter, last])  # `generate` looks for its name
+    # `generate` looks for its name.
+    renaming.__signature__ = signature.replace(parameters=[*others, parameter, last])  # type: ignore[attr-defined]
     return renaming
 
 
