@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluation_data import Constant, Knows, short_suite, write_rows
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
 from jai.evaluation.measure import SuitePlan, measure_suite, plan_suite
@@ -69,7 +73,7 @@ class _Downloaded:
 
 
 @pytest.fixture
-def load(texts, tiny_checkpoint, tmp_path, monkeypatch) -> Callable[..., SuitePlan]:
+def load(texts, tmp_path, monkeypatch) -> Callable[..., SuitePlan]:
     pytest.importorskip("wonderwords", reason="needs lm-eval[ruler], which the extra eval brings")
     import nltk
     import requests
@@ -77,13 +81,16 @@ def load(texts, tiny_checkpoint, tmp_path, monkeypatch) -> Callable[..., SuitePl
     monkeypatch.setattr(nltk.data, "path", [str(texts / "nltk")])
     monkeypatch.setattr(requests, "get", lambda url, **_: _Downloaded(texts / url.rpartition("/")[2]))
     monkeypatch.chdir(texts)
-    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    # A word is a token: what lm-eval makes of a length in tokens then does not depend on a small vocabulary.
+    words = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
     whole = read_suite(str(short_suite("ruler", tmp_path, LENGTHS)))
 
     def load(*tasks: str) -> SuitePlan:
         rows = [dataclasses.asdict(row) for row in whole.tasks if not tasks or row.task in tasks]
         suite = dataclasses.replace(whole, tasks=rows, means=[dataclasses.asdict(mean) for mean in whole.means])
-        return plan_suite(suite, TaskLoader(metadata={**whole.metadata, "pretrained": str(checkpoint)}))
+        return plan_suite(suite, TaskLoader(metadata={**whole.metadata, "tokenizer": str(tmp_path / "words")}))
 
     return load
 
