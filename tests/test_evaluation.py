@@ -16,6 +16,8 @@ from evaluation_data import (
     CODE_EVAL,
     ITEMS,
     LENGTHS,
+    RIGHT,
+    WRONG,
     Constant,
     Knows,
     mmlu_subjects,
@@ -24,6 +26,7 @@ from evaluation_data import (
     write_data,
     write_rows,
 )
+from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -31,6 +34,7 @@ from lm_eval.tasks import TaskManager
 from jai.errors import UserError
 from jai.evaluation.command import evaluate_suites
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
+from jai.evaluation.long_context import long_context_results
 from jai.evaluation.measure import measure_suite, plan_suite
 from jai.evaluation.models import load_answering_model
 from jai.evaluation.options import EvalOptions
@@ -192,6 +196,21 @@ def test_means_over_tasks_and_over_questions_differ_where_tasks_have_other_sizes
     assert figure_of(run, "mean over questions").value == pytest.approx((1 + 4 * 3) / (1 + 4 * 5))
 
 
+@pytest.mark.parametrize(("over", "mean"), [("tasks", (1 + 3 / 5) / 2), ("items", (1 + 3) / 6)])
+def test_the_mean_of_a_group_is_over_its_tasks_or_its_questions(data, tmp_path, over, mean):
+    """Alone, and in the mean of the suite: of one question that is known, and of five of which three are."""
+    folder = tmp_path / "data"
+    shutil.copytree(data / "scb10x", folder / "scb10x")
+    path = folder / "scb10x/thai_exam/onet/test.jsonl"
+    path.write_text(path.read_text().split("\n")[0] + "\n")
+    (tmp_path / "exams.yaml").write_text("group: exams\ntask: [thai_exam_onet, thai_exam_ic]\n")
+    rows = [{"task": "exams", "metric": "acc", "mean": over}]
+    suite = Suite(name="s", title="t", about="a", tasks=rows, means=[{"name": "all", "over": "tasks"}])
+    run = measure(plan_suite(suite, TaskLoader(data=folder, include_path=tmp_path)), Knows(), tmp_path / "run")
+    assert figure_of(run, "exams").value == pytest.approx(mean)
+    assert figure_of(run, "all").value == pytest.approx(mean)
+
+
 def test_questions_on_one_passage_are_one_for_the_interval(plan_of, tmp_path):
     run = measure(plan_of("thai-nlu"), Knows(), tmp_path / "run")
     figure = figure_of(run, "belebele_tha_Thai")
@@ -205,6 +224,12 @@ def test_a_figure_for_each_length_beside_the_mean(plan_of, tmp_path):
     for name in [*(f"{length} tokens" for length in LENGTHS.values()), "mean"]:
         assert figure_of(run, name).value == pytest.approx(0.5)
     assert figure_of(run, "mean").items == 4 * figure_of(run, "1536 tokens").items == 4 * 6 * 2
+
+
+def test_thai_digits_are_digits_in_long_contexts():
+    doc = {"outputs": ["1234567", "7654321"], "max_length": 4096}
+    assert long_context_results(doc, ["คือ ๑๒๓๔๕๖๗"]) == {"4096": 0.5}
+    assert long_context_results(doc, ["๗๖๕๔๓๒๑ และ 1234567"]) == {"4096": 1}
 
 
 class KnowsFewer(Knows):
@@ -230,6 +255,7 @@ def test_a_limit_takes_questions_of_each_length(plan_of, tmp_path):
     whole = measure(plan_of("ruler-th"), Knows(), tmp_path / "whole")
     some = measure(plan_of("ruler-th"), Knows(), tmp_path / "some", limit=1)
     assert len(some.items) == len(whole.items) / 2 == 6 * 4
+    assert {item.id for item in some.items.values()} == {"0", "2", "4", "6"}  # the first of the two of each length
     for key, item in some.items.items():
         assert whole.items[key].texts["expected"] == item.texts["expected"]
 
@@ -371,6 +397,18 @@ def test_answers_are_kept_by_batches(tmp_path, data):
     run = measure(plan, lm, tmp_path / "run")
     assert len(run.items) == 40
     assert lm.calls == 0
+
+
+def test_an_answer_is_kept_for_its_question_and_its_choice(tmp_path):
+    """Data whose choices have changed is asked anew."""
+
+    def asked(choice):
+        return Instance("loglikelihood", {}, ("ข้อ 1", choice), 0, ("task", 0, 1))
+
+    for model, choice, expected in ((Knows(), RIGHT, -1), (Constant(), WRONG, -1), (Knows(), WRONG, -1)):
+        kept = KeptAnswers(model, tmp_path / ANSWERS_FILE, 8)
+        assert kept.loglikelihood([asked(choice)]) == [(expected, False)]
+    assert len((tmp_path / ANSWERS_FILE).read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

@@ -114,6 +114,14 @@ def test_a_paired_test_tells_a_change_from_noise():
     assert (same.value, same.p_value) == (0.0, 1.0)
 
 
+def test_items_are_paired_by_their_keys():
+    """Whatever their order, and whichever are missing in one."""
+    scores = [float(number % 3 == 0) for number in range(30)]
+    same = paired_difference(items_of(scores), items_of(scores)[:0:-1])
+    assert (same.value, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+    assert (same.items, same.unpaired) == (29, 1)
+
+
 def test_p_values_are_those_of_the_binomial():
     # Nine questions changed, eight of them for the better: two-sided 2 · (1 + 9) / 2^9.
     before, after = [0.0] * 8 + [1.0] + [1.0] * 50, [1.0] * 8 + [0.0] + [1.0] * 50
