@@ -125,8 +125,16 @@ def published_table(comparison: Comparison) -> ReportTable:
                 for each in _printed_alike([each for each in published if each.scale == scale])
             ]
             ours[0][0] = title
-            rows += ours + theirs
+            rows += _without_repeated_notes(ours + theirs)
     return ReportTable(["figure", "model", "value", "source", "judge", "note"], rows)
+
+
+def _without_repeated_notes(rows: Sequence[list[str]]) -> Iterator[list[str]]:
+    """Rows whose last column is blank where it says what the row above says."""
+    before = None
+    for *cells, note in rows:
+        yield [*cells, "" if note == before else note]
+        before = note
 
 
 def _published_of(row: ComparedFigure) -> list[PublishedFigure]:

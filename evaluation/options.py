@@ -85,7 +85,7 @@ class EvalOptions(JudgeOptions):
     seed: int = option(0, help="Seed of sampling, and of the intervals.", at_least=0, at_most=2**32 - 1)
     include_path: Path | None = option(None, help="Folder with more lm-eval tasks.", metavar="DIR")
     allow_code_execution: bool = option(
-        False, help="Run the programs that the model writes, on this machine. The suite code needs it."
+        False, help="Run the programs that the model writes, on this machine: code and livecodebench need it."
     )
     card: bool = option(
         False, help="Write the figures into the checkpoint's evaluation.json, which its model card shows."
@@ -206,7 +206,7 @@ class ContaminationOptions:
             UserError: for folders that do not exist, and an output that does.
         """
         if not self.suite:
-            raise UserError("No suite is given. Name one with --suite; `jai eval run CKPT` lists them.")
+            raise UserError("No suite is given. Name one with --suite; `jai eval CKPT` lists them.")
         for flag, folder in (("--data", self.data), ("--run", self.run)):
             if folder is not None and not folder.is_dir():
                 raise UserError(f"{flag} {folder} is no folder. Give one that exists.")

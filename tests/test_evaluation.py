@@ -524,6 +524,18 @@ def test_a_metric_that_a_task_does_not_have(plan_of, data, tmp_path):
         measure(plan_suite(suite, TaskLoader(data=data)), Knows(), tmp_path / "run")
 
 
+def test_a_metric_that_is_no_mean(data, tmp_path):
+    """Its figure would be another than lm-eval's."""
+    (tmp_path / "middle.yaml").write_text(
+        f"include: {TASKS_FOLDER}/thai_exam/thai_exam_onet.yaml\ntask: middle\n"
+        "metric_list: [{metric: acc, aggregation: median, higher_is_better: true}]\n"
+    )
+    suite = Suite(name="s", title="t", about="a", tasks=[{"task": "middle", "metric": "acc"}])
+    plan = plan_suite(suite, TaskLoader(data=data, include_path=tmp_path))
+    with pytest.raises(UserError, match="The metric 'acc' of middle is no mean over its items"):
+        measure(plan, Knows(), tmp_path / "run")
+
+
 def test_rows_that_are_left_out_are_counted(plan_of, tmp_path):
     run = measure(plan_of("onet"), Knows(), tmp_path / "run")
     assert "onet_m3_thai leaves out 1 of the 4 rows of its data." in run.results.notes

@@ -44,9 +44,10 @@ class JudgeOptions:
     )
     judge_price: list[float] = option(
         [],
-        help="Price of a million tokens that the judge reads, and of a million that it writes; the cost is then "
-        "estimated before it is asked.",
+        help="Price of a million tokens that the judge reads, and of a million that it writes, such as 2.5,10; the "
+        "cost is then estimated before it is asked.",
         at_least=0,
+        metavar="READ,WRITTEN",
     )
     repeats: int = option(
         1, help="How often everything is judged; with 2 and more, the agreement is shown.", at_least=1
