@@ -213,7 +213,7 @@ def _clusters(
     for item, cluster, each in zip(items, cluster_of, numbers, strict=True):
         sums[cluster, tasks[item.task]] += each
     strata = defaultdict(list)
-    for cluster, is_in in enumerate(sums.any(-1)):
+    for cluster, is_in in enumerate(np.any(sums != 0, axis=-1)):
         if is_in.any():
             strata[tuple(is_in)].append(cluster)
     shares = None if weights is None else np.array(list(weights.values()))
@@ -236,7 +236,8 @@ def _mean_of_sums(sums: np.ndarray) -> np.ndarray:
 
 
 def _bleu_of_sums(sums: np.ndarray) -> np.ndarray:
-    return np.apply_along_axis(corpus_bleu, -1, sums)
+    texts = sums.reshape(-1, sums.shape[-1]).tolist()
+    return np.array([corpus_bleu(each) for each in texts]).reshape(sums.shape[:-1])
 
 
 def value_of_items(items: Sequence[Item]) -> float | None:
