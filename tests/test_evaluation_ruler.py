@@ -52,8 +52,13 @@ def texts(tmp_path_factory) -> Path:
         for n in range(QUESTIONS)
     ]
     squad = {"data": [{"paragraphs": paragraphs[n : n + 2]} for n in range(0, QUESTIONS, 2)]}
+    filler = " It lies by the river and has a market." * 2  # where all documents fit, lm-eval mixes up their numbers
     hotpot = [
-        {"question": f"Whose is {n}?", "answer": f"Anna {n}", "context": [[f"Town {n}", [f"It is Anna {n}'s."]]]}
+        {
+            "question": f"Whose is {n}?",
+            "answer": f"Anna {n}",
+            "context": [[f"Town {n}", [f"It is Anna {n}'s.{filler}"]]],
+        }
         for n in range(QUESTIONS)
     ]
     for name, content in {"dev-v2.0.json": squad, "hotpot_dev_distractor_v1.json": hotpot}.items():
