@@ -141,6 +141,7 @@ def card_files(folder: str | os.PathLike, repo_id: str | None = None) -> dict[st
         router_image=_ROUTER_IMAGE if _ROUTER_IMAGE in images else "",
         context=f"{config.max_position_embeddings:,}",
         quantized=_quantized_as(quantization),
+        in_four_bits=isinstance(quantization, Mapping) and bool(quantization.get("load_in_4bit")),
         fits_four_bits=not quantization and config.hidden_size % 64 == 0 and config.intermediate_size % 64 == 0,
         tree="\n".join(_tree(steps)) if any(len(step["inputs"]) > 1 for step in steps) else "",
         steps=card_steps,

@@ -123,6 +123,8 @@ def test_a_quantised_checkpoint_says_so(folder):
     assert ModelCard(text).data.base_model_relation == "quantized"
     assert f"| parameters | {parameters} |" in text
     assert "The weights are rounded: FP4 by bitsandbytes." in text
+    assert "LoRA reaches the experts in this form by" in text
+    assert re.search(r"`jai sft --model_name_or_path \S+ --use_peft`", text)
     assert "vllm serve" not in text
 
 
