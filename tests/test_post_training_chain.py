@@ -33,6 +33,7 @@ INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(2400),  # eight minutes of one core; busy cores took 23
     pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data, which is not here"),
 ]
 
