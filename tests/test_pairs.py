@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ import jai.recipes
 from chat_endpoint import Answer, ChatEndpoint
 from jai import JaiForSequenceClassification
 from jai.errors import UserError
+from jai.evaluation.endpoint import Endpoint
 from jai.options import read_options_file
 from jai.preferences.calibration import Calibration
 from jai.preferences.candidates import Candidate
@@ -270,6 +272,57 @@ def test_a_judge_that_fails_keeps_what_came(prompts, tmp_path):
             _, rows, _ = run(prompts, tmp_path / "pairs", model, judge, judge_concurrency=1)
         assert len(judge.asked) == 22
     assert len(model.asked) == 20
+    assert len(rows) == 4
+
+
+FAULTS = {
+    "429": (Answer(status=429, headers={"Retry-After": "0"}, body=b'{"error": "slow down"}'), "HTTP 429"),
+    "500": (Answer(status=500, body=b"oops"), "HTTP 500"),
+    "hanging": (Answer("late", delay=0.5), "timeout"),
+    "nothing": (Answer(body=b""), "empty body"),
+    "hung up": (Answer(hang_up=True), "connection"),
+    "half a JSON": (Answer(body=b'{"choices": [{"message": {"content": "8'), "no JSON"),
+}
+
+
+@pytest.mark.parametrize("who", ["model", "judge"])
+@pytest.mark.parametrize(
+    "fault", [name if name == "half a JSON" else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
+)
+def test_a_server_that_fails_loses_nothing(prompts, tmp_path, fault, who, monkeypatch):
+    """What never answers is one error, and what came is kept; what stumbles once is asked again and counted."""
+    broken, word = FAULTS[fault]
+    quick = {"timeout": 0.3, "first_pause": 0.01, "attempts": 2}
+    build = Endpoint.__init__
+    monkeypatch.setattr(Endpoint, "__init__", lambda self, **options: build(self, **{**options, **quick}))
+    answered: Counter[str] = Counter()
+    stumbles = False
+
+    def behaving(name: str) -> Callable[[dict, int], Answer | str]:
+        def behave(request: dict, before: int) -> Answer | str:
+            asked = len(servers[name].asked)
+            if name == who and (asked == 1 if stumbles else asked > 3):
+                return broken
+            if name == "judge":
+                return grade_by_number(request, before)
+            answered[question := request["messages"][-1]["content"]] += 1
+            return f"{question}, ตอบ {answered[question]}"
+
+        return behave
+
+    servers = {name: ChatEndpoint(behaving(name)) for name in ("model", "judge")}
+    options = {"candidates": 2, "judge_concurrency": 1, "batch_size": 1}
+    with servers["model"], servers["judge"]:
+        with pytest.raises(UserError, match=r"failed; the last one after 2 tries: ") as error:
+            run(prompts, tmp_path / "pairs", **servers, **options)
+        came = 3 if who == "model" else 2  # the judge's first request is whether it is there
+        assert f"{came} of the 8 replies came and are kept" in str(error.value)
+        assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
+        servers[who].asked.clear()
+        stumbles = True
+        printed, rows, _ = run(prompts, tmp_path / "pairs", **servers, **options)
+        assert len(servers[who].asked) == 8 - came + 1
+        assert f"{word} 1×" in printed
     assert len(rows) == 4
 
 
