@@ -466,7 +466,14 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             if isinstance(module, JaiExperts4bit):
                 model.set_submodule(name, module.dequantized(dtype))
         from bitsandbytes.nn import Linear4bit
+        from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
+        # Saving takes back how weights were converted in loading; of stored four bits transformers (5.23) cannot.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if not any(isinstance(operation, Bnb4bitDeserialize) for operation in getattr(conversion, "operations", ()))
+        ]
         if not any(isinstance(module, Linear4bit) for module in model.modules()):
             return model  # where no linear layer is quantised, transformers fails (5.23)
         return super()._dequantize(model, dtype=dtype)

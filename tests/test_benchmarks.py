@@ -82,3 +82,18 @@ def test_what_few_bits_cost(folder, tiny_checkpoint, tmp_path, sentences):
     assert cost["float32"] == 0
     assert cost["bf16"] <= cost["NF4"]
     assert len({rows[form]["bits_per_character"] for form in ("NF4", "NF4, double quantisation", "FP8", "int8")}) == 4
+
+
+@pytest.mark.slow
+def test_lora_on_experts(folder):
+    """The three ways compute the same, which the script sees to itself; four bits take fewer bytes than the weights."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes = ("--hidden-size", "64", "--intermediate-size", "128", "--tokens", "8", "--rank", "2", "--repeats", "1")
+    finished = subprocess.run([sys.executable, folder / "expert_lora.py", *sizes], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    with (folder / "results" / "expert_lora.csv").open() as file:
+        rows = {(row["arm"], row["implementation"]): row for row in csv.DictReader(file)}
+    ours, peft = ("ours", "grouped_mm"), ("PEFT", "grouped_mm")
+    assert rows.keys() == {ours, ("ours", "eager"), peft, ("parametrised", "grouped_mm")}
+    assert float(rows[ours]["weights_mb"]) < 0.5 * float(rows[peft]["weights_mb"])
+    assert all(float(row["peak_beside_mb"]) > 0 for row in rows.values())

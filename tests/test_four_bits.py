@@ -307,6 +307,16 @@ def test_it_dequantises_whole(model):
     assert restored(INPUT_IDS).logits.shape == (2, 10, 99)
 
 
+def test_what_was_stored_in_four_bits_is_saved_whole(model, tmp_path):
+    model.save_pretrained(tmp_path / "four")
+    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "four").dequantize()
+    restored.save_pretrained(tmp_path / "whole")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert not hasattr(again.config, "quantization_config")
+    assert again.state_dict().keys() == restored.state_dict().keys()
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in restored.state_dict().items())
+
+
 def test_experts_alone_are_quantised_and_dequantised(whole):
     """Linear layers are skipped by their names, and transformers 5.23 fails to dequantise none."""
     how = four_bits(llm_int8_skip_modules=["lm_head", "q_proj", "k_proj", "v_proj", "o_proj"])

@@ -2,6 +2,7 @@
 """The stages on four bits, from their options: the same as on the dequantised weights, and what is refused."""
 
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jai.conversion.adapter.command import merge_lora
 from jai.conversion.adapter.options import MergeAdapterOptions
+from jai.conversion.quantize.command import quantize
+from jai.conversion.quantize.options import QuantizeOptions
 from jai.errors import UserError
 from jai.provenance import read_step
 from jai.trainers import dpo, grpo, reward, sft
@@ -158,6 +161,81 @@ class TestStages:
         assert losses(out)[-1] < losses(out)[0]
 
 
+# --- once round: from the whole checkpoint to the merged one
+
+IMPLEMENTATIONS = ("eager", "grouped_mm")
+
+STRANGER = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+four, adapter, whole, merged = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(four, trust_remote_code=True).dequantize()
+assert type(model).__module__.startswith("transformers_modules.")
+model.save_pretrained(whole)
+ids = torch.arange(300, 337)[None]
+logits = {"untrained": model(ids).logits}
+adapted = PeftModel.from_pretrained(model, adapter).eval()
+for name in ("eager", "grouped_mm"):
+    model.set_experts_implementation(name)
+    logits[name] = adapted(ids).logits
+adapted.merge_and_unload().save_pretrained(merged)
+torch.save(logits, "logits.pt")
+"""
+
+
+@pytest.mark.slow
+def test_once_round(checkpoint, chats, in_empty_folder, monkeypatch, run_as_stranger):
+    """Quantised, trained, saved, read by plain PEFT without the package, merged: the same model at each station."""
+    quantize(QuantizeOptions(model=str(checkpoint), out=Path("four"), double_quant=True))
+    trained = []
+    save = sft.JaiSFTTrainer.save_model
+    monkeypatch.setattr(
+        sft.JaiSFTTrainer, "save_model", lambda self, *given: (trained.append(self.model), save(self, *given))
+    )
+    options = {**FOUR_BITS, "load_in_4bit": False, "new_row_ids": "300-309"}
+    learning = ["--trainable", "attention", "experts", "router", "alphas", "new_rows"]
+    for name, checkpointing in (("kept", False), ("adapter", True)):
+        sft.main([*arguments("four", chats, name, **options, gradient_checkpointing=checkpointing), *learning])
+    stored = load_file("adapter/adapter_model.safetensors")
+    for part in ("q_proj.lora_A", "experts.lora_B", "mlp.gate.weight", "skip_alpha", "token_adapter"):
+        assert any(part in name for name in stored), part
+
+    ids = torch.arange(300, 337)[None]
+    expected = {}
+    for kind, model in zip(("kept", "checkpointing"), trained, strict=True):
+        assert model.base_model.model.is_gradient_checkpointing == (kind == "checkpointing")
+        # As trained, but computed in fp32: TRL holds LoRA in bf16 beside quantised weights. In training, since in
+        # evaluation bitsandbytes' linear layers compute in bf16 on some processors.
+        for parameter in model.train().parameters():
+            parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
+        for name in IMPLEMENTATIONS:
+            model.base_model.model.set_experts_implementation(name)
+            with torch.no_grad():
+                expected[kind, name] = model(ids).logits
+    wanted = expected["checkpointing", "eager"]
+    for logits in expected.values():
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+    run = run_as_stranger(STRANGER, {"HF_HOME": "home"}, "four", "adapter", "dequantized", "in_memory")
+    assert run.returncode == 0, run.stderr
+    found = torch.load("logits.pt")
+    assert (found["untrained"] - wanted).abs().max() > 0.1
+    for name in IMPLEMENTATIONS:
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-4)
+
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained("dequantized")
+    merge_lora(MergeAdapterOptions(adapter="adapter", base="dequantized", out=Path("merged")))
+    streamed = AutoModelForCausalLM.from_pretrained("merged")
+    in_memory = AutoModelForCausalLM.from_pretrained("in_memory").state_dict()
+    torch.testing.assert_close(dict(streamed.state_dict()), dict(in_memory), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(streamed.eval()(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+# --- what is refused
+
+
 @pytest.mark.usefixtures("in_empty_folder")
 @pytest.mark.parametrize(
     ("base", "options", "message"),
@@ -184,3 +262,14 @@ def test_what_cannot_be_is_refused_before_weights_are_read(
     with pytest.raises(UserError, match=message):
         sft.main(arguments(folder, chats, "out", **{**FOUR_BITS, **options}))
     assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+@pytest.mark.parametrize("stored", [False, True], ids=["asked for", "stored"])
+def test_an_old_bitsandbytes_is_named(stored, checkpoint, quantized, chats, monkeypatch):
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.49.2" if name == "bitsandbytes" else installed(name))
+    options = {**FOUR_BITS, "load_in_4bit": not stored}
+    with pytest.raises(UserError, match=r"bitsandbytes 0\.49\.2 is installed.*need 0\.50 or later: pip install"):
+        sft.main(arguments(quantized if stored else checkpoint, chats, "out", **options))
+    assert not any(Path("out").glob("*.safetensors"))

@@ -222,6 +222,7 @@ def test_values_of_dpo_that_cannot_be_are_refused(text, message):
         ("trackio", "report_to: [trackio]", r"`report_to` is trackio, which is not installed"),
         ("bitsandbytes", "optim: adamw_8bit", r"`optim` is adamw_8bit, which needs bitsandbytes"),
         ("bitsandbytes", "optim: paged_lion_32bit", r"which needs bitsandbytes"),
+        ("bitsandbytes", "load_in_4bit: true\nuse_peft: true", r"`load_in_4bit` is on, which needs bitsandbytes"),
         ("bitsandbytes", "load_in_8bit: true\nuse_peft: true", r"`load_in_8bit` is on, which needs bitsandbytes"),
         ("torchao", "optim: adamw_torch_8bit", r"which needs torchao"),
         ("schedulefree", "optim: schedule_free_adamw", r"which needs schedulefree"),
