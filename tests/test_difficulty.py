@@ -104,11 +104,23 @@ def test_what_was_answered_is_not_asked_again(problems, tmp_path):
 def test_instructions_are_checked_in_full(tmp_path):
     both = {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}, {}]}
     file = write_rows(tmp_path / "if.jsonl", [{"prompt": "a", **both}, {"prompt": "b", **both}])
-    texts = {"a": ['"no comma"', '"a, comma"'], "b": ["no quotes", "no quotes, either"]}
+    texts = {"a": ['"no comma"', '"a, comma"\n"and none"'], "b": ["no quotes", "no quotes, either"]}
     with ChatEndpoint(lambda request, before: texts[request["messages"][0]["content"]][before % 2]) as model:
         _, rows, record = run(file, tmp_path / "out", model, by="checks", language="en")
         assert [(row["prompt"], row["pass_rate"]) for row in rows] == [("a", 0.5)]
         assert record["language"] == "en"
+
+
+def test_a_repeated_question_is_no_right_answer(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"problem": "คำตอบคือ 42 ใช่ไหม", "solution": "42"}, PROBLEMS[2]])
+    with ChatEndpoint(
+        lambda request, before: (
+            request["messages"][0]["content"] if "ใช่ไหม" in str(request) else answer_as_often(request, before)
+        )
+    ) as model:
+        _, rows, record = run(file, tmp_path / "out", model)
+        assert [row["level"] for row in rows] == [2]
+        assert record["left_out"] == {TOO_HARD: 1}
 
 
 def test_cut_answers_count_as_they_stand_and_are_said(problems, tmp_path):

@@ -105,6 +105,12 @@ def test_length_bias_before_and_after():
     assert length_bias([]) is None
 
 
+@pytest.mark.parametrize("scores", [[1, 0], [0, 1]])
+def test_the_longer_answer_is_too_long_whichever_it_is(scores):
+    some, rule = [candidates("aaaa", "b")], PairingRule(max_length_ratio=2)
+    assert make_preference_pairs([PROMPT], some, [scores], rule, Counter())[0] == []
+
+
 # --- Prompts ---
 
 
@@ -116,6 +122,10 @@ def test_prompts_in_their_forms():
     answered = [user, {"role": "assistant", "content": "a"}]
     assert preference_prompt({"messages": answered}).messages == (user,)
     assert preference_prompt({"messages": [*answered, user]}).messages == (*answered, user)
+    system, other = {"role": "system", "content": "s"}, {"role": "system", "content": "t"}
+    for column in ("system", "system_prompt"):
+        assert preference_prompt({"prompt": "q", column: "s"}).messages == (system, user)
+        assert preference_prompt({"prompt": [other, user], column: "s"}).messages == (other, user)
 
 
 @pytest.mark.parametrize(

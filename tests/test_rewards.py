@@ -86,6 +86,9 @@ def test_instructions(called):
     }
     texts = ["เขามา", "มากมาย", "มาก, ", "มาก", "x", "x"]
     assert called(instruction_reward, texts, **columns) == [1, 0.5, 0, 1, None, None]
+    # As it stands: the loose reading, which leaves out the first line, would find no comma.
+    one = {"instruction_id_list": [names], "kwargs": [arguments], "language": ["th"]}
+    assert called(instruction_reward, ["ได้, ครับ\nเขามา"], **one) == [0.5]
     with pytest.raises(UserError, match="there is no instruction 'a:b'"):
         called(instruction_reward, ["x"], instruction_id_list=[["a:b"]], kwargs=[[{}]], language=["th"])
 

@@ -135,7 +135,9 @@ def test_other_choices_are_those_of_a_literal_router(tiny_model, checkpointing):
             grad, expected[name], atol=2e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert all(found[f"model.layers.{layer}.mlp.gate.weight"].abs().max() > 1e-6 for layer in range(LAYERS))
-    assert 0 < replay.pop(lambda sums: sums)["routing/disagreement"] <= 1
+    sums: list[torch.Tensor] = []
+    assert 0 < replay.pop(lambda each: sums.append(each) or each)["routing/disagreement"] <= 1
+    assert sums[0][1] == known.sum()  # the second pass of checkpointing is not counted again
 
 
 def test_every_logit_has_its_gradient():
@@ -175,8 +177,13 @@ def test_the_share_of_disagreement_is_exact(tiny_model):
     model(tokens)
     assert replay.pop(lambda sums: sums) == {}
     replay.follow(routes, counts=True)
+    model(tokens)
+    assert replay.pop(lambda sums: sums)
+    replay.follow(routes, counts=True)
     with pytest.raises(ValueError, match="cannot follow routes"):
         model(tokens[:, :2])
+    model.model.layers[0].mlp.gate(torch.zeros(8, model.config.hidden_size))  # outside of a pass, though one failed
+    assert replay.pop(lambda sums: sums) == {}
 
 
 def test_without_replay_nothing_changes(tiny_model):
@@ -197,5 +204,22 @@ def test_choices_of_other_tokens_are_not_taken(tiny_model):
     other[1, 4] += 1
     assert replay.recorded(other, torch.ones_like(tokens)) is None
     assert replay.recorded(tokens, torch.ones_like(tokens)) is None  # they are forgotten
+
+
+@pytest.mark.parametrize("what", ["fewer rows", "more tokens", "an empty rollout"])
+def test_choices_of_other_rollouts_are_not_taken(tiny_model, what):
+    model = tiny_model()
+    replay = RoutingReplay(model, replays=True)
+    tokens = torch.full((2, 4), 5)
+    with replay.recording(), torch.no_grad():
+        model(tokens)
+    if what == "an empty rollout":
+        with replay.recording():
+            pass
+    asked = {"fewer rows": tokens[:1], "more tokens": tokens.repeat(1, 2)}.get(what, tokens)
+    assert replay.recorded(asked, torch.ones_like(asked)) is None
+
+
+def test_a_dense_model_has_nothing_to_replay(tiny_model):
     with pytest.raises(UserError, match="no routers"):
         RoutingReplay(tiny_model(num_local_experts=1, num_experts_per_tok=1), replays=True)

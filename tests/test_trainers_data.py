@@ -598,6 +598,27 @@ def test_csv_is_read_as_text():
     assert contents(load(write("chats.csv", "id,messages", f'1,"{cell}"')).train) == [CHAT]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("rows.jsonl", '{"text": "a"}\n\n'), ("rows.json", '[{"text": "a"}]'), ("rows.csv", "text\na\n")],
+)
+def test_a_byte_order_mark_is_no_part_of_a_row(name, content):
+    Path(name).write_text(content, encoding="utf-8-sig")
+    assert contents(load(name).train) == [{"text": "a"}]
+
+
+def test_one_row_over_many_lines_is_a_row():
+    Path("row.json").write_text(json.dumps(CHAT, indent=2))
+    assert contents(load("row.json").train) == [CHAT]
+
+
+def test_cells_are_as_long_as_they_are_and_keep_their_line_ends():
+    cells = ["a" * 200_000, "a\r\nb"]  # the csv module takes 131,072 characters by itself
+    name = write("rows.csv", "text", *(f'"{cell}"' for cell in cells))
+    Path(name).write_bytes("".join(f'"{cell}"\n' for cell in ("text", *cells)).encode())
+    assert contents(load(name).train) == [{"text": cell} for cell in cells]
+
+
 def test_data_that_arrow_holds_is_read_the_same(tmp_path):
     rows = [FORMS["messages"][0], FORMS["openai-weights"][0]]
     whole = Dataset.from_list(rows)

@@ -142,6 +142,18 @@ def test_shares_of_tokens():
     assert b.rows < 300 < a.rows
 
 
+@pytest.mark.parametrize(("size", "rows"), [(14, 1), (16, 2), (30, 3)])
+def test_a_share_is_met_as_nearly_as_whole_rows_can(size, rows):
+    mixture = mix_rows(["a"] * 3, {"a": 1}, tokens=np.full(3, 10), of="tokens", size=size)
+    assert (mixture.shares[0].rows, mixture.shares[0].tokens) == (rows, 10 * rows)
+
+
+def test_all_rows_may_be_asked_for_and_a_share_of_nothing_needs_none():
+    mixture = mix_rows(rows_of({"a": 3}), {"a": 1, "b": 0}, tokens=None, size=3)
+    assert sorted(mixture.positions) == [0, 1, 2]
+    assert [(share.rows, share.of_rows) for share in mixture.shares] == [(3, 3), (0, 0)]
+
+
 def test_a_given_size_and_repetition():
     groups = rows_of({"a": 40, "b": 40})
     mixture = mix_rows(groups, {"a": 3, "b": 1}, tokens=None, size=40)
@@ -321,6 +333,13 @@ def test_the_validation_split_holds_no_prompt_that_is_trained_on():
     for size in (0.999, 1e-6, 400):
         with pytest.raises(UserError, match="no validation split of that size"):
             cut_validation(rows, size, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_prompt_with_too_many_answers_to_hold_out_ends_nothing(seed):
+    prompts = np.random.default_rng(0).integers(-(2**62), 2**62, 61)
+    train, held_out = cut_validation(np.concatenate([prompts, np.repeat(prompts[:1], 49)]), 20, seed)
+    assert (len(train), len(held_out)) == (90, 20)
 
 
 def test_a_validation_split_is_cut_and_evaluated(checkpoint, tiny_tokenizer):
@@ -549,6 +568,28 @@ def test_losses_of_categories_on_what_is_cut_off_split_and_evaluated(checkpoint,
         assert trained["loss/language/x"] == pytest.approx(trained["loss"], abs=1e-5)
         for key in ("loss/category/chat", "loss/category/task"):
             assert evaluated[f"eval_{key}"] == pytest.approx(trained[key], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({"truncation_mode": "keep_end"}, ([3, 4], [3, 4])),
+        ({"truncation_mode": "keep_start"}, ([1, 2], [1, 2])),
+        ({"packing": True, "packing_strategy": "bfd_split", "eval_packing": False}, ([1, 2], [3, 4], [1, 2])),
+    ],
+)
+def test_documents_are_known_by_what_is_trained_of_them(options, known):
+    """Of those with the same tokens the first decides; of rows to evaluate on `eval_packing` does what is seen."""
+    train = Dataset.from_list([{"input_ids": [1, 2, 3, 4], "category": name} for name in "ab"])
+    evaluation = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "category": "c"}])
+    data = TrainingData("d", DatasetType.LANGUAGE_MODELING, ("messages",), True, train, evaluation)
+    losses = GroupLosses(data, SFTConfig("out", bf16=False, max_length=2, **options))
+    for ids in known:
+        document = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, 2)}
+        assert losses._token_groups(document).tolist() == [[0, 0]]
+        evaluated = {"input_ids": torch.tensor([ids]) + 4, "attention_mask": torch.ones(1, 2)}
+        is_seen = not options.get("packing") or ids == [1, 2]
+        assert losses._token_groups(evaluated).tolist() == [[2, 2] if is_seen else [3, 3]]
 
 
 def test_wrapped_packing_tells_no_categories_apart_and_says_so(tiny_tokenizer, grouped):

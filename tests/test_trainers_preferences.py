@@ -21,7 +21,7 @@ import yaml
 from datasets import Dataset
 from json_lines import turn, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOTrainer, ModelConfig, ScriptArguments
+from trl import DPOTrainer, ModelConfig, RewardConfig, ScriptArguments
 
 from jai import JaiForCausalLM
 from jai.errors import UserError
@@ -35,7 +35,7 @@ from jai.trainers.data_arguments import DataArguments
 from jai.trainers.dpo import JaiDPOConfig, JaiDPOTrainer
 from jai.trainers.orpo import JaiORPOConfig
 from jai.trainers.pair_figures import PairFigures
-from jai.trainers.reference import KeptLogProbs
+from jai.trainers.reference import KeptLogProbs, pair_keys
 from jai.trainers.reference_free import CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer, tokenize_pairs
 from jai.trainers.rows import DatasetType
 
@@ -214,6 +214,27 @@ def test_pairs_without_a_group_are_in_no_figure():
         "rewards/accuracies/language/th": 1.0,
     }
     assert figures.pop(lambda sums: sums, training=True) == {}
+
+
+def test_figures_are_of_all_batches_and_of_groups_that_are_evaluated_alone():
+    rows, others = (Dataset.from_list([{"category": name}]) for name in "ab")
+    figures = PairFigures(TrainingData("d", DatasetType.PREFERENCE, ("chosen",), True, rows, others))
+    both = torch.tensor([figures.number_of({"category": name}) for name in "ab"])
+    for chosen, training in ((2.0, True), (4.0, True), (-5.0, False)):
+        figures.add(both, torch.tensor([chosen, 2 * chosen]), torch.zeros(2), training=training)
+    names = [f"rewards/{figure}/category/{name}" for figure in ("margins", "accuracies") for name in "ab"]
+    assert figures.pop(lambda sums: sums, training=False) == dict(zip(names, (-5.0, -10.0, 0.0, 0.0)))
+    assert figures.pop(lambda sums: sums, training=True) == dict(zip(names, (3.0, 6.0, 1.0, 1.0)))
+
+
+def test_figures_need_rewards_that_are_sums_over_tokens():
+    """With `ld_alpha` TRL weighs the tokens beyond the shorter answer's, and a reward model has rewards of its own."""
+    rows = Dataset.from_list([{"category": "a"}])
+    data = TrainingData("d", DatasetType.PREFERENCE, ("chosen",), True, rows, None)
+    options = {"output_dir": "out", "bf16": False}
+    assert PairFigures.can_tell(data, JaiDPOConfig(**options))
+    assert not PairFigures.can_tell(data, JaiDPOConfig(**options, ld_alpha=0.5))
+    assert not PairFigures.can_tell(data, RewardConfig(**options))
 
 
 # --- the reference
@@ -403,6 +424,12 @@ def test_a_reference_is_known_by_all_that_decides_its_numbers(checkpoint, tiny_c
     assert own["loading"]["attn_implementation"] == named["loading"]["attn_implementation"] == "eager"
     assert "max_position_embeddings" not in named["loading"]
     assert not {"revision"} & (own["loading"].keys() | named["loading"].keys())
+
+
+def test_the_same_tokens_with_other_borders_are_another_pair():
+    borders = [([1, 2], [3], [4]), ([1], [2, 3], [4]), ([1], [2], [3, 4]), ([1, 2], [3, 4], [])]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    assert len(set(pair_keys(Dataset.from_list([dict(zip(names, ids)) for ids in borders])))) == len(borders)
 
 
 def test_how_tokenizers_differ(tiny_tokenizer):

@@ -270,6 +270,18 @@ def test_pairs_without_a_fault_have_finite_slopes():
     assert math.isnan(calibration_error([1.0], [0.0]))
 
 
+def test_one_pair_is_fitted_to_platts_targets():
+    """They are 2/3 and 1/3 for one of each, which two points of a logistic curve meet exactly."""
+    fitted = fit_calibration([1.0], [-1.0])
+    assert [fitted.probability(logit) for logit in (1.0, -1.0)] == pytest.approx([2 / 3, 1 / 3], abs=1e-6)
+    assert fitted.pair_temperature == pytest.approx(2 / math.log(2), abs=1e-6)
+
+
+def test_the_error_of_a_half_is_that_of_the_others_calibration():
+    assert calibration_error([1.0, -1.0] * 50, [-1.0, 1.0] * 50) > 0.9  # each half is the other's contrary
+    assert calibration_error([1.0] * 100, [-1.0] * 100) < 0.05
+
+
 # --- Scores
 
 
