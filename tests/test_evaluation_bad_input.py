@@ -30,7 +30,7 @@ def jai_eval(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
+        assert "Traceback" not in printed.err, printed.err
         return exit_.value.code or 0, printed.out, " ".join(printed.err.split())
 
     return run
@@ -102,7 +102,16 @@ def test_a_judge_that_talks_in_prose(jai_eval, data, tmp_path, prose):
 # --- Interruption ---
 
 
-@pytest.mark.parametrize("part", ["the model", "the judge"])
+@pytest.fixture
+def interruptible():
+    """Ctrl-C ends what runs, as in a terminal: a job in a shell's background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("part", [pytest.param("the model", marks=pytest.mark.slow), "the judge"])
 def test_an_interruption(jai_eval, data, tmp_path, part):
     """Ctrl-C while the third reply is made; the same command goes on."""
     stops = True

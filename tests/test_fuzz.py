@@ -58,6 +58,10 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
 # --- Checkpoints ---
 
 
+def verdict(request: str) -> str:
+    return "ABC"[len(request) % 3] if "[[A]]" in request else str(len(request) % 10 + 1)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, tiny_config, sentences) -> Iterator[Path]:
     """A folder with one of each kind that a verb reads; a judge answers at the address in its `judge_url`."""
@@ -107,7 +111,7 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, tiny_config, senten
     history = [{"step": step, "loss": 3.0 - step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in range(3)]
     (home / "trained-run" / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 2}))
     write_what_is_judged(home, tiny_config, tiny_tokenizer)
-    with ChatEndpoint(lambda request, before: f"[[{len(str(request)) % 10 + 1}]]") as judge:
+    with ChatEndpoint(lambda request, before: f"[[{verdict(str(request))}]]") as judge:
         (home / "judge_url").write_text(judge.url)
         yield home
 
