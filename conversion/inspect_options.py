@@ -17,3 +17,4 @@ class InspectOptions(PlanOptions):
 
     def __post_init__(self) -> None:
         check_values(self)
+        self.check_plan()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a planned training can be described on the command line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from jai.errors import UserError
 from jai.options import option
 
 
@@ -44,3 +45,28 @@ class PlanOptions:
         above=0,
         at_most=1,
     )
+
+    def check_plan(self) -> None:
+        """Refuse options that do not go together, or do nothing.
+
+        Raises:
+            UserError: naming the option.
+        """
+        if self.train is None:
+            self._refuse_given([each.name for each in fields(PlanOptions)], "there is no plan without --train")
+        if self.train == "full":
+            self._refuse_given(["new_rows", "lora_r"], "all weights learn with --train full")
+        if self.train != "qlora":
+            self._refuse_given(["double_quant"], "only --train qlora has weights in four bits")
+        if self.gpus == 1:
+            self._refuse_given(["sharding"], "one GPU has everything")
+        if self.sharding != "hsdp":
+            self._refuse_given(["group"], "only --sharding hsdp has groups")
+        elif self.gpus % self.group:
+            raise UserError(f"gpus is {self.gpus} and group is {self.group}: give a multiple of the group.")
+
+    def _refuse_given(self, names: list[str], why: str) -> None:
+        defaults = {each.name: each.default for each in fields(PlanOptions)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(f"{name} is {getattr(self, name)}, but {why}. Leave it out.")

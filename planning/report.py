@@ -17,14 +17,10 @@ def setup_of(options: PlanOptions, config: JaiConfig) -> Setup:
     """The setup that the options describe.
 
     Raises:
-        UserError: for options that do not go together, or do not fit the model.
+        UserError: for options that do not fit the model.
     """
     if options.new_rows > config.vocab_size:
         raise UserError(f"new_rows is {options.new_rows:,}, and the vocabulary has {config.vocab_size:,}. Give fewer.")
-    if options.sharding == "hsdp" and options.gpus % options.group:
-        raise UserError(f"gpus is {options.gpus} and group is {options.group}: give a multiple of the group.")
-    if options.train == "full" and options.new_rows:
-        raise UserError("new_rows is given, and train is full: all rows learn. Leave it out.")
     is_cut = options.gpus > 1 and options.sharding != "none"
     weights = {"full": "float32", "lora": "bfloat16", "qlora": "nf4-double" if options.double_quant else "nf4"}
     return Setup(

@@ -338,7 +338,7 @@ VALID: dict[str, dict[str, Any]] = {
     "tokenizer train": {"text": ["the/text.txt"], "base": "the/base", "out": "OUT", "vocab_size": EXTENDED},
     "tokenizer report": {"tokenizer": ["the/base"], "text": ["the/text.txt"]},
     "generate": {"model": "the/jai", "prompt": "A", "max_new_tokens": 2},
-    "inspect": {"model": "the/jai"},
+    "inspect": {"model": "the/jai", "train": "qlora"},
     "eval run": {"model": "the/jai", "suite": ["the/suite.yaml"], "data": "the/data", "limit": 1, "out": "OUT"},
     "eval language": {"files": ["the/chats.jsonl"]},
     "eval contamination": {"texts": ["the/text.txt"], "suite": ["the/suite.yaml"], "data": "the/data"},

@@ -21,6 +21,8 @@ from jai.options import Option, Size, check_values, option, options_of, read_yam
 
 # What an option needs beside it to be taken: others without which it would contradict or do nothing.
 COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("inspect", "sharding"): {"gpus": 8},
+    ("inspect", "group"): {"gpus": 42, "sharding": "hsdp"},
     ("convert", "k"): {"method": "dus-v1"},
     ("convert", "method"): {"k": 4},
     ("convert", "init"): {"tokenizer": "extended"},
@@ -38,6 +40,7 @@ COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {
 }
 REQUIRED: dict[str, dict[str, Any]] = {
     "upcycle": {"snapshots": ["a", "b"]},
+    "inspect": {"train": "qlora"},
     "merge": {"models": ["a", "b"]},
     "pack": {"config": Path("corpus.yaml")},
     "pairs": {"model": "base"},

@@ -316,8 +316,14 @@ def test_peak_of_a_device(name, flops):
     ("options", "error"),
     [
         ({"new_rows": 100_000, "train": "lora"}, "vocabulary has 64,000"),
-        ({"new_rows": 1, "train": "full"}, "all rows learn"),
+        ({"new_rows": 1, "train": "full"}, "new_rows is 1, but all weights learn"),
+        ({"lora_r": 8, "train": "full"}, "lora_r is 8, but all weights learn"),
+        ({"double_quant": False, "train": "lora"}, "double_quant is False, but only --train qlora"),
         ({"gpus": 12, "sharding": "hsdp", "train": "full"}, "multiple of the group"),
+        ({"gpus": 8, "group": 4, "train": "full"}, "group is 4, but only --sharding hsdp"),
+        ({"sharding": "hsdp", "train": "full"}, "sharding is hsdp, but one GPU has everything"),
+        ({"gpus": 8}, "gpus is 8, but there is no plan without --train"),
+        ({"batch": 8}, "batch is 8, but there is no plan without --train"),
     ],
 )
 def test_options_that_do_not_fit(options, error):
