@@ -149,6 +149,25 @@ class TestRefusals:
         clean_environment.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
         check_engine_with_model(options, frozen)
 
+    @pytest.mark.parametrize("size", ["TP_SIZE", "CP_SIZE"])
+    def test_processes_that_accelerate_would_let_share_a_batch(self, clean_environment, size):
+        clean_environment.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        clean_environment.setenv(f"PARALLELISM_CONFIG_{size}", "2")
+        words = [
+            "--model_name_or_path",
+            "m",
+            "--output_dir",
+            "out",
+            "--packed",
+            "p",
+            "--use_cpu",
+            "true",
+            "--bf16",
+            "0",
+        ]
+        with pytest.raises(UserError, match=f"has .*{size.lower()} 2.*: processes would share a batch"):
+            pretrain.run_pretrain(*parse_arguments(pretrain.OPTIONS, words, "jai pretrain"))
+
     def test_processes_that_hold_parts_of_a_matrix_share_a_batch(self):
         assert sharded_at_load(training()) is None
         options = training(model_init_kwargs=SPREAD, save_strategy="no")

@@ -10,6 +10,7 @@ import torch
 from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
+from trl import ScriptArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from jai.configuration_jai import JaiConfig
@@ -29,6 +30,7 @@ from jai.trainers.dpo import DPO
 from jai.trainers.expert_lora import adapting_four_bits
 from jai.trainers.parameters import KindCount, TrainedParameters
 from jai.trainers.predicted_memory import setup_of_stage
+from jai.trainers.pretrain import OPTIONS as PRETRAIN_OPTIONS
 from jai.trainers.reward import REWARD
 from jai.trainers.sft import SFT
 
@@ -334,6 +336,8 @@ def test_options_that_do_not_fit(options, error):
 def stage_setup(options: tuple[type, ...], given: dict[str, Any], *, lora: LoraConfig | None = None) -> Setup | str:
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     parsed = parse_arguments(options, ["--output_dir", "out", "--use_cpu", "true", *words], "jai sft")
+    if options is PRETRAIN_OPTIONS:
+        parsed = (ScriptArguments(dataset_name="packed"), *parsed)
     config = configuration()
     base = BaseModel("jai", Path("jai"), {}, config, None, None)  # type: ignore[arg-type]
     kinds = (KindCount("router", 1, 1, False, False), KindCount("new_rows", 99, 2 * 64 * 7, False, False))
@@ -387,3 +391,24 @@ def test_what_the_formulae_do_not_know_is_said(given, why):
     setup = stage_setup(SFT_OPTIONS, given)
     assert isinstance(setup, str)
     assert why in setup
+
+
+def test_the_second_next_token_is_not_in_the_formulae():
+    setup = stage_setup(PRETRAIN_OPTIONS, {"packed": "p", "max_length": 100, "mtp_weight": 0.1})
+    assert setup == "the formulae do not know multi-token prediction"
+    assert isinstance(stage_setup(PRETRAIN_OPTIONS, {"packed": "p", "max_length": 100}), Setup)
+
+
+def test_what_the_launcher_cuts_is_predicted(monkeypatch):
+    given = {"max_length": 100, "per_device_train_batch_size": 1}
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 64)
+    assert stage_setup(SFT_OPTIONS, given).sharding == "none"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "1")
+    assert stage_setup(SFT_OPTIONS, given).sharding == "fsdp"
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "32")
+    setup = stage_setup(SFT_OPTIONS, given)
+    assert (setup.sharding, setup.shards, setup.gpus) == ("hsdp", 32, 64)
+    monkeypatch.setattr("jai.trainers.predicted_memory.uses_deepspeed", lambda training: True)  # it is not installed
+    assert "DeepSpeed" in stage_setup(SFT_OPTIONS, given)

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any, cast
 
 from accelerate import PartialState
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from transformers import PreTrainedConfig, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -25,6 +26,13 @@ def uses_fsdp(training: TrainingArguments) -> bool:
 def uses_deepspeed(training: TrainingArguments) -> bool:
     """Whether DeepSpeed does, by `accelerate launch`'s configuration or by the option `deepspeed`."""
     return _is_on("ACCELERATE_USE_DEEPSPEED") or bool(training.deepspeed)
+
+
+def accelerates_sizes(training: TrainingArguments) -> ParallelismConfig | None:
+    """How Accelerate spreads the processes, by `accelerate launch`'s configuration or by `parallelism_config`."""
+    if training.parallelism_config is not None:
+        return training.parallelism_config
+    return ParallelismConfig() if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG") else None
 
 
 def sharded_at_load(training: TrainingArguments) -> DistributedConfig | None:

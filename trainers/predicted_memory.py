@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The peak of a stage's memory, predicted before a weight is read (docs/planning.md)."""
 
-import os
 from collections.abc import Iterator
 from typing import Any, cast, get_args
 
@@ -16,6 +15,7 @@ from jai.planning.memory import Experts, Setup, peak_memory
 from jai.planning.report import memory_line
 from jai.trainers.arguments import StageArguments, max_length_of
 from jai.trainers.base_model import BaseModel
+from jai.trainers.engine import accelerates_sizes, sharded_at_load, uses_deepspeed, uses_fsdp
 from jai.trainers.parameters import TrainedParameters, quantization_of
 from jai.trainers.parts import NEW_ROWS
 from jai.trainers.pretrain_config import PretrainConfig
@@ -58,12 +58,16 @@ def setup_of_stage(
         return "no `max_length` is set"
     if "adamw" not in optimizer or optimizer == OptimizerNames.ADAMW_ANYPRECISION.value:
         return f"the formulae know AdamW alone, and `optim` is {optimizer}"
-    if training.deepspeed:
+    if uses_deepspeed(training):
         return "DeepSpeed's own file says what is cut"
+    if sharded_at_load(training) is not None:
+        return "the formulae do not know `distributed_config`"
+    if getattr(training, "mtp_weight", 0):
+        return "the formulae do not know multi-token prediction"
     how = quantization_of(base.config, arguments.model)
     if how is not None and (not how.load_in_4bit or lora is None):
         return "the formulae know four bits with LoRA alone"
-    is_cut = bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    is_cut = uses_fsdp(training)
     half = training.bf16 or training.fp16
     dtype = arguments.model.dtype
     if dtype in ("auto", None):
@@ -93,8 +97,18 @@ def setup_of_stage(
         reference=_has_reference(arguments, lora),
         on_cpu=training.device.type == "cpu",
         gpus=training.world_size,
-        sharding="fsdp" if is_cut and training.world_size > 1 else "none",
+        **_cut(arguments, is_cut),
     )
+
+
+def _cut(arguments: StageArguments, is_cut: bool) -> dict[str, Any]:
+    """Over what FSDP cuts weights, gradients and states."""
+    sizes = accelerates_sizes(arguments.training)
+    if not is_cut or arguments.training.world_size == 1:
+        return {"sharding": "none"}
+    if sizes is not None and sizes.dp_replicate_size > 1:
+        return {"sharding": "hsdp", "group": sizes.dp_shard_size}
+    return {"sharding": "fsdp"}
 
 
 def _experts(arguments: StageArguments) -> str:

@@ -33,7 +33,7 @@ from jai.trainers.base_model import BaseModel, open_base_model
 from jai.trainers.checks import check_options, check_options_with_model, check_partial_training
 from jai.trainers.chosen_parts import choose_parts
 from jai.trainers.context import with_context
-from jai.trainers.engine import batches_at_once, sharded_at_load, uses_deepspeed, uses_fsdp
+from jai.trainers.engine import accelerates_sizes, batches_at_once, sharded_at_load, uses_deepspeed, uses_fsdp
 from jai.trainers.lora import lora_config
 from jai.trainers.mixin import prepare_liger
 from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
@@ -220,6 +220,13 @@ def _check(config: PretrainConfig, model_args: ModelConfig, jai_args: JaiTrainin
                     f"`mtp_weight` is {config.mtp_weight:g}, and `{option}` is on, with which the layer for the second "
                     "next token does not work. Leave one of them out."
                 )
+    sizes = accelerates_sizes(config)
+    if sizes is not None and max(sizes.tp_size, sizes.cp_size, sizes.sp_size) > 1:
+        raise UserError(
+            f"Accelerate's `parallelism_config` has tp_size {sizes.tp_size}, cp_size {sizes.cp_size} and sp_size "
+            f"{sizes.sp_size}: processes would share a batch, and its tokens be counted in each. Set them to 1; for "
+            "tensor parallelism give `distributed_config` in `model_init_kwargs`."
+        )
     checkpointing = cast(dict[str, Any], config.gradient_checkpointing_kwargs or {})
     if config.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise UserError(
