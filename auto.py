@@ -135,3 +135,36 @@ def causal_model_class(folder: Path, *, trust_remote_code: bool) -> Any:
     if "AutoModelForCausalLM" in brought:
         return get_class_from_dynamic_module(brought["AutoModelForCausalLM"], folder)
     return AutoModelForCausalLM
+
+
+def load_causal_model(name: str, folder: Path, *, trust_remote_code: bool, **loading: Any) -> Any:
+    """A causal language model from a folder: a checkpoint, or an adapter on top of the base that it names.
+
+    Args:
+        name: what the user calls it.
+        folder: where it is.
+        trust_remote_code: as of `causal_model_class`.
+        loading: further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: if it cannot be loaded, or weights are missing in it or have no place in the model: transformers
+            draws the first at random and drops the second, and an adapter of another base has both.
+    """
+    from jai.errors import UserError
+
+    try:
+        model_class = causal_model_class(folder, trust_remote_code=trust_remote_code)
+        model, info = model_class.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **loading
+        )
+    except Exception as error:  # of many kinds: OSError, ValueError, JSON's, safetensors', KeyError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} cannot be loaded: {reason}") from error
+    what = "the checkpoint has no such weight"
+    wrong = sorted(info["missing_keys"])
+    if (folder / "adapter_config.json").exists():
+        what = "adapter and base do not fit, as if it had been trained on another. Give the base that it was trained on"
+        wrong += sorted(info["unexpected_keys"])
+    if wrong:
+        raise UserError(f"{name} cannot be loaded: {wrong[0]} ({len(wrong):,} in all): {what}.")
+    return model

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import regex
 
-from jai.auto import causal_model_class
+from jai.auto import load_causal_model
 from jai.errors import UserError
 from jai.files import read_json
 from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
@@ -250,15 +250,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions) -> Bat
 def _load_model(folder: Path, options: GenerateOptions) -> PreTrainedModel:
     import torch
 
-    try:
-        model_class = causal_model_class(folder, trust_remote_code=options.trust_remote_code)
-        return model_class.from_pretrained(
+    device_map = "auto" if torch.cuda.is_available() else "cpu"
+    return cast(
+        "PreTrainedModel",
+        load_causal_model(
+            options.model,
             folder,
             trust_remote_code=options.trust_remote_code,
             dtype="auto",
-            device_map="auto" if torch.cuda.is_available() else "cpu",
-            use_safetensors=True,
-        )
-    except Exception as error:  # of many kinds: OSError, ValueError, JSON's, safetensors', KeyError
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{options.model} cannot be loaded: {reason}") from error
+            device_map=device_map,
+        ),
+    )

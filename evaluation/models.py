@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from jai.auto import causal_model_class
+from jai.auto import load_causal_model
 from jai.errors import UserError
 from jai.evaluation.options import EvalOptions
 from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
@@ -62,18 +62,13 @@ def _transformers(options: EvalOptions, folder: Path) -> LM:
 
     tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model_class = causal_model_class(folder, trust_remote_code=options.trust_remote_code)
-        model = model_class.from_pretrained(
-            folder,
-            trust_remote_code=options.trust_remote_code,
-            dtype=options.dtype,
-            device_map="auto" if options.parallelize else device,
-            use_safetensors=True,
-        )
-    except Exception as error:  # of many kinds: OSError, ValueError, JSON's, safetensors', KeyError
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{options.model} cannot be loaded: {reason}") from error
+    model = load_causal_model(
+        options.model,
+        folder,
+        trust_remote_code=options.trust_remote_code,
+        dtype=options.dtype,
+        device_map="auto" if options.parallelize else device,
+    )
     return PrefixSharingLM(
         pretrained=model,
         tokenizer=tokenizer,

@@ -15,6 +15,7 @@ from test_four_bits import SIZES, four_bits
 from transformers import AutoModelForCausalLM
 
 from jai import JaiForCausalLM
+from jai.auto import load_causal_model
 from jai.conversion.adapter import plan
 from jai.conversion.adapter.command import merge_lora
 from jai.conversion.adapter.options import MergeAdapterOptions
@@ -45,6 +46,27 @@ def make_adapter(base: Path, folder: Path, four: bool = False, **options) -> Pat
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     adapted.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("repeats", [[1, 1], [3, 3]], ids=["fewer layers", "more layers"])
+def test_an_adapter_whose_base_has_other_layers_does_not_load(base, tiny_checkpoint, tmp_path, repeats):
+    """transformers drops what has no place, and draws what is missing, in silence."""
+    adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["mlp.gate"], trainable_token_indices=ROWS)
+    load_causal_model("adapter", adapter, trust_remote_code=False)
+    other = tiny_checkpoint(tmp_path / "other", **{**SIZES, "block_repeats": repeats})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
+    with pytest.raises(UserError, match=r"^adapter cannot be loaded: .*lora.*adapter and base do not fit"):
+        load_causal_model("adapter", adapter, trust_remote_code=False)
+
+
+def test_a_checkpoint_that_lacks_a_weight_does_not_load(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "jai")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"jai cannot be loaded: model.norm.weight \(1 in all\): the checkpoint has no"):
+        load_causal_model("jai", folder, trust_remote_code=False)
 
 
 def run(adapter: Path, out: Path, **options) -> str:
