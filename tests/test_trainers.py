@@ -34,6 +34,7 @@ from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.dpo import JaiDPOTrainer
 from jai.trainers.lora import lora_config, merge_adapter
+from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.monitor import RouterMonitor
 from jai.trainers.parts import select_parts
 from jai.trainers.sft import JaiSFTConfig, JaiSFTTrainer
@@ -260,6 +261,24 @@ def test_resuming_continues_the_same_run(checkpoint, chats, tmp_path):
     expected = weights_of(whole)
     for name, weight in weights_of(halves).items():
         torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_trainer_of_ones_own_counts_on_from_the_last_checkpoint(checkpoint, chats, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class MyTrainer(JaiTrainerMixin, SFTTrainer):
+        pass
+
+    def logs(steps: int, resume: bool) -> list[dict]:
+        config = SFTConfig("own", max_steps=steps, save_steps=1, logging_steps=1, bf16=False, report_to="none")
+        rows = Dataset.from_json(str(chats), cache_dir=str(tmp_path)).select_columns(["messages"])
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        trainer = MyTrainer(load(checkpoint), config, train_dataset=rows, processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=resume)
+        return [log for log in trainer.state.log_history if "loss" in log]
+
+    first = logs(1, resume=False)
+    assert logs(2, resume=True)[-1]["num_tokens"] > first[-1]["num_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from jai.errors import UserError
 from jai.trainers.group_losses import GroupLosses
@@ -125,9 +125,12 @@ class JaiTrainerMixin(Trainer):
         self.add_callback(LogWithCheckpoints())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As transformers' own; what TRL counts goes on from a checkpoint's folder, too."""
-        if isinstance(resume_from_checkpoint, str):
-            self.go_on_from(read_state(Path(resume_from_checkpoint)) or {})
+        """As transformers' own; what TRL counts goes on from the checkpoint, too."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:  # the last one, as transformers finds it
+            checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        if checkpoint:
+            self.go_on_from(read_state(Path(checkpoint)) or {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def go_on_from(self, state: dict[str, Any]) -> None:
