@@ -82,7 +82,7 @@ class Chain:
     Args:
         folder: of the run.
         quick: a few steps of each: all of it runs, and little is learnt.
-        seed: of data, weights, training and answers.
+        seed: of data, weights and training; the server draws its answers by its own.
     """
 
     def __init__(self, folder: Path, *, quick: bool, seed: int):
@@ -146,8 +146,8 @@ class Chain:
             for name, prompts in (("pairs", "prompts_chat"), ("pairs_if", "prompts_if")):
                 config = RECIPES / "tiny" / f"{name}.yaml"
                 self._shell.jai(
-                    f"pairs data/{prompts}.jsonl {name} --config {config} --model merged --base-url {address}/v1 "
-                    f"--seed {self._seed}{self._changes(name)}"
+                    f"pairs data/{prompts}.jsonl {name} --config {config} --model merged --base-url {address}/v1"
+                    f"{self._changes(name)}"
                 )
 
 
@@ -285,7 +285,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--quick", action="store_true", help="a few steps of each: all runs, and little is learnt")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights, training and answers")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of data, weights and training; the server draws its answers by its own"
+    )
     parser.add_argument("--record", action="store_true", help="append to results/post_training_chain.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -39,7 +39,7 @@ class AnsweringOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="Type of the weights; auto is that of the checkpoint."
     )
-    seed: int = option(0, help="Seed of the answers.", at_least=0, at_most=2**32 - 1)
+    seed: int = option(0, help="Seed of the answers; a server draws by its own.", at_least=0, at_most=2**32 - 1)
     trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
 
     def check_answering(self, *, device_is_used: bool = False) -> None:
@@ -54,6 +54,7 @@ class AnsweringOptions:
         ignored = {
             "--device": self.device is not None and self.backend != "hf" and not device_is_used,
             "--dtype": self.dtype != "auto" and self.backend == "openai",
+            "--seed": self.seed != 0 and self.backend == "openai",  # one seed would make all answers to a prompt equal
         }
         check_backend(self.backend, self.base_url, ignored)
 

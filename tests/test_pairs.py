@@ -232,6 +232,26 @@ def test_other_thresholds_pair_anew_for_nothing(prompts, tmp_path):
         assert len(model.asked) + len(judge.asked) == asked
 
 
+def test_only_the_first_prompts_are_asked(prompts, tmp_path):
+    with ChatEndpoint(numbered) as model, ChatEndpoint(grade_by_number) as judge:
+        _, rows, record = run(prompts, tmp_path / "pairs", model, judge, limit=2)
+        assert ([row["id"] for row in rows], record["prompts"], len(model.asked)) == (["p0", "p1"], 2, 10)
+
+
+def test_a_folder_of_other_answers_is_not_gone_on_with(prompts, tmp_path):
+    changes = {
+        "top_p": (0.5, "top_p was 0.95 and is 0.5"),
+        "temperature": (0.5, "temperature was 0.8 and is 0.5"),
+        "max_answer_tokens": (9, "max_answer_tokens was 1024 and is 9"),
+        "limit": (2, "limit was 1 and is 2"),
+    }
+    with ChatEndpoint(numbered) as model, ChatEndpoint(grade_by_number) as judge:
+        run(prompts, tmp_path / "pairs", model, judge, limit=1)
+        for name, (value, said) in changes.items():
+            with pytest.raises(UserError, match=f"begun with other inputs or options: {re.escape(said)}"):
+                run(prompts, tmp_path / "pairs", model, judge, **{"limit": 1, name: value})
+
+
 def test_what_is_dropped_is_counted(prompts, tmp_path):
     def model(request: dict, before: int) -> Answer | str:
         number = request["messages"][-1]["content"][-1]
@@ -547,6 +567,7 @@ def test_a_classifier_is_no_reward_model(tiny_config, tiny_tokenizer, tmp_path):
         ({"backend": "openai"}, "needs --base-url"),
         ({"base_url": "http://h/v1"}, "--base-url is for --backend openai"),
         ({**SERVER, "dtype": "float16"}, "--dtype does nothing with --backend openai"),
+        ({**SERVER, "seed": 1}, "--seed does nothing with --backend openai"),
         ({**SERVER, "by": "checks", "device": "cpu"}, "--device does nothing with --backend openai"),
         ({"by": "reward"}, "--by reward needs --reward-model"),
         ({"by": "checks", "reward_model": "x"}, "--by reward needs --reward-model, and nothing else does"),
