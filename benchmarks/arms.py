@@ -34,12 +34,12 @@ def check_setup(setup: dict[str, Any], out: Path) -> None:
     different = [name for name in setup if setup[name] != before.get(name)]
     if different:
         raise UserError(
-            f"{out} holds runs with other {', '.join(different)}. Give another --out, or the options and the texts "
+            f"{out} holds runs with other {', '.join(different)}. Give another folder, or the options and the texts "
             "that it was made with."
         )
 
 
-def mean_and_spread(values: Sequence[float], form: str) -> str:
+def mean_and_spread(values: Sequence[float], form: str, spread_form: str = ".3f") -> str:
     """The mean in a format, and the standard deviation where there is one."""
     mean = format(statistics.mean(values), form)
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+    return f"{mean} ± {statistics.stdev(values):{spread_form}}" if len(values) > 1 else mean

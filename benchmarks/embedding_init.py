@@ -13,7 +13,6 @@ import argparse
 import gzip
 import json
 import random
-import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import torch
+from arms import mean_and_spread
 from records import append, provenance
 from rich.console import Console
 from transformers import Phi3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -156,16 +156,12 @@ def summary(found: list[Bits]) -> str:
             rows = [bits for bits in found if (bits.init, bits.step) == (init, step)]
             line = f"{init:14}{step:6}"
             for language in LANGUAGES:
-                line += f"{_spread([getattr(bits, language) for bits in rows]):>18}"
+                line += f"{mean_and_spread([getattr(bits, language) for bits in rows], '.3f'):>18}"
                 means = {b.seed: getattr(b, language) for b in found if (b.init, b.step) == ("mean", step)}
                 differences = [getattr(bits, language) - means[bits.seed] for bits in rows]
-                line += f"{_spread(differences) if init not in ('mean', 'base') else '':>18}"
+                line += f"{mean_and_spread(differences, '.3f') if init not in ('mean', 'base') else '':>18}"
             lines.append(line)
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def main() -> None:

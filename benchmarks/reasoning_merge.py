@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from arms import check_setup
 from post_training_measures import answers_of
 from reasoning_merge_arms import ARMS, QUICK, REASONER, Blend, Settings, blends, merge_weights
 from reasoning_merge_data import Chat, write_data
@@ -174,12 +175,7 @@ def prepare(out: Path, settings: Settings) -> None:
         UserError: if `out` holds a run with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    setup = json.loads(json.dumps(asdict(settings)))
-    file = out / "setup.json"
-    if not file.exists():
-        write_whole(file, json.dumps(setup, indent=1))
-    elif json.loads(file.read_text(encoding="utf-8")) != setup:
-        raise UserError(f"{out} holds a run with other settings. Give another folder.")
+    check_setup(asdict(settings), out)
     if not (out / "data").exists():
         with new_folder(out / "data") as folder:
             write_data(folder, settings.data)

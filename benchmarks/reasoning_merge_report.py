@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from arms import mean_and_spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from reasoning_merge_arms import ARMS, CONSTANT, LAYER_WISE, Blend
@@ -80,7 +81,9 @@ def _of(found: Iterable[Outcome], arm: str, shape: str, ratio: float) -> list[Ou
 
 
 def _cells(outcomes: Sequence[Outcome]) -> list[str]:
-    return [_spread([outcome.mean(measure) for outcome in outcomes]) for measure in (*MEASURES, MEAN)]
+    return [
+        mean_and_spread([outcome.mean(measure) for outcome in outcomes], ".2f", ".2f") for measure in (*MEASURES, MEAN)
+    ]
 
 
 def _recipe_table(found: Sequence[Outcome]) -> ReportTable:
@@ -162,8 +165,3 @@ def _draw(axes: Axes, found: Sequence[Outcome], measure: str) -> None:
     axes.set_xlabel("share of the reasoner (layer-wise: of the early layers)")
     axes.set_ylim(-0.03, 1.03)
     axes.grid(axis="y")
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

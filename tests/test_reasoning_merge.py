@@ -123,5 +123,5 @@ def test_a_run_of_tiny_sizes_goes_on(benchmark, tmp_path):
     assert [outcome.scores for outcome in again] == [outcome.scores for outcome in found]  # also what was made anew
     changed = {Path(path).name for path, when in written().items() if before[path] != when}
     assert changed == {"aligned, constant, 0.5.json"}
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="holds runs with other data, base_steps"):
         program.run(arms.Settings(), [0], tmp_path)
