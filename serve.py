@@ -16,13 +16,17 @@ is no JSON object, and an answer ends where the model's context does.
 """
 
 import json
+import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 from transformers import AutoModelForCausalLM
 from transformers.cli.transformers import app
+
+_logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,6 +97,9 @@ def _refusing(build_server: Callable) -> Callable:
 
         async def cannot_be_answered(request: Any, error: Exception) -> Any:
             reason = f"{type(error).__name__}: {error}"[:500].encode(errors="backslashreplace").decode()
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            # It may be the server's own fault all the same, and then whoever runs it must see where.
+            _logger.warning("%s: %s (%s, line %s)", request.url.path, reason, where.filename, where.lineno)
             return JSONResponse({"detail": f"The request cannot be answered as it is. {reason}"}, 400)
 
         built = build_server(*args, **kwargs)

@@ -155,3 +155,8 @@ def test_requests_that_fuzzing_found(address, caplog, path, body, status, messag
     answered, text = ask(address, path, body)
     assert (answered, message in text) == (status, True), text
     assert not [record for record in caplog.records if record.exc_info]
+    logged = [record.getMessage() for record in caplog.records if record.name == "jai.serve"]
+    assert bool(logged) == (
+        message == "cannot be answered as it is"
+    )  # and whose fault that is, only the server can see
+    assert all(text.startswith(f"{path}: ") and ".py, line " in text for text in logged)
