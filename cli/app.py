@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program `jai`: its verbs, its version, and how errors end."""
 
-import logging
 import sys
 from io import TextIOWrapper
 from typing import Annotated, NoReturn
@@ -11,6 +10,7 @@ import typer
 from jai.cli import conversion, evaluation, hub, packing, preferences, tokenizer, training, use
 from jai.cli.verb import PlainGroup
 from jai.errors import UserError
+from jai.logs import ignore_unused_kernel
 from jai.version import __version__
 
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
@@ -78,18 +78,11 @@ def _root(
     pass
 
 
-def _is_of_use(record: logging.LogRecord) -> bool:
-    """False for warnings of a kernel for bitsandbytes that no JAI uses, on processors with AVX512-BF16."""
-    message = record.getMessage()
-    return "quantization-bitsandbytes" not in message and "gemm_4bit_forward" not in message
-
-
 def main() -> None:
     """Entry point: an error that the user can mend is one message and exit code 1, Ctrl-C is 130."""
     if isinstance(sys.stdout, TextIOWrapper):  # names of files may be no UTF-8, and terminals may know little of it
         sys.stdout.reconfigure(errors="backslashreplace")
-    for name in ("bitsandbytes.backends.cpu.ops", "kernels.hf_hub"):
-        logging.getLogger(name).addFilter(_is_of_use)
+    ignore_unused_kernel()
     try:
         app(prog_name="jai")
     except UserError as error:

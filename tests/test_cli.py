@@ -74,13 +74,13 @@ def test_version(jai):
     assert jai("--version") == (0, f"jai {__version__}\n", "")
 
 
-def test_no_warning_of_a_kernel_that_is_not_used():
-    code = """
+@pytest.mark.parametrize("begin", ["from jai.cli.app import main; main()", "import jai.trainers; raise SystemExit"])
+def test_no_warning_of_a_kernel_that_is_not_used(begin):
+    code = f"""
 import logging, sys
-from jai.cli.app import main
 sys.argv = ["jai", "--version"]
 try:
-    main()
+    {begin}
 except SystemExit:
     bitsandbytes, kernels = logging.getLogger("bitsandbytes.backends.cpu.ops"), logging.getLogger("kernels.hf_hub")
 bitsandbytes.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "offline")

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -180,3 +180,22 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(checkpoint, data, name, re
     assert "was not written to its end" in " ".join(said.split())
     assert not half.exists()
     assert_same_run(Path("killed"), Path("whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reward", "orpo", "kto"])
+def test_two_processes_train_as_one(checkpoint, data, name):
+    """At the same global batch. KTO's KL, 0 at first, is a mean over processes in TRL, and not over accumulation."""
+    run = replace(RUNS[name], options={key: RUNS[name].options[key] for key in RUNS[name].options.keys() - EVALUATED})
+    given = {"max_steps": 3, "save_strategy": "no", "logging_steps": 1, "gradient_accumulation_steps": 2}
+    finish(start(run, command_line(run, checkpoint, data, "one", **given)))
+    finish(
+        start(
+            run, command_line(run, checkpoint, data, "two", **{**given, "gradient_accumulation_steps": 1}), processes=2
+        )
+    )
+    logs = list(zip(logs_of(Path("two")), logs_of(Path("one")), strict=True))[:-1]
+    for ours, theirs in logs if name != "kto" else logs[:1]:
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    assert len({ours["loss"] for ours, _ in logs}) == 3
