@@ -35,22 +35,21 @@ class GenerateOptions:
     """What `jai generate` takes."""
 
     model: str = argument("CKPT", help="Folder or Hub id of a checkpoint with a tokenizer.")
-    prompt: str = argument("PROMPT", help="What the user says; with --raw, the beginning of the text.")
-    max_new_tokens: int = option(200, help="Largest number of tokens to generate.", at_least=1)
-    temperature: float = option(
-        0.7, help="Temperature of the sampling; 0 always takes the most likely token.", at_least=0
-    )
+    prompt: str = argument("PROMPT", help="User message; with --raw, the beginning of the text.")
+    max_new_tokens: int = option(200, help="Maximum number of tokens to generate.", at_least=1)
+    temperature: float = option(0.7, help="Sampling temperature; 0 always takes the most likely token.", at_least=0)
     top_p: float = option(
         0.95, help="Sample from the most likely tokens whose probabilities add up to this.", above=0, at_most=1
     )
-    seed: int = option(0, help="Seed of the sampling.", at_least=0, at_most=2**32 - 1)
-    raw: bool = option(False, help="Continue the text instead of answering as in a chat.")
+    seed: int = option(0, help="Random seed for sampling.", at_least=0, at_most=2**32 - 1)
+    raw: bool = option(False, help="Continue the text instead of answering it as a chat message.")
     use_mtp: bool = option(
         False,
-        help="Draft a token at each step with the checkpoint's layer for multi-token prediction, for the same text in "
-        "fewer steps.",
+        help="Draft tokens with the checkpoint's multi-token prediction layer, for the same text in fewer steps.",
     )
-    trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
+    trust_remote_code: bool = option(
+        False, help="Run the model code in the checkpoint instead of the installed package's."
+    )
 
     def __post_init__(self) -> None:
         check_values(self)

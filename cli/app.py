@@ -3,7 +3,7 @@
 
 import sys
 from io import TextIOWrapper
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -42,15 +42,39 @@ _EXTRA_OF_VERB = {
     "score": "train",
 }
 
+SECTIONS = {
+    "Make a JAI": ("tokenizer", "convert", "inspect"),
+    "Train": ("pack", "pretrain", "sft", "reward", "dpo", "kto", "cpo", "orpo", "grpo", "report"),
+    "Make data with a model": ("pairs", "score", "difficulty"),
+    "Rework checkpoints": ("snapshot", "upcycle", "merge", "merge-adapter", "quantize", "export"),
+    "Use a model": ("eval", "generate", "serve", "publish"),
+    "See it all": ("demo",),
+}
+
+
+class _Program(PlainGroup):
+    """The program, whose help has the verbs in sections."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for names in SECTIONS.values() for name in names]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, self.list_commands(ctx)))
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                helps = [self.get_command(ctx, name).get_short_help_str(formatter.width - width - 6) for name in names]
+                formatter.write_dl([(name.ljust(width), text) for name, text in zip(names, helps, strict=True)])
+
+
 app = typer.Typer(
     name="jai",
-    cls=PlainGroup,
+    cls=_Program,
     help="Grow phi-3 into a Thai-centric mixture of experts, fine-tune it with TRL, and publish it to the Hub.",
     no_args_is_help=True,
     rich_markup_mode=None,  # its tables cut option names short at 80 columns
     pretty_exceptions_enable=False,
-    epilog="The usual order: tokenizer train → convert → inspect → (pack → pretrain) → sft → (upcycle, merge) → "
-    "(reward, pairs) → dpo → (difficulty, grpo) → generate → publish. jai demo runs all of it on tiny models.",
+    epilog="Usual order: tokenizer train → convert → inspect → pack → pretrain → sft → dpo → eval → publish. "
+    "`jai VERB --help` shows a verb's options and an example.",
 )
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evaluation.app, name="eval")

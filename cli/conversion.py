@@ -42,11 +42,20 @@ _LARGE_BLOCK = 1 << 20  # bytes; values are computed in chunks of 4 to 32 MB
 app = typer.Typer()
 
 
-@verb(app, ConvertOptions, config="recipes/convert_phi3_medium.yaml")
+@verb(
+    app,
+    ConvertOptions,
+    config="recipes/convert_phi3_medium.yaml",
+    examples=(
+        "jai convert microsoft/Phi-3-medium-4k-instruct converted --tokenizer tokenizer",
+        "jai convert phi3-mini small --block-repeats 1,1,2,2,2,2,1,1 --experts 2",
+        "jai convert phi3-medium solar --method dus-v1 --k 32 --experts 1",
+    ),
+)
 def convert(options: ConvertOptions) -> None:
-    """Turn a phi-3 into a JAI: vocabulary, depth, experts.
+    """Turn a phi-3 into a JAI with more tokens, layers, experts.
 
-    If it is interrupted, the same command resumes it."""
+    If interrupted, run the same command again to resume."""
     _prepare(options.out)
     look_at_checkpoint(options.base, read_phi3_config, needs_weights=not options.dry_run)
     if options.tokenizer is not None:
@@ -65,11 +74,19 @@ def convert(options: ConvertOptions) -> None:
         verify_conversion(options)
 
 
-@verb(app, UpcycleOptions, config="plan.yaml")
+@verb(
+    app,
+    UpcycleOptions,
+    config="plan.yaml",
+    examples=(
+        "jai upcycle dense upcycled --base-weights pretrained \\\n"
+        "    --snapshots run/checkpoint-2000 run/checkpoint-4000 run/checkpoint-6000",
+    ),
+)
 def upcycle(options: UpcycleOptions) -> None:
-    """Make experts from a dense JAI and its snapshots.
+    """Turn a dense JAI and its training snapshots into experts.
 
-    If it is interrupted, the same command resumes it."""
+    If interrupted, run the same command again to resume."""
     named = {options.base_weights} - {"last", "first"}
     _prepare(options.out)
     for name in (options.dense, *options.snapshots, *sorted(named)):
@@ -80,11 +97,15 @@ def upcycle(options: UpcycleOptions) -> None:
     upcycle(options)
 
 
-@verb(app, SnapshotOptions)
+@verb(
+    app,
+    SnapshotOptions,
+    examples=("jai snapshot run/checkpoint-2000 snapshots/step-2000",),
+)
 def snapshot(options: SnapshotOptions) -> None:
-    """Keep only the FFN weights of a dense JAI, for jai upcycle.
+    """Save only the FFN weights of a dense JAI, for jai upcycle.
 
-    If it is interrupted, the same command resumes it."""
+    If interrupted, run the same command again to resume."""
     _prepare(options.out)
     look_at_checkpoint(options.checkpoint, read_jai_or_snapshot_config)
     from jai.conversion.upcycle.snapshot import snapshot
@@ -92,11 +113,19 @@ def snapshot(options: SnapshotOptions) -> None:
     snapshot(options)
 
 
-@verb(app, MergeOptions, config="recipes/merge_m3.yaml")
+@verb(
+    app,
+    MergeOptions,
+    config="recipes/merge_m3.yaml",
+    examples=(
+        "jai merge merged --models thai reasoning --weights 0.6,0.4",
+        "jai merge merged --models thai code --method ties --base sft --density 0.5",
+    ),
+)
 def merge(options: MergeOptions) -> None:
-    """Merge checkpoints of one architecture, weighed by layer.
+    """Merge models of one architecture, with weights by layer.
 
-    If it is interrupted, the same command resumes it."""
+    If interrupted, run the same command again to resume."""
     _prepare(options.out)
     names = [*options.models, *([options.base] if options.base is not None else [])]
     folders = [look_at_checkpoint(name, read_any_config, needs_weights=not options.dry_run) for name in names]
@@ -108,11 +137,18 @@ def merge(options: MergeOptions) -> None:
     merge(options)
 
 
-@verb(app, ExportOptions)
+@verb(
+    app,
+    ExportOptions,
+    examples=(
+        "jai export merged mixtral",
+        "jai export dense phi3 --to phi3",
+    ),
+)
 def export(options: ExportOptions) -> None:
-    """Write a JAI without skip alphas as a Mixtral or a Phi-3.
+    """Save a JAI as a Mixtral or Phi-3, if its skip alphas are 0.
 
-    Serving engines need no code of JAI's for these. If it is interrupted, the same command resumes it."""
+    Serving engines run these without JAI's code. If interrupted, run the same command again to resume."""
     _prepare(options.out)
     look_at_checkpoint(options.model, read_jai_config)
     _read_tokenizer(options.model)
@@ -121,11 +157,15 @@ def export(options: ExportOptions) -> None:
     export(options)
 
 
-@verb(app, QuantizeOptions)
+@verb(
+    app,
+    QuantizeOptions,
+    examples=("jai quantize dpo dpo-nf4 --double-quant",),
+)
 def quantize(options: QuantizeOptions) -> None:
-    """Write a JAI in four bits, experts too, shard by shard.
+    """Quantize a JAI to 4 bits (NF4), experts included.
 
-    It takes the memory of no model. If it is interrupted, the same command resumes it."""
+    The model is never in memory as a whole. If interrupted, run the same command again to resume."""
     _prepare(options.out)
     look_at_checkpoint(options.model, read_whole_jai_config, needs_weights=not options.dry_run)
     _read_tokenizer(options.model)
@@ -134,11 +174,16 @@ def quantize(options: QuantizeOptions) -> None:
     quantize(options)
 
 
-@verb(app, MergeAdapterOptions)
+@verb(
+    app,
+    MergeAdapterOptions,
+    examples=("jai merge-adapter sft sft-merged",),
+)
 def merge_adapter(options: MergeAdapterOptions) -> None:
-    """Merge a LoRA adapter into its JAI, shard by shard.
+    """Merge a LoRA adapter into the weights of its JAI.
 
-    An adapter of a model in four bits goes into the checkpoint in 16. An interrupted run resumes."""
+    An adapter trained on 4-bit weights is merged into the 16-bit checkpoint. If interrupted, run the same command
+    again to resume."""
     _prepare(options.out)
     folder = adapter_folder(options.adapter)
     base = base_of(options.adapter, read_adapter_config(folder), options.base)
@@ -149,9 +194,16 @@ def merge_adapter(options: MergeAdapterOptions) -> None:
     merge_lora(options)
 
 
-@verb(app, InspectOptions)
+@verb(
+    app,
+    InspectOptions,
+    examples=(
+        "jai inspect converted",
+        "jai inspect jai-1 --train full --gpus 64 --gpu H200",
+    ),
+)
 def inspect(options: InspectOptions) -> None:
-    """Show the layer plan, the parameters and their memory."""
+    """Show the layer plan, parameter counts and memory needs."""
     if options.model != PAPERS_JAI:
         look_at_checkpoint(options.model, read_jai_config, needs_weights=False)
     from jai.conversion.inspect_checkpoint import inspect

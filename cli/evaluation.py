@@ -41,14 +41,28 @@ def _refuse_several_processes() -> None:
         )
 
 
-app = typer.Typer(cls=_EvalGroup, no_args_is_help=True, help="Measure checkpoints; jai eval CKPT is jai eval run CKPT.")
+app = typer.Typer(
+    cls=_EvalGroup, no_args_is_help=True, help="Evaluate checkpoints: jai eval CKPT is jai eval run CKPT."
+)
 
 
-@verb(app, EvalOptions, name=_MEASURE, group=("eval",), config="eval.yaml")
+@verb(
+    app,
+    EvalOptions,
+    name=_MEASURE,
+    group=("eval",),
+    config="eval.yaml",
+    examples=(
+        "jai eval sft --suite thai-exam thai-nlu --card",
+        "jai eval sft --suite mt-bench-th --judge-model gpt-4o-2024-08-06 \\\n"
+        "    --judge-url https://api.openai.com/v1",
+        "jai eval sft     # lists the suites",
+    ),
+)
 def evaluate(options: EvalOptions) -> None:
-    """Measure a checkpoint with suites of tasks, with error bars.
+    """Run suites of tasks on a checkpoint, with error bars.
 
-    If it is interrupted, the same command goes on."""
+    If interrupted, run the same command again to resume."""
     suites = read_suites(options.suite)
     if not suites:
         _list_suites()
@@ -67,23 +81,32 @@ def evaluate(options: EvalOptions) -> None:
         record_run(Path(options.model), run.results, suites)
 
 
-@verb(app, CompareOptions, group=("eval",))
+@verb(
+    app,
+    CompareOptions,
+    group=("eval",),
+    examples=("jai eval compare eval/sft eval/dpo --paper --figure compared.png",),
+)
 def compare(options: CompareOptions) -> None:
-    """Put runs beside each other, and beside the papers' figures.
+    """Compare runs with each other and with the papers' results.
 
-    Each is tested against the first on the items that both have; what differs between their conditions is said."""
+    Each run is tested against the first, on the items they share. Differences in their settings are reported."""
     options.check()
     from jai.evaluation.comparison_report import report_comparison
 
     report_comparison(options)
 
 
-@verb(app, ContaminationOptions, group=("eval",))
+@verb(
+    app,
+    ContaminationOptions,
+    group=("eval",),
+    examples=("jai eval contamination corpus.jsonl.gz --suite thai-exam --run eval/sft",),
+)
 def contamination(options: ContaminationOptions) -> None:
-    """Find the questions of suites in training data.
+    """Find evaluation questions that occur in training data.
 
-    Also gives a run's figures without them. By n-grams, and by Wikipedia article where rows have a title or an
-    address."""
+    Searches by n-grams, and by Wikipedia article where rows have a title or URL."""
     options.check()
     suites = read_suites(options.suite)
     sources = open_sources(options.texts)
@@ -92,22 +115,36 @@ def contamination(options: ContaminationOptions) -> None:
     report_contamination(options, suites, sources)
 
 
-@verb(app, PairwiseOptions, group=("eval",))
+@verb(
+    app,
+    PairwiseOptions,
+    group=("eval",),
+    examples=(
+        "jai eval pairwise eval/dpo/answers-mt-bench-th.jsonl \\\n"
+        "    eval/sft/answers-mt-bench-th.jsonl --judge-model gpt-4o-2024-08-06 \\\n"
+        "    --judge-url https://api.openai.com/v1",
+    ),
+)
 def pairwise(options: PairwiseOptions) -> None:
-    """Have a judge compare two models' answers, in both orders.
+    """Let a judge compare two models' answers, in both orders.
 
-    If it is interrupted, the same command goes on."""
+    If interrupted, run the same command again to resume."""
     options.check_judge()
     from jai.evaluation.judged.side_by_side import compare_answers
 
     compare_answers(options)
 
 
-@verb(app, LanguageOptions, group=("eval",))
+@verb(
+    app,
+    LanguageOptions,
+    group=("eval",),
+    examples=("jai eval language replies.jsonl --language th",),
+)
 def language(options: LanguageOptions) -> None:
-    """Language accuracy and think accuracy of files of replies.
+    """Measure how often replies are in the right language.
 
-    What they are is defined in docs/evaluation.md. With --out, the figures are kept as a run."""
+    Reports language accuracy and think accuracy, which docs/evaluation.md defines."""
     options.check()
     from jai.evaluation.generations import report_language
 

@@ -9,11 +9,18 @@ from jai.hub_card.options import PublishOptions
 app = typer.Typer()
 
 
-@verb(app, PublishOptions)
+@verb(
+    app,
+    PublishOptions,
+    examples=(
+        "jai publish dpo your-org/your-jai --dry-run",
+        "jai publish dpo your-org/your-jai --private",
+    ),
+)
 def publish(options: PublishOptions) -> None:
-    """Check a checkpoint or an adapter, and upload it to the Hub.
+    """Check a checkpoint or adapter and upload it to the Hub.
 
-    It is loaded in a clean process, its model card is written, and everything is uploaded in one commit."""
+    Loads it in a clean process, writes its model card, and uploads everything in one commit."""
     from jai.hub_card.publish import publish
 
     publish(options)

@@ -11,11 +11,15 @@ from jai.pretraining.options import PackOptions
 app = typer.Typer()
 
 
-@verb(app, PackOptions)
+@verb(
+    app,
+    PackOptions,
+    examples=("jai pack packed --config recipes/corpus_thai_public.yaml --tokenizer tokenizer",),
+)
 def pack(options: PackOptions) -> None:
-    """Tokenise text once, into shards for pre-training.
+    """Tokenize text into shards for pre-training.
 
-    If it is interrupted, the same command resumes it."""
+    If interrupted, run the same command again to resume."""
     refuse_existing(options.out)
     read_corpus_config(options.config)  # before the tokenizer's libraries are imported, which takes seconds
     from jai.pretraining.pack import pack_corpus

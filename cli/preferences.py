@@ -9,35 +9,52 @@ from jai.preferences.options import DifficultyOptions, PairsOptions, ScoreOption
 app = typer.Typer()
 
 
-@verb(app, PairsOptions, config="recipes/pairs.yaml")
+@verb(
+    app,
+    PairsOptions,
+    config="recipes/pairs.yaml",
+    examples=(
+        "jai pairs prompts.jsonl pairs --model sft --by reward --reward-model reward",
+        "jai pairs prompts.jsonl pairs --model sft --judge-model gpt-4o-2024-08-06 \\\n    --judge-url https://api.openai.com/v1",
+    ),
+)
 def pairs(options: PairsOptions) -> None:
-    """Make preference pairs of a model's own answers.
+    """Make preference pairs from a model's own answers.
 
-    Of several answers to each prompt, the best is paired with the worst. If it is interrupted, the same command
-    goes on."""
+    The best of several answers to each prompt is paired with the worst. If interrupted, run the same command
+    again to resume."""
     options.check()
     from jai.preferences.command import make_pairs
 
     make_pairs(options)
 
 
-@verb(app, ScoreOptions)
+@verb(
+    app,
+    ScoreOptions,
+    examples=("jai score chats.jsonl scored --model reward --keep-above 0.9",),
+)
 def score(options: ScoreOptions) -> None:
-    """Score conversations with a reward model, and filter them.
+    """Score conversations with a reward model and filter them.
 
-    If it is interrupted, the same command goes on."""
+    If interrupted, run the same command again to resume."""
     options.check()
     from jai.preferences.scoring import score_file
 
     score_file(options)
 
 
-@verb(app, DifficultyOptions, config="recipes/difficulty.yaml")
+@verb(
+    app,
+    DifficultyOptions,
+    config="recipes/difficulty.yaml",
+    examples=("jai difficulty prompts.jsonl selected --model sft --candidates 8",),
+)
 def difficulty(options: DifficultyOptions) -> None:
-    """Keep the prompts that a model answers right now and then.
+    """Select prompts that a model solves some of the time.
 
-    A prompt whose answers are all right or all wrong teaches `jai grpo` nothing. If it is interrupted, the same command
-    goes on."""
+    `jai grpo` learns nothing from prompts that are always solved or never. If interrupted, run the same command
+    again to resume."""
     options.check()
     from jai.preferences.difficulty import select_prompts
 

@@ -32,6 +32,8 @@ def _section(verb: Verb) -> str:
     rows = [_row(each) for each in options_of(verb.options).values() if not each.info.positional]
     if rows:
         lines += ["", "| option | value | default | what it does |", "| --- | --- | --- | --- |", *rows]
+    if verb.examples:
+        lines += ["", "```bash", *verb.examples, "```"]
     return "\n".join([*lines, ""])
 
 

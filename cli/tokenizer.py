@@ -9,31 +9,49 @@ from jai.tokenization.options import AblateOptions, ReportTokenizersOptions, Tra
 app = typer.Typer(cls=PlainGroup, help="Extend phi-3's vocabulary.", no_args_is_help=True)
 
 
-@verb(app, TrainTokenizerOptions, name="train", group=("tokenizer",))
+@verb(
+    app,
+    TrainTokenizerOptions,
+    name="train",
+    group=("tokenizer",),
+    examples=("jai tokenizer train corpus.jsonl.gz --out tokenizer \\\n    --base microsoft/Phi-3-medium-4k-instruct",),
+)
 def train(options: TrainTokenizerOptions) -> None:
-    """Extend a phi-3 tokenizer with merges learnt from text.
+    """Extend a phi-3 tokenizer with merges learned from text.
 
-    Text in other scripts keeps its ids."""
+    Text in other scripts keeps its token ids."""
     from jai.tokenization.train import train_tokenizer
 
     train_tokenizer(options)
 
 
-@verb(app, ReportTokenizersOptions, name="report", group=("tokenizer",))
+@verb(
+    app,
+    ReportTokenizersOptions,
+    name="report",
+    group=("tokenizer",),
+    examples=("jai tokenizer report phi3 tokenizer --text held-out.txt --out report",),
+)
 def report(options: ReportTokenizersOptions) -> None:
     """Measure tokenizers on text, side by side.
 
-    Tokens per character, word and byte, bytes in place of characters, round trips, unused tokens, speed."""
+    Reports tokens per character, word and byte, byte fallback, round trips, unused tokens and speed."""
     from jai.tokenization.report import report_tokenizers
 
     report_tokenizers(options)
 
 
-@verb(app, AblateOptions, name="ablate", group=("tokenizer",))
+@verb(
+    app,
+    AblateOptions,
+    name="ablate",
+    group=("tokenizer",),
+    examples=("jai tokenizer ablate --config recipes/tokenizer_ablation.yaml --base phi3",),
+)
 def ablate(options: AblateOptions) -> None:
     """Train a small phi-3 with each tokenizer and compare them.
 
-    The measure is bits per character of held-out text. If it is interrupted, the same command resumes it."""
+    They are compared by bits per character of held-out text. If interrupted, run the same command again to resume."""
     from jai.tokenization.ablation.config import read_ablation_config
 
     config = read_ablation_config(options.config, options.base, options.texts)

@@ -16,7 +16,7 @@ app = typer.Typer()
 
 @app.command(**PASS_THROUGH)
 def pretrain(context: typer.Context) -> None:
-    """Pre-train on text that jai pack wrote.
+    """Pre-train on text packed by jai pack.
 
     Give --config FILE, then any of transformers' options."""
     look_at_arguments("pretrain", context.args, reads_packed_text=True)
@@ -27,7 +27,7 @@ def pretrain(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def sft(context: typer.Context) -> None:
-    """Fine-tune on chats or plain text with TRL's SFTTrainer.
+    """Fine-tune on chats or plain text, with TRL's SFTTrainer.
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments("sft", context.args)
@@ -38,7 +38,7 @@ def sft(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def dpo(context: typer.Context) -> None:
-    """Align with preference pairs, using TRL's DPOTrainer.
+    """Align with preference pairs, with TRL's DPOTrainer.
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments("dpo", context.args)
@@ -49,7 +49,7 @@ def dpo(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def kto(context: typer.Context) -> None:
-    """Align with single answers, good or bad, by KTOTrainer.
+    """Align with single answers rated good or bad (KTO).
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments("kto", context.args)
@@ -60,7 +60,7 @@ def kto(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def cpo(context: typer.Context) -> None:
-    """Align with pairs without a reference: CPO and SimPO.
+    """Align with pairs but no reference model (CPO, SimPO).
 
     With TRL's CPOTrainer. Give --config FILE, then any of TRL's options."""
     look_at_arguments("cpo", context.args)
@@ -71,7 +71,7 @@ def cpo(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def orpo(context: typer.Context) -> None:
-    """Fine-tune and align with pairs in one: ORPO.
+    """Fine-tune and align on pairs in one stage (ORPO).
 
     With TRL's ORPOTrainer. Give --config FILE, then any of TRL's options."""
     look_at_arguments("orpo", context.args)
@@ -82,7 +82,7 @@ def orpo(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def reward(context: typer.Context) -> None:
-    """Train a reward model on preference pairs, and calibrate it.
+    """Train a reward model on preference pairs and calibrate it.
 
     With TRL's RewardTrainer. Give --config FILE, then any of TRL's options."""
     look_at_arguments("reward", context.args)
@@ -93,7 +93,7 @@ def reward(context: typer.Context) -> None:
 
 @app.command(**PASS_THROUGH)
 def grpo(context: typer.Context) -> None:
-    """Reinforce verifiable answers, using TRL's GRPOTrainer.
+    """Train on answers that a program checks (GRPO).
 
     Give --config FILE, then any of TRL's options."""
     look_at_arguments("grpo", context.args)
@@ -102,12 +102,18 @@ def grpo(context: typer.Context) -> None:
     main(context.args)
 
 
-@verb(app, RunReportOptions, name="report", config=None)
+@verb(
+    app,
+    RunReportOptions,
+    name="report",
+    config=None,
+    examples=("jai report runs/phase-1",),
+)
 def report(options: RunReportOptions) -> None:
-    """Draw one page of a training run, with alarms.
+    """Write an HTML page on a training run, with alarms.
 
-    Alarms are for a run that turns unstable, a router that starves an expert, and an old language that does not come
-    back. The run may still be going on."""
+    Alarms: training turns unstable, a router starves an expert, the base's language does not recover. The run may still
+    be in progress."""
     from jai.trainers.run_report import report_run
 
     report_run(options)

@@ -14,9 +14,16 @@ app = typer.Typer()
 _SERVER_PACKAGES = ("fastapi", "openai", "uvicorn")
 
 
-@verb(app, GenerateOptions)
+@verb(
+    app,
+    GenerateOptions,
+    examples=(
+        'jai generate dpo "เมืองหลวงของไทยคืออะไร"',
+        'jai generate converted "Bangkok is" --raw --temperature 0',
+    ),
+)
 def generate(options: GenerateOptions) -> None:
-    """Generate text and stream it as it is made."""
+    """Generate text from a prompt and stream it."""
     from jai.generate import generate
 
     generate(options)
@@ -26,7 +33,7 @@ def generate(options: GenerateOptions) -> None:
 def serve(context: typer.Context) -> None:
     """Serve a model over HTTP with an OpenAI-compatible API.
 
-    This is transformers' server: give CKPT, then any of its options."""
+    This is the server of transformers: give CKPT, then any of its options."""
     for package in _SERVER_PACKAGES:  # transformers looks when it has loaded PyTorch, and ends with a traceback
         if find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
@@ -39,11 +46,18 @@ def serve(context: typer.Context) -> None:
     run(context.args)
 
 
-@verb(app, DemoOptions)
+@verb(
+    app,
+    DemoOptions,
+    examples=(
+        "jai demo",
+        "jai demo out --quick",
+    ),
+)
 def demo(options: DemoOptions) -> None:
     """Run everything on tiny models in minutes, without a GPU.
 
-    A base is trained, converted, fine-tuned, aligned, pushed to a local Hub, and a report written."""
+    Trains a base, converts it, fine-tunes and aligns it, pushes it to a local Hub and writes a report."""
     from jai.demo.run import run_demo
 
     run_demo(options)

@@ -30,6 +30,7 @@ class Verb:
         options: the dataclass of its options.
         help: what it does.
         config: example of a file for `--config`; None where it takes none.
+        examples: commands that its help shows.
         run: the function that takes the options.
     """
 
@@ -37,10 +38,13 @@ class Verb:
     options: type
     help: str
     config: str | None
+    examples: tuple[str, ...]
     run: Callable[[Any], None]
 
 
 VERBS: list[Verb] = []
+_LONGEST_CHOICES = 50  # characters that stand beside a flag in 80 columns
+_METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 
 class _PlainValues:
@@ -72,15 +76,43 @@ class PlainGroup(_PlainValues, TyperGroup):
 
 
 class _VerbCommand(_PlainValues, TyperCommand):
-    """A command whose usage line leaves out hidden arguments, as its help does."""
+    """A command whose help has its arguments by name, without hidden ones, and its examples as they are typed."""
+
+    examples: tuple[str, ...] = ()
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        shown = [each for each in self.get_params(ctx) if not getattr(each, "hidden", False)]
-        return ["[OPTIONS]", *(piece for each in shown for piece in each.get_usage_pieces(ctx))]
+        names = []
+        for each in self._shown_arguments(ctx):
+            dots = "..." if each.nargs == -1 else ""
+            names.append(f"{each.metavar}{dots}" if each.required else f"[{each.metavar}{dots}]")
+        return ["[OPTIONS]", *names]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        arguments = [(each.metavar, each.help) for each in self._shown_arguments(ctx)]
+        options = [each.get_help_record(ctx) for each in self.get_params(ctx) if each.param_type_name == "option"]
+        for title, rows in (("Arguments", arguments), ("Options", options)):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        if self.examples:
+            with formatter.section("Examples" if len(self.examples) > 1 else "Example"):
+                for line in "\n".join(self.examples).splitlines():
+                    formatter.write(f"  {line}\n")
+
+    def _shown_arguments(self, ctx: Any) -> list[Any]:
+        return [each for each in self.get_params(ctx) if each.param_type_name == "argument" and not each.hidden]
 
 
 def verb(
-    app: typer.Typer, options: type, *, name: str | None = None, group: tuple[str, ...] = (), config: str | None = None
+    app: typer.Typer,
+    options: type,
+    *,
+    name: str | None = None,
+    group: tuple[str, ...] = (),
+    config: str | None = None,
+    examples: tuple[str, ...] = (),
 ) -> Callable:
     """Register a function of one options object as a command: `@verb(app, ConvertOptions)`.
 
@@ -90,11 +122,12 @@ def verb(
         name: of the command; None is the function's.
         group: the words between `jai` and the command.
         config: example of a file for `--config`, which takes the options from a YAML file; None has no such option.
+        examples: commands for the help, whole, in lines of at most 78 characters.
     """
 
     def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
         command_name = name or run.__name__.replace("_", "-")
-        registered = Verb(" ".join([*group, command_name]), options, run.__doc__ or "", config, run)
+        registered = Verb(" ".join([*group, command_name]), options, run.__doc__ or "", config, examples, run)
         VERBS.append(registered)
 
         def command(**given: Any) -> None:
@@ -104,7 +137,8 @@ def verb(
         command.__doc__ = run.__doc__
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {each.name: each.annotation for each in parameters}
-        app.command(command_name, cls=_VerbCommand)(command)
+        shown = type("VerbCommand", (_VerbCommand,), {"examples": examples})
+        app.command(command_name, cls=shown)(command)
         return run
 
     return register
@@ -167,7 +201,12 @@ def _parameter(option: Option) -> inspect.Parameter:
     names = [option.flag]
     if kind is bool:
         names = [f"{option.flag}/--no-{option.flag.removeprefix('--')}"]
-    declared = typer.Option(*names, metavar=info.metavar, help=_help(option), show_default=False)
+    metavar, help_text = info.metavar or _METAVARS.get(kind), _help(option)
+    if option.choices:
+        metavar = f"[{'|'.join(option.choices)}]"
+        if len(metavar) > _LONGEST_CHOICES:
+            metavar, help_text = "NAME", f"{help_text} One of: {', '.join(option.choices)}."
+    declared = typer.Option(*names, metavar=metavar, help=help_text, show_default=False)
     return _keyword(option.name, kind | None if get_origin(kind) is not list else list[str] | None, declared, None)
 
 

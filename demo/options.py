@@ -13,8 +13,8 @@ class DemoOptions:
     """How the demo is run."""
 
     out: Path = argument("OUT", Path("runs/demo"), help="Folder to write; it must not exist.")
-    seed: int = option(0, help="Seed of the text, of the base and of the training.", at_least=0, at_most=2**32 - 1)
-    quick: bool = option(False, help="Train for a few steps only: every part runs, and nothing is learnt.")
+    seed: int = option(0, help="Random seed for the text, the base and the training.", at_least=0, at_most=2**32 - 1)
+    quick: bool = option(False, help="Train for a few steps only: every part runs, but nothing is learned.")
 
     def __post_init__(self) -> None:
         """Check every value.

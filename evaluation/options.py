@@ -40,57 +40,62 @@ class EvalOptions(JudgeOptions):
     model: str = argument("CKPT", help="Folder or Hub id of a checkpoint; with --backend openai, the server's model.")
     suite: list[str] = option(
         [],
-        help="Suites to measure: names, or paths of suite files. Without any, the suites are listed.",
+        help="Suites to run: names, or paths of suite files. Without this option, list the suites.",
         metavar="NAME",
         spread=True,
     )
     out: Path | None = option(
         None,
-        help="Folder of the run; one that is there already is gone on with.",
+        help="Output folder. If it exists, the run resumes.",
         metavar="DIR",
-        shown_default="eval/ and the checkpoint's name",
+        shown_default="eval/NAME, with the checkpoint's name",
     )
     limit: int | None = option(
-        None, help="Measure only the first questions of each task; of long contexts, of each length.", at_least=1
+        None,
+        help="Use only the first N questions of each task (and of each length in long-context tasks).",
+        at_least=1,
+        metavar="N",
     )
     data: Path | None = option(
         None,
-        help="Folder with data sets as JSON Lines, used in place of the Hub's (docs/evaluation.md says which names).",
+        help="Folder with the datasets as JSON Lines, instead of the Hub (docs/evaluation.md lists the file names).",
         metavar="DIR",
     )
     backend: Literal["hf", "vllm", "openai"] = option(
-        "hf", help="What runs the model: transformers, vLLM, or a server with an OpenAI-compatible API."
+        "hf", help="What runs the model: transformers (hf), vLLM, or an OpenAI-compatible server."
     )
     base_url: str | None = option(
-        None, help="Address of the server's API, such as http://127.0.0.1:8000/v1.", metavar="URL"
+        None, help="With --backend openai: URL of the API, such as http://127.0.0.1:8000/v1.", metavar="URL"
     )
     tokenizer: str | None = option(
-        None, help="Folder or Hub id of the tokenizer that counts for --backend openai.", metavar="NAME"
+        None, help="With --backend openai: folder or Hub id of the tokenizer to count tokens with.", metavar="TOKENIZER"
     )
-    batch_size: int = option(8, help="Sequences in a batch.", at_least=1)
-    device: str | None = option(None, help="Such as cuda:1 or cpu.", shown_default="a GPU where there is one")
+    batch_size: int = option(8, help="Sequences per batch.", at_least=1)
+    device: str | None = option(None, help="Device, such as cuda:1 or cpu.", shown_default="a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="Type of the weights; auto is that of the checkpoint."
+        "auto", help="Data type of the weights; auto is the checkpoint's own."
     )
     parallelize: bool = option(False, help="Spread the model over all GPUs.")
     max_length: int | None = option(
         None,
-        help="Longest input in tokens; what is longer loses its beginning.",
+        help="Longest input in tokens; longer ones lose their beginning.",
         at_least=2,
-        shown_default="what the model can take",
+        shown_default="the model's limit",
     )
     max_answer_tokens: int = option(
-        1024, help="Longest answer to a question of a judged suite, in tokens. MT-Bench's is 1024.", at_least=1
+        1024, help="Longest answer in judged suites, in tokens (1024 in MT-Bench).", at_least=1
     )
-    seed: int = option(0, help="Seed of sampling, and of the intervals.", at_least=0, at_most=2**32 - 1)
-    include_path: Path | None = option(None, help="Folder with more lm-eval tasks.", metavar="DIR")
+    seed: int = option(
+        0, help="Random seed for sampling and for the confidence intervals.", at_least=0, at_most=2**32 - 1
+    )
+    include_path: Path | None = option(None, help="Folder with additional lm-eval tasks.", metavar="DIR")
     allow_code_execution: bool = option(
-        False, help="Run the programs that the model writes, on this machine: code and livecodebench need it."
+        False, help="Run programs written by the model on this machine; the suites code and livecodebench need it."
     )
-    card: bool = option(
-        False, help="Write the figures into the checkpoint's evaluation.json, which its model card shows."
+    card: bool = option(False, help="Also write the results to evaluation.json in the checkpoint, for its model card.")
+    trust_remote_code: bool = option(
+        False, help="Run the model code in the checkpoint instead of the installed package's."
     )
-    trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -126,16 +131,16 @@ class EvalOptions(JudgeOptions):
 class LanguageOptions:
     """What `jai eval language` takes."""
 
-    files: list[str] = argument("FILE...", help="Replies as JSON Lines, gzipped or not.")
-    language: Literal["th", "en"] = option("th", help="The language that answers should be in.")
+    files: list[str] = argument("FILE...", help="Files of replies: .jsonl or .jsonl.gz.")
+    language: Literal["th", "en"] = option("th", help="Language that the answers should be in.")
     field: str | None = option(
         None,
-        help="Key of a row's reply: text, messages that end with it, or a list of replies.",
+        help="Key of the reply in each row: a text, a list of texts, or messages that end with the reply.",
         metavar="NAME",
-        shown_default="the first that is usual, such as response, completion or messages",
+        shown_default="a usual one, such as response, completion or messages",
     )
     out: Path | None = option(
-        None, help="Folder for a run with the figures of one file, which `jai eval compare` takes.", metavar="DIR"
+        None, help="Folder to write the results of one file to, for `jai eval compare`.", metavar="DIR"
     )
 
     def __post_init__(self) -> None:
@@ -158,12 +163,12 @@ class LanguageOptions:
 class CompareOptions:
     """What `jai eval compare` takes."""
 
-    runs: list[str] = argument("RUN...", help="Folders of runs of jai eval; the others are tested against the first.")
-    paper: bool = option(False, help="Show the papers' published figures beside, each with its source.")
+    runs: list[str] = argument("RUN...", help="Output folders of `jai eval`; each is tested against the first.")
+    paper: bool = option(False, help="Also show the papers' published results, with their sources.")
     figure: Path | None = option(
-        None, help="Draw bars and a radar into this file (.png, .svg or .pdf).", metavar="FILE"
+        None, help="Save bar and radar charts to this file (.png, .svg or .pdf).", metavar="FILE"
     )
-    markdown: Path | None = option(None, help="Write the tables into this file as Markdown.", metavar="FILE")
+    markdown: Path | None = option(None, help="Save the tables to this Markdown file.", metavar="FILE")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -188,13 +193,15 @@ class ContaminationOptions:
     texts: list[str] = argument(
         "TEXT...", help="Training data: files (.txt, .jsonl, .jsonl.gz, .parquet), folders of them, or Hub datasets."
     )
-    suite: list[str] = option(help="A suite whose questions are looked for; give it again for more.", metavar="NAME")
-    data: Path | None = option(None, help="Folder with the suites' data sets, as of jai eval.", metavar="DIR")
-    ngram: int = option(13, help="Words of an n-gram; five characters of Thai are one.", at_least=8)
+    suite: list[str] = option(help="Suite whose questions to look for. Repeat the option for several.", metavar="NAME")
+    data: Path | None = option(None, help="Folder with the suites' datasets, as in `jai eval`.", metavar="DIR")
+    ngram: int = option(13, help="Length of an n-gram in words; five Thai characters count as a word.", at_least=8)
     run: Path | None = option(
-        None, help="Folder of a run of jai eval, whose figures are shown without what was found.", metavar="DIR"
+        None,
+        help="Output folder of `jai eval`; also show its results without the contaminated questions.",
+        metavar="DIR",
     )
-    out: Path | None = option(None, help="Folder for the report, with a line for each question.", metavar="DIR")
+    out: Path | None = option(None, help="Folder to write the report to, with a line per question.", metavar="DIR")
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -14,34 +14,38 @@ class PlanOptions:
 
     train: Literal["full", "lora", "qlora"] | None = option(
         None,
-        help="Also plan memory and time of training: every weight (in mixed precision: fp32 with bf16 products), LoRA "
-        "on weights in bf16, or on weights in four bits. The options that follow say how.",
-        shown_default="no plan",
+        help="Also estimate memory and time for training. full: every weight, in mixed precision; lora: LoRA on "
+        "bf16 weights; qlora: LoRA on 4-bit weights. The options below apply only with --train.",
+        shown_default="no estimate",
     )
     gpus: int = option(1, help="Number of GPUs.", at_least=1, at_most=100_000)
-    gpu: Literal["A100", "H100", "H200", "B200"] = option("H100", help="What they are; an A100 is one of 80 GB.")
+    gpu: Literal["A100", "H100", "H200", "B200"] = option("H100", help="GPU model (A100: the 80 GB one).")
     sharding: Literal["none", "fsdp", "hsdp"] = option(
         "fsdp",
-        help="How weights, gradients and optimiser states are cut: not at all (DDP), over all GPUs (FSDP2, or ZeRO-3 "
-        "of DeepSpeed), or over the GPUs of a group (HSDP).",
+        help="How weights, gradients and optimizer states are divided. none: not at all (DDP); fsdp: across all "
+        "GPUs (FSDP2 or DeepSpeed ZeRO-3); hsdp: within groups of GPUs.",
     )
-    group: int = option(8, help="GPUs of a group, with hsdp.", at_least=1, at_most=100_000)
-    batch: int = option(1, help="Sequences that a GPU computes at once.", at_least=1, at_most=1_000_000)
-    length: int = option(4096, help="Tokens of a sequence.", at_least=1, at_most=100_000_000)
-    checkpointing: bool = option(True, help="Compute activations again in the backward pass.")
+    group: int = option(8, help="With hsdp: GPUs per group.", at_least=1, at_most=100_000)
+    batch: int = option(1, help="Sequences per GPU in each forward pass.", at_least=1, at_most=1_000_000)
+    length: int = option(4096, help="Tokens per sequence.", at_least=1, at_most=100_000_000)
+    checkpointing: bool = option(True, help="Recompute activations in the backward pass to save memory.")
     experts_implementation: Literal["grouped_mm", "eager", "jai_fused", "jai_fused_x", "jai_fused_fp8"] = option(
-        "grouped_mm", help="How the experts are computed."
+        "grouped_mm", help="Kernel for the experts."
     )
-    loss: Literal["chunked", "logits"] = option("chunked", help="TRL's head in chunks, or all logits at once.")
-    optimizer: Literal["adamw", "adamw-8bit"] = option("adamw", help="AdamW's states in fp32, or in eight bits.")
-    lora_r: int = option(16, help="Rank of LoRA, on attention and experts.", at_least=1, at_most=100_000)
+    loss: Literal["chunked", "logits"] = option(
+        "chunked", help="chunked: TRL's chunked head and loss; logits: all logits at once."
+    )
+    optimizer: Literal["adamw", "adamw-8bit"] = option(
+        "adamw", help="adamw: states in fp32; adamw-8bit: states in 8 bits."
+    )
+    lora_r: int = option(16, help="LoRA rank, on attention and experts.", at_least=1, at_most=100_000)
     new_rows: int = option(
-        0, help="Rows of new tokens that learn beside LoRA; 31,936 for JAI-1.", at_least=0, at_most=100_000_000
+        0, help="Rows of new tokens trained along with LoRA; 31,936 for JAI-1.", at_least=0, at_most=100_000_000
     )
-    double_quant: bool = option(True, help="With qlora: the scales of four bits in eight bits.")
+    double_quant: bool = option(True, help="With qlora: quantize the scales to 8 bits too.")
     utilization: float = option(
         0.425,
-        help="Share of the GPUs' peak at which is computed (model FLOPs utilisation); Trillion-7B reached 42.5 %.",
+        help="Expected model FLOPs utilization (MFU), as a fraction of peak. Trillion-7B reports 42.5 %.",
         above=0,
         at_most=1,
     )

@@ -17,30 +17,33 @@ class AnsweringOptions:
     """Who answers prompts, and how."""
 
     prompts: Path = argument("PROMPTS", help="File of prompts, one a line: .jsonl or .jsonl.gz.")
-    out: Path = argument("OUT", help="Folder to make; one that is there already is gone on with.")
+    out: Path = argument("OUT", help="Output folder. If it exists, the run resumes.")
     model: str = option(
-        help="Folder or Hub id of the checkpoint that answers; with --backend openai, its name on the server."
+        help="Folder or Hub id of the model that answers; with --backend openai, its name on the server.",
+        metavar="CKPT",
     )
     backend: Literal["hf", "vllm", "openai"] = option(
-        "hf", help="What runs it: transformers, vLLM, or a server with an OpenAI-compatible API."
+        "hf", help="What runs the model: transformers (hf), vLLM, or an OpenAI-compatible server."
     )
     base_url: str | None = option(
-        None, help="Address of the server's API, such as http://127.0.0.1:8000/v1.", metavar="URL"
+        None, help="With --backend openai: URL of the API, such as http://127.0.0.1:8000/v1.", metavar="URL"
     )
-    language: Literal["th", "en"] = option("th", help="Language of the instructions of --by checks.")
-    temperature: float = option(0.8, help="Temperature of the answers.", above=0)
+    language: Literal["th", "en"] = option("th", help="With --by checks: language of the instructions.")
+    temperature: float = option(0.8, help="Sampling temperature.", above=0)
     top_p: float = option(
-        0.95, help="Answers are drawn from the likeliest tokens that add up to this.", above=0, at_most=1
+        0.95, help="Sample from the most likely tokens whose probabilities add up to this.", above=0, at_most=1
     )
     max_answer_tokens: int = option(1024, help="Longest answer in tokens.", at_least=1)
-    limit: int | None = option(None, help="Use only the first prompts.", at_least=1)
-    batch_size: int = option(8, help="Sequences in a batch, or requests to the server at a time.", at_least=1)
-    device: str | None = option(None, help="Such as cuda:1 or cpu.", shown_default="a GPU where there is one")
+    limit: int | None = option(None, help="Use only the first N prompts.", at_least=1, metavar="N")
+    batch_size: int = option(8, help="Sequences per batch, or requests to the server in parallel.", at_least=1)
+    device: str | None = option(None, help="Device, such as cuda:1 or cpu.", shown_default="a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="Type of the weights; auto is that of the checkpoint."
+        "auto", help="Data type of the weights; auto is the checkpoint's own."
     )
-    seed: int = option(0, help="Seed of the answers; a server draws by its own.", at_least=0, at_most=2**32 - 1)
-    trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
+    seed: int = option(0, help="Random seed for the answers (servers use their own).", at_least=0, at_most=2**32 - 1)
+    trust_remote_code: bool = option(
+        False, help="Run the model code in the checkpoint instead of the installed package's."
+    )
 
     def check_answering(self, *, device_is_used: bool = False) -> None:
         """Refuse options that the backend does nothing with.
@@ -65,28 +68,31 @@ class PairsOptions(AnsweringOptions, JudgeOptions):
 
     by: Literal["judge", "facts", "checks", "reward"] = option(
         "judge",
-        help="What tells the better answer: a judge's grade from 1 to 10, a judge that compares with the row's facts, "
-        "the row's instructions (IFEval's form), or a reward model.",
+        help="How the better answer is found. judge: a judge grades each from 1 to 10; facts: a judge compares it "
+        "with the row's facts; checks: a program checks the row's instructions (as in IFEval); reward: a "
+        "reward model scores it.",
     )
     reward_model: str | None = option(
-        None, help="Folder or Hub id of the reward model of --by reward: a sequence classifier with one label."
+        None,
+        help="With --by reward: folder or Hub id of the reward model, a sequence classifier with one label.",
+        metavar="CKPT",
     )
-    candidates: int = option(5, help="Answers to each prompt. The paper's are 5.", at_least=1)
+    candidates: int = option(5, help="Answers per prompt (5 in the paper).", at_least=1)
     off_policy: Path | None = option(
         None,
-        help="File of other models' answers to the same prompts, which compete with the model's own: `id` or `prompt`, "
-        "and `answers`, a list of texts.",
+        help="File of other models' answers to the same prompts, to compete with the model's own: `id` or "
+        "`prompt`, and `answers`, a list of texts.",
         metavar="FILE",
     )
     min_margin: float | None = option(
         None,
-        help="Pairs whose scores are closer than this are dropped, and so are ties. Scores of --by reward are "
-        "probabilities, or logits of a reward model without a calibration.",
+        help="Drop pairs whose scores differ by less than this, and ties. With --by reward, scores are "
+        "probabilities (logits if the reward model is not calibrated).",
         at_least=0,
-        shown_default="1 for a judge's grades, 0 for the rest",
+        shown_default="1 with --by judge, otherwise 0",
     )
     max_length_ratio: float = option(
-        2.0, help="Pairs of which one answer is more than this many times as long are dropped.", at_least=1
+        2.0, help="Drop pairs in which one answer is longer than the other by more than this factor.", at_least=1
     )
 
     def __post_init__(self) -> None:
@@ -127,22 +133,22 @@ class DifficultyOptions(AnsweringOptions):
 
     by: Literal["answers", "checks"] = option(
         "answers",
-        help="What a right answer is: one with the final answer of the row's `solution` or `answer`, or one that "
-        "follows all of the row's instructions (IFEval's form). It is what `jai grpo` rewards.",
+        help="What counts as right. answers: the final answer matches the row's `solution` or `answer`; checks: "
+        "every instruction of the row is followed (as in IFEval). `jai grpo` rewards the same.",
     )
-    candidates: int = option(8, help="Answers to each prompt.", at_least=1)
+    candidates: int = option(8, help="Answers per prompt.", at_least=1)
     min_pass_rate: float = option(
-        0.1, help="Prompts whose share of right answers is below this are left out.", at_least=0, at_most=1
+        0.1, help="Drop prompts with a smaller fraction of right answers.", at_least=0, at_most=1
     )
     max_pass_rate: float = option(
-        0.9, help="Prompts whose share of right answers is above this are left out.", at_least=0, at_most=1
+        0.9, help="Drop prompts with a larger fraction of right answers.", at_least=0, at_most=1
     )
     system_prompt: str | None = option(
-        None, help="System turn before every prompt that has none; give `jai grpo` the same one."
+        None, help="System message for prompts that have none; give `jai grpo` the same one."
     )
-    temperature: float = option(1.0, help="Temperature of the answers; that of `jai grpo` is 1.", above=0)
+    temperature: float = option(1.0, help="Sampling temperature; `jai grpo` uses 1.", above=0)
     top_p: float = option(
-        1.0, help="Answers are drawn from the likeliest tokens that add up to this.", above=0, at_most=1
+        1.0, help="Sample from the most likely tokens whose probabilities add up to this.", above=0, at_most=1
     )
 
     def __post_init__(self) -> None:
@@ -176,21 +182,21 @@ class ScoreOptions:
     """What `jai score` takes."""
 
     file: Path = argument(
-        "FILE", help="File of conversations that end with an answer, one a line: .jsonl or .jsonl.gz."
+        "FILE", help="File of conversations that end with an answer, one per line: .jsonl or .jsonl.gz."
     )
-    out: Path = argument("OUT", help="Folder to make.")
-    model: str = option(help="Folder or Hub id of the reward model, as `jai reward` makes one.")
+    out: Path = argument("OUT", help="Folder to write; it must not exist.")
+    model: str = option(help="Folder or Hub id of a reward model, such as the output of `jai reward`.", metavar="CKPT")
     keep_above: float | None = option(
         None,
-        help="Also write the rows whose calibrated probability is above this to OUT/kept.jsonl.",
+        help="Also write the rows with a calibrated probability above this to OUT/kept.jsonl.",
         at_least=0,
         at_most=1,
     )
-    batch_size: int = option(
-        8, help="Conversations in a batch; those in one are about as long as each other.", at_least=1
+    batch_size: int = option(8, help="Conversations per batch; each batch holds ones of similar length.", at_least=1)
+    device: str | None = option(None, help="Device, such as cuda:1 or cpu.", shown_default="a GPU if there is one")
+    trust_remote_code: bool = option(
+        False, help="Run the model code in the checkpoint instead of the installed package's."
     )
-    device: str | None = option(None, help="Such as cuda:1 or cpu.", shown_default="a GPU where there is one")
-    trust_remote_code: bool = option(False, help="Run the checkpoint's own code in place of the installed package's.")
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -2,6 +2,7 @@
 """The command line as a user meets it: help, errors without tracebacks, exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from jai import cli
+from jai.cli.app import SECTIONS, app
+from jai.cli.verb import VERBS as OF_OURS
 from jai.version import __version__
 
 MAKING = ("tokenizer", "convert", "snapshot", "upcycle", "merge", "export", "quantize", "merge-adapter")
@@ -41,33 +44,60 @@ def test_help_names_every_verb(jai):
 def test_help_shows_what_each_verb_does_in_one_whole_sentence(jai, monkeypatch, group):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = jai(*group, "--help")
-    lines = out.partition("Commands:\n")[2].split("\n\n")[0].splitlines()
-    assert len(lines) >= 3
+    _, *sections = out.split("--help ")[1].split(":\n")
+    lines = [line for section in sections for line in section.split("\n\n")[0].splitlines()]
+    assert len(lines) >= (len(VERBS) if not group else 3)
     assert all(line.endswith(".") and not line.endswith("..") and len(line) <= 80 for line in lines), lines
 
 
 def test_help_names_what_is_required_and_hides_what_is_hidden(jai, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = jai("merge", "--help")
-    assert out.startswith("Usage: jai merge [OPTIONS] {OUT}\n")  # without the place of `--models A B`
+    assert out.startswith("Usage: jai merge [OPTIONS] OUT\n")  # without the place of `--models A B`
     _, out, _ = jai("tokenizer", "train", "--help")
-    assert out.startswith("Usage: jai tokenizer train [OPTIONS] {TEXT}...\n")
+    assert out.startswith("Usage: jai tokenizer train [OPTIONS] TEXT...\n")
     assert "Folder or Hub id of the tokenizer to extend. [required]" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in TRAINING])
-def test_every_verb_has_help(jai, verb):
-    code, out, _ = jai(verb, "--help")
+@pytest.mark.parametrize("verb", OF_OURS, ids=[verb.name for verb in OF_OURS])
+def test_every_verb_has_help_with_an_example(jai, monkeypatch, verb):
+    """The examples are in docs/options.md too, whose commands `test_readme` gives to the program."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = jai(*verb.name.split(), "--help")
     assert code == 0
-    assert "Usage" in out
+    assert out.startswith(f"Usage: jai {verb.name} [OPTIONS]")
+    assert all(len(line) <= 80 for line in out.splitlines())
+    _, _, shown = out.partition("\n\nExample")
+    assert verb.examples
+    for example in verb.examples:
+        assert example.startswith(f"jai {verb.name.removesuffix(' run')} ") or example == f"jai {verb.name}"
+        assert all(f"  {line}\n" in shown for line in example.splitlines())
+
+
+def test_help_shows_every_command_once():
+    """In sections; a command that is in none would not be found."""
+    names = [info.name or info.callback.__name__.replace("_", "-") for info in every_command(app)]
+    names += [group.name for group in app.registered_groups if group.name]
+    assert sorted(names) == sorted(name for section in SECTIONS.values() for name in section)
+
+
+def every_command(program):
+    for group in program.registered_groups:
+        if not group.name:
+            yield from group.typer_instance.registered_commands
 
 
 @pytest.mark.parametrize("verb", TRAINING)
 def test_training_verbs_show_trls_help(jai, verb):
     code, out, _ = jai(verb, "--help")
     assert code == 0
-    assert "--learning_rate" in out
-    assert "--trainable" in out
+    assert "  --learning_rate FLOAT\n" in out
+    assert "  --trainable TEXT" in out
+    assert "(default: None)" not in out
+    assert "Turn off --router_statistics." in out
+    recipe = re.search(rf"example: jai {verb} --config (\S+) --", out)
+    assert recipe
+    assert (Path(__file__).parents[1] / recipe[1]).is_file()
 
 
 def test_version(jai):

@@ -18,31 +18,30 @@ class TrainTokenizerOptions:
         help="Text to learn from: .txt, .jsonl or .jsonl.gz (field `text`), .parquet (column `text`), a folder of such "
         "files, or a Hub dataset: owner/name, owner/name:split or owner/name:config:split.",
     )
-    base: str = option(help="Folder or Hub id of the tokenizer to extend.")
+    base: str = option(help="Folder or Hub id of the tokenizer to extend.", metavar="TOKENIZER")
     out: Path = option(help="Folder to write; it must not exist.")
-    vocab_size: int = option(64000, help="Entries of the result, including special tokens.", at_least=1)
-    max_token_chars: int = option(16, help="Longest new token in characters, including a space before it.", at_least=2)
+    vocab_size: int = option(64000, help="Size of the new vocabulary, special tokens included.", at_least=1)
+    max_token_chars: int = option(16, help="Longest new token in characters, counting a leading space.", at_least=2)
     unit: Unit = option(
         "run",
-        help="Where merges are made. run: anywhere between characters of the script; word: inside Thai words; cluster: "
-        "no token starts or ends inside a Thai character cluster.",
+        help="Where merges may happen. run: anywhere within a run of the script's characters; word: within Thai "
+        "words; cluster: at Thai character cluster boundaries only.",
     )
-    script: str = option("Thai", help="Unicode name of the script to learn, in any case.")
+    script: str = option("Thai", help="Unicode name of the script to learn (case does not matter).")
     normalize_thai: bool = option(
         True,
-        help="Give Thai that looks the same one encoding: two sara e and sara ae, nikhahit with sara aa and sara am, "
-        "marks in any order. No effect on other scripts.",
+        help="Encode look-alike Thai spellings the same way: double sara e as sara ae, nikhahit with sara aa as "
+        "sara am, and marks in any order. Other scripts are unaffected.",
     )
     # The learner's memory grows with the text: 64,000 entries took 1.8 GB from 44 MB of Thai and 3.1 GB from 88 MB, so
     # this much takes some 6 GB.
     sample_bytes: Size = option(
         Size(200_000_000),
-        help="Learn from at most this much text; of more, from a sample drawn evenly by document. Learning takes some "
-        "30 times as much memory.",
+        help="Learn from at most this much text, sampled evenly by document. Memory use is about 30 times as much.",
         shown_default="200MB",
         metavar="SIZE",
     )
-    seed: int = option(0, help="Seed of the sample.")
+    seed: int = option(0, help="Random seed for the sample.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -56,12 +55,12 @@ class ReportTokenizersOptions:
 
     tokenizer: list[str] = argument("TOKENIZER...", help="Folders or Hub ids of tokenizers to compare.")
     text: list[str] = option(
-        help="Text to measure on, preferably not what the tokenizers were trained on: a file (.txt, .jsonl, .jsonl.gz, "
-        ".parquet), a folder of such files, or a Hub dataset. Repeat the option for several.",
+        help="Text to measure on, preferably not the training text: a file (.txt, .jsonl, .jsonl.gz, .parquet), a "
+        "folder of such files, or a Hub dataset. Repeat the option for several.",
         metavar="TEXT",
     )
     base: str | None = option(
-        None, help="Tokenizer that the others are compared with.", shown_default="the first of several"
+        None, help="Tokenizer to compare the others with.", shown_default="the first of several", metavar="TOKENIZER"
     )
     out: Path | None = option(None, help="Folder to write report.json, report.md and report.png to; it must not exist.")
 
@@ -76,19 +75,19 @@ class AblateOptions:
     """What `jai tokenizer ablate` takes, beside what is in its file."""
 
     config: Path = option(
-        help="YAML file that says what is compared, such as recipes/tokenizer_ablation.yaml.", metavar="FILE"
+        help="YAML file with what to compare, such as recipes/tokenizer_ablation.yaml.", metavar="FILE"
     )
     base: str | None = option(
-        None, help="Folder or Hub id of the tokenizer to extend.", shown_default="the one in the file"
+        None, help="Folder or Hub id of the tokenizer to extend.", shown_default="the file's", metavar="TOKENIZER"
     )
     text: list[str] = option(
         [],
-        help="Text of a language in the file, such as Thai=thai.jsonl.gz. Repeat the option for several.",
-        metavar="NAME=TEXT",
-        shown_default="those in the file",
+        help="Text for a language of the file, such as Thai=thai.jsonl.gz. Repeat the option for several.",
+        metavar="LANGUAGE=TEXT",
+        shown_default="the file's",
     )
-    out: Path = option(Path("runs/tokenizer-ablation"), help="Folder to write, or to resume in.")
-    workers: int = option(1, help="Runs at a time.", at_least=1)
+    out: Path = option(Path("runs/tokenizer-ablation"), help="Output folder. If it exists, the run resumes.")
+    workers: int = option(1, help="Models to train in parallel.", at_least=1)
 
     def __post_init__(self) -> None:
         check_values(self)

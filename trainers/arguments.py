@@ -2,7 +2,7 @@
 """What a training stage is told: TRL's dataclasses, ours beside them, and their reading from YAML and command line."""
 
 import os
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -37,6 +37,17 @@ StageConfig: TypeAlias = (
 )
 
 
+_EXAMPLES = {  # recipes with another name than the verb
+    "jai pretrain": "jai-1/phase-1.yaml",
+    "jai dpo": "dpo.yaml",
+    "jai kto": "dpo.yaml",
+    "jai cpo": "simpo.yaml",
+    "jai orpo": "orpo.yaml",
+    "jai reward": "reward.yaml",
+    "jai grpo": "grpo.yaml",
+}
+
+
 def max_length_of(training: StageConfig) -> int | None:
     """Tokens of the longest sequence, None where there is no limit. GRPO has none: its answers have one."""
     return getattr(training, "max_length", None)
@@ -46,51 +57,49 @@ def max_length_of(training: StageConfig) -> int | None:
 class JaiTrainingArguments:
     """Options of JAI's training stages that TRL does not have."""
 
-    _argument_group_name = "options of JAI's own"
+    _argument_group_name = "JAI's options"
 
     trainable: list[str] | None = field(
         default=None,
         metadata={
-            "help": "The parts that learn, by name; all else stays as it is, to the bit. "
+            "help": "Parts of the model to train; everything else is frozen. "
             + "; ".join(f"`{name}`: {text}" for name, text in PART_TEXTS.items())
-            + ". With `use_peft`, projections and experts learn through LoRA and the others in full. Default: all; "
-            "with `use_peft` attention, experts, router, alphas and new_rows, as far as the model has them."
+            + ". With `use_peft`, attention and experts are trained through LoRA and the others in full. Default: all; "
+            "with `use_peft` attention, experts, router, alphas and new_rows, if the model has them."
         },
     )
     new_row_ids: str | None = field(
         default=None,
         metadata={
-            "help": "Ids of the tokens whose rows are `new_rows`, such as 32064-63999. Default: those that "
-            "`jai convert` recorded."
+            "help": "Token ids that `new_rows` covers, such as 32064-63999. Default: those that `jai convert` added."
         },
     )
     max_position_embeddings: int | None = field(
         default=None,
         metadata={
-            "help": "The context, in tokens, that the model is trained for; written into the checkpoint's "
-            "configuration. Default: the model's."
+            "help": "Context length in tokens to train for; saved in the checkpoint's configuration. Default: the "
+            "model's."
         },
     )
     rope_theta: float | None = field(
         default=None,
         metadata={
-            "help": "Base of RoPE, written into the checkpoint's configuration. Another one than the model's breaks "
-            "what it does until it is trained with it; the paper goes from 10,000 to 1,000,000 with the long context. "
-            "Default: the model's."
+            "help": "RoPE base frequency; saved in the checkpoint's configuration. Changing it breaks the model until "
+            "it is trained with the new value. The paper goes from 10,000 to 1,000,000 for long contexts. Default: the "
+            "model's."
         },
     )
     merge_adapter: bool = field(
         default=False,
         metadata={
-            "help": "With `use_peft`: merge the adapter into the model at the end, so that the output folder is a "
-            "full checkpoint; the adapter itself stays in its subfolder `adapter`. Without it the output folder "
-            "holds the adapter alone."
+            "help": "With `use_peft`: merge the adapter at the end, so that the output folder is a full checkpoint "
+            "with the adapter in its subfolder `adapter`. Without this option the output folder has only the adapter."
         },
     )
     experts_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "How the experts are computed: `eager`, `grouped_mm`, `batched_mm` (transformers' own), or "
+            "help": "Kernel for the experts: `eager`, `grouped_mm`, `batched_mm` (transformers' own), or "
             "`jai_fused` (our Triton kernels; `jai_fused_x` and `jai_fused_fp8` keep less for the backward pass). "
             "Default: transformers' choice, grouped_mm."
         },
@@ -98,8 +107,8 @@ class JaiTrainingArguments:
     linear_cross_entropy: bool = field(
         default=False,
         metadata={
-            "help": "Compute the head and its loss with our kernels (`jai.kernels.head`) in place of TRL's "
-            "chunked head. The figures in the logs are the same."
+            "help": "Compute head and loss with JAI's kernels (`jai.kernels.head`) instead of TRL's chunked head. The "
+            "logged values are the same."
         },
     )
     router_statistics: bool = field(
@@ -109,8 +118,8 @@ class JaiTrainingArguments:
     snapshot_steps: list[int] | None = field(
         default=None,
         metadata={
-            "help": "For a dense JAI: at these steps, keep the FFN weights in `snapshots/step-N` of the output folder; "
-            "`jai upcycle` makes experts of them. The paper has 2000, 4000 and 6000."
+            "help": "For a dense JAI: steps at which to save the FFN weights, to `snapshots/step-N` in the output "
+            "folder, for `jai upcycle`. The paper uses 2000, 4000 and 6000."
         },
     )
 
@@ -143,6 +152,32 @@ class StageArguments:
     data: DataArguments = field(default_factory=DataArguments)
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Each option under one of its two spellings, long choices in its help, and no default where it is None."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")] or action.option_strings
+        if action.nargs == 0:
+            return ", ".join(names)
+        if self._has_many_choices(action):
+            return f"{', '.join(names)} NAME"
+        return f"{', '.join(names)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        if action.nargs == "?" and action.const is True:
+            return "true|false"
+        return {int: "INTEGER", float: "FLOAT"}.get(action.type, "TEXT")
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.const is False:  # the `--no_x` of a flag, which has the flag's help
+            return f"Turn off --{action.dest}."
+        text = action.help if action.default is None else super()._get_help_string(action)
+        return f"{text} One of: {', '.join(action.choices)}." if self._has_many_choices(action) else text
+
+    def _has_many_choices(self, action: Action) -> bool:
+        return len(list(action.choices or ())) > 6
+
+
 class _Parser(TrlParser):
     """TRL's parser, with errors as one line instead of a usage text of three hundred options."""
 
@@ -160,12 +195,16 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
         UserError: for a configuration file that cannot be read, unknown options, and values that do not fit.
     """
     config, overrides = read_config_file(argv)
+    data = "--packed packed" if PretrainConfig in dataclass_types else "--dataset_name DATA"
     parser = _Parser(
         dataclass_types,
         prog=prog,
         usage=f"{prog} --config FILE.yaml [--option VALUE ...]",
-        description="The options of TRL and transformers, and JAI's own at the end. A YAML file may set any of them; "
-        "the command line overrides it. Start from a copy of the file in recipes/, which explains what most runs need.",
+        description="Start from a copy of a file in recipes/, which sets and explains the options that most runs need. "
+        "The command line overrides the file. JAI's own options are at the end, after those of TRL and transformers.",
+        epilog=f"example: {prog} --config recipes/{_EXAMPLES.get(prog, 'sft.yaml')} --model_name_or_path MODEL {data} "
+        "--output_dir OUT",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     known = {option.name: option for dataclass_type in dataclass_types for option in fields(dataclass_type)}

@@ -59,80 +59,77 @@ def _is_number(value: Any, *, above: bool) -> bool:
 class DataArguments:
     """Options of JAI's training stages on their data."""
 
-    _argument_group_name = "options on data, JAI's own"
+    _argument_group_name = "JAI's options for data"
 
     datasets: list[dict[str, Any]] | None = field(
         default=None,
         metadata={
-            "help": "In a YAML file, in place of `dataset_name`: the sources of a mixture, each with `path`, and where "
-            "needed `name`, `revision`, `split`, `rows`, `fraction`, `category`, `language`, `category_column`, "
-            "`language_column`, `score_column`. Rows are spread evenly over a source, never the first ones."
+            "help": "In a YAML file, instead of `dataset_name`: the sources of a mixture, each with `path` and "
+            "optionally `name`, `revision`, `split`, `rows`, `fraction`, `category`, `language`, `category_column`, "
+            "`language_column`, `score_column`. A part of a source is sampled evenly over its rows."
         },
     )
     shares: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "The share of each category in the mixture, such as `{chat: 10.15, task: 24.72}`; their sum need "
-            "not be 100."
+            "help": "Share of each category in the mixture, such as `{chat: 10.15, task: 24.72}`. They need not add up "
+            "to 100."
         },
     )
     shares_of: str = field(
         default="examples",
-        metadata={"help": "What shares are of: `examples`, or `tokens` (SFT).", "choices": list(SHARES_OF)},
+        metadata={"help": "Unit of the shares: `examples`, or `tokens` (SFT only).", "choices": list(SHARES_OF)},
     )
     mixture_size: int | None = field(
         default=None,
-        metadata={
-            "help": "How large the mixture is, in examples or in tokens as `shares_of` says. Default: the largest that "
-            "repeats no row."
-        },
+        metadata={"help": "Size of the mixture in the unit of `shares_of`. Default: the largest that repeats no row."},
     )
     repeat_rows: bool = field(
-        default=False, metadata={"help": "Let a mixture repeat rows where a source has too few for `mixture_size`."}
+        default=False, metadata={"help": "Repeat rows of a source that has too few for `mixture_size`."}
     )
     category_column: str | None = field(
         default=None,
-        metadata={"help": "The column with each row's category. The loss of each category is logged (SFT)."},
+        metadata={"help": "Column with each row's category. SFT logs the loss of each category."},
     )
     language_column: str | None = field(
         default=None,
-        metadata={"help": "The column with each row's language, as a code such as th. Its loss is logged, too (SFT)."},
+        metadata={"help": "Column with each row's language code, such as th. SFT logs the loss of each language."},
     )
     score_column: str | None = field(
-        default=None, metadata={"help": "The column with each row's score, as a judge gave it; see `score_above`."}
+        default=None, metadata={"help": "Column with each row's score, such as a judge's; see `score_above`."}
     )
     score_above: float | None = field(
         default=None,
-        metadata={"help": "Leave out rows whose score is not above this. Trillion-7B keeps what is above 3 of 5."},
+        metadata={"help": "Drop rows with this score or less. Trillion-7B keeps scores above 3 of 5."},
     )
     max_faulty_rows: float = field(
         default=0.0,
         metadata={
-            "help": "How many rows may be faulty before the run is refused: a number, or below 1 a share of all rows. "
-            "Faulty rows are never trained on; each fault is counted and shown."
+            "help": "Faulty rows to tolerate: a number of rows, or a fraction if below 1. Faulty rows are counted, "
+            "shown and never trained on; with more, training does not start."
         },
     )
     drop_duplicates: bool = field(
         default=False,
-        metadata={"help": "Leave out rows that are the same as an earlier one. Without it they are counted and stay."},
+        metadata={"help": "Drop duplicate rows. Without this option they are counted and kept."},
     )
     drop_truncated: bool = field(
-        default=False, metadata={"help": "Leave out rows that are longer than `max_length` instead of cutting them."}
+        default=False, metadata={"help": "Drop rows longer than `max_length` instead of truncating them."}
     )
     drop_wrong_language: bool = field(
         default=False,
-        metadata={"help": "Leave out rows whose answers are not in the language that their source or row has."},
+        metadata={"help": "Drop rows whose answers are not in the language of their source or row."},
     )
     test_split_size: float | None = field(
         default=None,
         metadata={
-            "help": "Cut a validation split from the training data: a number of rows, or below 1 a share. It is the "
-            "same one each time, and rows with the same prompt stay together."
+            "help": "Validation split to take from the training data: a number of rows, or a fraction if below 1. The "
+            "split is deterministic and keeps rows with the same prompt together."
         },
     )
     preview: int = field(
         default=0,
-        metadata={"help": "Show the first N rows as tokens with their labels and end, before any weights are loaded."},
+        metadata={"help": "Show the first N rows as tokens with their labels, then exit without loading the model."},
     )
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ PART_TEXTS = {
     "router": "the routers",
     "alphas": "the skip alphas",
     "new_rows": "the rows of new tokens, in the embeddings and in the head",
-    "new_layers": "all of the later copies of repeated layers",
+    "new_layers": "every weight of the added copies of repeated layers",
     "new_experts": "the experts after the first",
 }
 PARTS = tuple(PART_TEXTS)

@@ -21,7 +21,7 @@ class PretrainConfig(TrainingArguments):
     A share of the steps is a share of the optimiser's steps, from 0 to 1.
     """
 
-    _argument_group_name = "options of pre-training"
+    _argument_group_name = "JAI's options for pre-training"
 
     packed: str | None = field(default=None, metadata={"help": "Folder of text that `jai pack` wrote."})
     verify_packed: bool = field(

@@ -13,7 +13,7 @@ class RunReportOptions:
 
     run: Path = argument("RUN", help="Output folder of a training stage, finished or still running.")
     out: Path | None = option(None, help="HTML file to write.", shown_default="RUN/report.html")
-    language: str = option("en", help="The old language, whose loss must come back.")
+    language: str = option("en", help="The base's language, whose loss should recover.")
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -11,9 +11,12 @@ from jai.options import argument, check_values, option
 class MergeAdapterOptions(WriteOptions):
     """What `jai merge-adapter` does."""
 
-    adapter: str = argument("ADAPTER", help="Folder or Hub id of a LoRA adapter, as jai sft leaves it.")
+    adapter: str = argument("ADAPTER", help="Folder or Hub id of a LoRA adapter, such as the output of `jai sft`.")
     base: str | None = option(
-        None, help="Folder or Hub id of the JAI in 16 or 32 bits; else what the adapter names.", metavar="CKPT"
+        None,
+        help="Folder or Hub id of the JAI to merge into, in 16 or 32 bits. Needed if the adapter names none, or "
+        "one in four bits.",
+        metavar="CKPT",
     )
 
     def __post_init__(self) -> None:

@@ -23,77 +23,78 @@ class ConvertOptions(WriteOptions):
 
     base: str = argument("BASE", help="Folder or Hub id of a Phi3ForCausalLM checkpoint.")
     tokenizer: str | None = option(
-        None, help="Folder or Hub id of a tokenizer that extends the base's.", shown_default="the base's"
+        None,
+        help="Folder or Hub id of a tokenizer that extends the base's.",
+        shown_default="the base's",
+        metavar="TOKENIZER",
     )
     init: EmbeddingInit | None = option(
         None,
-        help="Rows of new tokens in the embeddings and the head. mean: the mean of the rows of the token's pieces (the "
-        "paper's way); mean-normed: the same, scaled to the mean norm of those rows; random: each column as it is "
-        "distributed over the base's rows.",
+        help="How the embedding and head rows of new tokens start. mean: the mean of the rows of the token's "
+        "pieces (as in the paper); mean-normed: the same, scaled to the mean norm of those rows; random: "
+        "drawn with each column's mean and standard deviation over the base's rows.",
         shown_default="mean",
     )
     method: Literal["dus-v2", "dus-v1"] = option(
         "dus-v2",
-        help="dus-v2: repeat blocks in place, with skip alphas (the paper's way); dus-v1: stack the first and the last "
-        "K layers, as SOLAR did.",
+        help="dus-v2: repeat blocks of layers in place, with skip alphas (as in the paper); dus-v1: stack the "
+        "first K and the last K layers (as in SOLAR).",
     )
-    k: int | None = option(None, help="dus-v1: layers of each of the two copies, such as 32 of 40.", at_least=1)
+    k: int | None = option(None, help="With dus-v1: layers in each of the two copies, such as 32 (of 40).", at_least=1)
     layers: list[int] | None = option(
         None,
-        help="A plain stack by hand: the base's layers in order, such as 0-31,8-39 (in YAML also as a list).",
+        help="Stack these base layers, in this order, such as 0-31,8-39.",
         metavar="LAYERS",
         at_least=0,
     )
-    block_size: int | None = option(None, help="Layers of a block.", shown_default="4", at_least=1)
+    block_size: int | None = option(None, help="Layers per block.", shown_default="4", at_least=1)
     block_repeats: list[int] | None = option(
         None,
-        help="How often each block runs in place.",
+        help="How many times each block runs.",
         metavar="N,N,…",
         shown_default=",".join(map(str, PAPER_BLOCK_REPEATS)),
         at_least=1,
     )
     skip_alpha: float | None = option(
-        None, help="Start value of the skip alphas.", shown_default="0; with copied layers 0.1"
+        None, help="Initial value of the skip alphas.", shown_default="0, or 0.1 with --duplicate-init copy"
     )
-    skip_alpha_normalize: bool = option(
-        False, help="Divide by 1 + alpha after the skip is added (ours, not the paper's)."
-    )
+    skip_alpha_normalize: bool = option(False, help="Divide by 1 + alpha after adding the skip (not in the paper).")
     duplicate_init: Literal["identity", "copy"] | None = option(
         None,
-        help="How later copies of a block begin. identity: as layers that change nothing, so the function is kept; "
-        "copy: with the block's weights (the paper's way), which changes the function.",
-        shown_default="identity; in a plain stack copy",
+        help="How the added copies of a block start. identity: as layers that change nothing, so the model still "
+        "computes what its base does; copy: with the block's weights (as in the paper), so it does not.",
+        shown_default="identity, or copy with --layers and dus-v1",
     )
-    experts: int = option(4, help="Experts of a layer; 1 makes a dense JAI.", at_least=1)
+    experts: int = option(4, help="Experts per layer; 1 makes a dense JAI.", at_least=1)
     expert_init: Literal["copy", "noise", "random"] | None = option(
         None,
-        help="How experts 1 and up begin. copy: as the base's MLP, which keeps the function; noise: with noise added; "
-        "random: drawn fresh.",
+        help="How all experts but the first start. copy: as the base's MLP, so the model still computes what its "
+        "base does; noise: as the MLP plus noise; random: from scratch.",
         shown_default="copy",
     )
     expert_noise: float | None = option(
         None,
-        help="noise: its standard deviation, relative to that of the matrix.",
+        help="With --expert-init noise: standard deviation of the noise, relative to that of the weight matrix.",
         shown_default=f"{_EXPERT_NOISE:g}",
         above=0,
     )
     rope_theta: float | None = option(
         None,
-        help="RoPE base. A value other than the base model's changes the function until the model is trained with it.",
+        help="RoPE base frequency. Changing it breaks the model until it is trained with the new value.",
         shown_default="the base's",
         above=0,
     )
     dtype: Dtype | None = option(
-        None, help="Dtype of the weights.", shown_default="the base's; of several, the one that holds all values"
+        None, help="Data type of the weights.", shown_default="the base's; if mixed, one that holds every value exactly"
     )
-    seed: int = option(0, help="Seed of routers, noise and random rows.")
+    seed: int = option(0, help="Random seed for routers, noise and random rows.")
     stream: bool = option(
-        False, help="Fetch the weight files of a base on the Hub one by one, and delete each after use."
+        False, help="Download the base from the Hub one weight file at a time, and delete each after use."
     )
     verify_text: Path | None = option(
         None,
-        help="UTF-8 text on which --verify also compares the logits of base and result (not with --stream).",
-        shown_default="a short Thai-English one",
+        help="UTF-8 text file on which --verify compares the logits of base and result (not with --stream).",
+        shown_default="a short Thai and English text",
     )
 
     def __post_init__(self) -> None:

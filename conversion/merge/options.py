@@ -21,52 +21,51 @@ class MergeOptions(WriteOptions):
     """What `jai merge` does (paper, section 6.3)."""
 
     models: list[str] = option(
-        help="Folders or Hub ids of the checkpoints. The first gives configuration, tokenizer and dtype.",
+        help="Folders or Hub ids of the models. Configuration, tokenizer and data type come from the first.",
         metavar="CKPT...",
         spread=True,
     )
     method: Literal["linear", "slerp", "task-arithmetic", "ties", "dare-linear", "dare-ties"] = option(
         "linear",
-        help="linear: weighted mean; slerp: on the arc between two models; the others merge changes since --base: "
-        "summed, trimmed with a sign elected (ties), or dropped at random (dare).",
+        help="linear: weighted mean; slerp: spherical interpolation of two models; task-arithmetic, ties, "
+        "dare-linear and dare-ties: merge the changes since --base.",
     )
     weights: list[Any] | None = option(
         None,
-        help="One for each model, such as 0.5,0.5. In YAML a weight may depend on the layer: points over the "
-        "depth, such "
-        "as [{at: 0, value: 1}, {at: 53/79, value: 0.5}, {at: 1, value: 0}], with straight lines between; "
-        "`at` 0 is the "
-        "first layer and 1 the last, and `layer` in its place takes the number of a layer. Embeddings have the weight "
-        "of the first layer, final norm and head that of the last.",
+        help="One weight per model, such as 0.5,0.5. In YAML, a weight can vary by layer: a list of points such as "
+        "[{at: 0, value: 1}, {at: 53/79, value: 0.5}, {at: 1, value: 0}], interpolated linearly. `at` runs "
+        "from 0 (first layer) to 1 (last layer); `layer` takes a layer number instead. Embeddings use the "
+        "first layer's weight; the final norm and the head use the last layer's.",
         metavar="W,W,…",
-        shown_default="all alike",
+        shown_default="equal weights",
         parse=parse_numbers,
     )
     t: Any = option(
         None,
-        help="slerp: the way from the first model (0) to the second (1); in YAML also points over the depth, "
-        "as weights.",
+        help="With slerp: position between the first model (0) and the second (1). In YAML, it can vary by layer "
+        "like --weights.",
         metavar="T",
         shown_default="0.5",
         parse=float,
     )
     place_by: Literal["depth", "origin"] = option(
         "depth",
-        help="Where a layer lies, for weights that depend on it: in the model itself, or in the base that it was "
-        "scaled up from, so that all copies of one base layer have one weight.",
+        help="What the position of a layer means, for weights that vary by layer. depth: its position in the "
+        "model; origin: the position of the base layer it was copied from, so that all copies of a layer get "
+        "the same weight.",
     )
-    base: str | None = option(None, help="Checkpoint that the models were trained from.", metavar="CKPT")
+    base: str | None = option(None, help="Checkpoint that the models were fine-tuned from.", metavar="CKPT")
     density: float | None = option(
-        None, help="ties, dare: share of the changes that is kept.", shown_default="0.5", above=0, at_most=1
+        None, help="With ties and dare: fraction of the changes to keep.", shown_default="0.5", above=0, at_most=1
     )
     normalize: bool | None = option(
         None,
-        help="Divide by the sum of the weights; ties and dare-ties by that of the models that agree.",
+        help="Divide by the sum of the weights (ties and dare-ties: of the models that agree in sign).",
         shown_default="on for linear and ties",
     )
-    scale: float | None = option(None, help="Factor of the merged change.", shown_default="1")
-    dtype: Dtype | None = option(None, help="Dtype of the weights.", shown_default="the first model's")
-    seed: int | None = option(None, help="dare: seed of what is dropped.", shown_default="0")
+    scale: float | None = option(None, help="Factor applied to the merged change.", shown_default="1")
+    dtype: Dtype | None = option(None, help="Data type of the weights.", shown_default="the first model's")
+    seed: int | None = option(None, help="With dare: random seed for what is dropped.", shown_default="0")
 
     def __post_init__(self) -> None:
         """Check every value, and refuse options that contradict each other or would do nothing.

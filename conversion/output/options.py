@@ -16,8 +16,8 @@ class WriteOptions:
 
     out: Path = argument("OUT", help="Folder to write; it must not exist.")
     max_shard_size: Size = option(
-        Size(5_000_000_000), help="Largest weight file, such as 5GB.", metavar="SIZE", shown_default="5GB"
+        Size(5_000_000_000), help="Size limit of one weight file.", metavar="SIZE", shown_default="5GB"
     )
-    workers: int = option(1, help="Weight files to write at a time.", at_least=1)
-    dry_run: bool = option(False, help="Check everything and print the plan, but write nothing.")
-    verify: bool = option(False, help="Afterwards, read every byte again and compare it with its source.")
+    workers: int = option(1, help="Weight files to write in parallel.", at_least=1)
+    dry_run: bool = option(False, help="Check the inputs and print the plan without writing anything.")
+    verify: bool = option(False, help="After writing, read every byte again and compare it with its source.")

@@ -12,8 +12,8 @@ class QuantizeOptions(WriteOptions):
     """What `jai quantize` does."""
 
     model: str = argument("CKPT", help="Folder or Hub id of a JAI.")
-    dtype: Dtype | None = option(None, help="Of what is not quantised.", shown_default="as CKPT")
-    double_quant: bool = option(False, help="Quantise the scales too: 0.52 bytes a weight for 0.56.")
+    dtype: Dtype | None = option(None, help="Data type of the weights that are not quantized.", shown_default="CKPT's")
+    double_quant: bool = option(False, help="Also quantize the scales: 0.52 bytes per weight instead of 0.56.")
 
     def __post_init__(self) -> None:
         check_values(self)

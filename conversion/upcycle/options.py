@@ -19,36 +19,34 @@ class UpcycleOptions(WriteOptions):
     dense: str = argument("DENSE", help="Folder or Hub id of the dense JAI before its training (step 0).")
     snapshots: list[str] = option(
         [],
-        help="Checkpoints of its training, in the order of the experts: whole ones, as a Trainer saves them, "
-        "or those of "
-        "jai snapshot.",
+        help="Checkpoints from the dense model's training, one per added expert, in order: full checkpoints or the "
+        "output of `jai snapshot`.",
         metavar="CKPT...",
         spread=True,
     )
     base_weights: str = option(
         "last",
-        help="Where all other weights come from. last: the last snapshot (without snapshots, DENSE); first: DENSE; or "
-        "the folder or Hub id of a checkpoint.",
+        help="Source of all weights that are not experts. last: the last snapshot (DENSE if there are none); "
+        "first: DENSE; or the folder or Hub id of a checkpoint.",
         metavar="CKPT",
     )
     expert_init: Literal["snapshots", "copy", "noise", "random"] = option(
         "snapshots",
-        help="How experts 1 and up begin. snapshots: as the FFNs of the snapshots (the paper's way), and "
-        "beyond them as "
-        "noisy copies of those before; copy: as the FFN of DENSE, which keeps the function; noise: the same with noise "
-        "added; random: drawn fresh.",
+        help="How all experts but the first start. snapshots: as the snapshots' FFNs (as in the paper), any "
+        "further ones as noisy copies of these; copy: as DENSE's FFN, so the model still computes what DENSE "
+        "does; noise: as DENSE's FFN plus noise; random: from scratch.",
     )
     experts: int | None = option(
-        None, help="Experts of a layer.", shown_default="one more than snapshots, or 4", at_least=2
+        None, help="Experts per layer.", shown_default="snapshots + 1, or 4 without snapshots", at_least=2
     )
     expert_noise: float | None = option(
         None,
-        help="Noise of copied experts, relative to the spread of the matrix; 0 for none.",
+        help="Standard deviation of the noise added to copied experts, relative to that of the weight matrix.",
         shown_default=f"{_EXPERT_NOISE:g}",
         at_least=0,
     )
-    dtype: Dtype | None = option(None, help="Dtype of the weights.", shown_default="that of DENSE")
-    seed: int = option(0, help="Seed of routers, noise and random experts.")
+    dtype: Dtype | None = option(None, help="Data type of the weights.", shown_default="DENSE's")
+    seed: int = option(0, help="Random seed for routers, noise and random experts.")
 
     def __post_init__(self) -> None:
         """Check every value, and refuse options that contradict each other or would do nothing.

@@ -22,36 +22,33 @@ class JudgeOptions:
 
     judge_url: str | None = option(
         None,
-        help="Address of an OpenAI-compatible API with a judge, such as https://api.openai.com/v1. Judged suites need "
-        "it.",
+        help="URL of the judge's OpenAI-compatible API, such as https://api.openai.com/v1. Required if there is "
+        "something to judge.",
         metavar="URL",
     )
-    judge_model: str | None = option(None, help="Id of the judge there, such as gpt-4o-2024-08-06.", metavar="ID")
-    judge_key: str = option(
-        "OPENAI_API_KEY", help="Environment variable that holds the judge's key.", metavar="VARIABLE"
+    judge_model: str | None = option(
+        None, help="Name of the judge on that server, such as gpt-4o-2024-08-06.", metavar="NAME"
     )
+    judge_key: str = option("OPENAI_API_KEY", help="Environment variable that holds the API key.", metavar="VARIABLE")
     judge_parameters: list[str] = option(
         [],
-        help="Parameter of the judge, beside or in place of temperature=0 and max_tokens=2048; null leaves one out. "
-        "May be repeated.",
+        help="Sampling parameter of the judge, in addition to temperature=0 and max_tokens=2048; null removes one. "
+        "Repeat the option for several.",
         metavar="NAME=JSON",
     )
-    judge_concurrency: int = option(8, help="Requests to the judge at a time.", at_least=1)
-    judge_timeout: float = option(120.0, help="Seconds to wait for a judgement.", above=0)
-    judge_attempts: int = option(6, help="How often a request to the judge is tried.", at_least=1)
+    judge_concurrency: int = option(8, help="Requests to the judge in parallel.", at_least=1)
+    judge_timeout: float = option(120.0, help="Seconds to wait for each judgement.", above=0)
+    judge_attempts: int = option(6, help="Attempts per request before it counts as failed.", at_least=1)
     judge_max_failed: int = option(
-        0, help="Judgements that may fail for good; with more, all of it stops, and what came is kept.", at_least=0
+        0, help="Failed judgements to tolerate; beyond this the run stops and keeps what it has.", at_least=0
     )
     judge_price: list[float] = option(
         [],
-        help="Price of a million tokens that the judge reads, and of a million that it writes, such as 2.5,10; the "
-        "cost is then estimated before it is asked.",
+        help="Price per million input and output tokens, such as 2.5,10, to estimate the cost beforehand.",
         at_least=0,
-        metavar="READ,WRITTEN",
+        metavar="INPUT,OUTPUT",
     )
-    repeats: int = option(
-        1, help="How often everything is judged; with 2 and more, the agreement is shown.", at_least=1
-    )
+    repeats: int = option(1, help="Times to judge each answer; from 2 on, the agreement is shown.", at_least=1)
 
     def check_judge(self) -> None:
         """Refuse to judge without a judge, before anything heavy is imported.
@@ -118,18 +115,18 @@ class JudgeOptions:
 class PairwiseOptions(JudgeOptions):
     """What `jai eval pairwise` takes."""
 
-    first: Path = argument("FIRST", help="Answers of a model, such as eval/NAME/answers-mt-bench-th.jsonl.")
-    second: Path = argument("SECOND", help="Answers of another one to the same questions.")
-    suite: str = option("mt-bench-th", help="Suite that has the questions.", metavar="NAME")
+    first: Path = argument("FIRST", help="Answers of one model, such as eval/NAME/answers-mt-bench-th.jsonl.")
+    second: Path = argument("SECOND", help="Answers of another model to the same questions.")
+    suite: str = option("mt-bench-th", help="Suite that the questions are from.", metavar="NAME")
     out: Path | None = option(
         None,
-        help="Folder of the comparison; one that is there already is gone on with.",
+        help="Output folder. If it exists, the run resumes.",
         metavar="DIR",
         shown_default="eval/pairwise",
     )
-    data: Path | None = option(None, help="Folder with the questions, in place of the Hub.", metavar="DIR")
-    limit: int | None = option(None, help="Compare only the answers to the first questions.", at_least=1)
-    seed: int = option(0, help="Seed of the intervals.", at_least=0, at_most=2**32 - 1)
+    data: Path | None = option(None, help="Folder with the questions, instead of the Hub.", metavar="DIR")
+    limit: int | None = option(None, help="Compare only the answers to the first N questions.", at_least=1, metavar="N")
+    seed: int = option(0, help="Random seed for the confidence intervals.", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:
         check_values(self)
