@@ -92,21 +92,27 @@ def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
     return hash_each(path_of, lambda name: sha256(path_of[name]))
 
 
-def checkpoint_revision(model: str, revision: str | None = None) -> str:
+def checkpoint_revision(model: str, revision: str | None = None, *, reads_weights: bool = True) -> str:
     """What tells a checkpoint from others: the Hub's commit, or a hash of the files in a folder.
 
     Args:
         model: folder or Hub id, which is downloaded.
         revision: commit, branch or tag on the Hub; None is the default branch.
+        reads_weights: whether the weights of a folder are hashed; else their files' sizes are, beside the small files,
+            of which `provenance.json` tells one training from another.
 
     Raises:
         UserError: as `local_folder`.
     """
-    folder = local_folder(model, [*METADATA_PATTERNS, WEIGHTS_PATTERN], revision=revision)
+    patterns = [*METADATA_PATTERNS, WEIGHTS_PATTERN] if reads_weights else METADATA_PATTERNS
+    folder = local_folder(model, patterns, revision=revision)
     if not Path(model).is_dir():
         return folder.name  # in the Hub's cache: snapshots/COMMIT
-    names = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")]
-    hashes = file_hashes(path for path in names if path.name != "evaluation.json")  # which evaluations write
+    paths = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")]
+    paths = [path for path in paths if path.name != "evaluation.json"]  # which evaluations write
+    is_hashed = {path: reads_weights or path.suffix != ".safetensors" for path in paths}
+    hashes: dict[str, Any] = file_hashes(path for path in paths if is_hashed[path])
+    hashes |= {path.name: path.stat().st_size for path in paths if not is_hashed[path]}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 

@@ -357,8 +357,14 @@ def test_resuming_an_adapter_continues_the_same_run(checkpoint, texts):
 def test_resuming_with_other_parts_is_one_message(checkpoint, texts):
     options = {"save_strategy": "steps", "save_steps": 1}
     sft.main(arguments(checkpoint, texts, "out", trainable=["router"], **{**options, "max_steps": 1}))
+    again = arguments(checkpoint, texts, "out", trainable=["all"], resume_from_checkpoint="true", **options)
+    with pytest.raises(UserError, match=r"other options: trainable was \['router'\] and is \['all'\]"):
+        sft.main(again)
+    # One that does not say so, as TRL's own.
+    state_file = Path("out/checkpoint-1/trainer_state.json")
+    state_file.write_text(json.dumps({**json.loads(state_file.read_text()), "stateful_callbacks": {}}))
     with pytest.raises(UserError, match=r"other parts learnt.*Resume with the `trainable`"):
-        sft.main(arguments(checkpoint, texts, "out", trainable=["all"], resume_from_checkpoint="true", **options))
+        sft.main(again)
 
 
 def test_the_line_that_is_printed_loads_dora(checkpoint, texts, capsys):

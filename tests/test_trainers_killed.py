@@ -7,11 +7,12 @@ Weights, and every log: losses, rewards, figures of categories, router statistic
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,17 @@ import torch
 from json_lines import write_rows
 from safetensors.torch import load_file
 
+from jai.errors import UserError
 from jai.provenance import read_step
+from jai.trainers.cpo import CPO
+from jai.trainers.dpo import DPO
+from jai.trainers.grpo import GRPO
+from jai.trainers.kto import KTO
+from jai.trainers.orpo import ORPO
+from jai.trainers.pretrain_config import PretrainConfig
+from jai.trainers.reward import REWARD
+from jai.trainers.run_identity import NOT_DECIDING, saved_identity
+from jai.trainers.sft import SFT
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
@@ -161,6 +172,106 @@ def assert_same_run(out: Path, expected: Path) -> None:
     assert weights.keys() == expected_weights.keys()
     for key, weight in weights.items():
         assert torch.equal(weight, expected_weights[key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (
+            "sft-adapter",
+            {
+                "learning_rate": (0.1, "learning_rate was 0.001 and is 0.1"),
+                "lora_alpha": (64, "lora_alpha was 32 and is 64"),
+                "max_length": (32, "max_length was 1024 and is 32"),
+                "packing": (True, "packing was False and is True"),
+                "assistant_only_loss": (True, "assistant_only_loss was False and is True"),
+                "max_steps": (5, "max_steps was 2 and is 5"),
+                "per_device_train_batch_size": (3, "examples_a_step was 4 and is 6"),
+                "test_split_size": (4, r"other data than .*chats.jsonl gives now: they were 24 rows, and are 20"),
+            },
+        ),
+        pytest.param(
+            "dpo",
+            {
+                "beta": (0.5, "beta was 0.1 and is 0.5"),
+                "loss_type": ("ipo", r"loss_type was \['sigmoid'\] and is \['ipo'\]"),
+                "ref_model_name_or_path": ("reference", "another reference: the files of `ref_model_name_or_path`"),
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "grpo",
+            {
+                "rewards": (["language"], r"rewards was \['language', 'repetition'\] and is \['language'\]"),
+                "temperature": (0.5, "temperature was 1.0 and is 0.5"),
+                "num_generations": (2, "num_generations was 4 and is 2"),
+                "system_prompt": ("Think.", "system_prompt was None and is Think."),
+                "routing_replay": (False, "routing_replay was True and is False"),
+                "gradient_accumulation_steps": (1, "completions_a_step was 8 and is 4"),
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_goes_on_with_its_own_data_and_options_alone(checkpoint, data, name, changes, monkeypatch, capsys):
+    run = RUNS[name]
+    main = import_module(f"jai.trainers.{run.verb}").main
+    main(command_line(run, checkpoint, data, "out", max_steps=2))
+    steps = read_step(Path("out"))["steps"]
+    again = {"max_steps": 2, "resume_from_checkpoint": "true"}
+    shutil.copytree(checkpoint, "reference")
+    for option, (value, message) in changes.items():
+        more = EVALUATED if option == "test_split_size" else {}
+        with pytest.raises(UserError, match=message):
+            main(command_line(run, checkpoint, data, "out", **{**again, **more, option: value}))
+    rows = data[run.data].read_text().splitlines(keepends=True)
+    for changed in ([rows[1], rows[0], *rows[2:]], [rows[0], *rows[:-1]]):
+        Path("other.jsonl").write_text("".join(changed))
+        with pytest.raises(UserError, match="other rows, or the same in another order"):
+            main(command_line(run, checkpoint, {run.data: Path("other.jsonl")}, "out", **again))
+    other = Path(shutil.copytree(checkpoint, "other"))
+    (other / "provenance.json").write_text('{"step": "merge", "inputs": []}')
+    with pytest.raises(UserError, match="begun with another model: the files of `model_name_or_path` are others"):
+        main(command_line(run, other, data, "out", **again))
+    other_verb = "sft" if run.verb == "dpo" else "dpo"
+    with pytest.raises(UserError, match=f"was written by `jai {run.verb}`, and not by `jai {other_verb}`"):
+        saved_identity(Path("out/checkpoint-2"), other_verb)
+    assert read_step(Path("out"))["steps"] == steps == 2
+    # The same data and the same model elsewhere, and the same batch cut otherwise, are the same run.
+    moved = Path(shutil.move(other, "moved"))
+    (moved / "provenance.json").unlink()
+    Path("same.jsonl").write_text("".join(rows))
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 if name == "grpo" else 1}
+    capsys.readouterr()
+    main(command_line(run, moved, {run.data: Path("same.jsonl")}, "out", **again, **batch, logging_steps=1))
+    assert "does not say which data" not in capsys.readouterr().out
+
+
+def test_a_constant_learning_rate_may_go_on_for_longer(checkpoint, data, capsys):
+    """And TRL's own checkpoints, which do not say what decided them, are gone on from with a word."""
+    run, given = RUNS["sft-adapter"], {"lr_scheduler_type": "constant", "save_steps": 1}
+    main = import_module("jai.trainers.sft").main
+    main(command_line(run, checkpoint, data, "out", max_steps=1, **given))
+    longer = command_line(run, checkpoint, data, "out", max_steps=2, resume_from_checkpoint="true", **given)
+    main(longer)
+    assert read_step(Path("out"))["steps"] == 2
+    with pytest.raises(UserError, match=r"warmup_steps was 0 and is 0\.5"):
+        main([*longer, "--warmup_steps", "0.5"])
+    state_file = Path("out/checkpoint-2/trainer_state.json")
+    state = json.loads(state_file.read_text())
+    del state["stateful_callbacks"]["RunIdentity"]
+    state_file.write_text(json.dumps(state))
+    capsys.readouterr()
+    main([*longer, "--max_steps", "3", "--learning_rate", "0.1"])
+    assert "checkpoint-2 does not say which data and options its run had" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_does_not_decide_a_run_are_options_that_there_are():
+    classes = [stage.config_class for stage in (SFT, DPO, KTO, CPO, ORPO, REWARD, GRPO)]
+    known = {each.name for one in (*classes, PretrainConfig) for each in fields(one)}
+    of_other_transformers = {"activation_checkpointing", "activation_checkpointing_kwargs", "trackio_bucket_id"}
+    assert not NOT_DECIDING - known - of_other_transformers
+    assert not NOT_DECIDING & {"learning_rate", "beta", "seed", "max_length", "max_steps", "num_train_epochs"}
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ class TrainingData:
         faulty: how many rows were left out because they are faulty.
         mixture: how the rows to train on were chosen, where shares were given.
         counts: the rows to train on by source, category and language.
+        content: SHA-256 of the rows to train on, in their order; of a stream, where it comes from.
         chosen_rows: SHA-256 of which rows are trained on (`hash_of_rows`), where not all of them are.
         notes: what is to be said of the rows, before the plan.
     """
@@ -66,6 +67,7 @@ class TrainingData:
     faulty: int = 0
     mixture: RowMixture | None = None
     counts: dict[tuple[str, str | None, str | None], int] = field(default_factory=dict)
+    content: str | list[str | None] | None = None
     chosen_rows: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -213,7 +215,9 @@ def _read_all(
 ) -> TrainingData:
     if arguments.script.dataset_streaming:
         streams = [_stream(split, limit) for split in (train[0], *evaluation)]
-        return replace(data, train=streams[0], evaluation=streams[1] if evaluation else None)
+        source = train[0].source
+        places = [source.path, source.name, source.revision, source.split]
+        return replace(data, train=streams[0], evaluation=streams[1] if evaluation else None, content=places)
     processes = getattr(arguments.training, "dataset_num_proc", None)
     read = [_read(split, processes) for split in (*train, *evaluation)]
     faulty = [fault for split, rows in zip([*train, *evaluation], read) for fault in faults_in(rows, data, split.split)]

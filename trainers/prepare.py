@@ -3,6 +3,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,8 @@ def prepare_rows(data: TrainingData, arguments: StageArguments, tokenizer: PreTr
         rows = _rows(data.train)
         numbers = zip(_column(rows, SOURCE).tolist(), _column(rows, ROW).tolist())
         data = replace(data, chosen_rows=hash_of_rows(numbers))
-    return _tidy(replace(data, counts=_count_rows(data)))
+    content = sha256(_column(_rows(data.train), DIGEST).tobytes()).hexdigest()
+    return _tidy(replace(data, counts=_count_rows(data), content=content))
 
 
 def _has_groups(data: TrainingData) -> bool:

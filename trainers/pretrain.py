@@ -24,7 +24,7 @@ from trl import ModelConfig, ScriptArguments
 
 from jai.errors import UserError
 from jai.pretraining.config import read_corpus_config
-from jai.pretraining.plan import AnnealedPlan, AnyPlan, SequencePlan, Strategy
+from jai.pretraining.plan import AnnealedPlan, AnyPlan, SequencePlan, Strategy, check_same_plan
 from jai.pretraining.shards import PackedCorpus
 from jai.pretraining.shares import Shares
 from jai.trainers.announce import context_text, device_rows, model_rows, print_rows
@@ -42,18 +42,13 @@ from jai.trainers.pretrain_config import PretrainConfig
 from jai.trainers.pretrain_trainer import TOKENS_SEEN, JaiPretrainTrainer
 from jai.trainers.record import write_record
 from jai.trainers.router_losses import balance_weight
+from jai.trainers.run_identity import check_same_options, deciding_options, saved_identity
 from jai.trainers.schedules import annealing_begins
 from jai.trainers.second_token import drop_second_token_layer
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.stage import end_training, loading_arguments, run_as_script, save_result, say_what_is_next
 from jai.trainers.steps import StepLayout
-from jai.trainers.whole_checkpoints import (
-    check_same_run,
-    deciding_options,
-    last_whole_checkpoint,
-    remove_unfinished,
-    resume_checkpoint,
-)
+from jai.trainers.whole_checkpoints import last_whole_checkpoint, remove_unfinished, resume_checkpoint
 
 OPTIONS = (PretrainConfig, ModelConfig, JaiTrainingArguments)
 
@@ -105,9 +100,12 @@ def run_pretrain(
     model = empty_model(base)
     parts = choose_parts(jai_args, model_args, base, model)
     options = deciding_options(arguments, parts.names)
-    identity = {"plan": plan.identity(), "layout": layout.identity(), "options": options}
+    identity = {"stage": "pretrain", "plan": plan.identity(), "layout": layout.identity(), "options": options}
     if checkpoint is not None:
-        check_same_run(checkpoint, plan, identity)
+        if (saved := saved_identity(checkpoint, "pretrain")) is None:
+            raise UserError(f"{checkpoint} was not written by `jai pretrain`. Give a checkpoint of such a run.")
+        check_same_plan(saved["plan"], plan)
+        check_same_options(checkpoint, saved, identity)
     remove_unfinished(unfinished, console)
     lora = lora_config(model_args, parts, model)
     check_partial_training(arguments, parts.masked(lora is not None))

@@ -21,10 +21,10 @@ from jai.trainers.figures import MeanFigures
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.pretrain_config import PretrainConfig
 from jai.trainers.router_losses import RouterLosses, balance_weight, mean_of
+from jai.trainers.run_identity import RunIdentity
 from jai.trainers.schedules import AnnealedWeightDecay, annealing_begins, inverse_decay_schedule
 from jai.trainers.second_token import add_second_token_layer
 from jai.trainers.steps import SEQUENCE, StepLayout, StepSequences, collate_present, is_absent
-from jai.trainers.whole_checkpoints import RunIdentity
 
 TOKENS_SEEN = "tokens_seen"  # in the logs, and before the name of a source
 

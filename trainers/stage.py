@@ -47,6 +47,7 @@ from jai.trainers.prepare import prepare_rows
 from jai.trainers.preview import print_preview
 from jai.trainers.record import recorded_data, write_record
 from jai.trainers.rows import DatasetType
+from jai.trainers.run_identity import RunIdentity, check_same_stage, saved_identity, stage_identity
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.tokens import count_tokens
 from jai.trainers.whole_checkpoints import remove_unfinished, resume_checkpoint
@@ -142,13 +143,20 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     if arguments.data.preview:
         print_preview(console, data, base.tokenizer, arguments.training, arguments.data.preview)
         return Path(str(arguments.training.output_dir))
+    identity = stage_identity(stage.verb, arguments, base, data, parts.names)
+    if checkpoint is not None:
+        if (saved := saved_identity(checkpoint, stage.verb)) is not None:
+            check_same_stage(checkpoint, saved, identity, data.name)
+        else:
+            note = f"{checkpoint} does not say which data and options its run had: whether they are these is not known."
+            console.print(f"[yellow]{escape(note)}[/]")
     parameters = count_trained_parameters(model, base, parts, lora, arguments.model)
     train_tokens, evaluation_tokens = count_tokens(data, base.tokenizer, arguments.training)
 
     step, title = ("pretrain", "Continued pre-training") if data.is_plain_text else (stage.verb, stage.title)
     remove_unfinished(unfinished, console)
     print_plan(console, title, arguments, base, data, lora, parameters, train_tokens, evaluation_tokens)
-    trainer = _build(stage, arguments, base, data, parts, lora, loading, console)
+    trainer = _build(stage, arguments, base, data, parts, lora, loading, identity, console)
     with _explaining_resumption(checkpoint):
         metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
     out = save_result(trainer, arguments, base, console, auto_class=stage.auto_class)
@@ -207,6 +215,7 @@ def _build(
     parts: TrainableParts,
     lora: LoraConfig | None,
     loading: dict[str, Any],
+    identity: dict[str, Any],
     console: Console,
 ) -> JaiTrainerMixin:
     """The trainer, which has loaded the model and tokenised the data; what it left out of them is said."""
@@ -226,7 +235,7 @@ def _build(
             linear_cross_entropy=arguments.jai.linear_cross_entropy,
             parts=parts,
             group_figures=_group_figures(data, training),
-            callbacks=[SnapshotCallback(snapshot_steps)] if snapshot_steps else None,
+            callbacks=[RunIdentity(identity), *([SnapshotCallback(snapshot_steps)] if snapshot_steps else [])],
         )
     if data.type is DatasetType.PREFERENCE and data.rows is not None:
         left = len(cast(Dataset, trainer.train_dataset))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run that can be killed at any time: which are whole, and whether a run may go on from one."""
+"""Checkpoints of a run that can be killed at any time: which are whole, and which one a run goes on from."""
 
 import json
 import re
@@ -12,70 +12,12 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from jai.errors import UserError
-from jai.pretraining.plan import AnyPlan, check_same_plan
-from jai.trainers.arguments import StageArguments
 from jai.trainers.first_look import refuse_used_output
 
 _STATE = "trainer_state.json"
-
-# What a resumed run must have the same: all that decides a step, but for the text, which the plan knows, and for what
-# only rounds otherwise (kernels, attention, checkpointing).
-_DECIDING_TRAINING = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "annealing",
-    "annealing_learning_rate",
-    "annealing_weight_decay",
-    "weight_decay",
-    "optim",
-    "optim_args",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "neftune_noise_alpha",
-    "average_tokens_across_devices",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "mtp_weight",
-    "annealing_mtp_weight",
-    "model_init_kwargs",
-    "seed",
-    "bf16",
-    "fp16",
-)
-_DECIDING_JAI = ("new_row_ids", "max_position_embeddings", "rope_theta")
-_DECIDING_MODEL = ("dtype", "use_peft")
-_DECIDING_LORA = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "lora_target_parameters",
-    "lora_modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
-
-
-class RunIdentity(TrainerCallback, ExportableState):
-    """Writes what decides a run into its checkpoints: text, layout of the steps, options.
-
-    It goes into trainer_state.json, which the Trainer writes last of all: where it is whole, so is the checkpoint.
-    """
-
-    def __init__(self, identity: dict[str, Any] | None = None):
-        self.identity = identity or {}
-
-    def state(self) -> dict[str, Any]:
-        """What transformers saves of it."""
-        return {"args": {}, "attributes": {"identity": self.identity}}
 
 
 class LogWithCheckpoints(TrainerCallback):
@@ -144,53 +86,6 @@ def read_state(checkpoint: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return state if isinstance(state, dict) else None
-
-
-def deciding_options(arguments: StageArguments, parts: Sequence[str]) -> dict[str, Any]:
-    """The options that decide what a step does, as JSON.
-
-    Args:
-        arguments: the run's.
-        parts: of the model, those that learn: by default, they depend on the model.
-    """
-    of_model = (*_DECIDING_MODEL, *(_DECIDING_LORA if arguments.model.use_peft else ()))
-    groups = (
-        (arguments.training, _DECIDING_TRAINING),
-        (arguments.jai, _DECIDING_JAI),
-        (arguments.model, of_model),
-    )
-    values = {name: getattr(options, name) for options, names in groups for name in names}
-    return {name: getattr(value, "value", value) for name, value in values.items()} | {"trainable": list(parts)}
-
-
-def check_same_run(checkpoint: Path, plan: AnyPlan, identity: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint with other text, other batches or other options.
-
-    Args:
-        checkpoint: of the run.
-        plan: what the run would go on with.
-        identity: of the run as it would go on, as `RunIdentity` has it.
-
-    Raises:
-        UserError: naming what has changed.
-    """
-    state = read_state(checkpoint) or {}
-    saved = state.get("stateful_callbacks", {}).get(RunIdentity.__name__, {}).get("attributes", {}).get("identity")
-    if not isinstance(saved, dict):
-        raise UserError(f"{checkpoint} was not written by `jai pretrain`. Give a checkpoint of such a run.")
-    check_same_plan(saved["plan"], plan)
-    for part in ("layout", "options"):
-        old, new = saved[part], json.loads(json.dumps(identity[part]))
-        changed = [
-            f"{name} was {old.get(name)} and is {new.get(name)}"
-            for name in {**old, **new}
-            if old.get(name) != new.get(name)
-        ]
-        if changed:
-            raise UserError(
-                f"The run in {checkpoint} was begun with other options: {'; '.join(changed)}. It goes on with the same "
-                "ones only, or what comes out would be neither run's. Give them as they were, or begin a new run."
-            )
 
 
 def _checkpoints(out: Path) -> list[Path]:
