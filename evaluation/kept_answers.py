@@ -22,8 +22,8 @@ class KeptAnswers(LM):
     """Asks a model in batches of a like length, and keeps its answers in a file.
 
     What is asked together does not depend on what is known already: a batch that was not finished is asked again as a
-    whole, so a run that was stopped gets the same answers to the last bit as one that was not. Sampled answers are
-    kept, too, but a run that goes on draws the others anew.
+    whole, so a run that was stopped gets the same answers to the last bit as one that was not. So it is with sampled
+    answers, if `seed` is set: a batch draws by it and by its own questions. (vLLM draws by its own seed, anew.)
 
     Args:
         lm: the model.
@@ -33,6 +33,7 @@ class KeptAnswers(LM):
 
     Attributes:
         lm, tell: as given.
+        seed: of sampled answers; None leaves the random state as it is.
         too_long: by task, how many requests were longer than the model takes, where it can tell.
     """
 
@@ -44,6 +45,7 @@ class KeptAnswers(LM):
         self._known = {key: answer for line in whole_lines(path) for key, answer in [json.loads(line)]}
         self._quietly = {"disable_tqdm": True} if isinstance(lm, TemplateLM) else {}
         self.tell = tell
+        self.seed: int | None = None
         self.too_long: Counter[str] = Counter()
 
     @property
@@ -74,11 +76,18 @@ class KeptAnswers(LM):
         done = 0
         for chunk in self._chunks(kind, requests):
             if any(keys[index] not in self._known for index in chunk):
+                self._begin_drawing(keys[chunk[0]])
                 answers = getattr(self.lm, kind)([requests[index] for index in chunk], **self._quietly)
                 self._keep([(keys[index], answer) for index, answer in zip(chunk, answers, strict=True)])
             done += len(chunk)
             self.tell(done, len(requests))
         return [self._known[key] for key in keys]
+
+    def _begin_drawing(self, key: str) -> None:
+        if self.seed is not None:
+            from transformers import set_seed
+
+            set_seed(int(hashlib.sha256(f"{self.seed} {key}".encode()).hexdigest()[:8], 16))
 
     def _chunks(self, kind: str, requests: Sequence[Instance]) -> Iterator[list[int]]:
         """Numbers of requests; those with one context, as a question's choices, stay together.

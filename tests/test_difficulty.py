@@ -3,7 +3,13 @@
 
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +19,7 @@ from rich.console import Console
 import jai.recipes
 from chat_endpoint import Answer, ChatEndpoint
 from jai.errors import UserError
+from jai.evaluation.kept_answers import ANSWERS_FILE
 from jai.evaluation.reply_cache import ChatReply
 from jai.options import read_options_file
 from jai.preferences import difficulty
@@ -156,6 +163,55 @@ def test_a_checkpoint_answers_and_is_not_asked_again(tiny_model, tiny_tokenizer,
     rates = [json.loads(line)["pass_rate"] for line in paths[0].read_text(encoding="utf-8").splitlines()]
     assert rates == [sum("," not in reply.text for reply in replies) / 6 for replies in answered[0]]
     assert len(set(rates)) > 1
+
+
+def kill_when(command: list[str], is_time: Callable[[], bool]) -> None:
+    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
+    while not is_time():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_killed_while_a_server_answers(problems, tmp_path):
+    """SIGKILL; the same command asks for the rest, and ends as a run that was left alone."""
+    options = ["--candidates", "4", "--min-pass-rate", "0.25", "--max-pass-rate", "0.75", "--batch-size", "1"]
+    with ChatEndpoint(lambda request, before: Answer(answer_as_often(request, before), delay=0.1)) as model:
+        command = [sys.executable, "-m", "jai", "difficulty", str(problems), str(tmp_path / "out"), "--model", "m"]
+        command += ["--backend", "openai", "--base-url", model.url, *options]
+        kill_when(command, lambda: len(model.asked) >= 8)
+        assert not (tmp_path / "out" / "prompts.jsonl").exists()
+        subprocess.run(command, check=True, env=os.environ, stdout=subprocess.DEVNULL)
+        assert 20 <= len(model.asked) <= 21  # the one that was under way is asked again
+    with ChatEndpoint(answer_as_often) as model:
+        run(problems, tmp_path / "alone", model)
+    for name in ("prompts.jsonl", "pass_rates.jsonl", "difficulty.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_while_a_checkpoint_answers(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint(tmp_path / "jai", block_repeats=[1, 1], max_position_embeddings=512)
+    rule = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    file = write_rows(tmp_path / "if.jsonl", [{"prompt": f"{number}?", **rule} for number in range(12)])
+
+    def command(out: str) -> list[str]:
+        given = ["--by", "checks", "--candidates", "6", "--max-answer-tokens", "48", "--batch-size", "2"]
+        given += ["--min-pass-rate", "0", "--max-pass-rate", "1", "--model", str(folder), "--device", "cpu"]
+        return [sys.executable, "-m", "jai", "difficulty", str(file), str(tmp_path / out), *given]
+
+    answers = tmp_path / "out" / ANSWERS_FILE
+    kill_when(command("out"), lambda: answers.exists() and answers.stat().st_size > 0)
+    kept = answers.read_bytes()
+    for out in ("out", "alone"):
+        subprocess.run(command(out), check=True, env=os.environ, stdout=subprocess.DEVNULL)
+    assert 0 < len(kept) < answers.stat().st_size
+    assert answers.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])  # what was whole stays
+    for name in ("prompts.jsonl", "pass_rates.jsonl", "difficulty.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 def test_bad_input(problems, tmp_path):

@@ -26,6 +26,7 @@ from chat_endpoint import Answer, ChatEndpoint
 from jai import JaiForSequenceClassification
 from jai.errors import UserError
 from jai.evaluation.endpoint import Endpoint
+from jai.evaluation.judged.prompts import LATER_TURN_GRADE, SINGLE_GRADE
 from jai.options import read_options_file
 from jai.preferences.calibration import Calibration
 from jai.preferences.candidates import Candidate
@@ -216,6 +217,23 @@ def test_five_answers_are_graded_and_best_and_worst_paired(prompts, tmp_path):
     assert "4 pairs of 4 prompts and 20 answers." in printed
     assert "the chosen answer is the longer one in 50 % of 4 pairs" in printed
     assert re.search(r"Judging \(judge\): 20 requests, 0 answered already; .* at most 0\.\d", printed)
+
+
+def test_a_later_answer_is_graded_in_the_light_of_what_came_before(tmp_path):
+    earlier = [{"role": role, "content": text} for role, text in (("user", "หนึ่ง"), ("assistant", "สอง"))]
+    rows = [{"prompt": "คำถาม 0"}, {"messages": [*earlier, {"role": "user", "content": "คำถาม 1"}]}]
+    file = write_rows(tmp_path / "prompts.jsonl", rows)
+    with ChatEndpoint(numbered) as model, ChatEndpoint(grade_by_number) as judge:
+        run(file, tmp_path / "pairs", model, judge)
+        told = {
+            request["messages"][0]["content"]: request["messages"][1]["content"]
+            for request in judge.asked
+            if len(request["messages"]) == 2
+        }
+    first, later = (prompt.messages([])[0]["content"] for prompt in (SINGLE_GRADE, LATER_TURN_GRADE))
+    assert told.keys() == {first, later}
+    assert "สอง" in told[later]
+    assert "สอง" not in told[first]
 
 
 def test_other_thresholds_pair_anew_for_nothing(prompts, tmp_path):
@@ -412,6 +430,11 @@ def test_what_fails_a_check_is_rejected(tmp_path):
         assert pairs[0]["rejected"][0]["content"] == "one, two"
         assert (pairs[0]["score_chosen"], pairs[0]["score_rejected"]) == (1, 0)
         assert pairs[0]["judge"] == record["judge"] == "jai.evaluation.instructions (en)"
+        both = {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}, {}]}
+        write_rows(file, [{"key": 1, "prompt": "No commas, in quotes", **both}])
+        with pytest.raises(UserError, match="No prompt has a pair"):  # a half is better than nothing, and not right
+            run(file, tmp_path / "half", model, by="checks", language="en")
+        assert json.loads((tmp_path / "half" / "pairs.json").read_text())["dropped"] == {NO_RIGHT: 1}
         write_rows(file, [{"key": 1, "prompt": "No commas", "instruction_id_list": ["no:such"], "kwargs": [{}]}])
         before = len(model.asked)
         with pytest.raises(UserError, match="The row 1"):
@@ -495,9 +518,15 @@ def test_a_calibrated_reward_model_gives_probabilities(checkpoint, reward_model,
     dataclasses.replace(calibration, slope=0.6).save(calibrated, {})
     with pytest.raises(UserError, match=r"calibration slope was 0\.5 and is 0\.6"):
         run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)
-    dataclasses.replace(calibration, slope=-0.1).save(calibrated, {})
-    with pytest.raises(UserError, match=r"has the slope -0\.1: .* gave the rejected answers the higher logits"):
-        run_checkpoint(checkpoint, prompts, tmp_path / "other", **options)
+    for slope in (-0.1, 0.0):
+        dataclasses.replace(calibration, slope=slope).save(calibrated, {})
+        with pytest.raises(UserError, match=rf"has the slope {slope:.3g}: .* gave the rejected answers the higher log"):
+            run_checkpoint(checkpoint, prompts, tmp_path / "other", **options)
+    calibration.save(calibrated, {})
+    weights = calibrated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")  # trained anew under the same name
+    with pytest.raises(UserError, match=r"begun with other inputs or options: reward_model_revision was"):
+        run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)
 
 
 def test_a_reward_model_that_its_tokenizer_does_not_fit(reward_model, tmp_path):

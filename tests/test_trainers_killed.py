@@ -7,6 +7,7 @@ Weights, and every log: losses, rewards, figures of categories, router statistic
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -310,3 +311,22 @@ def test_two_processes_train_as_one(checkpoint, data, name):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
     assert len({ours["loss"] for ours, _ in logs}) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_reinforce_together(checkpoint, data):
+    """Answers to one prompt are compared over both processes, which draw their own; the same seed is the same run."""
+    run = RUNS["grpo"]
+    given = {"max_steps": 3, "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 2}
+    said = [finish(start(run, command_line(run, checkpoint, data, out, **given), processes=2)) for out in ("a", "b")]
+    logs = logs_of(Path("a"))
+    assert logs == logs_of(Path("b"))
+    for text in said:  # 3 steps x 2 accumulated x 2 processes x 2 answers, in groups of 4
+        assert re.search(r"Rewards: \d+ of 6 groups had equal ones and taught nothing; 0 of 24 completions", text)
+    steps = [log for log in logs if "loss" in log]
+    assert len({log["reward"] for log in steps}) > 1
+    assert any(log["reward_std"] > 0 for log in steps)
+    assert all(0 <= log["routing/disagreement"] < 0.5 for log in steps)
+    assert steps[-1]["num_tokens"] > steps[0]["num_tokens"] > 8 * 8
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, Path("a")))
+    assert any(not torch.equal(before[name], after[name]) for name in before)

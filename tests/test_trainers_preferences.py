@@ -35,7 +35,7 @@ from jai.trainers.data_arguments import DataArguments
 from jai.trainers.dpo import JaiDPOConfig, JaiDPOTrainer
 from jai.trainers.orpo import JaiORPOConfig
 from jai.trainers.pair_figures import PairFigures
-from jai.trainers.reference import KeptLogProbs, pair_keys
+from jai.trainers.reference import KeptLogProbs, log_probs_folder, pair_keys
 from jai.trainers.reference_free import CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer, tokenize_pairs
 from jai.trainers.rows import DatasetType
 
@@ -430,6 +430,14 @@ def test_the_same_tokens_with_other_borders_are_another_pair():
     borders = [([1, 2], [3], [4]), ([1], [2, 3], [4]), ([1], [2], [3, 4]), ([1, 2], [3, 4], [])]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     assert len(set(pair_keys(Dataset.from_list([dict(zip(names, ids)) for ids in borders])))) == len(borders)
+
+
+def test_log_probs_of_another_version_are_not_taken(monkeypatch):
+    """The code that computes them is part of what decides them."""
+    before = log_probs_folder(reference="a")
+    assert log_probs_folder(reference="a") == before != log_probs_folder(reference="b")
+    monkeypatch.setattr("jai.trainers.reference.__version__", "another")
+    assert log_probs_folder(reference="a") != before
 
 
 def test_how_tokenizers_differ(tiny_tokenizer):

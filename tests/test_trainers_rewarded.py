@@ -35,7 +35,7 @@ from trl import (
 )
 
 from jai.errors import UserError
-from jai.preferences.calibration import calibration_error, fit_calibration, read_calibration
+from jai.preferences.calibration import Calibration, calibration_error, fit_calibration, read_calibration
 from jai.preferences.options import ScoreOptions
 from jai.preferences.reward_model import RewardModel
 from jai.preferences.scoring import score_file, scored_conversation
@@ -267,7 +267,8 @@ def test_pairs_without_a_fault_have_finite_slopes():
     assert 0.7 < fitted.probability(6.0) < 1
     same = fit_calibration([1.0, 1.0], [1.0, 1.0])
     assert same.probability(1.0) == pytest.approx(0.5)
-    assert math.isnan(calibration_error([1.0], [0.0]))
+    assert math.isnan(calibration_error([1.0] * 3, [0.0] * 3))
+    assert not math.isnan(calibration_error([1.0] * 4, [0.0] * 4))
 
 
 def test_one_pair_is_fitted_to_platts_targets():
@@ -280,6 +281,10 @@ def test_one_pair_is_fitted_to_platts_targets():
 def test_the_error_of_a_half_is_that_of_the_others_calibration():
     assert calibration_error([1.0, -1.0] * 50, [-1.0, 1.0] * 50) > 0.9  # each half is the other's contrary
     assert calibration_error([1.0] * 100, [-1.0] * 100) < 0.05
+    # A probability of 1 is in the last bin, too: of 20 answers the last one is a rejected one, and has it.
+    last_is_wrong = [-1.0] * 9 + [1e9]
+    assert fit_calibration([1.0] * 5, [-1.0] * 5).probability(1e9) == 1
+    assert calibration_error([1.0] * 10, last_is_wrong) == pytest.approx(0.1341, abs=1e-3)  # without it, 0.05 less
 
 
 # --- Scores
@@ -330,6 +335,28 @@ def test_scores_are_the_models_and_what_is_above_is_kept(reward_model, tmp_path,
         ScoreOptions(file=data, out=tmp_path / "out", model=str(reward_model)).check()
 
 
+def test_thresholds_are_of_what_is_above_them(reward_model, tmp_path, capsys):
+    """A row at --keep-above is not above it; of three rows the paper's 0.88 keeps one and 0.5 would keep two."""
+    data = write_rows(tmp_path / "answers.jsonl", conversations(3))
+    folder = shutil.copytree(reward_model, tmp_path / "calibrated")
+    logits = sorted(row["reward"] for row in json_lines(score_file(
+        ScoreOptions(file=data, out=tmp_path / "first", model=str(folder))
+    )))  # fmt: skip
+    assert logits[0] < logits[1] < logits[2]
+    slope = math.log(9) / (logits[2] - logits[1])  # 0.5 is a quarter of the way from the second to the third
+    intercept = -slope * (logits[1] - (logits[2] - logits[1]) / 4)
+    Calibration(slope, intercept, 1.0, 9).save(folder, {})
+    probabilities = [Calibration(slope, intercept, 1.0, 9).probability(logit) for logit in logits]
+    assert 0.5 < probabilities[1] < 0.88 < probabilities[2]
+    capsys.readouterr()
+    score_file(ScoreOptions(file=data, out=tmp_path / "out", model=str(folder), keep_above=probabilities[1]))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "33.3% have a probability above 0.88" in printed
+    record = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (record["share_above_paper_threshold"], record["kept"]) == (1 / 3, 1)
+    assert [row["reward"] for row in json_lines(tmp_path / "out" / "kept.jsonl")] == [logits[2]]
+
+
 def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
     bare = tmp_path / "bare"
     AutoModelForSequenceClassification.from_pretrained(reward_model).save_pretrained(bare)
@@ -352,6 +379,7 @@ def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
         {"messages": turn("user", "q")},
         {"messages": turn("assistant", "a")},
         {"messages": [*turn("user", "q"), *turn("assistant", "")]},
+        {"messages": [*turn("user", "q"), *turn("assistant", "a"), *turn("assistant", "b")]},
         {"answer": "a"},
     ],
 )
@@ -553,8 +581,11 @@ def test_rollouts_go_on_where_they_were(checkpoint, prompt_rows):
     assert asked == [0, 4, 8]
     asked.clear()
     trainer = build_grpo(checkpoint, prompt_rows, "out", reward, **{**options, "save_strategy": "no"})
+    before = trainer.reward_counts
     trainer.train(resume_from_checkpoint="out/checkpoint-6")
     assert asked == [6, 8]
+    assert trainer.reward_counts is before
+    assert trainer.reward_counts.groups == 4 * 2  # of both parts of the run; the second rollout is made anew
 
 
 def test_rewards_that_teach_nothing_are_counted():

@@ -67,7 +67,7 @@ class GroupLosses:
 
     def _add(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         log_probs = getattr(output, "log_probs", None)
-        if log_probs is None or (model.training and not torch.is_grad_enabled()):
+        if log_probs is None:
             return
         with torch.no_grad():
             groups = self._token_groups(kwargs)[:, : log_probs.shape[1]].to(log_probs.device)

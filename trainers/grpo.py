@@ -7,7 +7,7 @@ accelerate launch -m jai.trainers.grpo --config recipes/grpo.yaml
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from jai.trainers.rewards import REWARD_NAMES, check_reward_columns, reward_func
 from jai.trainers.routing_replay import RoutingReplay
 from jai.trainers.rows import DatasetType
 from jai.trainers.stage import Stage, run_as_script, run_command
+from jai.trainers.whole_checkpoints import KeptWithCheckpoints, kept_with
 
 _EXPERT_IDS = "expert_ids"  # in the trainer's batches, beside TRL's own tensors
 _LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
@@ -91,8 +92,8 @@ class JaiGRPOConfig(GRPOConfig):
 
 
 @dataclass
-class RewardCounts:
-    """What rewards could not teach.
+class RewardCounts(KeptWithCheckpoints):
+    """What rewards could not teach, over the whole run, however often it was resumed.
 
     Attributes:
         groups: answers to one prompt, as many as were generated together.
@@ -105,6 +106,10 @@ class RewardCounts:
     equal: int = 0
     completions: int = 0
     unscored: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """What transformers saves of it."""
+        return {"args": {}, "attributes": asdict(self)}
 
     def add(self, rewards: torch.Tensor, num_generations: int) -> None:
         """Count a batch.
@@ -136,6 +141,7 @@ class JaiGRPOTrainer(JaiTrainerMixin, GRPOTrainer):
         kwargs.setdefault("reward_funcs", reward_functions(config.rewards))
         super().__init__(*args, **kwargs)
         self.reward_counts = RewardCounts()
+        self.add_callback(self.reward_counts)
         model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
         has_routers = getattr(model.config, "num_local_experts", 1) > 1
         can_record = not (config.use_vllm or config.use_transformers_continuous_batching)
@@ -146,12 +152,14 @@ class JaiGRPOTrainer(JaiTrainerMixin, GRPOTrainer):
             self._routing = RoutingReplay(model, replays=config.routing_replay)
 
     def go_on_from(self, state: dict[str, Any]) -> None:
-        """Count steps from where a checkpoint's run was, so that a rollout is made where that run would have made one.
+        """Count steps and rewards from where a checkpoint's run was: rollouts are made where that run would make them.
 
         Of a checkpoint amid the steps on one rollout, its prompts are answered anew.
         """
         super().go_on_from(state)
         self._step = state.get("global_step", 0) * self.args.gradient_accumulation_steps
+        for name, count in kept_with(state, RewardCounts).items():
+            setattr(self.reward_counts, name, count)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self._routing is None else self._routing.recording():

@@ -10,8 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig
 
 from jai.errors import UserError
@@ -20,7 +18,7 @@ from jai.trainers.arguments import StageArguments
 from jai.trainers.base_model import BaseModel
 from jai.trainers.data import TrainingData
 from jai.trainers.engine import batches_at_once
-from jai.trainers.whole_checkpoints import read_state
+from jai.trainers.whole_checkpoints import KeptWithCheckpoints, kept_with, read_state
 
 # Options of training that may change while a run rests. All others decide it, those too that a later TRL adds.
 _PLACES = {
@@ -83,11 +81,8 @@ _DECIDING_LORA = (
 )
 
 
-class RunIdentity(TrainerCallback, ExportableState):
-    """Writes what decides a run into its checkpoints: stage, data, layout of the steps, options.
-
-    It goes into trainer_state.json, which the Trainer writes last of all: where it is whole, so is the checkpoint.
-    """
+class RunIdentity(KeptWithCheckpoints):
+    """Keeps what decides a run in its checkpoints: stage, data, layout of the steps, options."""
 
     def __init__(self, identity: dict[str, Any] | None = None):
         self.identity = identity or {}
@@ -95,10 +90,6 @@ class RunIdentity(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What transformers saves of it."""
         return {"args": {}, "attributes": {"identity": self.identity}}
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Of a checkpoint that does not say what decided its run, transformers could save no next one (KeyError)."""
-        state.stateful_callbacks.setdefault(RunIdentity.__name__, self.state())
 
 
 def stage_identity(
@@ -159,8 +150,7 @@ def saved_identity(checkpoint: Path, verb: str) -> dict[str, Any] | None:
     Raises:
         UserError: if it is of a run of another verb.
     """
-    state = read_state(checkpoint) or {}
-    saved = state.get("stateful_callbacks", {}).get(RunIdentity.__name__, {}).get("attributes", {}).get("identity")
+    saved = kept_with(read_state(checkpoint) or {}, RunIdentity).get("identity")
     if not isinstance(saved, dict):
         return None
     if saved.get("stage") != verb:

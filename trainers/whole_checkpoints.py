@@ -6,18 +6,30 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from jai.errors import UserError
 from jai.trainers.first_look import refuse_used_output
 
 _STATE = "trainer_state.json"
+
+
+class KeptWithCheckpoints(TrainerCallback, ExportableState):
+    """What a run keeps in its checkpoints' trainer_state.json, which the Trainer writes last of all.
+
+    So where it is whole, the checkpoint is, too. `state` gives it, and `kept_with` reads it.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """After a checkpoint that has it not, such as one of TRL's, transformers could save no next one (KeyError)."""
+        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
 
 
 class LogWithCheckpoints(TrainerCallback):
@@ -86,6 +98,12 @@ def read_state(checkpoint: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return state if isinstance(state, dict) else None
+
+
+def kept_with(state: dict[str, Any], kind: type[KeptWithCheckpoints]) -> dict[str, Any]:
+    """What a run kept in a checkpoint's trainer_state.json, given as `read_state` has it; {} where it kept nothing."""
+    kept = state.get("stateful_callbacks", {}).get(kind.__name__, {})
+    return kept.get("attributes", {}) if isinstance(kept, dict) else {}
 
 
 def _checkpoints(out: Path) -> list[Path]:

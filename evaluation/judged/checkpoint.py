@@ -52,10 +52,8 @@ class CheckpointAsker:
         Raises:
             UserError: if the longest answer leaves no room for a question.
         """
-        from transformers import set_seed
-
         instances = [self._instance(request, number) for number, request in enumerate(requests)]
-        set_seed(self._seed)
+        self._model.seed = self._seed
         with counted_progress(self._console, what, len(instances)) as tell:
             self._model.tell = lambda done, total: tell(done)
             texts = self._model.generate_until(instances)
