@@ -151,7 +151,7 @@ def test_a_checkpoint_answers_and_is_not_asked_again(tiny_model, tiny_tokenizer,
         "ask_for_answers",
         lambda *args: answered.append(ask_for_answers(*args).replies) or Answered(answered[-1]),
     )
-    options = {"by": "checks", "candidates": 6, "max_answer_tokens": 24, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
+    options = {"by": "checks", "candidates": 6, "max_answer_tokens": 72, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
     paths = [
         select_prompts(
             DifficultyOptions(prompts=file, out=tmp_path / "out", model=str(tmp_path / "jai"), **options),
