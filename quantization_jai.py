@@ -36,6 +36,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own, with double quantisation
+QUANT_TYPES = ("nf4", "fp4")
 BITSANDBYTES = "0.50"  # the first with kernels for the CPU
 _MATRICES = ("gate_up_proj", "down_proj")
 _OWN = ("eager", "grouped_mm", "batched_mm")  # implementations that are computed here
@@ -147,11 +148,20 @@ def _weight(ctx, ids: torch.Tensor | None, stored: Iterable[torch.Tensor | None]
 
 
 def _multiply(x_S: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
-    if offsets is not None:
+    if offsets is not None and _has_grouped_mm(x_S):
         return F.grouped_mm(x_S.contiguous(), weight, offs=offsets)
+    if offsets is not None:
+        return torch.ops.transformers.grouped_mm_fallback(x_S, weight, offs=offsets)
     if weight.shape[0] == 1:
         return x_S @ weight[0]
     return torch.bmm(x_S.unsqueeze(1), weight).squeeze(1)
+
+
+def _has_grouped_mm(x_S: torch.Tensor) -> bool:
+    """Whether torch multiplies these rows by groups: from Ampere on, and while it compiles in bf16 alone."""
+    if torch.compiler.is_compiling() and x_S.dtype != torch.bfloat16:
+        return False
+    return x_S.device.type != "cuda" or torch.cuda.get_device_capability(x_S.device) >= (8, 0)
 
 
 class Lora4bit(NamedTuple):
@@ -197,7 +207,7 @@ class JaiExperts4bit(nn.Module):
         quantization: how.
 
     Raises:
-        ValueError: if a matrix's columns are no multiple of 64.
+        ValueError: if a matrix's columns are no multiple of 64, or for a form of four bits that is not known.
     """
 
     def __init__(self, experts: Any, quantization: Any):
@@ -207,6 +217,8 @@ class JaiExperts4bit(nn.Module):
         self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
         self.hidden_dim, self.intermediate_dim = experts.hidden_dim, experts.intermediate_dim
         self.quant_type: str = quantization.bnb_4bit_quant_type
+        if self.quant_type not in QUANT_TYPES:
+            raise ValueError(f"`bnb_4bit_quant_type` is {self.quant_type!r}; expected {' or '.join(QUANT_TYPES)}.")
         self.is_double: bool = quantization.bnb_4bit_use_double_quant
         self.compute_dtype: torch.dtype = quantization.bnb_4bit_compute_dtype
         self.lora: dict[str, Lora4bit] = {}  # by matrix, while `adapted` runs
@@ -231,6 +243,15 @@ class JaiExperts4bit(nn.Module):
         # No buffers, as the scales are in the pull request (the state dict is the same): data-parallel training would
         # send them to every rank in every step, 4.4 GB for JAI-1.
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
+
+    def _apply(self, fn, *args, **kwargs):
+        """`nn.Module`'s, for `to`, `cuda`, `bfloat16` and the like, none of which may round the scales."""
+
+        def moved(stored: torch.Tensor) -> torch.Tensor:
+            made = fn(stored)
+            return made if made.dtype == stored.dtype else stored.to(made.device)
+
+        return super()._apply(moved, *args, **kwargs)
 
     def matrices(self, name: str) -> Matrices4bit:
         """`gate_up_proj` or `down_proj` of every expert."""
@@ -458,6 +479,7 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
                 # In evaluation mode on such CPUs, bitsandbytes 0.50 packs a linear layer's weights and rounds its
                 # scales. Saved after that they are others, and training has wrong gradients, without an error.
                 module.support_avx512bf16_for_cpu = False
+        _save_as_it_is(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def _dequantize(self, model, dtype=None):
@@ -466,14 +488,7 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             if isinstance(module, JaiExperts4bit):
                 model.set_submodule(name, module.dequantized(dtype))
         from bitsandbytes.nn import Linear4bit
-        from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
-        # Saving takes back how weights were converted in loading; of stored four bits transformers (5.23) cannot.
-        model._weight_conversions = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any(isinstance(operation, Bnb4bitDeserialize) for operation in getattr(conversion, "operations", ()))
-        ]
         if not any(isinstance(module, Linear4bit) for module in model.modules()):
             return model  # where no linear layer is quantised, transformers fails (5.23)
         return super()._dequantize(model, dtype=dtype)
@@ -496,6 +511,23 @@ class JaiBnb8BitHfQuantizer(Bnb8BitHfQuantizer):
                 "more), most of the weights, as they are. Give `load_in_4bit=True`, which takes the experts too, or "
                 '`llm_int8_skip_modules=["lm_head", "mlp.experts"]` if that is what you want.'
             )
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        _save_as_it_is(model)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def _save_as_it_is(model):
+    """Saving takes back how weights were converted in loading; of bitsandbytes' stored ones transformers (5.23) cannot.
+
+    Nor need it: what is in memory is what is stored.
+    """
+    stored = {"Bnb4bitDeserialize", "Bnb8bitDeserialize"}
+    model._weight_conversions = [
+        conversion
+        for conversion in getattr(model, "_weight_conversions", None) or []
+        if stored.isdisjoint(type(operation).__name__ for operation in getattr(conversion, "operations", ()))
+    ]
 
 
 class JaiFineGrainedFP8HfQuantizer(FineGrainedFP8HfQuantizer):

@@ -264,9 +264,10 @@ def test_gradient_checkpointing_changes_nothing(model, reentrant):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
-def test_it_compiles_without_a_break(model):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+def test_it_compiles_without_a_break(model, dtype):
     experts, _ = pairs(experts_of(model)[0], "grouped_mm")
-    experts.compute_dtype = torch.bfloat16
+    experts.compute_dtype = dtype
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
     for tokens in (1, 40):
         results = []
@@ -279,7 +280,49 @@ def test_it_compiles_without_a_break(model):
         torch.compiler.reset()
 
 
+def test_without_torchs_product_by_groups_it_is_the_same(model, monkeypatch):
+    """As on a GPU before Ampere."""
+    experts, _ = pairs(experts_of(model)[0], "grouped_mm")
+    results = []
+    for has_it in (True, False):
+        monkeypatch.setattr("jai.quantization_jai._has_grouped_mm", lambda rows, has_it=has_it: has_it)
+        states, chosen, weights = inputs(9, unused=1)
+        out = experts(states, chosen, weights)
+        out.sum().backward()
+        results.append((out.detach(), states.grad))
+    torch.testing.assert_close(*results)
+
+
 # --- saving and loading
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "to", "inner"])
+def test_no_cast_rounds_the_scales(model, cast):
+    """transformers refuses `to(dtype)`, `half` and `float` of the whole model, and lets the others through."""
+    model = copy.deepcopy(model)
+    expected = {name: value.clone() for name, value in experts_of(model)[0].state_dict().items()}
+    if cast == "bfloat16":
+        model.bfloat16()
+    elif cast == "to":
+        experts_of(model)[0].to("cpu", torch.float16)
+    else:
+        model.model.layers.half()
+    actual = experts_of(model)[0].state_dict()
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    assert experts_of(model)[0].to("meta").gate_up_proj.device.type == "meta"
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_what_was_loaded_in_four_bits_is_saved_again(whole, tmp_path, double):
+    """As after new rows of the vocabulary; transformers 5.23 itself cannot."""
+    JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits(double)).save_pretrained(tmp_path / "first")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    model.resize_token_embeddings(120)
+    model.save_pretrained(tmp_path / "second", max_shard_size="40kB")
+    assert len(list((tmp_path / "second").glob("*.safetensors"))) > 3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    assert again.vocab_size == 120
+    assert torch.equal(again(INPUT_IDS).logits, model(INPUT_IDS).logits)
 
 
 def test_it_saves_and_loads_the_same_bytes(model, tmp_path):
@@ -490,6 +533,11 @@ def test_two_processes_are_one(whole, tmp_path):
 # --- what is refused
 
 
+def test_a_form_of_four_bits_that_is_none(whole):
+    with pytest.raises(ValueError, match=r"`bnb_4bit_quant_type` is 'nf5'; expected nf4 or fp4"):
+        JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits(bnb_4bit_quant_type="nf5"))
+
+
 def test_sizes_that_are_no_multiple_of_a_block(tiny_model, tmp_path):
     for sizes, message in (
         ({"hidden_size": 32, "intermediate_size": 64}, r"`hidden_size` is 32.*multiple of 64"),
@@ -518,7 +566,10 @@ def test_eight_bits_would_leave_the_experts(whole, tiny_model, tmp_path):
     eight.llm_int8_skip_modules = ["lm_head", "mlp.experts"]
     model = JaiForCausalLM.from_pretrained(whole, quantization_config=eight)
     model.save_pretrained(tmp_path / "eight")
-    assert JaiForCausalLM.from_pretrained(tmp_path / "eight").is_loaded_in_8bit
+    again = JaiForCausalLM.from_pretrained(tmp_path / "eight")
+    assert again.is_loaded_in_8bit
+    again.save_pretrained(tmp_path / "again")
+    assert JaiForCausalLM.from_pretrained(tmp_path / "again").state_dict().keys() == again.state_dict().keys()
     tiny_model(**SIZES, num_local_experts=1).save_pretrained(tmp_path / "dense")
     JaiForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
