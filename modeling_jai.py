@@ -41,7 +41,12 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_jai import JaiConfig
-from .quantization_jai import JaiExperts4bit, quantizers_of_experts, refuse_implementation
+from .quantization_jai import (
+    JaiExperts4bit,
+    peft_config_of_four_bits,
+    quantizers_of_experts,
+    refuse_implementation,
+)
 
 # What transformers calls the keys and values of earlier tokens: `cache` since 5.24.
 CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -354,6 +359,12 @@ class JaiPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         with quantizers_of_experts():
             return super().from_pretrained(*args, **kwargs)
+
+    def load_adapter(self, peft_model_id=None, *args, peft_config=None, load_config=None, **kwargs):
+        """transformers' own; LoRA reaches experts in four bits."""
+        if any(isinstance(module, JaiExperts4bit) for module in self.modules()):
+            peft_config = peft_config_of_four_bits(peft_model_id, peft_config, load_config, **kwargs)
+        return super().load_adapter(peft_model_id, *args, peft_config=peft_config, load_config=load_config, **kwargs)
 
     def set_experts_implementation(self, experts_implementation: str | dict):
         chosen = experts_implementation

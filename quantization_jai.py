@@ -14,9 +14,10 @@ This file ships to the Hub beside `modeling_jai.py`, which imports it. It import
 Shape suffixes: E experts, S rows, which are tokens by chosen expert, R and C rows and columns of an expert's matrix.
 """
 
+import functools
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -386,6 +387,87 @@ def _product(
     offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _Product.apply(x_S, ids, offsets, matrices.shape, matrices.quant_type, *matrices[:_STORED])
+
+
+# --- LoRA by PEFT
+
+
+def lora_reaching_four_bits(config: Any) -> Any:
+    """A `LoraConfig` of PEFT whose `target_parameters` reach experts in four bits; elsewhere it is as it was.
+
+    PEFT's own class for them adds the product of its factors to the parameter, which here is packed bytes.
+
+    Args:
+        config: it is changed; what is registered is not saved with it.
+    """
+    config._register_custom_module({JaiExperts4bit: _param_wrapper()})
+    return config
+
+
+def peft_config_of_four_bits(adapter, config, load_config, adapter_kwargs=None, local_files_only=False, **kwargs):
+    """The configuration of an adapter that is loaded on experts in four bits, with arguments of `load_adapter`."""
+    from peft import LoraConfig, PeftConfig
+
+    if config is None:
+        where = {**getattr(load_config, "download_kwargs", {}), **(adapter_kwargs or {})}
+        config = PeftConfig.from_pretrained(
+            adapter, **({"local_files_only": True} if local_files_only else {}), **where
+        )
+    return lora_reaching_four_bits(config) if isinstance(config, LoraConfig) else config
+
+
+@functools.cache
+def _param_wrapper() -> type:
+    from peft.tuners.lora import layer
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    class ParamWrapper(layer.ParamWrapper):
+        """PEFT's, for experts in four bits: the factors multiply the rows beside the frozen matrices.
+
+        PEFT knows a wrapper by the name of its class, so that is the name of its own.
+        """
+
+        def get_param(self) -> torch.Tensor:
+            """What PEFT reads the shape, device and dtype of: a single 0 that stands for the whole matrix."""
+            experts: Any = self.get_base_layer()
+            packed, shape = getattr(experts, self.parameter_name), experts.shapes[self.parameter_name]
+            return torch.zeros((), dtype=experts.compute_dtype, device=packed.device).expand(len(packed), *shape)
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self._check_forward_args(x, *args, **kwargs)
+            kwargs.pop("adapter_names", None)
+            active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+            with ExitStack() as stack:
+                if active:
+                    experts: Any = self.get_base_layer()
+                    stack.enter_context(experts.adapted(self.parameter_name, self._lora(active)))
+                return self.base_layer(x, *args, **kwargs)
+
+        def _lora(self, adapters: list[str]) -> Lora4bit:
+            """The active adapters' as one, side by side along the rank."""
+            factors = [self.get_delta_factors(adapter) for adapter in adapters]
+            if len(factors) == 1:
+                b_ERR, a_ERC, scale = factors[0]
+                return Lora4bit(a_ERC, b_ERR, scale)
+            a_ERC = torch.cat([a for _, a, _ in factors], dim=1)
+            return Lora4bit(a_ERC, torch.cat([b * scale for b, _, scale in factors], dim=2), 1.0)
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            if check_adapters_to_merge(self, adapter_names):
+                raise ValueError(
+                    "An adapter cannot be merged into experts in four bits. Merge it into the checkpoint in 16 bits "
+                    "that they were made of (jai merge-adapter ADAPTER OUT --base CKPT), or call `dequantize()` first."
+                )
+
+    ParamWrapper.__qualname__ = "ParamWrapper"
+    return ParamWrapper
+
+
+def __getattr__(name: str) -> Any:
+    """`ParamWrapper`, which is made when it is asked for, as pickle does."""
+    if name == "ParamWrapper":
+        return _param_wrapper()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # --- Loading

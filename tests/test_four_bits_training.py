@@ -2,6 +2,8 @@
 """LoRA on experts in four bits: against PEFT's own on the dequantised weights, and its files."""
 
 import copy
+import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import jai.kernels.register  # noqa: F401  "jai_fused"
 from jai import JaiForCausalLM
+from jai.auto import load_causal_model
 from jai.errors import UserError
-from jai.quantization_jai import Lora4bit
-from jai.trainers import expert_lora
+from jai.quantization_jai import Lora4bit, ParamWrapper
 from jai.trainers.expert_lora import adapting_four_bits
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -140,10 +142,29 @@ def test_its_file_is_pefts(adapted, whole, tmp_path):
         torch.testing.assert_close(merged(INPUT_IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_transformers_loads_it_on_its_base_in_four_bits(adapted, whole, tmp_path):
+    """By the adapter's folder alone, and beside one that is there."""
+    load(whole).save_pretrained(tmp_path / "four")
+    adapted.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "four")}))
+    with torch.no_grad():
+        expected = adapted(INPUT_IDS).logits
+        by_folder = load_causal_model("adapter", tmp_path / "adapter", trust_remote_code=False)
+        torch.testing.assert_close(by_folder.train()(INPUT_IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        model = load(whole)
+        model.load_adapter(tmp_path / "adapter", adapter_name="a")
+        model.load_adapter(peft_config=config(r=2), adapter_state_dict={}, adapter_name="b")
+        model.set_adapter("a")
+        torch.testing.assert_close(model.train()(INPUT_IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(INPUT_IDS).logits, model(INPUT_IDS).logits)
+
+
 def test_the_first_factor_of_an_expert_is_its_block_of_rows_and_the_second_every_fourth_column(adapted):
     """PEFT's order: `lora_A` has the experts slowest, `lora_B` fastest."""
     wrapper = adapted.base_model.model.model.layers[0].mlp.experts
-    assert type(wrapper) is expert_lora.ParamWrapper
+    assert type(wrapper) is ParamWrapper
     lora = wrapper._lora(["default"])
     a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
     for expert in range(4):
@@ -179,7 +200,7 @@ def test_checkpointing_changes_nothing(whole):
 
 
 def test_what_cannot_be_is_refused(whole, adapted):
-    with pytest.raises(UserError, match=r"cannot be merged into experts in four bits.*16 bits"):
+    with pytest.raises(ValueError, match=r"cannot be merged into experts in four bits.*16 bits"):
         copy.deepcopy(adapted).merge_and_unload()
     with pytest.raises(UserError, match="take LoRA alone"):
         adapting_four_bits(IA3Config())
