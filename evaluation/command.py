@@ -51,8 +51,13 @@ def evaluate_suites(
             )
     if any(isinstance(suite, Suite) and suite.runs_code for suite in suites):
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # else the metric of lm-eval's HumanEval and MBPP runs nothing
-    if any(isinstance(suite, JudgedSuite) or suite.chat for suite in suites):
+    chats = [suite.name for suite in suites if isinstance(suite, JudgedSuite) or suite.chat]
+    if chats:
         check_chat_template(options)
+    if chats and options.backend == "openai" and options.max_length is not None:
+        raise UserError(
+            f"--max-length does nothing for {chats[0]}: a server's chats are cut by the server. Leave it out."
+        )
     conditions = {
         "backend": options.backend,
         "limit": options.limit,

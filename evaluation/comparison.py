@@ -26,6 +26,7 @@ _MEASURE_FIELDS = {
     "version": "version",
     "data": "data",
     "judge": "judge",
+    "judge_names": "names that the judge gives itself",
     "judge_prompt_hash": "prompts of the judge",
     "judge_parameters": "parameters of the judge",
 }

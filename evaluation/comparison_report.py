@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _NOTHING = "–"
 _MOST_AXES = 12  # of a radar; more cannot be read
 _FEWEST_AXES = 3
+_INDENT, _GAP = 2, 1  # columns of the console
 
 
 def report_comparison(options: CompareOptions, *, console: "Console | None" = None) -> Comparison:
@@ -33,8 +34,10 @@ def report_comparison(options: CompareOptions, *, console: "Console | None" = No
     sections = [("Runs", runs_table(comparison)), ("Figures", figures_table(comparison))]
     if options.paper:
         sections.append(("Published", published_table(comparison)))
-    for title, table in sections:
-        print_table(title, table, console)
+    print_table(*sections[0], console)
+    for title, table in sections[1:]:
+        if table.rows:
+            _print_groups(title, table, console)
     notes = [*comparison.notes, *_obstacle_notes(comparison)]
     if options.paper and not sections[-1][1].rows:
         notes.append("No paper publishes any of these figures.")
@@ -64,39 +67,45 @@ def _said(conditions: dict[str, Any]) -> str:
 
 
 def figures_table(comparison: Comparison) -> ReportTable:
-    """Every figure of every run with its interval, and the difference of each run from the first."""
-    first, *others = comparison.runs
-    header = ["figure", "metric", *(run.name for run in comparison.runs)]
-    header += [f"{run.name} − {first.name}" for run in others]
-    rows = [
-        [
-            f"{row.suite}: {row.name}",
-            row.metric + ("" if row.higher_is_better else " ↓"),
-            *(_value(figure) for figure in row.figures),
-            *(_difference(row, number) for number in range(1, len(comparison.runs))),
-        ]
-        for row in comparison.rows
-    ]
-    return ReportTable(header, rows)
+    """Under each figure the runs: the value with its interval, and what lies between the run and the first."""
+    rows: list[list[str]] = []
+    for row in comparison.rows:
+        title = f"{row.suite}: {row.name}, {row.metric}" + ("" if row.higher_is_better else " (less is better)")
+        for number, run in enumerate(comparison.runs):
+            score, remarks = _score(row.figures[number]), _remarks(row, number)
+            rows.append(["" if number else title, run.name, *score, *_difference(row, number), "; ".join(remarks)])
+    return ReportTable(["figure", "run", "score", "95 %", "items", "− first", "95 %", "p", "remark"], rows)
 
 
-def _value(figure: Figure | None, scale: float = 1.0, digits: int = 4) -> str:
+def _score(figure: Figure | None) -> list[str]:
     if figure is None:
-        return _NOTHING
-    ends = f"{figure.low * scale:.{digits}f}–{figure.high * scale:.{digits}f}"
-    unscored = f", {figure.unscored} unscored" if figure.unscored else ""
-    return f"{figure.value * scale:.{digits}f} [{ends}] n={figure.items}{unscored}"
+        return [_NOTHING, "", ""]
+    return [f"{figure.value:.4f}", f"{figure.low:.4f}–{figure.high:.4f}", str(figure.items)]
 
 
-def _difference(row: ComparedFigure, number: int) -> str:
+def _difference(row: ComparedFigure, number: int) -> list[str]:
     difference = row.differences[number]
     if difference is None:
-        return f"{_NOTHING} ({row.obstacles[number]})"
-    unpaired = f", {difference.unpaired} in one only" if difference.unpaired else ""
-    return (
-        f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] p={difference.p_value:.2g} "
-        f"n={difference.items}{unpaired}"
-    )
+        return [_NOTHING if number else "", "", ""]
+    ends = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
+    return [f"{difference.value:+.4f}", ends, f"{difference.p_value:.2g}"]
+
+
+def _remarks(row: ComparedFigure, number: int) -> Iterator[str]:
+    """What must be known of a run's figure, or of its test."""
+    figure, difference = row.figures[number], row.differences[number]
+    if figure is not None and figure.unscored:
+        yield f"{figure.unscored} more without a score"
+    if row.obstacles[number]:
+        yield f"not tested: {row.obstacles[number]}"
+    if difference is not None and difference.unpaired:
+        yield f"tested on the {difference.items} that both have; {difference.unpaired} are in one run only"
+
+
+def _value(figure: Figure, scale: float) -> str:
+    ends = f"{figure.low * scale:.2f}–{figure.high * scale:.2f}"
+    unscored = f", {figure.unscored} unscored" if figure.unscored else ""
+    return f"{figure.value * scale:.2f} [{ends}] n={figure.items}{unscored}"
 
 
 def _obstacle_notes(comparison: Comparison) -> Iterator[str]:
@@ -116,7 +125,7 @@ def published_table(comparison: Comparison) -> ReportTable:
         for scale in dict.fromkeys(each.scale for each in published):
             title = f"{row.suite}: {row.name} ({row.metric})" + (f" × {scale:g}" if scale != 1 else "")
             ours = [
-                ["", run.name, _value(figure, scale, digits=2), str(run.folder), _judges_of(run, figure), _cut(run)]
+                ["", run.name, _value(figure, scale), str(run.folder), _judges_of(run, figure), _cut(run)]
                 for run, figure in zip(comparison.runs, row.figures)
                 if figure is not None
             ]
@@ -179,6 +188,38 @@ def print_table(title: str, table: ReportTable, console: "Console") -> None:
     for row in table.rows:
         shown.add_row(*map(escape, row))
     console.print(shown)
+
+
+def _print_groups(title: str, table: ReportTable, console: "Console") -> None:
+    """Print a table of which each group of rows has a heading in its first column, and remarks in its last.
+
+    Both get lines of their own, and what is left fits a console of 80 columns however many runs there are.
+    """
+    from rich.cells import cell_len
+    from rich.markup import escape
+    from rich.padding import Padding
+    from rich.table import Column, Table
+
+    _, *names, _ = table.header
+    cells = [names, *(row[1:-1] for row in table.rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells)]
+    while sum(widths) > max(console.width - _INDENT - _GAP * (len(widths) - 1), len(widths)):
+        widths[widths.index(max(widths))] -= 1
+
+    def show(row: Sequence[str]) -> None:
+        columns = [Column(width=width, overflow="fold") for width in widths]
+        line = Table(*columns, box=None, show_header=False, pad_edge=False, padding=(0, _GAP, 0, 0))
+        line.add_row(*map(escape, row))
+        console.print(Padding(line, (0, 0, 0, _INDENT)))
+
+    console.print(title, style="italic", markup=False, highlight=False)
+    show(names)
+    for heading, *shown, remark in table.rows:
+        if heading:
+            console.print(heading, style="bold", markup=False, highlight=False, soft_wrap=True)
+        show(shown)
+        if remark:
+            console.print(Padding(escape(remark), (0, 0, 0, 2 * _INDENT)), highlight=False)
 
 
 def _markdown(sections: Sequence[tuple[str, ReportTable]], notes: Sequence[str]) -> str:

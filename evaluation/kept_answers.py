@@ -11,10 +11,11 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
 
-from jai.evaluation.prefix_sharing import PrefixSharingLM
+from jai.evaluation.fitting import is_too_long, refuse_longest_answers
 from jai.evaluation.results import whole_lines
 
 _BATCHES = 8  # of one call of the model; what a killed run loses at most
+_REQUESTS = 1024  # the same, of a model that makes its batches itself
 ANSWERS_FILE = "answers.jsonl"
 
 
@@ -42,6 +43,8 @@ class KeptAnswers(LM):
         self.lm = lm
         self._path = path
         self._chunk = batch_size * _BATCHES
+        if getattr(lm, "batch_size", None) == "auto":  # of vLLM, which is slow where it is asked little at a time
+            self._chunk = max(self._chunk, _REQUESTS)
         self._known = {key: answer for line in whole_lines(path) for key, answer in [json.loads(line)]}
         self._quietly = {"disable_tqdm": True} if isinstance(lm, TemplateLM) else {}
         self.tell = tell
@@ -65,8 +68,9 @@ class KeptAnswers(LM):
         return self._answers("generate_until", requests)
 
     def _answers(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
-        if isinstance(self.lm, PrefixSharingLM):
-            self.too_long.update(str(request.task_name) for request in requests if self.lm.is_too_long(request))
+        for request in requests if kind == "generate_until" else ():
+            refuse_longest_answers(self.lm, request)
+        self.too_long.update(str(request.task_name) for request in requests if is_too_long(self.lm, request))
         seen: Counter[str] = Counter()
         keys = []
         for request in requests:

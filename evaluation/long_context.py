@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jai.errors import UserError
+from jai.evaluation.text import plain_text, with_ascii_digits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,7 +26,6 @@ _ANSWER_TOKENS = 128
 _NEEDLES = 4
 _CHAIN = 5
 _COMMON = 10  # words; each comes 30 times and any other 3 times, in short lists less often, as RULER's
-_THAI_DIGITS = str.maketrans("๐๑๒๓๔๕๖๗๘๙", "0123456789")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -157,10 +157,14 @@ def long_context_docs(
 
 def long_context_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Share of what was asked for that the answer holds, under the name of the length, for lm-eval's
-    `process_results`. Thai digits are digits."""
-    answer = results[0].translate(_THAI_DIGITS).lower()
-    found = sum(output.lower() in answer for output in doc["outputs"])
+    `process_results`. Thai digits are digits, and look-alikes and invisible characters make no difference."""
+    answer = _comparable(results[0])
+    found = sum(_comparable(output) in answer for output in doc["outputs"])
     return {str(doc["max_length"]): found / len(doc["outputs"])}
+
+
+def _comparable(text: str) -> str:
+    return with_ascii_digits(plain_text(text)).lower()
 
 
 def _question(kind: str, language: str, text: str, rng: random.Random) -> _Question:

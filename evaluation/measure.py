@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
-from lm_eval.models.api_models import TemplateAPI
 
 from jai.errors import UserError
 from jai.evaluation.consistency import CONSISTENCY_METRICS, ParallelAnswers, parallel_answers
@@ -59,7 +59,24 @@ def plan_suite(suite: Suite, loader: TaskLoader) -> SuitePlan:
             other = owners.setdefault(task.task_name, row.label)
             if other != row.label:
                 raise UserError(f"In {suite.name}, the rows {other!r} and {row.label!r} have {task.task_name!r} both.")
+            _check_row(row, task)
     return SuitePlan(suite, tasks)
+
+
+def _check_row(row: SuiteTask, task: "Task") -> None:
+    """Refuse what a task does not have, as far as that is known before the model has answered for hours.
+
+    Raises:
+        UserError: naming what it has.
+    """
+    filters = [each.name for each in task._filters]
+    if row.filter is not None and row.filter not in filters:
+        raise UserError(f"The task {task.task_name} has no filter {row.filter!r}. It has: {', '.join(filters)}.")
+    makes_its_own = task.config.process_results or type(task).process_results is not ConfigurableTask.process_results
+    known = task.aggregation()
+    for metric in row.metrics if not makes_its_own else ():
+        if metric not in known:
+            raise UserError(f"The task {task.task_name} has no metric {metric!r}. It has: {', '.join(sorted(known))}.")
 
 
 def measure_suite(
@@ -136,8 +153,6 @@ def _measure_task(
     found = results["samples"][name]
     reading = row.filter or (found[0]["filter"] if found else "none")
     samples = [sample for sample in found if sample["filter"] == reading]
-    if not samples:
-        raise UserError(f"The task {name} has no filter {reading!r}. It has {sorted({s['filter'] for s in found})}.")
     _begin_record(run, _record(suite, task, samples))
     for metric in row.metrics:
         scored = [sample for sample in samples if metric in sample]
@@ -148,6 +163,8 @@ def _measure_task(
         run.add(items)
     if count := model.too_long[name]:
         _note(run, f"{name}: requests that are longer than the model takes and lost their beginning: {count}.")
+    if task.OUTPUT_TYPE == "multiple_choice" and (count := sum(map(_has_equal_choices, samples))):
+        _note(run, f"{name}: questions with two choices alike, of which the first counts as chosen: {count}.")
     if row.task == name:  # the tasks of a group may each take their part of the same data
         _note_left_out(task, run)
     higher = results["higher_is_better"].get(name, {})
@@ -168,8 +185,7 @@ def _first_of_each_length(suite: Suite, task: "Task", limit: int | None) -> list
 def _fit_answers(task: "Task", model: KeptAnswers, run: EvaluationRun) -> None:
     """Let answers take half of what the model takes in all, where the task would let them take everything."""
     wanted = (task.config.generation_kwargs or {}).get("max_gen_toks")
-    # A server knows its model's length, which lm-eval only guesses.
-    length = None if isinstance(model.lm, TemplateAPI) else getattr(model.lm, "max_length", None)
+    length = getattr(model.lm, "max_length", None)
     if wanted is not None and length is not None and wanted >= length:
         room = length // 2
         task.set_config("generation_kwargs", {"max_gen_toks": room}, update=True)
@@ -286,6 +302,11 @@ def _note_left_out(task: "Task", run: EvaluationRun) -> None:
     left_out = rows - len(task.eval_docs)
     if left_out > 0:
         _note(run, f"{task.task_name} leaves out {left_out} of the {rows} rows of its data.")
+
+
+def _has_equal_choices(sample: Mapping[str, Any]) -> bool:
+    asked = [(str(context), str(choice)) for context, choice in sample["arguments"]]
+    return len(set(asked)) < len(asked)
 
 
 def _note(run: EvaluationRun, note: str) -> None:

@@ -10,7 +10,9 @@ from lm_eval.api.model import LM
 
 from jai.auto import load_causal_model
 from jai.errors import UserError
+from jai.evaluation.fitting import UNLIMITED
 from jai.evaluation.options import EvalOptions
+from jai.files import read_json
 from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
 from jai.provenance import checkpoint_revision
 from jai.tokenization.chat import check_chat
@@ -81,16 +83,26 @@ def _transformers(options: EvalOptions, folder: Path) -> LM:
 def _vllm(options: EvalOptions, folder: Path) -> LM:
     if find_spec("vllm") is None:
         raise UserError("--backend vllm needs the package vllm, which is not installed. Install it: pip install vllm")
+    if not options.trust_remote_code and "auto_map" in read_json(folder / "config.json", "Give a checkpoint."):
+        raise UserError(
+            f"vLLM runs {options.model} by the code that lies in it. Allow that with --trust-remote-code, or give what "
+            "`jai export --to mixtral` makes of it."
+        )
+    import torch
     from lm_eval.models.vllm_causallms import VLLM
 
-    return VLLM(
-        pretrained=str(folder),
-        dtype=options.dtype,
-        seed=options.seed,
-        batch_size="auto",
-        max_model_len=options.max_length,
-        trust_remote_code=options.trust_remote_code,
-    )
+    try:
+        return VLLM(
+            pretrained=str(folder),
+            dtype=options.dtype,
+            seed=options.seed,
+            batch_size="auto",
+            max_model_len=options.max_length,
+            trust_remote_code=options.trust_remote_code,
+            tensor_parallel_size=torch.cuda.device_count() if options.parallelize else 1,
+        )
+    except (ValueError, RuntimeError, OSError) as error:  # of its engine, and of its configuration
+        raise UserError(f"vLLM cannot load {options.model}: {' '.join(str(error).split())[:500]}") from error
 
 
 def _server(options: EvalOptions, *, chat: bool) -> LM:
@@ -102,7 +114,8 @@ def _server(options: EvalOptions, *, chat: bool) -> LM:
         "model": options.model,
         "num_concurrent": options.batch_size,
         "seed": options.seed,
-        **({"max_length": options.max_length} if options.max_length else {}),
+        # lm-eval would cut at 2,048 tokens; a server refuses what its model does not take.
+        "max_length": options.max_length or UNLIMITED,
     }
     address = str(options.base_url).rstrip("/")
     if chat:
@@ -113,5 +126,6 @@ def _server(options: EvalOptions, *, chat: bool) -> LM:
         base_url=f"{address}/completions",
         tokenizer=str(local_folder(options.tokenizer)),
         tokenizer_backend="huggingface",
+        add_bos_token=True,  # where the tokenizer has one, as a checkpoint's is asked
         **shared,
     )

@@ -70,7 +70,11 @@ class EvalOptions(JudgeOptions):
     tokenizer: str | None = option(
         None, help="With --backend openai: folder or Hub id of the tokenizer to count tokens with.", metavar="TOKENIZER"
     )
-    batch_size: int = option(8, help="Sequences per batch.", at_least=1)
+    batch_size: int = option(
+        8,
+        help="Sequences per batch; with --backend openai, requests at a time. vLLM decides by itself.",
+        at_least=1,
+    )
     device: str | None = option(None, help="Device, such as cuda:1 or cpu.", shown_default="a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="Data type of the weights; auto is the checkpoint's own."
@@ -109,7 +113,7 @@ class EvalOptions(JudgeOptions):
         ignored = {
             "--tokenizer": self.tokenizer is not None and self.backend != "openai",
             "--device": self.device is not None and self.backend != "hf",
-            "--parallelize": self.parallelize and self.backend != "hf",
+            "--parallelize": self.parallelize and self.backend == "openai",
             "--dtype": self.dtype != "auto" and self.backend == "openai",
         }
         check_backend(self.backend, self.base_url, ignored)

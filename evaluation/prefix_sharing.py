@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from jai.errors import UserError
@@ -82,33 +80,7 @@ class _Row:
 
 
 class PrefixSharingLM(HFLM):
-    """lm-eval's `HFLM` with shared prefixes, and with a word on what does not fit."""
-
-    def is_too_long(self, request: Instance) -> bool:
-        """Whether a request is longer than the model takes, and loses its beginning."""
-        text, ending = str(request.args[0]), ""
-        room = self.max_length
-        if request.request_type == "generate_until":
-            room -= self._new_tokens(request)
-        elif len(request.args) > 1:
-            ending, room = str(request.args[1]), room + 1  # the last token is predicted, not read
-        # A token stands for a byte at least, so few requests need be encoded.
-        if request.request_type == "loglikelihood_rolling" or len((text + ending).encode()) < room:
-            return False
-        return len(self.tok_encode(text + ending)) > room
-
-    def _new_tokens(self, request: Instance) -> int:
-        return normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        for request in requests:
-            if self._new_tokens(request) >= self.max_length:
-                raise UserError(
-                    f"The task {request.task_name} lets the model write {self._new_tokens(request)} tokens, and the "
-                    f"model takes {self.max_length} in all. Set a smaller max_gen_toks in the suite's settings of the "
-                    "task."
-                )
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+    """lm-eval's `HFLM` with shared prefixes, and with a word on choices that cannot be scored."""
 
     def _loglikelihood_tokens(
         self,
@@ -116,6 +88,8 @@ class PrefixSharingLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
+        for texts, _, continuation in requests:
+            self._refuse_what_cannot_be_scored(texts, continuation)
         if not _can_share(self.model):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         inputs = [(context + continuation)[-(self.max_length + 1) :][:-1] for _, context, continuation in requests]
@@ -130,6 +104,17 @@ class PrefixSharingLM(HFLM):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return ordered
+
+    def _refuse_what_cannot_be_scored(self, texts: tuple[str, str] | None, continuation: Sequence[int]) -> None:
+        """lm-eval's loop asserts it, and names no question."""
+        if 0 < len(continuation) <= self.max_length:
+            return
+        context, choice = texts or ("", "")
+        what = f"has {len(continuation)} tokens, and the model takes {self.max_length}" if continuation else "is empty"
+        raise UserError(
+            f"A choice {what}, so it has no likelihood: {choice[:80]!r} after {context[-80:]!r}. Mend the data, or "
+            "leave the question out."
+        )
 
     def _score(
         self, rows: Sequence[_Row], continuations: Sequence[list[int]]

@@ -361,6 +361,7 @@ class TaskRecord:
         shots: examples before each question.
         data: Hub id, or path, of the questions.
         judge: id of the model that judged, None where none did.
+        judge_names: what the judge calls itself in its replies.
         judge_prompt_hash: SHA-256 of what the judge is told.
         judge_parameters: of the judge's sampling.
         answer_tokens: the longest answer that is judged; None where the task itself decides.
@@ -373,6 +374,7 @@ class TaskRecord:
     shots: int = 0
     data: str = ""
     judge: str | None = None
+    judge_names: tuple[str, ...] = ()
     judge_prompt_hash: str | None = None
     judge_parameters: Mapping[str, Any] | None = None
     answer_tokens: int | None = None
@@ -516,7 +518,9 @@ def read_run(folder: Path) -> tuple[EvaluationResults, list[Item]]:
     content = read_json(path, remedy)
     try:
         results = EvaluationResults(**content)
-        results.tasks = [TaskRecord(**each) for each in content["tasks"]]
+        results.tasks = [
+            TaskRecord(**{**each, "judge_names": tuple(each.get("judge_names", ()))}) for each in content["tasks"]
+        ]
         results.figures = [_figure(each) for each in content["figures"]]
     except (TypeError, KeyError) as error:
         raise UserError(f"{path} is no record of an evaluation ({error}). {remedy}") from None

@@ -28,6 +28,10 @@ def _explaining_faults(address: str) -> Iterator[None]:
 class ServedCompletions(LocalCompletionsAPI):
     """`/completions`: log-likelihoods of given tokens, and text that goes on."""
 
+    def tok_encode(self, string: Any, *_: Any, add_special_tokens: bool = True, **__: Any) -> Any:
+        """As the classes for checkpoints: with what a tokenizer begins a text with. Theirs has it never or always."""
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, return_attention_mask=False).input_ids
+
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         with _explaining_faults(self.base_url):
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)

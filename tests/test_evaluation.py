@@ -230,6 +230,9 @@ def test_thai_digits_are_digits_in_long_contexts():
     doc = {"outputs": ["1234567", "7654321"], "max_length": 4096}
     assert long_context_results(doc, ["คือ ๑๒๓๔๕๖๗"]) == {"4096": 0.5}
     assert long_context_results(doc, ["๗๖๕๔๓๒๑ และ 1234567"]) == {"4096": 1}
+    assert long_context_results(doc, ["123\u200b4567 และ 76543210"]) == {"4096": 1}
+    words = {"outputs": ["น้ำ", "ทำ"], "max_length": 4096}
+    assert long_context_results(words, ["น\u0e4d\u0e49าและท\u0e4dา"]) == {"4096": 1}  # sara am in its other form
 
 
 class KnowsFewer(Knows):
@@ -518,10 +521,42 @@ def test_a_task_that_does_not_exist(tmp_path):
         TaskLoader(include_path=tmp_path).load("thai_exma")
 
 
-def test_a_metric_that_a_task_does_not_have(plan_of, data, tmp_path):
-    suite = Suite(name="s", title="t", about="a", tasks=[{"task": "xcopa_th", "metric": "f1"}])
-    with pytest.raises(UserError, match=r"has no metric 'f1'\. It has: acc"):
-        measure(plan_suite(suite, TaskLoader(data=data)), Knows(), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"metric": "f1"}, r"xcopa_th has no metric 'f1'\. It has: acc"),
+        ({"metric": "acc", "also": ["f1"]}, r"xcopa_th has no metric 'f1'\. It has: acc"),
+        ({"metric": "acc", "filter": "strict"}, r"xcopa_th has no filter 'strict'\. It has: none"),
+        (
+            {"metric": "acc", "settings": {"doc_to_txt": "x"}},
+            r"xcopa_th cannot .*the settings \(doc_to_txt\)",
+        ),
+    ],
+)
+def test_what_a_task_does_not_have_is_refused_before_the_model_answers(data, row, problem):
+    suite = Suite(name="s", title="t", about="a", tasks=[{"task": "xcopa_th", **row}])
+    with pytest.raises(UserError, match=problem):
+        plan_suite(suite, TaskLoader(data=data))
+
+
+def test_a_metric_that_a_tasks_own_function_does_not_give(data, tmp_path):
+    suite = Suite(name="s", title="t", about="a", tasks=[{"task": "xquad_th", "metric": "bleu"}])
+    plan = plan_suite(suite, TaskLoader(data=data))
+    with pytest.raises(UserError, match=r"xquad_th has no metric 'bleu'\. It has: exact_match, f1"):
+        measure(plan, Knows(), tmp_path / "run")
+
+
+def test_choices_that_are_alike_are_counted(data, tmp_path):
+    folder = tmp_path / "data"
+    rows = [
+        {"premise": f"{number}", "choice1": "a", "choice2": "ab"[number % 2], "question": "cause", "label": 1}
+        for number in range(4)
+    ]
+    for split in ("validation", "test"):
+        write_rows(folder, f"cambridgeltl/xcopa/th/{split}", rows)
+    suite = Suite(name="s", title="t", about="a", tasks=[{"task": "xcopa_th", "metric": "acc"}])
+    run = measure(plan_suite(suite, TaskLoader(data=folder)), Knows(), tmp_path / "run")
+    assert run.results.notes == ["xcopa_th: questions with two choices alike, of which the first counts as chosen: 2."]
 
 
 def test_a_metric_that_is_no_mean(data, tmp_path):

@@ -94,6 +94,11 @@ def test_figures_find_their_items_with_their_weights(tmp_path):
         ({"data": "owner/new"}, "other data", "data: model owner/data, other owner/new."),
         ({"judge": "j"}, "other judge", "judge: model none, other j."),
         (
+            {"judge_names": ("j-2024", "j-2025")},
+            "other names that the judge gives itself",
+            'names that the judge gives itself: model [], other ["j-2024", "j-2025"].',
+        ),
+        (
             {"judge_parameters": {"temperature": 1}},
             "other parameters of the judge",
             'parameters of the judge: model none, other {"temperature": 1}.',
@@ -165,7 +170,7 @@ def test_tables_pictures_and_the_papers_figures(tmp_path, capsys, monkeypatch):
     report_comparison(options)
     said = capsys.readouterr().out
     written = (tmp_path / "out" / "table.md").read_text()
-    for text in ("0.9474 [", "+0.3684 [", "62.32", "94.74 [", "JAI-1, Table 7 (2025-10)", "does not say over what"):
+    for text in ("0.9474", "+0.3684", "[+0.", "62.32", "94.74 [", "JAI-1, Table 7 (2025-10)", "does not say over what"):
         assert text in said
         assert text in written
     assert "JTS-1-PLM, Thai-Exam" in written
@@ -176,6 +181,30 @@ def test_tables_pictures_and_the_papers_figures(tmp_path, capsys, monkeypatch):
     plain = make_run(tmp_path / "c", BEFORE, suite="mine")
     report_comparison(CompareOptions(runs=[str(plain)], paper=True))
     assert "No paper publishes any of these figures." in capsys.readouterr().out
+
+
+def test_many_runs_fit_a_narrow_console(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"model-{number}" for number in range(7)] + ["a-model-with-a-name-that-is-rather-long"]
+    folders = [make_run(tmp_path / name, AFTER if number else BEFORE, model=name) for number, name in enumerate(names)]
+    other = make_run(tmp_path / "other", [*AFTER[:12], None], model="other", conditions={"limit": 12})
+    judged = make_run(tmp_path / "judged", AFTER, model="judged", judge="j")
+    report_comparison(CompareOptions(runs=[str(each) for each in (*folders, other, judged)]))
+    figures = capsys.readouterr().out.partition("Figures\n")[2].partition("Note:")[0].splitlines()
+    assert max(map(len, figures)) <= 80
+    of_both = "\n".join(figures).partition("thai-exam: mean over questions, acc\n")[2].splitlines()
+    words = [line.split() for line in of_both]
+    assert words[0] == ["model-0", "0.5789", "0.3684–0.7895", "19"]
+    assert words[1][:5] == ["model-1", "0.9474", words[1][2], "19", "+0.3684"]  # one line for each run
+    assert words[1][5:] == words[6][5:]
+    assert words[1][5].startswith("[+0.")
+    long = of_both.index(next(line for line in of_both if line.strip().startswith("a-model")))
+    assert "".join(line.split()[0] for line in of_both[long : long + 3]) == names[-1]
+    at = next(number for number, line in enumerate(words) if line[0] == "other")
+    assert words[at][3] == "12"
+    said = " ".join(word for line in words[at + 1 : at + 3] for word in line)
+    assert said == "1 more without a score; tested on the 12 that both have; 7 are in one run only"
+    assert words[-2:] == [["judged", "0.9474", words[1][2], "19", "–"], ["not", "tested:", "other", "judge"]]
 
 
 def test_judged_figures_are_shown_in_the_papers_unit_with_both_judges(tmp_path):

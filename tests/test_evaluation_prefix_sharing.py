@@ -10,6 +10,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import MistralConfig, MistralForCausalLM
 
+from jai.errors import UserError
+from jai.evaluation.fitting import is_too_long
 from jai.evaluation.prefix_sharing import PrefixSharingLM, PrefixTree
 
 PASSAGES = ("แมวนอนอยู่บนเก้าอี้ในบ้าน ส่วนหมาวิ่งเล่นอยู่ในสวน", "The quick brown fox jumps over the lazy dog.")
@@ -48,7 +50,20 @@ def test_scores_are_those_of_lm_eval(model, tiny_tokenizer, batch_size):
     answers = ours.loglikelihood(requests(), disable_tqdm=True)
     assert [greedy for _, greedy in answers] == [greedy for _, greedy in theirs]
     assert [value for value, _ in answers] == pytest.approx([value for value, _ in theirs], abs=2e-4)
-    assert sum(map(ours.is_too_long, requests())) == 2
+    assert sum(is_too_long(ours, request) for request in requests()) == 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("", r"A choice is empty, so it has no likelihood: '' after 'Who jumps\?'"),
+        ("แมว " * 90, "A choice has .* tokens"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(model, tiny_tokenizer, choice, message):
+    ours = PrefixSharingLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=4, backend="causal")
+    with pytest.raises(UserError, match=message):
+        ours.loglikelihood(instances([("Who jumps?", " the fox"), ("Who jumps?", choice)]), disable_tqdm=True)
 
 
 def test_what_sequences_share_is_encoded_once(model, tiny_tokenizer):

@@ -128,6 +128,18 @@ def test_p_values_are_those_of_the_binomial():
     assert paired_difference(items_of(before), items_of(after)).p_value == pytest.approx(20 / 512, abs=0.006)
 
 
+def test_no_p_value_is_zero():
+    """One of 10,001 at the least: what was seen is one of the swaps."""
+    assert paired_difference(items_of([0.0] * 40), items_of([1.0] * 40)).p_value == 1 / 10_001
+
+
+def test_a_paired_test_has_the_weights_of_the_figure():
+    before = items_of([0.0] * 8, task="large") + items_of([0.0] * 2, task="small")
+    after = items_of([0.0] * 8, task="large") + items_of([1.0] * 2, task="small")
+    assert paired_difference(before, after).value == pytest.approx(0.2)
+    assert paired_difference(before, after, weights={"large": 0.5, "small": 0.5}).value == pytest.approx(0.5)
+
+
 def test_a_paired_test_takes_what_both_have():
     difference = paired_difference(items_of([1.0, 0.0, None]), items_of([1.0, 1.0, 1.0, 1.0]))
     assert (difference.value, difference.items, difference.unpaired) == (0.5, 2, 2)
@@ -196,6 +208,15 @@ def test_what_is_there_is_not_measured_again(tmp_path):
         with open_run(tmp_path / "run", **WHAT) as run:
             run.add(items_of([score]))
     assert [item.score for item in read_run(tmp_path / "run")[1]] == [1.0]
+
+
+def test_a_run_that_is_gone_on_with_is_not_finished_until_it_is(tmp_path):
+    with open_run(tmp_path / "run", **WHAT) as run:
+        run.finish()
+    assert read_run(tmp_path / "run")[0].finished
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "run", **WHAT):
+        raise KeyboardInterrupt
+    assert not read_run(tmp_path / "run")[0].finished
 
 
 def test_a_run_of_something_else_is_refused(tmp_path):

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_data import write_data, write_rows
-from transformers import AutoModelForCausalLM
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chat_endpoint import Answer, ChatEndpoint
 from jai.errors import UserError
 from jai.evaluation.command import evaluate_suites
+from jai.evaluation.fitting import is_too_long
+from jai.evaluation.models import load_answering_model
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.results import read_run
 from jai.evaluation.suites import read_suite
@@ -97,6 +102,48 @@ def test_choices_by_a_server_are_those_of_its_checkpoint(checkpoint, completions
     }
     assert [figure.value for figure in theirs.results.figures] == [figure.value for figure in ours.results.figures]
     assert theirs.results.revision == completions
+
+
+def test_what_a_server_is_asked_is_cut_only_where_that_is_wanted(checkpoint, completions, data, tmp_path):
+    """lm-eval's class cuts at 2,048 tokens where it is not told a length, and only logs it."""
+    options = {"model": "tiny", "backend": "openai", "base_url": completions, "tokenizer": str(checkpoint)}
+    text = "แมวนอนอยู่บนเก้าอี้ " * 400
+    whole = load_answering_model(EvalOptions(**options), chat=False)
+    request = Instance("loglikelihood", {}, (text, " ก"), 0, ("task", 0, 1))
+    (sent,), (length,), _ = whole.batch_loglikelihood_requests([[(None, *whole._encode_pair(text, " ก"))]])
+    assert sent == whole.tok_encode(text + " ก")
+    assert len(sent) - 1 >= length > 4000
+    assert not is_too_long(whole, request)
+    assert is_too_long(load_answering_model(EvalOptions(**options, max_length=4000), chat=False), request)
+    run = evaluate_suites(
+        EvalOptions(**options, max_length=64, data=data, limit=1, out=tmp_path / "run"), [read_suite("thai-exam")]
+    )
+    assert {note.partition(": ")[2] for note in run.results.notes if note.startswith("thai_exam_onet")} == {
+        "requests that are longer than the model takes and lost their beginning: 5."
+    }
+    with pytest.raises(UserError, match="--max-length does nothing for mgsm: a server's chats are cut by the server"):
+        evaluate_suites(EvalOptions(**options, max_length=64, data=data, out=tmp_path / "chat"), [read_suite("mgsm")])
+
+
+def test_a_server_gets_the_tokens_that_a_checkpoint_gets(checkpoint, completions, tmp_path):
+    """With a tokenizer that begins every text with a token of its own, too."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    begin = tokenizer.bos_token or tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.convert_tokens_to_ids(begin))]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)("").input_ids) == 1
+    options = EvalOptions(model="tiny", backend="openai", base_url=completions, tokenizer=str(tmp_path))
+    server = load_answering_model(options, chat=False)
+    model = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(checkpoint),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path),
+        backend="causal",
+    )
+    assert server._encode_pair("แมวนอน", " ก") == model._encode_pair("แมวนอน", " ก")
+    assert server.tok_encode("ก", add_special_tokens=False) == model.tok_encode("ก", add_special_tokens=False)
+    assert server.tok_encode(["ก"], add_special_tokens=server.add_bos_token) == [model.tok_encode("ก")]  # to go on
 
 
 def test_log_likelihoods_of_a_server_need_a_tokenizer(completions, data, tmp_path):

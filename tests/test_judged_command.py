@@ -91,6 +91,7 @@ def test_a_checkpoint_is_judged(checkpoint, data, tmp_path):
     ]
     assert {(task.judge, task.data, task.version) for task in results.tasks} == {("judge", "mt_bench_th.jsonl", "1")}
     assert {task.task for task in results.tasks} == {item.task for item in items} == {"math", "writing", "stem"}
+    assert {task.judge_names for task in results.tasks} == {("judge-2025",)}
     assert all(task.judge_prompt_hash and task.prompt_hash for task in results.tasks)
     assert "mt-bench-th: The judge calls itself judge-2025." in results.notes
     assert "mt-bench-th: 3 questions of mt_bench_th.jsonl; the published set has 91." in results.notes
@@ -388,6 +389,24 @@ def test_comparisons_that_fail_or_cannot_be_read_are_counted(answer_files, data,
     assert {(figure.items, figure.unscored) for figure in run.results.figures if figure.name == "all turns"} == {(2, 2)}
     assert {request["temperature"] for request in judge.asked} == {1}
     assert run.results.tasks[0].judge_parameters == {"temperature": 1, "max_tokens": 2048}
+
+
+def test_a_judge_that_changes_on_the_way_is_said(answer_files, data, tmp_path):
+    """As an alias such as gpt-4o does when a new model takes its place."""
+
+    def behave(request, before):
+        judge.model = "judge-2024" if len(judge.asked) <= 2 else "judge-2025"
+        return "[[A]]"
+
+    with ChatEndpoint(behave) as judge:
+        options = {"data": data, "judge_concurrency": 1, "limit": 2}
+        _, run = compare(*answer_files, judge, out=tmp_path / "pair", **options)
+        compare(*answer_files, judge, out=tmp_path / "pair", **options)  # from the cache
+    said = "it calls itself judge-2024 in 2 replies, judge-2025 in 6 replies."
+    assert run.results.notes == [f"mt-bench-th-pairwise: The judge changed while it judged: {said}"]
+    results, _ = read_run(tmp_path / "pair")
+    assert results.notes == run.results.notes
+    assert {task.judge_names for task in results.tasks} == {("judge-2024", "judge-2025")}
 
 
 def test_a_comparison_without_a_verdict_is_no_run(answer_files, data, tmp_path):

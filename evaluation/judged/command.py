@@ -13,7 +13,7 @@ from jai.evaluation.endpoint import Endpoint, EndpointClient
 from jai.evaluation.judged.answers import Asker, write_answers
 from jai.evaluation.judged.checkpoint import CheckpointAsker
 from jai.evaluation.judged.hall_bench import criterion_cases
-from jai.evaluation.judged.judging import Case, judge_name_notes, refuse_unjudged, requests_of
+from jai.evaluation.judged.judging import Case, judge_name_notes, judge_names, refuse_unjudged, requests_of
 from jai.evaluation.judged.measure import Judge, JudgedOutcome, measure_hall_bench, measure_mt_bench
 from jai.evaluation.judged.mt_bench import grading_cases
 from jai.evaluation.judged.questions import ChatQuestion, FactQuestion, chat_question, check_questions, fact_question
@@ -208,6 +208,7 @@ def _keep(
                 prompt_hash=outcome.prompt_hash,
                 data=plan.data,
                 judge=judge.client.endpoint.model,
+                judge_names=judge_names(judge.client),
                 judge_prompt_hash=outcome.judge_prompt_hash,
                 judge_parameters=judge.parameters,
                 answer_tokens=answer_tokens,

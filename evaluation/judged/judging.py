@@ -122,6 +122,16 @@ def refuse_unjudged(suite: str, figures: Sequence[Figure], notes: Sequence[str],
 
 
 def judge_name_notes(judge: EndpointClient) -> list[str]:
-    """By what name a judge calls itself, where that is another than it was asked by."""
-    served = sorted(judge.counts.models)
-    return [] if served == [judge.endpoint.model] else [f"The judge calls itself {', '.join(served) or 'nothing'}."]
+    """By what name a judge calls itself, where that is another than it was asked by, or changed on the way."""
+    served = judge_names(judge)
+    if served == (judge.endpoint.model,):
+        return []
+    if len(served) < 2:
+        return [f"The judge calls itself {', '.join(served) or 'nothing'}."]
+    counted = [f"{name or 'nothing'} in {judge.counts.models[name]:,} replies" for name in served]
+    return [f"The judge changed while it judged: it calls itself {', '.join(counted)}."]
+
+
+def judge_names(judge: EndpointClient) -> tuple[str, ...]:
+    """What a judge calls itself in its replies."""
+    return tuple(sorted(judge.counts.models))

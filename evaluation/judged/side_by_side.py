@@ -13,7 +13,14 @@ from jai.evaluation.endpoint import EndpointClient
 from jai.evaluation.figure_table import print_figures
 from jai.evaluation.judged.answers import ChatAnswers, chat_answers
 from jai.evaluation.judged.command import REPLIES_FILE, JudgedPlan, plan_judged
-from jai.evaluation.judged.judging import Judgement, judge_cases, judge_name_notes, judgement_notes, refuse_unjudged
+from jai.evaluation.judged.judging import (
+    Judgement,
+    judge_cases,
+    judge_name_notes,
+    judge_names,
+    judgement_notes,
+    refuse_unjudged,
+)
 from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.judged.pairwise import (
     COMPARISON_PROMPTS,
@@ -82,6 +89,7 @@ def compare_answers(options: PairwiseOptions, *, console: Console | None = None)
                     prompt_hash=questions_hash(plan.chats),
                     data=plan.data,
                     judge=judge.endpoint.model,
+                    judge_names=judge_names(judge),
                     judge_prompt_hash=prompts_hash(COMPARISON_PROMPTS),
                     judge_parameters=parameters,
                 )

@@ -120,7 +120,7 @@ class TaskLoader:
         except UserError:
             raise
         except Exception as error:  # of as many kinds as there are data sets
-            raise self._refusal(name, config, error, has_data=bool(local)) from error
+            raise self._refusal(name, config, settings, error, has_data=bool(local)) from error
         task.set_config("num_fewshot", (task.get_config("num_fewshot") or 0) if shots is None else shots)
         return task
 
@@ -153,14 +153,15 @@ class TaskLoader:
             **{kind: None for kind in _SPLITS if config.get(kind) in absent},
         }
 
-    def _refusal(self, name: str, config: dict[str, Any], error: Exception, *, has_data: bool) -> UserError:
+    def _refusal(
+        self, name: str, config: dict[str, Any], settings: dict[str, Any], error: Exception, *, has_data: bool
+    ) -> UserError:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         asked = config.get("test_split") or config.get("validation_split") or "test"
         names = names_of(data_source(config, asked)) if config.get("dataset_path") and not has_data else []
         advice = f", or give the folder that has it as {' or '.join(names)}.jsonl with --data" if names else ""
-        return UserError(
-            f"The task {name} cannot be loaded ({type(error).__name__}: {reason}). Check the network{advice}."
-        )
+        what = f"the settings ({', '.join(settings)}) and the network" if settings else "the network"
+        return UserError(f"The task {name} cannot be loaded ({type(error).__name__}: {reason}). Check {what}{advice}.")
 
 
 def data_source(config: dict[str, Any], split: str) -> DataSource:
