@@ -15,7 +15,7 @@ import regex
 from jai.auto import load_causal_model
 from jai.errors import UserError
 from jai.files import read_json
-from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder
+from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder, no_config
 from jai.options import argument, check_values, option
 from jai.tokenization.chat import check_chat
 from jai.tokenization.loading import load_tokenizer, tokenizer_folder
@@ -219,9 +219,7 @@ def whole_checkpoint(model: str, *, weights: bool = True) -> Path:
     folder = local_folder(model, [*METADATA_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])])
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
     if not configs:
-        raise UserError(
-            f"{model} has no config.json, so it is no checkpoint. Give a folder or Hub id that holds a model."
-        )
+        raise no_config(model if Path(model).is_dir() else folder, "Give a folder or Hub id that holds a model.")
     generation_config = folder / "generation_config.json"  # transformers ignores a damaged one
     for path in [*configs, *([generation_config] if generation_config.exists() else [])]:
         read_json(path)

@@ -2,7 +2,7 @@
 """What lies on the Hub, or in a folder of that name. Without a network everything here fails at once."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jai.errors import UserError
@@ -28,6 +28,8 @@ def local_folder(name: str | Path, patterns: Sequence[str] = METADATA_PATTERNS, 
     folder = Path(name)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(f"{name} is a file. Give the folder of a checkpoint, or a Hub id.{_gguf_hint([folder])}")
     if not is_hub_id(str(name)):
         raise UserError(f"{name} is neither a folder nor a Hub id. Give a folder that exists, or owner/name.")
     from huggingface_hub import snapshot_download
@@ -46,8 +48,27 @@ def is_hub_id(name: str) -> bool:
 
 def hub_refusal(name: str | Path, error: Exception) -> UserError:
     """What to tell the user when the Hub does not give a repository."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    from huggingface_hub import constants  # its first caller has imported it
+
+    if constants.HF_HUB_OFFLINE:
+        return UserError(
+            f"{name} is no local folder, and it is not in the Hub cache. HF_HUB_OFFLINE is set: give a folder, or "
+            "unset it to download the model."
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return UserError(
-        f"{name} is no local folder, and the Hub did not give it: {reason}. Check the name, the network, and "
-        "`hf auth login` if the repository is private."
+        f"{name} is no local folder, and it cannot be downloaded from the Hub: {reason}. Check the name and the "
+        "network; log in with `hf auth login` if the repository is private."
     )
+
+
+def no_config(folder: str | Path, remedy: str) -> UserError:
+    """What to tell the user of a folder without config.json."""
+    return UserError(
+        f"{folder} has no config.json, so it is no checkpoint. {remedy}{_gguf_hint(Path(folder).iterdir())}"
+    )
+
+
+def _gguf_hint(paths: Iterable[Path]) -> str:
+    is_gguf = any(path.suffix.lower() == ".gguf" for path in paths)
+    return " GGUF is not supported: use the original model's safetensors files." if is_gguf else ""

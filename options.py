@@ -344,8 +344,11 @@ def refuse_unknown(names: Collection[str], known: Collection[str], where: str) -
     unknown = sorted(set(names) - set(known))
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=1)
-        all_known = f"Known are: {', '.join(sorted(known))}." if len(known) <= 100 else "`--help` lists them all."
-        advice = f"Did you mean {close[0]!r}?" if close else all_known
+        advice = f"Known are: {', '.join(sorted(known))}." if len(known) <= 100 else "`--help` lists them all."
+        if len(unknown) > max(1, len(set(names)) // 2):
+            advice = f"{len(unknown)} of its {len(set(names))} options are unknown here: is it meant for another verb?"
+        elif close:
+            advice = f"Did you mean {close[0]!r}?"
         raise UserError(f"{where} has the option {unknown[0]!r}, which does not exist. {advice}")
 
 

@@ -57,7 +57,10 @@ def convert(options: ConvertOptions) -> None:
 
     If interrupted, run the same command again to resume."""
     _prepare(options.out)
-    look_at_checkpoint(options.base, read_phi3_config, needs_weights=not options.dry_run)
+    folder = look_at_checkpoint(options.base, read_phi3_config, needs_weights=not options.dry_run)
+    layers = read_phi3_config(folder).get("num_hidden_layers")
+    if isinstance(layers, int):
+        options.check_fits(layers)
     if options.tokenizer is not None:
         check_tokenizer_json(local_folder(options.tokenizer))
     from jai.conversion.convert.vocabulary import read_vocabulary

@@ -155,7 +155,7 @@ def _read(registered: Verb, given: dict[str, Any]) -> Any:
     values |= {name: _from_text(options_of(options)[name], value) for name, value in given.items() if value is not None}
     missing = [each for each in options_of(options).values() if each.default is MISSING and each.name not in values]
     if missing:
-        raise UserError(f"{missing[0].flag} is not given. {missing[0].info.help}")
+        raise UserError(f"{missing[0].flag} is not given. Expected: {missing[0].info.help}")
     return options(**values)
 
 

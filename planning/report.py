@@ -72,7 +72,7 @@ def training_table(options: PlanOptions, config: JaiConfig) -> Table:
     reached = moved.utilisation(device, options.gpus)
     lines = [
         _fit(config, setup, memory, device.memory),
-        f"{trained:,} numbers learn; {moved.flops / 1e9:,.1f} GFLOP a token.",
+        f"{trained:,} parameters are trained; {moved.flops / 1e9:,.1f} GFLOP a token.",
         f"A micro-batch of {setup.tokens:,} tokens a GPU: {moved.computing:.2f} s at {options.utilization:.1%}"
         + (f"; {moved.sent / 1e9:,.1f} GB sent by each GPU, {moved.sending:.2f} s." if moved.sent else "."),
         f"{moved.tokens:,.0f} tokens a second, limited by {moved.limit} ({reached:.1%} of the peak); a day: "

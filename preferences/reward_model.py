@@ -38,13 +38,19 @@ class RewardModel:
         check_chat(model, self._tokenizer)
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise UserError(
-                f"{model} is a LoRA adapter without its model. Train it with `merge_adapter: true`, which leaves a "
-                "whole checkpoint."
+                f"{model} is a LoRA adapter without its model. Train it with `merge_adapter: true` to get a full "
+                "checkpoint."
             )
         try:
-            vocab_size = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).vocab_size
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            vocab_size = config.vocab_size
         except Exception as error:
             raise _cannot_be_loaded(model, error) from error
+        if config.num_labels != 1:  # before its weights are loaded
+            raise UserError(
+                f"{model} has {config.num_labels} labels, where a reward model has one. Give a reward model, such as "
+                "the output of `jai reward`."
+            )
         if (largest := max(self._tokenizer.get_vocab().values(), default=-1)) >= vocab_size:
             raise UserError(
                 f"The tokenizer of {model} has ids up to {largest:,}, and the reward model a vocabulary of "
@@ -56,11 +62,6 @@ class RewardModel:
             )
         except Exception as error:  # of many kinds: OSError, ValueError, JSON's, safetensors', KeyError
             raise _cannot_be_loaded(model, error) from error
-        if loaded.config.num_labels != 1:
-            raise UserError(
-                f"{model} has {loaded.config.num_labels} labels, where a reward model has one. Give what TRL's "
-                "RewardTrainer made."
-            )
         if loaded.config.pad_token_id is None:
             loaded.config.pad_token_id = self._tokenizer.pad_token_id
         self._model = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

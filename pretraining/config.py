@@ -180,7 +180,8 @@ def corpus_config(values: dict[str, Any]) -> CorpusConfig:
     """
     listed = values.get("sources")
     if not isinstance(listed, list):
-        raise UserError(f"`sources` is {listed!r}; expected a list of sources.")
+        said = "is missing" if listed is None else f"is {listed!r}"
+        raise UserError(f"`sources` {said}; expected a list of sources, as in recipes/corpus_thai_public.yaml.")
     sources = []
     for number, source in enumerate(listed, 1):
         if not isinstance(source, dict):

@@ -150,7 +150,10 @@ def test_convert_with_yaml_and_overrides(jai, tmp_path, tiny_phi3):
     [
         (["convert", "BASE", "OUT", "--block-repeats", "1,x"], "expected whole numbers with commas between"),
         (["convert", "BASE", "OUT", "--config", "missing.yaml"], "missing.yaml does not exist"),
-        (["convert", "BASE", "OUT", "--block-size", "4"], "a --block-size that divides 6"),
+        (
+            ["convert", "BASE", "OUT", "--block-size", "4"],
+            "layers, such as --block-size 1 --block-repeats 1,2,2,2,2,1.",
+        ),
         (
             ["convert", "BASE", "OUT", "--verify", "--verify-text", "missing.txt"],
             "missing.txt is no file",

@@ -514,8 +514,11 @@ def test_bad_bases_are_refused(tmp_path, tiny_phi3, damage, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_repeats": [1, 2]}, "--block-repeats with 3 numbers"),
-        ({"block_size": 4, "block_repeats": [1]}, "a --block-size that divides 6"),
+        ({"block_repeats": [1, 2]}, r"2 blocks of 2 \(--block-repeats, --block-size\) are 4. Give a plan for 6 layers"),
+        (
+            {"block_size": 4, "block_repeats": [1]},
+            "Give a plan for 6 layers, such as --block-size 1 --block-repeats 1,2,2,2,2,1",
+        ),
         ({"block_size": 0}, "block_size is 0; expected a whole number from 1"),
         ({"duplicate_init": "identidy"}, "expected one of identity, copy"),
         ({"init": "zero"}, "expected one of mean, random, mean-normed"),

@@ -125,7 +125,7 @@ def test_a_hub_that_refuses_is_one_message(hub, tmp_path, fault):
     process = convert(hub, tmp_path / "out", **environment)
     assert process.returncode == 1
     error = process.stderr.strip().splitlines()[-1]
-    assert error.startswith("Error: lab/base is no local folder, and the Hub did not give it")
+    assert error.startswith("Error: lab/base is no local folder, and it cannot be downloaded from the Hub")
     assert "Traceback" not in process.stderr
     assert hub.token not in process.stderr + process.stdout
     assert not (tmp_path / "out").exists()

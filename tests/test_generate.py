@@ -232,9 +232,12 @@ def test_errors_need_no_pytorch(tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     for arguments, message in (
         (["generate", "x", "hi", "--temperature", "-1"], "temperature is -1.0"),
-        (["generate", "nobody/nothing", "hi"], "nobody/nothing is no local folder, and the Hub did not give it"),
+        (
+            ["generate", "nobody/nothing", "hi"],
+            "nobody/nothing is no local folder, and it cannot be downloaded from the Hub",
+        ),
         (["generate", str(tmp_path), "hi"], "no config.json"),
-        (["serve", "nobody/nothing@main", "--port", "1"], "nobody/nothing is no local folder, and the Hub did not"),
+        (["serve", "nobody/nothing@main", "--port", "1"], "nobody/nothing is no local folder, and it cannot"),
         (["serve", str(tmp_path), "--port", "1"], "no config.json"),
     ):
         process = subprocess.run(

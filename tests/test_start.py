@@ -38,6 +38,8 @@ FOLDERS = {
     "jai-four": {"config.json": '{"model_type": "jai", "quantization_config": {"quant_method": "bitsandbytes"}}'},
     "jai-cut": {"config.json": '{"model_type": "jai"}', "model.safetensors": b"short"},
     "adapter": {"adapter_config.json": "{}"},
+    "gguf": {"model.gguf": "GGUF"},
+    "six": {"config.json": '{"model_type": "phi3", "num_hidden_layers": 6}'},
 }
 CASES = [
     (HEAVY, "--help", 0, ""),
@@ -53,6 +55,11 @@ CASES = [
     (HEAVY, "convert phi3 phi3", 1, "exists already"),
     (HEAVY, "convert damaged out", 1, "is no valid JSON"),
     (HEAVY, "convert llama out", 1, "takes a Phi3ForCausalLM"),
+    (HEAVY, "convert gguf out", 1, "GGUF is not supported"),
+    (HEAVY, "convert gguf/model.gguf out", 1, "model.gguf is a file. Give the folder"),
+    (HEAVY, "convert six out --dry-run", 1, "The base has 6 layers, but 10 blocks of 4"),
+    (HEAVY, "convert six out --dry-run --layers 0-6", 1, "layers names 6, but the base has layers 0 to 5"),
+    (HEAVY, "convert phi3 out --config stage.yaml", 1, "3 of its 3 options are unknown here"),
     (HEAVY, "convert phi3 out", 1, "phi3 has no safetensors weights"),
     (HEAVY, "convert phi3-cut out", 1, "the file is truncated or damaged"),
     (HEAVY, "convert phi3-tokenizer out", 1, "tokenizer.json is no valid JSON"),
@@ -95,6 +102,8 @@ CASES = [
     (HEAVY, "sft --model_name_or_path=phi3", 1, "phi3 has no safetensors weights"),
     (HEAVY, "sft --model-name-or-path phi3-tokenizer", 1, "tokenizer.json is no valid JSON"),
     (HEAVY, "dpo --config stage.yaml --dataset_name none.jsonl", 1, "The data none.jsonl does not exist"),
+    (HEAVY, "dpo --config stage.yaml --dataset_name empty.jsonl", 1, "The data empty.jsonl is an empty file"),
+    (HEAVY, "dpo --config stage.yaml --model_name_or_path adapter", 1, "`jai merge-adapter adapter OUT`"),
     (HEAVY, "dpo --config stage.yaml --output_dir phi3", 1, "phi3 exists already and is not empty"),
     (HEAVY, "dpo --config stage.yaml --model_name_or_path ./none", 1, "./none is neither a folder nor a Hub id"),
     (HEAVY, "reward --config none.yaml", 1, "none.yaml does not exist"),
@@ -141,6 +150,7 @@ def results(tmp_path_factory):
         for file, content in files.items():
             (folder / name / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     (folder / "ablation.yaml").write_text("arm: 1\n")
+    (folder / "empty.jsonl").write_text("")
     (folder / "data.jsonl").write_text('{"text": "a"}\n')
     (folder / "stage.yaml").write_text("model_name_or_path: whole\ndataset_name: data.jsonl\noutput_dir: out\n")
     (folder / "misspelt.yaml").write_text("env: {A: b}\nnum_generation: 2\n")

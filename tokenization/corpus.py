@@ -520,7 +520,11 @@ def _json_document(path: Path, number: int, line: bytes, columns: Columns) -> Do
         value = None
     for column in columns.texts:
         if not isinstance(value, dict) or not isinstance(value.get(column), str):
-            raise UserError(f"{path}, line {number}: not a JSON object with a string `{column}`. Mend the line.")
+            keys = f"; it has {', '.join(map(str, value))}" if isinstance(value, dict) and column not in value else ""
+            raise UserError(
+                f"{path}, line {number}: not a JSON object with a string `{column}`{keys}. Give one document per line, "
+                f'as {{"{column}": "…"}}.'
+            )
     return _document(value, columns, f"{path}, line {number}")
 
 

@@ -103,7 +103,10 @@ def open_splits(
     except StopIteration:  # for an empty file
         return {"train": RawSplit(name)}
     except (ConnectionError, ValueError, OSError, ArrowException) as error:
-        raise UserError(f"The data {name} cannot be loaded: {error}") from error
+        said = str(error).rstrip(".")
+        raise UserError(
+            f"The data {name} cannot be loaded: {said}. Check the name, or give a file or folder."
+        ) from error
     return {str(split): RawSplit(name, dataset=rows) for split, rows in splits.items()}
 
 

@@ -83,15 +83,18 @@ def check_model_files(name: str | None, revision: str | None = None) -> Path:
         UserError: if it is not given, not there, an adapter alone, or lacks its configuration, tokenizer or weights.
     """
     if not name:
-        raise UserError("No model is given. Set `model_name_or_path` to a checkpoint folder or a Hub id.")
+        raise UserError(
+            "No model is given. Set `model_name_or_path` to a checkpoint folder or a Hub id, on the command line or in "
+            "a YAML file (--config; recipes/ has examples)."
+        )
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(
                 f"{name} has no config.json"
                 + (
-                    ": it is a LoRA adapter without its model. Train the earlier stage with `merge_adapter: true`, and "
-                    "give its output here."
+                    f": it is a LoRA adapter without its model. Merge it first, `jai merge-adapter {name} OUT`, and "
+                    "give OUT here; or train the earlier stage with `merge_adapter: true`."
                     if (folder / "adapter_config.json").exists()
                     else ", so it is no checkpoint. Give a folder that `jai convert` or an earlier stage wrote."
                 )
@@ -122,6 +125,8 @@ def check_data_name(name: str | None) -> Path:
     looks_local = suffix in DATA_BUILDERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1
     if looks_local and not path.exists():
         raise UserError(f"The data {name} does not exist. Give an existing file or folder, or a Hub id.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"The data {name} is an empty file. Give a dataset with at least one example.")
     return path
 
 

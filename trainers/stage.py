@@ -356,11 +356,11 @@ def say_what_is_next(
     if arguments.model.use_peft and not arguments.jai.merge_adapter:
         console.print(f"[bold green]Adapter written to[/] {shown} (for {escape(base.name)})")
         console.print(
-            f"[bold]peft.{peft_class}.from_pretrained({escape(repr(str(out)))})[/] loads it on its model; "
-            "`--merge_adapter true` makes a full checkpoint, which the next stage needs; so does jai merge-adapter."
+            f"Load it with [bold]peft.{peft_class}.from_pretrained({escape(repr(str(out)))})[/]. The next stage needs "
+            "a full checkpoint: run jai merge-adapter, or train with `--merge_adapter true`."
         )
         if read_json(out / "adapter_config.json").get("target_parameters"):
-            console.print("vLLM and SGLang serve LoRA of experts wrongly, or drop it: merge it before serving.")
+            console.print("vLLM and SGLang cannot serve LoRA on experts: merge the adapter first.")
         commands: list[Sequence[str | Path]] = [["jai", "publish", out, "OWNER/NAME", "--base", "OWNER/BASE"]]
         if base.is_jai and auto_class is AutoModelForCausalLM:
             is_quantized = getattr(base.config, "quantization_config", None) is not None

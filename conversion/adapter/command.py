@@ -94,7 +94,11 @@ def merge_lora(options: MergeAdapterOptions, *, console: Console | None = None) 
         write_beside(out, source.config, tokenizer=checkpoint.tokenizer, generation=generation)
         copy_code(out)
     print_written(
-        console, "Merged JAI", options.out, ["jai", "generate", options.out, "…"], ["jai", "publish", options.out]
+        console,
+        "Merged JAI",
+        options.out,
+        ["jai", "generate", options.out, "…"],
+        ["jai", "publish", options.out, "OWNER/NAME"],
     )
     return source.config
 

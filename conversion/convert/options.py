@@ -15,6 +15,15 @@ PAPER_BLOCK_SIZE = 4
 PAPER_BLOCK_REPEATS = (1, 1, 1, 2, 3, 3, 2, 1, 1, 1)
 PAPER_SKIP_ALPHA = 0.1
 _EXPERT_NOISE = 0.01
+_SHOWN_LAYERS = 100  # a plan for more is too long for a message
+
+
+def _plan_for(layers: int) -> str:
+    """Options that repeat the middle blocks of a base, as the paper's plan does."""
+    size = max(size for size in (1, 2, 3, 4) if layers % size == 0 and (size == 1 or layers // size >= 4))
+    blocks = layers // size
+    repeats = [2 if blocks // 4 <= block < blocks - blocks // 4 else 1 for block in range(blocks)]
+    return f"--block-size {size} --block-repeats {','.join(map(str, repeats))}"
 
 
 @dataclass(kw_only=True)
@@ -131,6 +140,36 @@ class ConvertOptions(WriteOptions):
         for name in names:
             if getattr(self, name) is not None:
                 raise UserError(f"{why}, but {name} is {getattr(self, name)!r}. Leave it out.")
+
+    def check_fits(self, base_layers: int) -> None:
+        """Refuse a layer plan for a base of another depth.
+
+        Args:
+            base_layers: how many layers the base has.
+
+        Raises:
+            UserError: saying what would fit.
+        """
+        if self.layers is not None:
+            wrong = [layer for layer in self.layers if layer >= base_layers]
+            if wrong:
+                raise UserError(
+                    f"layers names {wrong[0]}, but the base has layers 0 to {base_layers - 1}. Name layers of the base."
+                )
+        elif self.k is not None:
+            if not base_layers <= 2 * self.k <= 2 * base_layers:
+                raise UserError(
+                    f"k is {self.k}, but for {base_layers} layers it must be from {-(-base_layers // 2)} to "
+                    f"{base_layers}: with less, dus-v1 would lose layers."
+                )
+        else:
+            block_size, repeats = self.blocks
+            if block_size * len(repeats) != base_layers:
+                raise UserError(
+                    f"The base has {base_layers} layers, but {len(repeats)} blocks of {block_size} (--block-repeats, "
+                    f"--block-size) are {block_size * len(repeats)}. Give a plan for {base_layers} layers"
+                    + (f", such as {_plan_for(base_layers)}." if 0 < base_layers <= _SHOWN_LAYERS else ".")
+                )
 
     @property
     def is_plain(self) -> bool:

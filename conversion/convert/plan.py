@@ -147,8 +147,8 @@ def _jai_config(base: Phi3Config, options: ConvertOptions, vocabulary: Vocabular
     if options.is_plain:
         block_size, repeats = 1, [1] * len(origins(options, base.num_hidden_layers))
     else:
+        options.check_fits(base.num_hidden_layers)
         block_size, repeats = options.blocks
-        _check_blocks(base.num_hidden_layers, block_size, repeats)
     assert base.rope_parameters is not None  # transformers replaces None
     rope = dict(base.rope_parameters)
     if options.rope_theta is not None:
@@ -192,33 +192,12 @@ def origins(options: ConvertOptions, base_layers: int) -> list[int]:
     Raises:
         UserError: if the plan does not fit a base of `base_layers` layers.
     """
+    options.check_fits(base_layers)
     if options.layers is not None:
-        wrong = [layer for layer in options.layers if layer >= base_layers]
-        if wrong:
-            raise UserError(f"layers names {wrong[0]}, but the base has layers 0 to {base_layers - 1}.")
         return options.layers
     if options.k is not None:
-        if not base_layers <= 2 * options.k <= 2 * base_layers:
-            raise UserError(
-                f"k is {options.k}, but of {base_layers} layers dus-v1 keeps {-(-base_layers // 2)} to {base_layers} "
-                "in each copy, or some would be lost."
-            )
         return [*range(options.k), *range(base_layers - options.k, base_layers)]
     return [planned.origin for planned in plan_layers(*options.blocks)]
-
-
-def _check_blocks(layers: int, block_size: int, repeats: list[int]) -> None:
-    blocks, left_over = divmod(layers, block_size)
-    if left_over or len(repeats) != blocks:
-        fitting = (
-            f"--block-repeats with {blocks} numbers ({','.join(['1'] * blocks)} repeats nothing)"
-            if not left_over
-            else f"a --block-size that divides {layers}"
-        )
-        raise UserError(
-            f"The base has {layers} layers, but --block-size {block_size} with {len(repeats)} --block-repeats covers "
-            f"{block_size * len(repeats)}. Give {fitting}."
-        )
 
 
 def plan_converted_tensors(

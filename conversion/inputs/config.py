@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jai.errors import UserError
 from jai.files import read_json
+from jai.hub import no_config
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
@@ -33,7 +34,7 @@ def read_config(folder: Path, remedy: str) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     if not os.path.lexists(path):
-        raise UserError(f"{folder} has no {CONFIG_FILE}, so it is no checkpoint. {remedy}")
+        raise no_config(folder, remedy)
     return read_json(path)
 
 

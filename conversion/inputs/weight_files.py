@@ -28,8 +28,8 @@ def refuse_adapter(name: str, folder: Path) -> None:
     """Raise `UserError` for a LoRA adapter without its model."""
     if (folder / "adapter_config.json").exists() and not has_weights(folder):
         raise UserError(
-            f"{name} is a LoRA adapter without its model. Train with `merge_adapter: true`, or train all weights, and "
-            "give the result here."
+            f"{name} is a LoRA adapter without its model. Merge it first, `jai merge-adapter {name} OUT`, and give OUT "
+            "here."
         )
 
 
