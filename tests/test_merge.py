@@ -27,7 +27,7 @@ from jai.conversion.merge import methods as merge_methods
 from jai.conversion.merge.command import merge
 from jai.conversion.merge.curves import parse_curve, value_for
 from jai.conversion.merge.options import MergeOptions
-from jai.conversion.merge.plan import CHUNK, plan_merged_tensors
+from jai.conversion.merge.plan import FIXED_CHUNK, plan_merged_tensors
 from jai.errors import UserError
 from jai.files import sha256
 from jai.provenance import chain, read_step
@@ -256,7 +256,7 @@ def test_dare_ties_leaves_out_what_disagrees():
 @pytest.mark.parametrize("method", ["linear", "slerp"])
 def test_files_match_float64_within_bf16_rounding(tmp_path, method):
     """Odd shapes, an empty tensor, one of shape (1,), and one of more than a chunk, through files."""
-    forms = {"empty": (0, 3), "one": (1,), "odd": (3, 5, 7), "long": (CHUNK + 1001,)}
+    forms = {"empty": (0, 3), "one": (1,), "odd": (3, 5, 7), "long": (FIXED_CHUNK + 1001,)}
     sources = []
     for seed in range(2):
         tensors = {

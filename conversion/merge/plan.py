@@ -21,9 +21,10 @@ from jai.conversion.names import EMBEDDINGS, LM_HEAD
 from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UnfinishableError, UserError
 
-# Values of a tensor at a time: 2 MB in fp32, so that a few models' stay in the processor's cache. What DARE drops
-# follows from it: with another number, another result.
-CHUNK = 1 << 19
+# Values of a tensor at a time, 0.5 MB in fp32: those of a few models, and what TIES makes of them, stay small.
+_CHUNK = 1 << 17
+# Of methods whose result depends on it: what DARE drops, and the last digits of the sums of slerp.
+FIXED_CHUNK = 1 << 19
 _SMALLEST_SUM = 1e-6
 
 
@@ -73,11 +74,13 @@ class _Formula:
         text: for people.
         sources: the weights that are read, those of weight 0 left out.
         run: the method, with its numbers; None takes the only source as it is.
+        chunk: values at a time.
     """
 
     text: str
     sources: list[CheckpointReader]
     run: Callable[[Passes], Iterator[torch.Tensor]] | None = None
+    chunk: int = _CHUNK
 
     def part(self, name: str, dtype: torch.dtype) -> Part:
         """The bytes of tensor `name` in `dtype`."""
@@ -90,9 +93,8 @@ class _Formula:
         count = math.prod(shape)
 
         reads = tuple(dict.fromkeys(source.file_of(name) for source in self.sources))
-        return Computed(
-            count * dtype.itemsize, f"{self.text} of {name}", lambda: run(lambda: _chunks(ranges, count)), reads
-        )
+        passes = partial(_chunks, ranges, count, self.chunk)
+        return Computed(count * dtype.itemsize, f"{self.text} of {name}", partial(run, passes), reads)
 
 
 def _formula(options: MergeOptions, readers: list[CheckpointReader], name: str, values: list[float]) -> _Formula:
@@ -102,7 +104,7 @@ def _formula(options: MergeOptions, readers: list[CheckpointReader], name: str, 
         (t,) = values
         if t in (0.0, 1.0):
             return _Formula("copy", [readers[int(t)]])
-        return _Formula(f"slerp, t {t:.6g},", readers, partial(merge_methods.slerp, t=t, name=name))
+        return _Formula(f"slerp, t {t:.6g},", readers, partial(merge_methods.slerp, t=t, name=name), FIXED_CHUNK)
 
     if options.normalizes and method not in ("ties", "dare-ties"):
         values = _normalized(values, name)
@@ -143,7 +145,7 @@ def _formula(options: MergeOptions, readers: list[CheckpointReader], name: str, 
         normalize=options.normalizes,
         scale=options.factor,
     )
-    return _Formula(f"{text} seed {options.drawn_with},", sources, dare)
+    return _Formula(f"{text} seed {options.drawn_with},", sources, dare, FIXED_CHUNK)
 
 
 def _normalized(values: list[float], name: str) -> list[float]:
@@ -155,17 +157,17 @@ def _normalized(values: list[float], name: str) -> list[float]:
     return [value / total for value in values]
 
 
-def _chunks(ranges: Sequence[tuple[Copied, torch.dtype]], count: int) -> Iterator[list[torch.Tensor]]:
-    """The `count` values of each range in fp32, `CHUNK` at a time, in buffers that are used again."""
-    size = min(CHUNK, count)
+def _chunks(ranges: Sequence[tuple[Copied, torch.dtype]], count: int, chunk: int) -> Iterator[list[torch.Tensor]]:
+    """The `count` values of each range in fp32, `chunk` at a time, in buffers that are used again."""
+    size = min(chunk, count)
     values = [torch.empty(size) for _ in ranges]
     raw = [
         value if dtype == torch.float32 else torch.empty(size, dtype=dtype) for value, (_, dtype) in zip(values, ranges)
     ]
     with ExitStack() as stack:
         files = [stack.enter_context(source.files.path(source.file).open("rb", buffering=0)) for source, _ in ranges]
-        for at in range(0, count, CHUNK):
-            length = min(CHUNK, count - at)
+        for at in range(0, count, chunk):
+            length = min(chunk, count - at)
             for file, (source, dtype), buffer, value in zip(files, ranges, raw, values):
                 _read_into(file, source.start + at * dtype.itemsize, buffer[:length])
                 if buffer is not value:
