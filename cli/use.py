@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verbs that use a checkpoint: generate, serve; and the demo, which uses all."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def demo(options: DemoOptions) -> None:
     """Run everything on tiny models in minutes, without a GPU.
 
     Trains a base, converts it, fine-tunes and aligns it, pushes it to a local Hub and writes a report."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read at import; lm-eval shows a bar for each of its tasks
     from jai.demo.run import run_demo
 
     run_demo(options)

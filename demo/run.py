@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import Progress
 from rich.rule import Rule
@@ -53,6 +52,7 @@ QUICK_BASE_STEPS, QUICK_STEPS = 20, 2
 BASE_VOCABULARY = 1536
 VOCABULARY = 2304
 RECIPES = ("convert.yaml", "pretrain.yaml", "sft.yaml", "dpo.yaml")
+_PULL = "import sys, huggingface_hub as hub; hub.snapshot_download(sys.argv[1], local_dir=sys.argv[2])"
 # One thread each: two that wait for one another on busy cores took more than six times as long.
 _VERB_ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -162,7 +162,7 @@ def run_demo(options: DemoOptions, *, console: Console | None = None) -> Path:
     router_load = {language: models["dpo"].router_load(texts) for language, texts in heldout.items()}
 
     write_evaluation(out / "dpo", _evaluation(stages, fertility, router_load))
-    _say(console, "Evaluation", "a small suite by jai eval, before chat training and after all of it")
+    _say(console, "Evaluation", "a small suite by jai eval, before and after chat training")
     write_questions(corpus.eval_chats, out / "questions", seed)
     suite = measure_suite_of_demo(
         out / "pretrained", out / "dpo", out / "questions", out / "eval", seed=seed, console=console
@@ -343,7 +343,11 @@ def _round_trip(out: Path, shell: Shell) -> dict[str, str]:
     with LocalHub(out / "hub", user="demo") as hub:
         environment = hub.environment()
         published = shell.jai(f"publish dpo {REPO_ID}", environment)
-        pulled = Path(snapshot_download(REPO_ID, endpoint=hub.endpoint, token=hub.token, local_dir=out / "pulled"))
+        pulled = out / "pulled"
+        # In a process of its own: this one may have been started with HF_HUB_OFFLINE, which is read at the import.
+        subprocess.run(
+            [sys.executable, "-c", _PULL, REPO_ID, str(pulled)], env={**os.environ, **environment}, check=True
+        )
         names = sorted(path.name for path in (out / "dpo").glob("*.safetensors"))
         names += ["config.json", "tokenizer.json", "modeling_jai.py", "configuration_jai.py", "quantization_jai.py"]
         different = [name for name in names if sha256(out / "dpo" / name) != sha256(pulled / name)]

@@ -43,7 +43,7 @@ def demo(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=folder.parent,
-        env=os.environ | {"HF_HOME": str(folder.parent / "home")},
+        env=os.environ | {"HF_HOME": str(folder.parent / "home"), "HF_HUB_OFFLINE": "1"},
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return folder, process.stdout

@@ -102,7 +102,7 @@ CASES = [
     (HEAVY, "sft --model_name_or_path=phi3", 1, "phi3 has no safetensors weights"),
     (HEAVY, "sft --model-name-or-path phi3-tokenizer", 1, "tokenizer.json is no valid JSON"),
     (HEAVY, "dpo --config stage.yaml --dataset_name none.jsonl", 1, "The data none.jsonl does not exist"),
-    (HEAVY, "dpo --config stage.yaml --dataset_name empty.jsonl", 1, "The data empty.jsonl is an empty file"),
+    (HEAVY, "dpo --config stage.yaml --dataset_name empty.jsonl", 1, "The data empty.jsonl has no rows"),
     (HEAVY, "dpo --config stage.yaml --model_name_or_path adapter", 1, "`jai merge-adapter adapter OUT`"),
     (HEAVY, "dpo --config stage.yaml --output_dir phi3", 1, "phi3 exists already and is not empty"),
     (HEAVY, "dpo --config stage.yaml --model_name_or_path ./none", 1, "./none is neither a folder nor a Hub id"),

@@ -126,7 +126,7 @@ def check_data_name(name: str | None) -> Path:
     if looks_local and not path.exists():
         raise UserError(f"The data {name} does not exist. Give an existing file or folder, or a Hub id.")
     if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"The data {name} is an empty file. Give a dataset with at least one example.")
+        raise UserError(f"The data {name} has no rows. Give a dataset with at least one example.")
     return path
 
 
