@@ -74,7 +74,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut option names short at 80 columns
     pretty_exceptions_enable=False,
     epilog="Usual order: tokenizer train → convert → inspect → pack → pretrain → sft → dpo → eval → publish. "
-    "`jai VERB --help` shows a verb's options and an example.",
+    "`jai COMMAND --help` shows options and an example.",
 )
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evaluation.app, name="eval")
