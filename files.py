@@ -6,8 +6,10 @@ A long work is gone on with where it was killed. Beside its output `OUT` lies `.
 files are finished and on the disk; and a lock.
 """
 
+import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -15,17 +17,20 @@ import re
 import shlex
 import shutil
 import stat
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jai.errors import UnfinishableError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+T = TypeVar("T")
 
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -106,6 +111,49 @@ def read_json(path: str | os.PathLike, remedy: str = "Fetch or save it again.") 
             return content
         problem = f"holds {_JSON_KINDS[type(content)]}, where a JSON object, {{…}}, was expected"
     raise UserError(f"{path} {problem}. {remedy}") from None
+
+
+def from_json(kind: type[T], content: Any) -> T:
+    """An instance of a dataclass from the JSON of its `dataclasses.asdict`.
+
+    Args:
+        kind: the dataclass; its fields may be dataclasses, lists, tuples and dictionaries in turn.
+        content: what `json` read.
+
+    Raises:
+        TypeError: naming a field, at any depth, that is unknown, of another kind, or missing and without a default.
+    """
+    return _typed(kind, content, "it")
+
+
+def _typed(hint: Any, given: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if given is None and type(None) in args:
+            return None
+        (hint,) = (each for each in args if each is not type(None))
+        return _typed(hint, given, where)
+    if hint is Any or (origin is Literal and given in args):
+        return given
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(given, dict):
+        hints = _hints(hint)
+        if unknown := given.keys() - hints.keys():
+            raise TypeError(f"{where} has the unknown field {min(unknown)!r}")
+        return hint(**{name: _typed(hints[name], value, repr(name)) for name, value in given.items()})
+    if origin in (list, tuple) and isinstance(given, list):
+        return origin(_typed(args[0], each, f"an element of {where}") for each in given)
+    if origin is dict and isinstance(given, dict):
+        return {name: _typed(args[1], each, f"{name!r} of {where}") for name, each in given.items()}
+    if type(given) is hint:
+        return given
+    if hint is float and type(given) is int:
+        return float(given)
+    raise TypeError(f"{where} is {_JSON_KINDS.get(type(given), 'an object')}")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def print_next(console: "Console", *commands: Sequence[str | Path]) -> None:

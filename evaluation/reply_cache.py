@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jai.errors import UserError
+from jai.files import from_json
 
 Message = Mapping[str, str]
 
@@ -92,7 +93,7 @@ class ReplyCache:
         """
         try:
             row = self._database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-            return None if row is None else ChatReply(**json.loads(row[0]))
+            return None if row is None else from_json(ChatReply, json.loads(row[0]))
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise UserError(f"The cache of replies {self.path} is damaged ({error}). Remove it.") from None
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from jai.errors import UserError
 from jai.evaluation.translation import corpus_bleu
-from jai.files import differences, make_locked_folder, read_json, write_whole
+from jai.files import differences, from_json, make_locked_folder, read_json, write_whole
 
 RESULTS_FILE = "results.json"
 ITEMS_FILE = "items.jsonl"
@@ -64,7 +64,7 @@ class Item:
     metric: str
     score: float | None
     group: str | None = None
-    texts: Mapping[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     bleu_counts: tuple[int, ...] = ()
 
     @property
@@ -376,7 +376,7 @@ class TaskRecord:
     judge: str | None = None
     judge_names: tuple[str, ...] = ()
     judge_prompt_hash: str | None = None
-    judge_parameters: Mapping[str, Any] | None = None
+    judge_parameters: dict[str, Any] | None = None
     answer_tokens: int | None = None
 
 
@@ -517,18 +517,10 @@ def read_run(folder: Path) -> tuple[EvaluationResults, list[Item]]:
     remedy = "Give the folder of a run of `jai eval`."
     content = read_json(path, remedy)
     try:
-        results = EvaluationResults(**content)
-        results.tasks = [
-            TaskRecord(**{**each, "judge_names": tuple(each.get("judge_names", ()))}) for each in content["tasks"]
-        ]
-        results.figures = [_figure(each) for each in content["figures"]]
-    except (TypeError, KeyError) as error:
+        results = from_json(EvaluationResults, content)
+    except TypeError as error:
         raise UserError(f"{path} is no record of an evaluation ({error}). {remedy}") from None
     return results, list(_read_items(folder / ITEMS_FILE))
-
-
-def _figure(content: Mapping[str, Any]) -> Figure:
-    return Figure(**{**content, "parts": tuple(FigurePart(**part) for part in content.get("parts", ()))})
 
 
 def whole_lines(path: Path) -> list[bytes]:
@@ -540,8 +532,7 @@ def whole_lines(path: Path) -> list[bytes]:
 def _read_items(path: Path) -> Iterator[Item]:
     for number, line in enumerate(whole_lines(path), 1):
         try:
-            row = json.loads(line)
-            item = Item(**{**row, "bleu_counts": tuple(map(int, row.get("bleu_counts", ())))})
+            item = from_json(Item, json.loads(line))
             if item.score is not None and not math.isfinite(item.score):
                 raise ValueError(f"the score is {item.score}")
         except (ValueError, TypeError, RecursionError) as error:

@@ -25,7 +25,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from jai.errors import UserError
-from jai.files import UnfinishedFolder, print_next, read_json, resumable_folder, work_folder
+from jai.files import UnfinishedFolder, from_json, print_next, read_json, resumable_folder, work_folder
 from jai.pretraining.config import CorpusSource, read_corpus_config
 from jai.pretraining.options import PackOptions
 from jai.pretraining.shards import PackedSourceEntry, ShardEntry, ShardWriter, write_index
@@ -113,8 +113,12 @@ class ShardRecord:
         Raises:
             UserError: if it is damaged.
         """
-        content = read_json(path)
-        return cls(**content | {"shard": ShardEntry(**content["shard"]), "after": Cursor(**content["after"])})
+        try:
+            return from_json(cls, read_json(path))
+        except TypeError as error:
+            raise UserError(
+                f"{path} is no record of a shard ({error}). Remove {path.parent.parent} and pack again."
+            ) from None
 
 
 def pack_corpus(options: PackOptions, console: Console | None = None) -> Path:

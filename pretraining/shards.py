@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from jai.errors import UserError
-from jai.files import read_json, sha256
+from jai.files import from_json, read_json, sha256
 from jai.pretraining.shares import Shares
 
 if TYPE_CHECKING:
@@ -260,12 +260,12 @@ class PackedCorpus:
             )
         try:
             dtype = np.dtype(index["dtype"])
-            entries = [
-                PackedSourceEntry(**entry | {"shards": [ShardEntry(**shard) for shard in entry["shards"]]})
-                for entry in index["sources"]
-            ]
+            entries = [from_json(PackedSourceEntry, entry) for entry in index["sources"]]
+            for entry in entries:
+                if entry.documents != (found := sum(shard.documents for shard in entry.shards)):
+                    raise TypeError(f"the shards of {entry.name} have {found:,} documents, not {entry.documents:,}")
             sources = [PackedSource(folder, entry, dtype) for entry in entries]
-            shares = Shares.recorded(index["shares"])
+            shares = from_json(Shares, index["shares"])
             corpus = cls(folder, dtype, index["tokenizer"], sources, index["content_sha256"], shares)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / INDEX_FILE} is no index of packed text ({error}). {_REMEDY}") from error

@@ -2,7 +2,6 @@
 """How much of each source is used, and of which of its documents."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from jai.pretraining.config import CorpusConfig, WhenDry
 
@@ -57,15 +56,6 @@ class Shares:
     alpha: float | None = None
     beta: dict[str, float] | None = None
     when_dry: WhenDry = "error"
-
-    @classmethod
-    def recorded(cls, record: dict[str, Any]) -> "Shares":
-        """From JSON, as `dataclasses.asdict` gave it."""
-        sources = {
-            name: SourceShare(**share | {"choice": DocumentChoice(**share["choice"])})
-            for name, share in record["sources"].items()
-        }
-        return cls(**record | {"sources": sources})
 
     @classmethod
     def configured(cls, config: CorpusConfig) -> "Shares":

@@ -234,7 +234,8 @@ def test_a_run_of_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"suite": "s"}', "no JSON", '{"suite": "s", "task": "t", "id": "1", "metric": "acc", "score": NaN}', "[]"]
+    "line",
+    ['{"suite": "s"}', "no JSON", '{"suite": "s", "task": "t", "id": "1", "metric": "acc", "score": NaN}', "[]", "5"],
 )
 def test_a_damaged_line_is_named(tmp_path, line):
     with open_run(tmp_path / "run", **WHAT) as run:
@@ -245,9 +246,17 @@ def test_a_damaged_line_is_named(tmp_path, line):
         read_run(tmp_path / "run")
 
 
-def test_a_damaged_record_is_named(tmp_path):
-    (tmp_path / RESULTS_FILE).write_text(json.dumps({"model": "x"}))
-    with pytest.raises(UserError, match=r"results.json is no record of an evaluation"):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"model": "x"}, "revision"),
+        ({"model": ["x"], "revision": "r"}, "'model' is a list"),
+        ({"model": "x", "revision": "r", "figures": [{"suite": "s", "parts": [{"task": 1}]}]}, "'task' is a number"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, content, problem):
+    (tmp_path / RESULTS_FILE).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"results.json is no record of an evaluation \(.*{problem}"):
         read_run(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         read_run(tmp_path / "nothing")

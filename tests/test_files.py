@@ -5,7 +5,9 @@ import io
 import json
 import os
 import shlex
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from huggingface_hub.errors import HFValidationError
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jai.errors import UserError
-from jai.files import check_is_file, new_folder, print_next, read_json, resumable_folder
+from jai.files import check_is_file, from_json, new_folder, print_next, read_json, resumable_folder
 from jai.hub import is_hub_id
 
 
@@ -69,6 +71,50 @@ def test_what_is_no_json_object_is_refused(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=f"{message}.*Fetch or save it again"):
         read_json(tmp_path / "config.json")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    share: float
+    kind: Literal["a", "b"] = "a"
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Tree:
+    name: str
+    whole: bool = False
+    pair: tuple[Leaf, ...] = ()
+    by_name: dict[str, list[Leaf]] = field(default_factory=dict)
+    free: Any = None
+
+
+def test_a_dataclass_comes_back_from_json():
+    tree = Tree("t", True, (Leaf(0.5), Leaf(1.0, "b", 3)), {"x": [Leaf(2.0)]}, {"any": [1]})
+    content = json.loads(json.dumps(asdict(tree)))
+    assert from_json(Tree, content) == tree
+    content["pair"][0]["share"] = 1  # an integer is a number, too
+    assert type(from_json(Tree, content).pair[0].share) is float
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "name"),
+        ({"name": None}, "'name' is null"),
+        ({"name": "t", "whole": 1}, "'whole' is a number"),
+        ({"name": "t", "pair": {}}, "'pair' is an object"),
+        ({"name": "t", "pair": [{"share": True}]}, "'share' is true or false"),
+        ({"name": "t", "pair": [{"share": 1.0, "kind": "c"}]}, "'kind' is a string"),
+        ({"name": "t", "pair": [{"share": 1.0, "most": 1.5}]}, "'most' is a number"),
+        ({"name": "t", "by_name": {"x": [[]]}}, "an element of 'x' of 'by_name' is a list"),
+        ({"name": "t", "more": 1}, "unknown field 'more'"),
+        ([], "it is a list"),
+    ],
+)
+def test_json_of_another_kind_is_no_dataclass(content, message):
+    with pytest.raises(TypeError, match=message):
+        from_json(Tree, content)
 
 
 def test_json_is_read_through_links(tmp_path):

@@ -369,10 +369,12 @@ class TestRefusals:
         (folder / INDEX_FILE).write_text(json.dumps(index | {"format": 2}))
         with pytest.raises(UserError, match="has the format 2; this version of JAI reads 1"):
             PackedCorpus.open(folder)
-        del index["sources"][0]["shards"]
-        (folder / INDEX_FILE).write_text(json.dumps(index))
-        with pytest.raises(UserError, match="is no index of packed text"):
-            PackedCorpus.open(folder)
+        shards = index["sources"][0].pop("shards")
+        for damaged, problem in ((shards[1:], r"have [\d,]+ documents, not"), (5, "'shards' is a number")):
+            index["sources"][0]["shards"] = damaged
+            (folder / INDEX_FILE).write_text(json.dumps(index))
+            with pytest.raises(UserError, match=f"is no index of packed text .*{problem}"):
+                PackedCorpus.open(folder)
         with pytest.raises(UserError, match="is no folder of packed text"):
             PackedCorpus.open(tmp_path)
 

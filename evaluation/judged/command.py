@@ -210,7 +210,7 @@ def _keep(
                 judge=judge.client.endpoint.model,
                 judge_names=judge_names(judge.client),
                 judge_prompt_hash=outcome.judge_prompt_hash,
-                judge_parameters=judge.parameters,
+                judge_parameters=dict(judge.parameters),
                 answer_tokens=answer_tokens,
             )
         )
