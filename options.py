@@ -20,7 +20,7 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from inspect import get_annotations
 from pathlib import Path
@@ -335,8 +335,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def refuse_unknown(names: Collection[str], known: Collection[str], where: str) -> None:
+def refuse_unknown(
+    names: Collection[str], known: Collection[str], where: str, renamed: Mapping[str, str] | None = None
+) -> None:
     """Refuse names that are no options, with the one that was probably meant.
+
+    Args:
+        names: that were given.
+        known: all that there are.
+        where: they were given, for the message.
+        renamed: of names that once were options, what is to be given today.
 
     Raises:
         UserError: naming the first.
@@ -345,7 +353,9 @@ def refuse_unknown(names: Collection[str], known: Collection[str], where: str) -
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=1)
         advice = f"Known are: {', '.join(sorted(known))}." if len(known) <= 100 else "`--help` lists them all."
-        if len(unknown) > max(1, len(set(names)) // 2):
+        if unknown[0] in (renamed or {}):
+            advice = f"Today it is {(renamed or {})[unknown[0]]}."
+        elif len(unknown) > max(1, len(set(names)) // 2):
             advice = f"{len(unknown)} of its {len(set(names))} options are unknown here: is it meant for another verb?"
         elif close:
             advice = f"Did you mean {close[0]!r}?"

@@ -453,6 +453,17 @@ def test_lora_targets_given_by_hand_stand(tiny_model):
     assert config.modules_to_save == ["mlp.gate"]
 
 
+@pytest.mark.parametrize(("given", "targets"), [("q_proj", ["q_proj"]), (r".*\.[qv]_proj", r".*\.[qv]_proj")])
+def test_one_lora_target_is_a_name_or_a_pattern(tiny_model, given, targets):
+    """TRL makes a string of a single name, which PEFT would take for a pattern that matches nothing."""
+    model = tiny_model()
+    config = lora_config(ModelConfig(use_peft=True, lora_target_modules=[given]), select_parts(["router"], model, None),
+                         model)  # fmt: skip
+    assert config.target_modules == targets
+    adapted = [name for name, _ in get_peft_model(model, config).named_parameters() if "q_proj.lora_A" in name]
+    assert len(adapted) == LAYERS
+
+
 def test_peft_knows_the_default_targets_of_a_jai(tiny_model):
     model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
     adapted = {
@@ -778,7 +789,7 @@ def test_bad_command_lines(checkpoint, argv, message):
         ("missing.jsonl", None, r"missing.jsonl does not exist"),
         ("notes.txt", "hello", r"notes.txt is no data file.*\.jsonl"),
         ("broken.jsonl", '{"text": "a"}\n{"text": ', r"Row 2 of broken.jsonl .* it is no valid JSON"),
-        ("empty.jsonl", "", r"empty.jsonl has no rows"),
+        ("empty.jsonl", "", r"empty.jsonl \(split train\) has no rows"),
         ("columns.jsonl", '{"question": "a", "answer": "b"}\n', r"columns question, answer; expected `messages`"),
         ("pairs.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', r"run `jai dpo`"),
         ("shape.jsonl", '{"messages": [["user", "hi"]]}\n', r"Row 1 of shape.jsonl .* expected a message such as"),
@@ -806,6 +817,15 @@ def test_bad_preferences(checkpoint, chats):
 
 def test_other_input_that_is_refused(checkpoint, chats, tmp_path, sentences, capsys):
     text = write_rows(tmp_path / "text.jsonl", [{"text": sentences[0]}])
+    for data, advice in ((text, "Leave it out"), (chats, "For conversations set `assistant_only_loss: true`")):
+        with pytest.raises(UserError, match=rf"`completion_only_loss` is on, and {data} has no `prompt` .*{advice}"):
+            sft.main(arguments(checkpoint, data, "out", completion_only_loss=True))
+    with pytest.raises(UserError, match=r"`eval_on_start` is on, and `eval_strategy` is no"):
+        sft.main(arguments(checkpoint, text, "out", eval_on_start=True))
+    with pytest.raises(UserError, match=r"`ignore_bias_buffers` has no effect"):
+        sft.main(arguments(checkpoint, text, "out", ignore_bias_buffers=True))
+    with pytest.raises(UserError, match=r"'torch_dtype', which does not exist. Today it is `dtype`"):
+        sft.main(arguments(checkpoint, text, "out", torch_dtype="bfloat16"))
     with pytest.raises(UserError, match=r"`assistant_only_loss` is on, but .* plain strings"):
         sft.main(arguments(checkpoint, text, "out", assistant_only_loss=True))
     with pytest.raises(UserError, match=r"no split 'test'.*eval_strategy: no"):

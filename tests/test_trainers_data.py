@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training data: what is read, which rows are refused, and how many tokens are cut off."""
 
+import bz2
 import copy
 import gzip
 import inspect
@@ -626,6 +627,70 @@ def test_data_that_arrow_holds_is_read_the_same(tmp_path):
     whole.save_to_disk("saved")
     for name in ("rows.parquet", "saved"):
         assert contents(load(name).train) == [FORMS["messages"][1], FORMS["openai-weights"][1]]
+
+
+def test_chats_that_nobody_answers_teach_nothing(tiny_tokenizer):
+    """Without `assistant_only_loss`, too, where TRL learns to ask."""
+    system = {"role": "system", "content": "s"}
+    rows = [CHAT, {"messages": [system]}, {"messages": [system, user("a")]}]
+    data = prepared(tiny_tokenizer, write("rows.jsonl", *rows))
+    assert len(data.train) == 1
+    assert data.notes == [
+        "Left out 2 of 3 examples: they have no assistant's turn that is trained "
+        "(row 2 of rows.jsonl, row 3 of rows.jsonl)."
+    ]
+
+
+def test_files_of_a_folder_that_no_split_has_are_said():
+    """`datasets` takes the format of most files, or those that are named as splits, and passes over the rest."""
+    folders = {"formats": ("a.parquet", "b.parquet", "c.jsonl"), "names": ("train.jsonl", "extra.jsonl")}
+    for folder, files in folders.items():
+        Path(folder).mkdir()
+        for file in files:
+            rows = Dataset.from_list([{"text": file}])
+            (rows.to_parquet if file.endswith("parquet") else rows.to_json)(f"{folder}/{file}")
+    Path("formats/README.md").touch()
+    Path("names/_hidden.jsonl").touch()
+    for folder, read in (("formats", ["a.parquet", "b.parquet"]), ("names", ["train.jsonl"])):
+        data = load(folder)
+        assert [row["text"] for row in data.train] == read
+        assert data.notes == [f"Files of data in {folder} that are not read: {folders[folder][-1]}."]
+    Path("formats/c.jsonl").unlink()
+    assert load("formats").notes == []
+
+
+def test_a_folder_of_files_that_are_not_read_here_is_left_to_datasets():
+    Path("both").mkdir()
+    line = json.dumps({"text": "a"}) + "\n"
+    Path("both/a.jsonl").write_text(line)
+    Path("both/b.jsonl.bz2").write_bytes(bz2.compress(line.encode()))
+    assert len(load("both").train) == 2
+
+
+def test_columns_that_nothing_reads_are_known():
+    chat = {"messages": CHAT["messages"], "prompt": "a", "completion": "b", "tools": None, "system": "s", "kind": "k"}
+    assert load(write("chats.jsonl", chat)).unread == ("prompt", "completion", "kind")
+    assert load("chats.jsonl", data={"category_column": "kind"}).unread == ("prompt", "completion")
+    alpaca = {"instruction": "a", "input": "", "output": "b", "history": None, "system": "s"}
+    assert load(write("alpaca.jsonl", alpaca)).unread == ()
+    assert load(write("pairs.jsonl", {**PAIR, "question": "q", "score": 1}), DPO_TYPES).unread == ("question", "score")
+    assert load(write("text.jsonl", {"text": "a", "url": "b"})).unread == ("url",)
+
+
+def test_what_a_pair_answers_may_be_a_question():
+    """Orca's pairs: a system turn, a question, and two strings."""
+    pair = {"system": "s", "question": "a", "chosen": "b", "rejected": "c"}
+    assert contents(load(write("strings.jsonl", pair), DPO_TYPES).train) == [PAIR]
+    (row,) = load(write("chats.jsonl", {**pair, "chosen": [assistant("b")]}), DPO_TYPES).train
+    assert [message["content"] for message in row["prompt"]] == ["s", "a"]
+
+
+def test_a_configuration_of_a_file_is_refused():
+    Dataset.from_list([{"text": "a"}]).save_to_disk("saved")
+    for name in (write("rows.jsonl", CHAT), "saved"):
+        arguments = stage_arguments(SFTConfig, script={"dataset_name": name, "dataset_config": "en"})
+        with pytest.raises(UserError, match=f"The configuration en of {name} is asked for, and only"):
+            load_training_data(arguments, SFT_TYPES)
 
 
 def test_files_that_break_off_are_named():

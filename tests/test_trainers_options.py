@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from jai.trainers.data_arguments import DataArguments
 from jai.trainers.dpo import DPO
 from jai.trainers.grpo import GRPO, JaiGRPOConfig
 from jai.trainers.kto import KTO
-from jai.trainers.option_names import STAGE_DATACLASSES, option_names
+from jai.trainers.option_names import RENAMED, STAGE_DATACLASSES, option_names
 from jai.trainers.orpo import ORPO
 from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
 from jai.trainers.parts import select_parts
@@ -88,6 +89,13 @@ def test_option_names_are_those_that_the_parser_knows(verb):
 def test_option_names_that_cannot_be_read_are_left_to_the_parser(without_package):
     without_package("trl")
     assert option_names("dpo") is None
+
+
+def test_what_options_are_called_today_are_options():
+    names = set.union(*(set(filter(None, [*(option_names(verb) or ())])) for verb in STAGE_DATACLASSES))
+    assert not RENAMED.keys() & names
+    for today in RENAMED.values():
+        assert all(name.partition(":")[0] in names for name in re.findall(r"`(.*?)`", today))
 
 
 def read(text: str, *overrides: str, options: tuple[type, ...] = SFT_OPTIONS) -> StageArguments:

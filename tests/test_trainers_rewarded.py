@@ -41,8 +41,9 @@ from jai.preferences.reward_model import RewardModel
 from jai.preferences.scoring import score_file, scored_conversation
 from jai.provenance import checkpoint_revision, read_step
 from jai.trainers import dpo, grpo, kto, reward
-from jai.trainers.announce import estimate_steps
+from jai.trainers.announce import context_text, estimate_steps
 from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
+from jai.trainers.base_model import open_base_model
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.grpo import JaiGRPOConfig, JaiGRPOTrainer, RewardCounts
 from jai.trainers.reward import JaiRewardConfig
@@ -620,6 +621,14 @@ def test_the_plan_knows_how_often_answers_are_learnt_from(checkpoint, prompt_row
     trainer = build_grpo(checkpoint, prompt_rows, "out", **options)
     batches = len(trainer.get_train_dataloader())
     assert estimate_steps(trainer.args, len(prompt_rows), TokenCount(6, False, 60, 0)) == batches // 2 * 2
+
+
+def test_answers_beyond_the_context_are_said_in_the_plan(checkpoint):
+    base = open_base_model(ModelConfig(str(checkpoint)), GRPOConfig("out", bf16=False))
+    context = base.config.max_position_embeddings
+    for longest, is_said in ((context - 1, False), (context, True)):
+        text = context_text(JaiGRPOConfig("out", bf16=False, max_completion_length=longest), base)
+        assert ("answers have up to" in text) == is_said
 
 
 def test_the_system_prompt_comes_first(checkpoint, tmp_path, monkeypatch):

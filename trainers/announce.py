@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import SchedulerType
-from trl import DPOConfig, KTOConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig
 
 from jai.trainers.arguments import StageArguments, StageConfig, max_length_of
 from jai.trainers.base_model import BaseModel
@@ -66,6 +66,8 @@ def print_plan(
     rows.append(("data", f"{data_name}: {_size(data.rows, train_tokens)}; {_sequences(training_args)}"))
     for number, line in enumerate(_mixture(data)):
         rows.append(("" if number else "mixture", escape(line)))
+    if data.unread:
+        rows.append(("not read", escape(f"the columns {', '.join(data.unread)}")))
     if max_length_of(training_args):
         rows.append(("cut off", _cut(train_tokens, training_args, data)))
     rows.append(("context", context_text(training_args, base)))
@@ -242,6 +244,9 @@ def context_text(training_args: StageConfig, base: BaseModel) -> str:
             f"\n[bold yellow]sequences have up to {max_length_of(training_args):,} tokens[/], beyond that; "
             "`max_position_embeddings` sets what the checkpoint says"
         )
+    longest = (training_args.max_completion_length or 0) if isinstance(training_args, GRPOConfig) else 0
+    if length is not None and longest >= length:
+        text += f"\n[bold yellow]answers have up to {longest:,} tokens[/], beyond that; lower `max_completion_length`"
     return text
 
 

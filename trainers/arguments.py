@@ -25,6 +25,7 @@ from jai.options import refuse_unknown
 from jai.trainers.config_file import read_config_file
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.field_values import read_field
+from jai.trainers.option_names import RENAMED
 from jai.trainers.parts import PART_TEXTS, check_part_names, read_entries
 from jai.trainers.pretrain_config import PretrainConfig
 
@@ -210,7 +211,7 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
     known = {option.name: option for dataclass_type in dataclass_types for option in fields(dataclass_type)}
     hints = {name: hint for dataclass_type in dataclass_types for name, hint in get_type_hints(dataclass_type).items()}
     environment = config.pop("env", None) or {}
-    refuse_unknown(config, known, "The configuration file")
+    refuse_unknown(config, known, "The configuration file", RENAMED)
     defaults: dict[str, Any] = {"lora_dropout": 0.0}
     if not is_torch_bf16_gpu_available():
         defaults["bf16"] = False
@@ -218,7 +219,7 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str], prog: s
     parser.set_defaults_with_config(**(defaults if is_help else dict.fromkeys(known, SUPPRESS)))  # only what is given
     given, unknown = parser.parse_known_args(overrides)
     refuse_unknown(
-        [name.lstrip("-").split("=")[0].replace("-", "_") for name in unknown[:1]], known, "The command line"
+        [name.lstrip("-").split("=")[0].replace("-", "_") for name in unknown[:1]], known, "The command line", RENAMED
     )
     values = {
         name: read_field(name, value, hints[name], known[name].metadata.get("choices"))

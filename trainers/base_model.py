@@ -18,6 +18,7 @@ from jai.tokenization.stops import END_OF_TURN
 from jai.trainers.arguments import StageConfig
 from jai.trainers.data import TrainingData
 from jai.trainers.first_look import check_model_files
+from jai.trainers.rows import DatasetType
 
 _CHAT_TOKENS = ("<|user|>", "<|assistant|>", END_OF_TURN)
 
@@ -110,7 +111,8 @@ def prepare_chat(base: BaseModel, data: TrainingData, training_args: StageConfig
     template gets JAI's.
 
     Raises:
-        UserError: if there is no template, `eos_token` is no token, or the template does not mark the assistant's turns
+        UserError: if there is no template, `eos_token` is no token, the loss is to be taken on completions that there
+            are not, or the template does not mark the assistant's turns
             where the loss needs it.
     """
     tokenizer = base.tokenizer
@@ -128,6 +130,12 @@ def prepare_chat(base: BaseModel, data: TrainingData, training_args: StageConfig
         if end not in tokenizer.get_vocab():
             raise UserError(f"`eos_token` is {end!r}, which the vocabulary of {base.name} does not have.")
         tokenizer.eos_token = end
+    if getattr(training_args, "completion_only_loss", None) and data.type is not DatasetType.PROMPT_COMPLETION:
+        advice = "For conversations set `assistant_only_loss: true`" if data.conversational else "Leave it out"
+        raise UserError(
+            f"`completion_only_loss` is on, and {data.name} has no `prompt` and `completion`: the loss would be taken "
+            f"on every token. {advice}, or give data with these columns."
+        )
     if not data.conversational:
         if assistant_only_loss:
             raise UserError(

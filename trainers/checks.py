@@ -144,6 +144,13 @@ def check_options(arguments: StageArguments) -> None:
         raise UserError(
             "`merge_adapter` is on, but there is no adapter: set `use_peft: true` as well, or leave it out."
         )
+    if arguments.training.eval_on_start and arguments.training.eval_strategy == "no":
+        raise UserError(
+            "`eval_on_start` is on, and `eval_strategy` is no, so that there is nothing to evaluate on. Set "
+            "`eval_strategy: steps`, or leave it out."
+        )
+    if arguments.script.ignore_bias_buffers:
+        raise UserError("`ignore_bias_buffers` has no effect: it is for GPT-2's buffers under DDP. Leave it out.")
     check_engine(arguments.training, use_peft=arguments.model.use_peft)
     _check_trackers(arguments)
     _check_optimizer(arguments)

@@ -54,6 +54,7 @@ class TrainingData:
         counts: the rows to train on by source, category and language.
         content: SHA-256 of the rows to train on, in their order; of a stream, where it comes from.
         chosen_rows: SHA-256 of which rows are trained on (`hash_of_rows`), where not all of them are.
+        unread: names of columns that nothing reads.
         notes: what is to be said of the rows, before the plan.
     """
 
@@ -69,6 +70,7 @@ class TrainingData:
     counts: dict[tuple[str, str | None, str | None], int] = field(default_factory=dict)
     content: str | list[str | None] | None = None
     chosen_rows: str | None = None
+    unread: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -96,6 +98,7 @@ class _SourceSplit:
         split: its name.
         raw: its rows as they stand.
         form: of its rows.
+        columns: of its first rows.
     """
 
     source: RowSource
@@ -103,6 +106,7 @@ class _SourceSplit:
     split: str
     raw: RawSplit
     form: RowForm
+    columns: tuple[str, ...]
 
     def read(self) -> Iterator[Row]:
         """All rows, the faulty ones too, each with the columns that it is chosen by."""
@@ -129,6 +133,12 @@ class _SourceSplit:
             LANGUAGE: _label(row, source.language_column, source.language),
             SCORE: _score(row, source.score_column),
         }
+
+    def unread(self) -> list[str]:
+        """Names of the columns that nothing reads."""
+        source = self.source
+        labels = (source.category_column, source.language_column, source.score_column)
+        return [column for column in self.columns if column not in (*self.form.read_columns, *labels)]
 
     def features(self) -> Features:
         """The columns' types: messages may hold anything, and Arrow wants one type of all calls' arguments."""
@@ -180,8 +190,11 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
         name = sources[index].path
         raw = _split(opened[index], split, name, option)
         text_column = getattr(arguments.training, "dataset_text_field", "text")
-        form = find_form(_examples(raw), dataset_types, f"{name} (split {split})", text_column)
-        return _SourceSplit(sources[index], index, split, raw, form)
+        where = f"{name} (split {split})"
+        examples = _examples(raw, where)
+        form = find_form(examples, dataset_types, where, text_column)
+        columns = tuple(dict.fromkeys(column for row in examples for column in row))
+        return _SourceSplit(sources[index], index, split, raw, form, columns)
 
     train = [find(index, source.split, "dataset_train_split") for index, source in enumerate(sources)]
     evaluation = []
@@ -201,6 +214,12 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
         Dataset.from_dict({}),
         None,
         tuple(sources),
+        notes=[
+            f"Files of data in {first.name} that are not read: {', '.join(file.name for file in first.left_out)}."
+            for first in (next(iter(each.values())) for each in opened)
+            if first.left_out
+        ],
+        unread=tuple(dict.fromkeys(column for split in train for column in split.unread())),
     )
     limit = options.max_faulty_rows
     return _read_all(data, train, evaluation, limit, arguments)
@@ -281,10 +300,10 @@ def _split(splits: dict[str, RawSplit], split: str, name: str, option: str) -> R
     return splits[split]
 
 
-def _examples(raw: RawSplit) -> list[Row]:
+def _examples(raw: RawSplit, where: str) -> list[Row]:
     first = list(islice(raw.rows(), _EXAMPLES))
     if not first:
-        raise UserError(f"The data {raw.name} has no rows. Give a dataset with at least one example.")
+        raise UserError(f"The data {where} has no rows. Give a dataset with at least one example.")
     examples = [row for row in first if isinstance(row, dict)]
     if not examples:
         fault = first[0].text if isinstance(first[0], RowFault) else f"it is {messages_module.shortened(first[0])}"

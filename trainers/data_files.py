@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -37,11 +37,13 @@ class RawSplit:
         name: of the source, as given.
         files: in their order.
         dataset: where it is not files.
+        left_out: files of data in its folder that belong to no split.
     """
 
     name: str
     files: tuple[Path, ...] = ()
     dataset: AnyDataset | None = None
+    left_out: tuple[Path, ...] = ()
 
     def rows(self) -> Iterator[Any]:
         """The rows, each a mapping of columns to values; a `RowFault` stands for a line that holds none.
@@ -70,24 +72,32 @@ def open_splits(
         streaming: whether its rows are read as they are used.
 
     Raises:
-        UserError: if the data cannot be found or read, or a revision is given that is not of the Hub.
+        UserError: if the data cannot be found or read, or a configuration or a revision is given of what has none.
     """
     path = check_data_name(name)
     if revision is not None and path.exists():
         raise UserError(f"`revision` is {revision}, and {name} is no dataset on the Hub. Leave it out.")
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()  # by `save_to_disk`
+    if config is not None and (path.is_file() or is_saved):
+        raise UserError(
+            f"The configuration {config} of {name} is asked for, and only a folder or a dataset on the Hub "
+            "has some. Leave it out."
+        )
     suffix = data_suffix(path)
+    left_out: tuple[Path, ...] = ()
     if path.is_file() and suffix in _READ_HERE:
         return {"train": RawSplit(name, files=(path,))}
     try:
-        if (path / "dataset_dict.json").exists():  # what `save_to_disk` writes
+        if (path / "dataset_dict.json").exists():
             return {str(split): RawSplit(name, dataset=rows) for split, rows in load_from_disk(name).items()}
         if (path / "state.json").exists():
             return {"train": RawSplit(name, dataset=cast(Dataset, load_from_disk(name)))}
         if path.is_dir():
             files = load_dataset_builder(name, config).config.data_files or {}
+            left_out = _other_files(path, [file for group in files.values() for file in group])
             if all(data_suffix(Path(file)) in _READ_HERE for group in files.values() for file in group):
                 return {
-                    str(split): RawSplit(name, files=tuple(Path(file) for file in group))
+                    str(split): RawSplit(name, files=tuple(Path(file) for file in group), left_out=left_out)
                     for split, group in files.items()
                 }
         if path.is_file():
@@ -107,7 +117,15 @@ def open_splits(
         raise UserError(
             f"The data {name} cannot be loaded: {said}. Check the name, or give a file or folder."
         ) from error
-    return {str(split): RawSplit(name, dataset=rows) for split, rows in splits.items()}
+    return {str(split): RawSplit(name, dataset=rows, left_out=left_out) for split, rows in splits.items()}
+
+
+def _other_files(folder: Path, used: Sequence[str]) -> tuple[Path, ...]:
+    """Files of data that `datasets` passes over: of another format than most, or outside of what is named as splits."""
+    known = {Path(file).resolve() for file in used}
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and data_suffix(file) in DATA_BUILDERS]
+    hidden = [file for file in files if any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)]
+    return tuple(file for file in files if file.resolve() not in known and file not in hidden)
 
 
 def unreadable(name: str, error: BaseException) -> UserError:

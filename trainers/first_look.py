@@ -15,7 +15,7 @@ from jai.hub import local_folder
 from jai.options import refuse_unknown
 from jai.tokenization.loading import tokenizer_folder
 from jai.trainers.config_file import read_config_file
-from jai.trainers.option_names import option_names
+from jai.trainers.option_names import RENAMED, option_names
 
 # What `datasets` reads each kind of file with; each may end in .gz besides.
 DATA_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -40,11 +40,14 @@ def look_at_arguments(verb: str, argv: Sequence[str], *, reads_packed_text: bool
     if rest and not rest[0].startswith("-"):
         raise UserError(f"{rest[0]!r} follows no option. Name the option, as in `--config FILE.yaml`.")
     if known := option_names(verb):
-        refuse_unknown(config, known | {"env"}, "The configuration file")
+        refuse_unknown(config, known | {"env"}, "The configuration file", RENAMED)
         names = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
         # TRL's parser has --no_NAME too, for what is on where nothing is said.
         refuse_unknown(
-            [name for name in names if name and name.removeprefix("no_") not in known], known, "The command line"
+            [name for name in names if name and name.removeprefix("no_") not in known],
+            known,
+            "The command line",
+            RENAMED,
         )
     given = config | _options(rest)
     model, data, out, resume = (

@@ -10,6 +10,7 @@
 | skip alphas | as they are, beside the adapter in its file (`alphas_beside_adapter`) |
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,13 @@ def lora_config(model_args: ModelConfig, parts: TrainableParts, model: PreTraine
     _check_experts(model_args)
     whole = [*(model_args.lora_modules_to_save or []), *targets.whole_modules]
     config = cast(LoraConfig, get_peft_config(replace(model_args, lora_modules_to_save=whole or None)))
+    name = config.target_modules
+    if (
+        isinstance(name, str)
+        and name != "all-linear"
+        and not any(re.fullmatch(name, module) for module, _ in model.named_modules())
+    ):
+        config.target_modules = [name]  # TRL makes a string of a single name, which PEFT takes for a pattern
     adapting_four_bits(config)
     config.trainable_token_indices = targets.rows or None
     return config

@@ -23,6 +23,21 @@ STAGE_DATACLASSES = {
     "grpo": (*_OF_ROWS, "jai.trainers.grpo:JaiGRPOConfig"),
 }
 
+# What older versions of TRL and transformers called an option, and what gives the same today.
+RENAMED = {
+    "torch_dtype": "`dtype`",
+    "max_seq_length": "`max_length`",
+    "max_prompt_length": "`max_length`, of prompt and answer together",
+    "evaluation_strategy": "`eval_strategy`",
+    "warmup_ratio": "`warmup_steps`, where a number below 1 is a share",
+    "group_by_length": "`train_sampling_strategy: group_by_length`",
+    "overwrite_output_dir": "another `output_dir`, or `resume_from_checkpoint: true` to go on in the same",
+    "rpo_alpha": "`loss_type: [sigmoid, sft]` with `loss_weights`",
+    "reward_funcs": "`rewards`, by name",
+    "use_flash_attention_2": "`attn_implementation: flash_attention_2`",
+    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
+}
+
 
 def option_names(verb: str) -> set[str] | None:
     """The names of the options of `jai VERB`; None where the source of one of its dataclasses is not found."""

@@ -170,8 +170,8 @@ def _gate_tokens(data: TrainingData, arguments: StageArguments) -> TrainingData:
         if arguments.data.drop_truncated:
             raise UserError("`drop_truncated` is for SFT. Leave it out; the plan says how much is cut off.")
         return data
-    assistant = getattr(training, "assistant_only_loss", False)
-    why = "they have no assistant's turn that is trained" if assistant else "no loss is taken on them"
+    is_chat = "messages" in _rows(data.train).column_names or getattr(training, "assistant_only_loss", False)
+    why = "they have no assistant's turn that is trained" if is_chat else "no loss is taken on them"
     data = _keep(data, _is_taught(data.train, None, training), why)
     limit = max_length_of(training)
     if limit is None or (getattr(training, "packing", False) and splits_rows(training)):

@@ -19,6 +19,7 @@ Row: TypeAlias = dict[str, Any]
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 CHAT_EXTRAS = ("tools", "chat_template_kwargs")
+_SYSTEM_COLUMNS = ("system", "system_prompt")
 _PROMPT_COLUMNS = ("prompt", "question", "problem")  # GSM8K's and MATH's
 _SOLUTION_COLUMNS = ("solution", "answer")
 REWARD_COLUMNS = ("solution", "instruction_id_list", "kwargs")  # what rewards read of a row
@@ -49,6 +50,17 @@ class Layout(Enum):
     PROMPT = "prompt"
 
 
+# Beside the column of the conversation, the text or the prompt.
+_CONTENT_COLUMNS = {
+    Layout.ALPACA: ("instruction", "input", "output", "history"),
+    Layout.PROMPT_COMPLETION: ("prompt", "completion"),
+    Layout.PAIR: ("chosen", "rejected"),
+    Layout.SCORED: ("completions",),
+    Layout.LABELLED: ("prompt", "completion", "label"),
+    Layout.PROMPT: (*_SOLUTION_COLUMNS, *REWARD_COLUMNS),
+}
+
+
 @dataclass(frozen=True)
 class RowForm:
     """The form of a source's rows.
@@ -68,7 +80,13 @@ class RowForm:
     @property
     def has_prompt(self) -> bool:
         """Whether a pair comes out with its prompt beside it; pairs of strings without one keep it inside."""
-        return self.conversational or self.column == "prompt"
+        return self.conversational or bool(self.column)
+
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        """The columns of a source that are read; categories, languages and scores have others."""
+        of_messages = (*_SYSTEM_COLUMNS, *CHAT_EXTRAS) if self.conversational else ()
+        return (*_CONTENT_COLUMNS.get(self.layout, ()), *filter(None, [self.column]), *of_messages)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -107,8 +125,9 @@ def find_form(examples: Sequence[Row], types: Sequence[DatasetType], name: str, 
     if DatasetType.UNPAIRED_PREFERENCE in types and has("prompt", "completion", "label"):
         return RowForm(Layout.LABELLED, DatasetType.UNPAIRED_PREFERENCE, holds_messages("prompt", "completion"))
     if DatasetType.PREFERENCE in types and has("chosen", "rejected"):
-        prompt = "prompt" if has("prompt") else ""
-        return RowForm(Layout.PAIR, DatasetType.PREFERENCE, holds_messages("prompt", "chosen", "rejected"), prompt)
+        prompt = next(filter(has, _PROMPT_COLUMNS), "")
+        is_chat = holds_messages(*filter(None, [prompt]), "chosen", "rejected")
+        return RowForm(Layout.PAIR, DatasetType.PREFERENCE, is_chat, prompt)
     if DatasetType.PREFERENCE in types and has("completions") and (has("instruction") or has("prompt")):
         column = "instruction" if has("instruction") else "prompt"
         return RowForm(Layout.SCORED, DatasetType.PREFERENCE, True, column)
@@ -221,8 +240,8 @@ def _read_labelled(row: Mapping[str, Any], form: RowForm) -> Row:
 
 def _read_pair(row: Mapping[str, Any], form: RowForm) -> Row:
     if not form.conversational:
-        return _read_pair_of_strings(row, form.has_prompt)
-    prompt = _turns(row, "prompt", "user") if form.column == "prompt" else []
+        return _read_pair_of_strings(row, form.column)
+    prompt = _turns(row, form.column, "user") if form.column else []
     return _pair(prompt, _turns(row, "chosen", "assistant"), _turns(row, "rejected", "assistant"), row)
 
 
@@ -271,12 +290,12 @@ def _said(messages: list[Message]) -> list[tuple[Any, ...]]:
     ]
 
 
-def _read_pair_of_strings(row: Mapping[str, Any], has_prompt: bool) -> Row:
-    prompt = {"prompt": _text(row, "prompt", may_be_empty=True)} if has_prompt else {}
+def _read_pair_of_strings(row: Mapping[str, Any], prompt_column: str) -> Row:
+    prompt = {"prompt": _text(row, prompt_column, may_be_empty=True)} if prompt_column else {}
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if chosen.strip() == rejected.strip():
         raise RowFault(*_SAME)
-    if not has_prompt:
+    if not prompt_column:
         same = sum(1 for _ in _common(chosen, rejected))
         if same == 0:
             raise RowFault("different questions", f"`chosen` and `rejected` begin differently. {_BEGINNINGS}")

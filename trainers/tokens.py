@@ -25,10 +25,11 @@ from jai.trainers.arguments import StageConfig, max_length_of
 from jai.trainers.data import FAULT, FAULT_KIND, ROW, TrainingData, faults_in, without_faults
 from jai.trainers.data_files import AnyDataset
 from jai.trainers.faults import FaultyRow, refuse_faults
-from jai.trainers.messages import Message, RowFault, shortened
+from jai.trainers.messages import Message, RowFault
 from jai.trainers.rows import DatasetType, Row
 
 IGNORED = -100
+_ASKING_ROLES = ("system", "user", "tool")  # a chat of these alone teaches nothing; a template may have more of others
 _COUNTED_ROWS = 20_000  # pairs: all rows up to here take a few seconds; of more, so many spread over them
 _COUNTED_OF_A_STREAM = 100
 _TOKENIZED = (DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION)  # SFT's; TRL makes the tokens of the others
@@ -87,7 +88,9 @@ class RowTokenizer:
             ids, _ = self._encode_messages(row["prompt"], row, add_generation_prompt=True)
             return ids, [IGNORED] * len(ids)
         if self.conversational:
-            return self._encode_messages(row["messages"], row, add_generation_prompt=False)
+            ids, labels = self._encode_messages(row["messages"], row, add_generation_prompt=False)
+            is_answered = any(message["role"] not in _ASKING_ROLES for message in row["messages"])
+            return ids, labels if is_answered else [IGNORED] * len(ids)
         ids = self._encode_text(self._ended(row[self.text_column]))
         return ids, ids
 
@@ -159,8 +162,8 @@ class RowTokenizer:
         except (TemplateError, TypeError, ValueError) as error:
             raise RowFault(
                 "chat template",
-                f"it does not fit the chat template: {shortened(error)} Mend the row, or give the tokenizer a template "
-                "that takes it (`chat_template_path`)",
+                f"it does not fit the chat template: {str(error).strip()} Mend the row, or give the tokenizer a "
+                "template that takes it (`chat_template_path`)",
             ) from error
         ids = list(encoded["input_ids"])
         if not masks:
