@@ -16,7 +16,7 @@ from jai.planning.count import count_parameters, head_widths
 Weights = Literal["float32", "bfloat16", "nf4", "nf4-double"]
 Learning = Literal["full", "lora"]
 Sharding = Literal["none", "fsdp", "hsdp"]
-Experts = Literal["grouped_mm", "eager", "jai_fused", "jai_fused_x", "jai_fused_fp8"]
+Experts = Literal["grouped_mm", "batched_mm", "eager", "jai_fused", "jai_fused_x", "jai_fused_fp8"]
 Loss = Literal["chunked", "logits", "none"]
 
 # NF4: 4 bits a weight, and for 64 of them a scale of 32 bits; with double quantisation one of 8 bits, and for 256 of
@@ -81,6 +81,11 @@ class Setup:
         if self.sharding == "none":
             return 1
         return self.gpus if self.sharding == "fsdp" else min(self.group or 8, self.gpus)
+
+    @property
+    def copies_experts(self) -> bool:
+        """Whether every row has a copy of its expert; those in four bits are dequantised one by one instead."""
+        return self.experts == "batched_mm" and self.weights not in ("nf4", "nf4-double")
 
     @property
     def tokens(self) -> int:
@@ -197,6 +202,8 @@ def saved_by_layer(config: JaiConfig, setup: Setup) -> dict[str, float]:
         rows = 0
     else:
         rows = c * s.R * (2 * s.H + 4 * s.I)
+    if setup.copies_experts:
+        rows += 3 * c * s.R * s.I * s.H  # a copy of its expert
     parts |= {"router": float(router), "experts": float(rows)}
     if not full:
         factors = s.c * s.E * setup.rank * (2 * s.H + 3 * s.I)
@@ -229,6 +236,8 @@ def working_of_layer(config: JaiConfig, setup: Setup) -> float:
         down, up = matrix, 2 * matrix + 2 * rows_i
     else:
         down, up = matrix, 2 * matrix
+    if setup.copies_experts:  # gradients of the copies
+        return rows_i * s.H + up
     combine = 8 * s.R * s.H + rows_h
     return max(2 * rows_i - rows_h + down, up - 2 * rows_i, combine)
 

@@ -29,9 +29,9 @@ class PlanOptions:
     batch: int = option(1, help="Sequences per GPU in each forward pass.", at_least=1, at_most=1_000_000)
     length: int = option(4096, help="Tokens per sequence.", at_least=1, at_most=100_000_000)
     checkpointing: bool = option(True, help="Recompute activations in the backward pass to save memory.")
-    experts_implementation: Literal["grouped_mm", "eager", "jai_fused", "jai_fused_x", "jai_fused_fp8"] = option(
-        "grouped_mm", help="Kernel for the experts."
-    )
+    experts_implementation: Literal[
+        "grouped_mm", "batched_mm", "eager", "jai_fused", "jai_fused_x", "jai_fused_fp8"
+    ] = option("grouped_mm", help="Kernel for the experts.")
     loss: Literal["chunked", "logits"] = option(
         "chunked", help="chunked: TRL's chunked head and loss; logits: all logits at once."
     )

@@ -279,18 +279,25 @@ class PackedCorpus:
                 raise UserError(f"The shard {path} has {found:,} bytes; expected {size:,}. {_REMEDY}")
         return corpus
 
-    def verify(self) -> None:
+    def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read every file and compare its hash.
 
+        Args:
+            part, parts: of the shards, only every so many-th one from this one on: for processes that share the work.
+
         Raises:
-            UserError: naming the first that differs.
+            UserError: naming the first that differs or cannot be read.
         """
-        for source in self.sources:
-            for shard in source.entry.shards:
-                for ending, expected in shard.sha256.items():
-                    path = self.folder / f"{shard.name}.{ending}"
-                    if sha256(path) != expected:
-                        raise UserError(f"The shard {path} is damaged: its SHA-256 is not the index's. {_REMEDY}")
+        shards = [shard for source in self.sources for shard in source.entry.shards]
+        for shard in shards[part::parts]:
+            for ending, expected in shard.sha256.items():
+                path = self.folder / f"{shard.name}.{ending}"
+                try:
+                    found = sha256(path)
+                except OSError as error:
+                    raise UserError(f"The shard {path} cannot be read: {error.strerror}. {_REMEDY}") from error
+                if found != expected:
+                    raise UserError(f"The shard {path} is damaged: its SHA-256 is not the index's. {_REMEDY}")
 
     def check_tokenizer(self, name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Refuse a tokenizer that gives other ids than the shards hold.

@@ -127,7 +127,8 @@ def encode_batches(
     except BrokenProcessPool as error:
         raise UserError(
             "A process that tokenised text was killed, probably because memory ran out. Give fewer `--workers`, or "
-            "more memory; the same command goes on from there."
+            "more memory; the same command goes on from there. (A script that packs needs `if __name__ == "
+            "'__main__':` around it, for each of these processes imports it.)"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -61,6 +61,12 @@ SLOW = [
     if not (shape is DENSE and changes.get("experts"))
 ]
 SLOW += [
+    Case(replace(setup, experts="batched_mm", length=64, checkpointing=checkpointing), shape)
+    for setup in (FULL, BF16, LORA, QLORA)
+    for checkpointing in (True, False)
+    for shape in ({}, WIDE)
+]
+SLOW += [
     Case(replace(LORA, new_rows=200)),
     Case(replace(QLORA, new_rows=400), WIDE),
     Case(replace(FULL, accumulates=True)),
@@ -382,7 +388,7 @@ def test_pairs_are_two_sequences(options, expected):
     ("given", "why"),
     [
         ({"optim": "sgd"}, "AdamW alone"),
-        ({"experts_implementation": "batched_mm"}, "batched_mm"),
+        ({"experts_implementation": "deepgemm"}, "deepgemm"),
         ({"max_length": "null"}, "max_length"),
         ({"load_in_4bit": "true"}, "with LoRA alone"),
     ],

@@ -744,6 +744,17 @@ class TestShards:
         assert not options["output_dir"].exists()
 
     @pytest.mark.slow
+    def test_two_processes_share_the_hashing_and_both_end(self, options):
+        """One of them reads the damaged shard, and the other does not wait for it for ever."""
+        shard = next(options["packed"].glob("thai*.tokens"))  # the second of two
+        shard.write_bytes(bytes(shard.stat().st_size))
+        process = start({**options, "verify_packed": True}, processes=2)
+        errors = " ".join(process.communicate(timeout=120)[1].split())
+        assert process.returncode != 0
+        assert "is damaged: its SHA-256 is not the index's" in errors
+        assert not options["output_dir"].exists()
+
+    @pytest.mark.slow
     def test_a_shard_that_is_cut_off_while_it_is_mapped(self, options, tmp_path, packed):
         """The machine ends the process (SIGBUS), which says where; the run goes on when the shard is mended."""
         expected = run(options, output_dir=tmp_path / "whole", max_steps=60)

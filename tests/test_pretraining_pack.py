@@ -357,6 +357,10 @@ class TestRefusals:
         middle.write_bytes(bytes([content[0] ^ 1]) + content[1:])
         with pytest.raises(UserError, match=r"thai-00001\.tokens is damaged"):
             PackedCorpus.open(folder).verify()
+        PackedCorpus.open(folder).verify(0, 3)  # of three processes, another one reads it
+        PackedCorpus.open(folder).verify(2, 3)
+        with pytest.raises(UserError, match=r"thai-00001\.tokens is damaged"):
+            PackedCorpus.open(folder).verify(1, 3)
         middle.unlink()
         with pytest.raises(UserError, match=r"thai-00001\.tokens cannot be read: No such file"):
             PackedCorpus.open(folder)

@@ -19,10 +19,12 @@ import pytest
 import torch
 import trainable_worker
 import transformers
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from packaging import version
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import ModelConfig
 
 from jai import JaiForSequenceClassification
@@ -33,6 +35,7 @@ from jai.provenance import input_of, read_step, write_step
 from jai.trainers import dpo, sft
 from jai.trainers.checks import check_partial_training
 from jai.trainers.lora import lora_config
+from jai.trainers.parameters import empty_model
 from jai.trainers.parts import ADAPTER_PARTS, read_entries, select_parts
 from jai.trainers.trainable import train_parts
 
@@ -497,6 +500,23 @@ def test_deepspeed_cannot_train_a_part_of_a_matrix():
     with pytest.raises(UserError, match=r"`deepspeed` is on, and lm_head\.weight is to learn in part"):
         check_partial_training(SimpleNamespace(training=training), ["lm_head.weight"])
     check_partial_training(SimpleNamespace(training=training), [])
+
+
+def test_zero3_leaves_the_plans_model_whole_and_takes_no_rows_beside_lora(checkpoint):
+    """transformers would cut that model's weights up as they are made, and there are none."""
+    zero3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    training = SimpleNamespace(training=SimpleNamespace(optim="adamw_torch"))
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"lm_head": [300]})
+    check_partial_training(training, [], rows)
+    set_hf_deepspeed_config(zero3)  # as TrainingArguments does
+    try:
+        base = SimpleNamespace(config=AutoConfig.from_pretrained(checkpoint), loading={"trust_remote_code": False})
+        assert {each.device.type for each in empty_model(base).parameters()} == {"meta"}
+        with pytest.raises(UserError, match="ZeRO-3 is on, and rows of new tokens are to learn beside LoRA"):
+            check_partial_training(training, [], rows)
+        check_partial_training(training, [], LoraConfig(target_modules=["q_proj"]))
+    finally:
+        unset_hf_deepspeed_config()
 
 
 def test_a_part_that_the_model_lacks_is_named(tiny_model):

@@ -9,12 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
+from accelerate.utils.imports import is_deepspeed_available
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -57,8 +60,16 @@ def chats(tmp_path_factory, sentences) -> Path:
     rows = [
         {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}], "language": "th"}
         for ask in sentences
-        for answer in sentences[:3]
+        for answer in sentences
     ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, sentences) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": ask, "chosen": f"ดี {n}", "rejected": "no" * (1 + n % 3)} for n, ask in enumerate(sentences * 4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -96,7 +107,7 @@ def engine(tmp_path: Path, recipe: str | None = "fsdp2", processes: int = 2) -> 
     return path
 
 
-def run(out: Path, options: dict[str, Any], config: Path | None = None, verb: str = "pretrain") -> Path:
+def start(out: Path, options: dict[str, Any], config: Path | None, verb: str) -> subprocess.Popen:
     """One process without a configuration; else `accelerate launch` with it."""
     options = {**options, "output_dir": out}
     command = ["-m", "jai", verb]
@@ -106,10 +117,14 @@ def run(out: Path, options: dict[str, Any], config: Path | None = None, verb: st
         command = ["-m", "accelerate.commands.launch", "--config_file", str(config), str(WORKER), verb]
     given = [part for key, value in options.items() for part in (f"--{key}", *str(value).split(" "))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, *command, *given], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command, *given], env=environment, **pipes)
+
+
+def run(out: Path, options: dict[str, Any], config: Path | None = None, verb: str = "pretrain") -> Path:
+    process = start(out, options, config, verb)
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, errors[-4000:]
     return out
 
 
@@ -193,12 +208,66 @@ def test_hsdp_is_two_groups_of_shards(options, tmp_path):
     assert_same(four, one)
 
 
-def test_fsdp2_tunes_on_chats_as_one_process(options, chats, tmp_path):
+def test_fsdp2_tunes_on_chats_as_one_process_and_goes_on_when_it_is_killed(options, chats, tmp_path):
+    """SIGKILL to both processes, while the second checkpoint is being written or soon after it."""
     del options["packed"]
-    options |= {"dataset_name": chats, "max_length": 64, "packing": False, "save_strategy": "no", "max_steps": 2}
+    options |= {"dataset_name": chats, "max_length": 128, "packing": False, "lr_scheduler_type": "constant"}
     one = run(tmp_path / "one", options, verb="sft")
     halves = {**options, "gradient_accumulation_steps": 2}
-    assert_same(run(tmp_path / "two", halves, engine(tmp_path), "sft"), one)
+    config = engine(tmp_path)
+    two = run(tmp_path / "two", halves, config, "sft")
+    assert_same(two, one)
+    out = tmp_path / "killed"
+    process = start(out, {**halves, "max_steps": 40}, config, "sft")  # not over before it is killed
+    while not (out / "checkpoint-4").exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.01)
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.communicate()
+    shutil.rmtree(out / "checkpoint-6", ignore_errors=True)
+    (out / "checkpoint-4" / "trainer_state.json").unlink(missing_ok=True)  # as if it had been killed a moment earlier
+    assert_same(run(out, {**halves, "resume_from_checkpoint": "true"}, config, "sft"), two, exact=True)
+
+
+@pytest.mark.parametrize("verb", ["dpo", "reward"])
+def test_fsdp2_learns_from_pairs_as_one_process(options, pairs, tmp_path, verb):
+    """DPO's reference is sharded, too; and a reward model has a head that no language model has.
+
+    By SGD: what both answers share has no gradient but of rounding, and AdamW's first step makes it a whole one.
+    """
+    del options["packed"]
+    options |= {"dataset_name": pairs, "max_length": 128, "save_strategy": "no", "max_steps": 2}
+    options |= {"optim": "sgd", "learning_rate": 0.1}
+    one = run(tmp_path / "one", options, verb=verb)
+    halves = {**options, "gradient_accumulation_steps": 2}
+    assert_same(run(tmp_path / "two", halves, engine(tmp_path), verb), one)
+
+
+@pytest.mark.skipif(not is_deepspeed_available(), reason="deepspeed is not installed")
+@pytest.mark.parametrize("verb", ["pretrain", "sft", "dpo"])
+def test_zero3_trains_as_one_process(options, chats, pairs, tmp_path, verb):
+    """DeepSpeed's own code over gloo. Every weight is cut, which by default those of a tiny model are not."""
+    if verb != "pretrain":
+        del options["packed"]
+        options |= {"dataset_name": chats if verb == "sft" else pairs, "max_length": 128, "max_steps": 2}
+        options |= {"optim": "sgd", "learning_rate": 0.1} if verb == "dpo" else {}
+    one = run(tmp_path / "one", options, verb=verb)
+    halves = {**options, "gradient_accumulation_steps": 2}
+    config = engine(tmp_path, "zero3")
+    values = yaml.safe_load(config.read_text())
+    cut = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    plugin = {"zero_optimization": cut, "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+    plugin |= {"zero_allow_untested_optimizer": True}
+    plugin |= {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(plugin))
+    values["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": True}
+    del values["mixed_precision"]
+    config.write_text(yaml.safe_dump(values))
+    two = run(tmp_path / "two", halves, config, verb)
+    assert_same(two, one)
+    if verb == "pretrain":
+        assert_same(resume(tmp_path / "resumed", two, halves, config), two, exact=True)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
+from peft import LoraConfig
 from transformers import PreTrainedConfig
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -231,16 +233,23 @@ def _require(module: str, package: str, setting: str, alternative: str) -> None:
 _OPTIMIZERS_OF_WHOLE_MATRICES = ("galore", "apollo", "lomo")
 
 
-def check_partial_training(arguments: StageArguments, partial: Collection[str]) -> None:
+def check_partial_training(arguments: StageArguments, partial: Collection[str], lora: LoraConfig | None = None) -> None:
     """Refuse what would move the frozen entries of parameters of which others learn.
 
     Args:
         arguments: the run's.
         partial: names of these parameters.
+        lora: the adapter, if there is one.
 
     Raises:
-        UserError: for an optimiser that mixes entries, and for an engine that keeps gradients out of reach.
+        UserError: for an optimiser that mixes entries, and for an engine that keeps gradients out of reach, or rows.
     """
+    if lora is not None and lora.trainable_token_indices and is_deepspeed_zero3_enabled():
+        raise UserError(
+            "DeepSpeed's ZeRO-3 is on, and rows of new tokens are to learn beside LoRA, which PEFT cannot take out of "
+            "matrices that are cut. Name in `trainable` what else learns (attention, experts, router, alphas), or take "
+            "FSDP2 (recipes/accelerate/fsdp2.yaml)."
+        )
     if not partial:
         return
     name = str(getattr(arguments.training.optim, "value", arguments.training.optim))

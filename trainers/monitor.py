@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback
 
 from jai.router_load import ROUTER_NAME, count_choices, count_choices_by_group
+from jai.trainers.trainable import whole_alphas
 
 _FIGURES = ("load_max", "load_min", "entropy")
 _LAYER = re.compile(r".*\.layers\.(?P<layer>\d+)")
@@ -107,8 +107,8 @@ class RouterMonitor:
                 rows = {layer: of_groups[group] for layer, of_groups in zip(layers, sums)}
                 logs |= _router_figures({layer: row for layer, row in rows.items() if row[-1]}, name)
         if self._alpha_owners:
-            alphas = torch.stack([_read_alpha(owner) for owner in self._alpha_owners.values()]).tolist()
-            logs |= {f"skip_alpha/layer_{layer:02}": alpha for layer, alpha in zip(self._alpha_owners, alphas)}
+            alphas = whole_alphas(self._alpha_owners)
+            logs |= {f"skip_alpha/layer_{layer:02}": alpha.item() for layer, alpha in alphas.items()}
             _add_means(logs, ("skip_alpha",))
         return logs
 
@@ -126,11 +126,6 @@ def _router_figures(sums: dict[int, list[float]], name: str) -> dict[str, float]
     if logs:
         _add_means(logs, tuple(f"router/{figure}{name and '/' + name.removesuffix('/')}" for figure in _FIGURES))
     return logs
-
-
-def _read_alpha(owner: nn.Module) -> torch.Tensor:
-    alpha = cast(torch.Tensor, owner.skip_alpha).detach()
-    return (alpha.full_tensor() if isinstance(alpha, DTensor) else alpha).float().cpu().squeeze()
 
 
 def _add_means(logs: dict[str, float], groups: tuple[str, ...]) -> None:

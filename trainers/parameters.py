@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 from trl import ModelConfig, get_quantization_config
 
 from jai.errors import UserError
@@ -65,7 +66,8 @@ def empty_model(base: BaseModel, auto_class: type = AutoModelForCausalLM) -> Pre
         base: the checkpoint.
         auto_class: transformers' class that makes it, such as AutoModelForSequenceClassification for a reward model.
     """
-    with torch.device("meta"):
+    # ZeRO-3 would cut weights up as they are made; told that somebody does that already, transformers leaves it be.
+    with set_zero3_state(), torch.device("meta"):
         return cast(Any, auto_class).from_config(base.config, trust_remote_code=base.loading["trust_remote_code"])
 
 

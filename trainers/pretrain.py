@@ -6,6 +6,7 @@ accelerate launch -m jai.trainers.pretrain --config recipes/jai-1/phase-1.yaml
 """
 
 import faulthandler
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import get_peft_model
 from rich.console import Console
 from rich.markup import escape
@@ -108,7 +110,7 @@ def run_pretrain(
         check_same_options(checkpoint, saved, identity)
     remove_unfinished(unfinished, console)
     lora = lora_config(model_args, parts, model)
-    check_partial_training(arguments, parts.masked(lora is not None))
+    check_partial_training(arguments, parts.masked(lora is not None), lora)
     parameters = count_trained_parameters(model, base, parts, lora, model_args)
     rows = [*model_rows(arguments, base, lora, parameters), *_text_rows(config, plan, layout)]
     rows += [
@@ -234,11 +236,17 @@ def _check(config: PretrainConfig, model_args: ModelConfig, jai_args: JaiTrainin
 
 
 def _verify(corpus: PackedCorpus, console: Console) -> None:
-    """On one process of each node, while the others wait for it."""
+    """The processes of each node share the files, so that none waits for the others longer than they would let it."""
     console.print(f"Comparing {escape(str(corpus.folder))} with its hashes …")
-    with PartialState().local_main_process_first():
-        if PartialState().is_local_main_process:
-            corpus.verify()
+    fault = None
+    try:
+        # Without the launcher's word of how many there are, each reads all.
+        corpus.verify(PartialState().local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    except UserError as error:
+        fault = str(error)
+    faults = [each for each in gather_object([fault]) if each is not None]
+    if faults:
+        raise UserError(faults[0])
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     model = empty_model(base, stage.auto_class)
     parts = choose_parts(arguments.jai, arguments.model, base, model)
     lora = lora_config(arguments.model, parts, model)
-    check_partial_training(arguments, parts.masked(lora is not None))
+    check_partial_training(arguments, parts.masked(lora is not None), lora)
     if checkpoint is not None:
         check_resumption(checkpoint, base, lora)
     loading = loading_arguments(arguments, base)

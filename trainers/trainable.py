@@ -10,15 +10,16 @@ which PEFT can neither wrap nor copy alone. They learn as they are, as biases do
 the adapter's file under their own names, from where PEFT and transformers load them into the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from jai.trainers.parts import IN_PEFT, Entries, TrainableParts, count_entries
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
@@ -87,16 +89,27 @@ class TrainedModel:
 
     def alpha_values(self) -> dict[str, torch.Tensor]:
         """The skip alphas for the adapter's file. All ranks must call it together."""
-        values = {name: cast(torch.Tensor, owner.skip_alpha).detach() for name, owner in self.alphas.items()}
-        return {
-            name: (alpha.full_tensor() if isinstance(alpha, DTensor) else alpha).cpu() for name, alpha in values.items()
-        }
+        return whole_alphas(self.alphas)
 
     def set_alphas(self, values: dict[str, torch.Tensor]) -> None:
         """Give the skip alphas the values that `alpha_values` had."""
         for name, owner in self.alphas.items():
             local = _local(owner)
             local.copy_(values[name][: len(local)])  # a rank of FSDP2 has all of it, or nothing
+
+
+def whole_alphas(owners: Mapping[Key, nn.Module]) -> dict[Key, torch.Tensor]:
+    """Skip alphas as they are, on the CPU; of shards, whole. All ranks must call it together.
+
+    Args:
+        owners: the layers that have them.
+    """
+    alphas = {key: cast(torch.Tensor, owner.skip_alpha) for key, owner in owners.items()}
+    with gather_params_ctx(list(alphas.values()), modifier_rank=None):  # ZeRO-3 may leave nothing of them here
+        return {
+            key: (alpha.full_tensor() if isinstance(alpha, DTensor) else alpha).detach().cpu().clone()
+            for key, alpha in alphas.items()
+        }
 
 
 def train_parts(model: nn.Module, parts: TrainableParts) -> TrainedModel:
