@@ -69,8 +69,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError("The corpus has no sources. Give at least one.")
-        names = [source.name for source in self.sources]
-        if double := next((name for index, name in enumerate(names) if name in names[:index]), None):
+        names = [source.name.casefold() for source in self.sources]  # as some file systems read them
+        if double := next((self.sources[n].name for n, name in enumerate(names) if name in names[:n]), None):
             raise UserError(f"The corpus has two sources of the name {double!r}. Give each its own.")
         for source in self.sources:
             _check_source(source)

@@ -144,6 +144,8 @@ def pack_corpus(options: PackOptions, console: Console | None = None) -> Path:
     tokenizer = packing_tokenizer(name, load_tokenizer(name))
     workers = options.workers or _processors()
     _print_plan(console, options, sources, tokenizer, workers)
+    for line in _packed_twice(sources):
+        console.print(f"[yellow]{escape(line)}[/]")
     with resumable_folder(options.out, _identity(options, sources, tokenizer)) as job:
         entries = [_SourcePacker(source, tokenizer, job, options.shard_tokens).pack(workers) for source in sources]
         description = {
@@ -375,6 +377,19 @@ def _print_plan(
         config = source.config
         table.add_row(escape(config.name), ", ".join(config.languages), escape(texts), escape(config.licence or "–"))
     console.print(table)
+
+
+def _packed_twice(sources: list[OpenedSource]) -> Iterator[str]:
+    """Columns that two sources read of one file or dataset."""
+    readers: dict[tuple[str, str], list[str]] = {}
+    for source in sources:
+        for part in source.parts:
+            place = os.path.realpath(part.path) if isinstance(part, TextFile) else part.name
+            for column in source.config.columns:
+                readers.setdefault((place, column), []).append(source.config.name)
+    for (place, column), names in readers.items():
+        if len(names) > 1:
+            yield f"The sources {' and '.join(names)} both have `{column}` of {place}: its text is packed twice."
 
 
 def _print_result(console: Console, out: Path, entries: list[PackedSourceEntry]) -> None:

@@ -4,6 +4,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,18 @@ class TestContent:
         assert f" {len(os.sched_getaffinity(0))} process" in console.file.getvalue()
         assert [row[-2] for row in rows if row[1:2] == ["english"]] == ["CC0-1.0", "0"]
         assert [row[-2] for row in rows if row[1:2] == ["thai"]] == ["–", "1"]
+
+    def test_text_that_two_sources_have_is_said(self, corpus, tmp_path):
+        config, _ = corpus
+        values = yaml.safe_load(config.read_text())
+        thai, english, pairs = values["sources"]
+        again = {"name": "again", "text": [f"{thai['text']}/a.jsonl.gz"], "language": "th", "column": "content"}
+        console = Console(file=StringIO(), width=300)
+        for sources, is_said in (([thai, english, pairs], False), ([thai, again], True)):
+            config.write_text(yaml.safe_dump(values | {"sources": sources}))
+            pack_corpus(PackOptions(out=tmp_path / f"out-{is_said}", config=config, workers=1), console)
+            said = re.findall(r"The sources (.*) both have `content` of .*a\.jsonl\.gz", console.file.getvalue())
+            assert said == (["thai and again"] if is_said else [])
 
     def test_text_that_spells_a_special_token_stays_text(self, tmp_path, tokenizer):
         eos = load_tokenizer(tokenizer).eos_token
@@ -275,6 +288,10 @@ class TestRefusals:
             ({"sources": [{"name": "a b", "text": "a", "language": "th"}]}, "'a b' names files"),
             ({"sources": [{"name": "a", "text": "a"}]}, "needs either `language` or `parallel`"),
             ({"sources": [{"name": "a", "language": "th"}] * 2}, "two sources of the name 'a'"),
+            (
+                {"sources": [{"name": name, "language": "th"} for name in ("wiki", "Wiki")]},
+                "two sources of the name 'Wiki'",  # one on some file systems
+            ),
             ({"sources": [{"name": "a", "parallel": {"en": "en"}}]}, "expected two or more columns by language"),
             ({"sources": [{"name": "a", "parallel": {"en": 1, "th": 2}}]}, "expected two or more columns by language"),
             (
