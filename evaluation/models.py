@@ -63,6 +63,11 @@ def _transformers(options: EvalOptions, folder: Path) -> LM:
     from jai.evaluation.prefix_sharing import PrefixSharingLM
 
     tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {options.model} has neither a token that begins a text nor one that ends it, and an "
+            "answer needs one of them. Set eos_token in its tokenizer_config.json."
+        )
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_causal_model(
         options.model,

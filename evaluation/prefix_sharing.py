@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
@@ -81,6 +82,13 @@ class _Row:
 
 class PrefixSharingLM(HFLM):
     """lm-eval's `HFLM` with shared prefixes, and with a word on choices that cannot be scored."""
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        try:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        except ValueError as error:  # of transformers, for a setting that it does not know
+            reason = str(error).partition("(note:")[0].strip()
+            raise UserError(f"{requests[0].task_name} cannot be asked: {reason} Mend its generation_kwargs.") from error
 
     def _loglikelihood_tokens(
         self,

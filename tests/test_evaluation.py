@@ -527,6 +527,7 @@ def test_a_task_that_does_not_exist(tmp_path):
         ({"metric": "f1"}, r"xcopa_th has no metric 'f1'\. It has: acc"),
         ({"metric": "acc", "also": ["f1"]}, r"xcopa_th has no metric 'f1'\. It has: acc"),
         ({"metric": "acc", "filter": "strict"}, r"xcopa_th has no filter 'strict'\. It has: none"),
+        ({"metric": "acc", "shots": 9}, "xcopa_th takes 9 examples"),
         (
             {"metric": "acc", "settings": {"doc_to_txt": "x"}},
             r"xcopa_th cannot .*the settings \(doc_to_txt\)",
@@ -537,6 +538,34 @@ def test_what_a_task_does_not_have_is_refused_before_the_model_answers(data, row
     suite = Suite(name="s", title="t", about="a", tasks=[{"task": "xcopa_th", **row}])
     with pytest.raises(UserError, match=problem):
         plan_suite(suite, TaskLoader(data=data))
+
+
+def test_a_task_takes_no_more_examples_than_there_are(data):
+    loader = TaskLoader(data=data)
+    assert loader.load("thai_exam_onet", shots=5)
+    with pytest.raises(UserError, match="thai_exam_onet takes 6 examples before a question, of 5 that there are"):
+        loader.load("thai_exam_onet", shots=6)
+    questions = len(loader.load("belebele_tha_Thai", shots=0)[0].eval_docs)
+    assert loader.load("belebele_tha_Thai", shots=questions - 1)  # a question is no example of its own
+    with pytest.raises(UserError, match=f"of {questions} that there are"):
+        loader.load("belebele_tha_Thai", shots=questions)
+
+
+def test_a_setting_that_the_model_does_not_know(lm, data, tmp_path):
+    settings = {"generation_kwargs": {"max_gen_tokens": 5}}
+    suite = Suite(name="s", title="t", about="a", tasks=[{"task": "xquad_th", "metric": "f1", "settings": settings}])
+    model = PrefixSharingLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=8, backend="causal")
+    with pytest.raises(UserError, match=r"xquad_th cannot be asked: .*max_gen_tokens.* Mend its generation_kwargs"):
+        measure(plan_suite(suite, TaskLoader(data=data)), model, tmp_path / "run", limit=1)
+
+
+def test_a_tokenizer_without_begin_and_end(checkpoint, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(checkpoint, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token": None, "eos_token": None}))
+    with pytest.raises(UserError, match="has neither a token that begins a text nor one that ends it"):
+        load_answering_model(EvalOptions(model=str(folder)), chat=False)
 
 
 def test_a_metric_that_a_tasks_own_function_does_not_give(data, tmp_path):

@@ -203,6 +203,20 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path):
     assert [int(item.id) for item in read_run(killed)[1]] == list(range(50))
 
 
+def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path):
+    """Of the outcomes and of the answers, which lie beside them."""
+    with open_run(tmp_path / "run", **WHAT) as run:
+        run.add(items_of([1.0]))
+    paths = [tmp_path / "run" / ITEMS_FILE, tmp_path / "run" / "answers.jsonl"]
+    for path in paths:
+        with path.open("a") as file:
+            file.write('{"suite": "s", "ta')
+    with open_run(tmp_path / "run", **WHAT) as run:
+        run.add(items_of([1.0, 0.0]))
+        assert paths[1].read_text() == ""
+    assert [item.score for item in read_run(tmp_path / "run")[1]] == [1.0, 0.0]
+
+
 def test_what_is_there_is_not_measured_again(tmp_path):
     for score in (1.0, 0.0):
         with open_run(tmp_path / "run", **WHAT) as run:

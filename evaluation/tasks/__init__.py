@@ -3,7 +3,7 @@
 is given. `lm_eval --include_path` takes this folder as it is."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,7 @@ class TaskLoader:
         except Exception as error:  # of as many kinds as there are data sets
             raise self._refusal(name, config, settings, error, has_data=bool(local)) from error
         task.set_config("num_fewshot", (task.get_config("num_fewshot") or 0) if shots is None else shots)
+        _check_shots(task)
         return task
 
     def _local_settings(self, config: dict[str, Any], shots: int | None) -> dict[str, Any]:
@@ -162,6 +163,21 @@ class TaskLoader:
         advice = f", or give the folder that has it as {' or '.join(names)}.jsonl with --data" if names else ""
         what = f"the settings ({', '.join(settings)}) and the network" if settings else "the network"
         return UserError(f"The task {name} cannot be loaded ({type(error).__name__}: {reason}). Check {what}{advice}.")
+
+
+def _check_shots(task: "Task") -> None:
+    """Refuse more examples than there are: lm-eval asserts it, in the middle of a run."""
+    shots = task.config.num_fewshot
+    if not shots:
+        return
+    examples = task.fewshot_docs()
+    count = len(examples) if isinstance(examples, Sized) else sum(1 for _ in examples)
+    of_questions = task.config.fewshot_split == (task.config.test_split or task.config.validation_split)
+    if count - of_questions < shots:  # a question is no example of its own
+        raise UserError(
+            f"The task {task.task_name} takes {shots} examples before a question, of {count} that there are. "
+            "Give fewer shots, or more examples."
+        )
 
 
 def data_source(config: dict[str, Any], split: str) -> DataSource:
