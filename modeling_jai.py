@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """JAI: phi-3 blocks repeated in place with skip alphas (paper, equation 1), and a router over experts.
 
-With every alpha 0 a JAI is Mixtral; with one expert and no repeats it is Phi-3 without a window. Both are tested.
-This file ships to the Hub beside every checkpoint: it imports torch, transformers, `.configuration_jai` and
-`.quantization_jai`, and kernels attach to it from outside, through transformers' attention and experts interfaces.
+With every alpha 0 a JAI is Mixtral; with one expert and no repeats it is Phi-3 without a sliding window.
+Every checkpoint on the Hub includes this file. It imports only torch, transformers, `.configuration_jai` and
+`.quantization_jai`; kernels attach from outside, through transformers' attention and experts interfaces.
 
-Shape suffixes: B batch, S sequence, T = B * S tokens, H hidden_size, I intermediate_size, E experts, K experts of a
+Shape suffixes: B batch, S sequence, T = B * S tokens, H hidden_size, I intermediate_size, E experts, K experts per
 token, N query heads, G key and value heads, D head_dim, V vocabulary.
 """
 
@@ -48,12 +48,12 @@ from .quantization_jai import (
     refuse_implementation,
 )
 
-# What transformers calls the keys and values of earlier tokens: `cache` since 5.24.
+# transformers' name for the key/value cache: `cache` since 5.24.
 CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def takes_cache(forward: Callable) -> Callable:
-    """Let a method with `past_key_values` take it by transformers' name for it, too."""
+    """Let a method take its argument `past_key_values` under the name `cache` too, if transformers uses that."""
     if CACHE == "past_key_values":
         return forward
     signature = inspect.signature(forward)
@@ -66,7 +66,7 @@ def takes_cache(forward: Callable) -> Callable:
             kwargs["past_key_values"] = kwargs.pop(CACHE)
         return forward(self, *args, **kwargs)
 
-    # `generate` looks for its name.
+    # `generate` looks for the argument in the signature.
     renaming.__signature__ = signature.replace(parameters=[*others, parameter, last])  # type: ignore[attr-defined]
     return renaming
 
@@ -88,7 +88,7 @@ class JaiRMSNorm(nn.Module):
 
 
 class JaiRotaryEmbedding(nn.Module):
-    # The attribute names are a contract: transformers recomputes the buffers of any *RotaryEmbedding by them.
+    # Keep the attribute names: transformers uses them to recompute the buffers of any *RotaryEmbedding.
     def __init__(self, config: JaiConfig):
         super().__init__()
         self.config = config
@@ -160,9 +160,9 @@ def eager_attention_forward(
 
 
 class JaiAttention(nn.Module):
-    """Grouped-query attention; phi-3's fused `qkv_proj` is cut into three so that tensor parallelism and LoRA fit."""
+    """Grouped-query attention, with phi-3's fused `qkv_proj` split into three for tensor parallelism and LoRA."""
 
-    apply_rotary_pos_emb = staticmethod(apply_rotary_pos_emb)  # an attribute: a kernel may replace it in one model
+    apply_rotary_pos_emb = staticmethod(apply_rotary_pos_emb)  # an attribute, so that kernels can replace it per model
 
     def __init__(self, config: JaiConfig, layer_idx: int):
         super().__init__()
@@ -227,7 +227,7 @@ class JaiMLP(nn.Module):
 
 
 class JaiTopKRouter(nn.Module):
-    """Softmax over all experts in fp32, the best K of them, renormalised to sum to 1 (paper, section 3.1.3)."""
+    """Softmax over all experts in fp32; the top K weights are renormalized to sum to 1 (paper, section 3.1.3)."""
 
     def __init__(self, config: JaiConfig):
         super().__init__()
@@ -272,11 +272,13 @@ class JaiExperts(nn.Module):
         return out_TH
 
     def in_four_bits(self, quantization) -> JaiExperts4bit:
-        """What stands in for these experts in a model that is loaded with that `BitsAndBytesConfig`."""
+        """The 4-bit replacement of these experts, for loading with a `BitsAndBytesConfig`."""
         return JaiExperts4bit(self, quantization)
 
 
 class JaiSparseMoeBlock(nn.Module):
+    """A router and its experts."""
+
     def __init__(self, config: JaiConfig):
         super().__init__()
         self.gate = JaiTopKRouter(config)
@@ -289,13 +291,15 @@ class JaiSparseMoeBlock(nn.Module):
 
 
 class JaiDecoderLayer(GradientCheckpointingLayer):
+    """A pre-norm layer. At the start of a later copy of a block, it adds alpha times the anchor to its input."""
+
     def __init__(self, config: JaiConfig, layer_idx: int):
         super().__init__()
         planned = config.layer_plan[layer_idx]
         self.takes_anchor = planned.takes_anchor
         self.skip_alpha_normalize = config.skip_alpha_normalize
-        # (1,) and not a scalar: FSDP2 refuses 0-d parameters. A frozen alpha is a buffer, because loading a
-        # checkpoint makes every parameter trainable again.
+        # Shape (1,), because FSDP2 refuses 0-d parameters. A frozen alpha is a buffer, because loading a checkpoint
+        # makes every parameter trainable again.
         if not planned.adds_anchor:
             self.register_parameter("skip_alpha", None)
         elif config.skip_alpha_trainable:
@@ -361,7 +365,7 @@ class JaiPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(*args, **kwargs)
 
     def load_adapter(self, peft_model_id=None, *args, peft_config=None, load_config=None, **kwargs):
-        """transformers' own; LoRA reaches experts in four bits."""
+        """As in transformers, but LoRA can adapt 4-bit experts."""
         if any(isinstance(module, JaiExperts4bit) for module in self.modules()):
             peft_config = peft_config_of_four_bits(peft_model_id, peft_config, load_config, **kwargs)
         return super().load_adapter(peft_model_id, *args, peft_config=peft_config, load_config=load_config, **kwargs)
@@ -377,7 +381,9 @@ class JaiPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, JaiExperts4bit):
-            raise ValueError("The checkpoint lacks weights of its experts, and quantised ones cannot be drawn.")
+            raise ValueError(
+                "The checkpoint lacks weights of its experts, and 4-bit experts cannot be initialized at random."
+            )
         if isinstance(module, JaiExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -387,7 +393,7 @@ class JaiPreTrainedModel(PreTrainedModel):
             init.constant_(module.skip_alpha, self.config.initial_skip_alphas[module.layer_idx])
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Parameters of the model; quantised ones count as what they stand for."""
+        """Parameters of the model; a quantized weight counts as one parameter, not as its packed bytes."""
         count = super().num_parameters(only_trainable, exclude_embeddings)
         for experts in [] if only_trainable else self.modules():
             if isinstance(experts, JaiExperts4bit):
@@ -395,7 +401,7 @@ class JaiPreTrainedModel(PreTrainedModel):
         return count
 
     def save_pretrained(self, *args, **kwargs):
-        # FSDP2 gives the model a class of its own, whose name and file would be saved as the remote code.
+        # FSDP2 replaces the model's class by a subclass, whose name and file would be saved as the remote code.
         wrapper = type(self)
         if wrapper.__module__.startswith("torch."):
             model_class = next(cls for cls in wrapper.__mro__ if "_auto_class" in vars(cls))
@@ -405,9 +411,9 @@ class JaiPreTrainedModel(PreTrainedModel):
 
 
 def offer_peft_defaults():
-    """Tell PEFT, if the process has imported it, what its methods adapt in a JAI where no target modules are given.
+    """Register JAI's default target modules with PEFT, if the process has imported it.
 
-    The layers have Llama's names, so the targets are Llama's, but for all of attention where those are q and v alone.
+    They are Llama's, since the layers have the same names; but where Llama's are only q and v, all of attention.
     """
     peft = sys.modules.get("peft.utils.constants")
     for name, table in vars(peft).items() if peft else ():
@@ -428,7 +434,7 @@ class JaiModel(JaiPreTrainedModel):
         self.layers = nn.ModuleList(JaiDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = JaiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = JaiRotaryEmbedding(config)
-        # (layer whose input is the anchor, layer that adds it) of every skip connection
+        # For each skip connection: the layer whose input is the anchor, and the layer that adds it.
         self.skips = [(p.layer - p.copy * config.block_size, p.layer) for p in config.running_plan if p.adds_anchor]
         self.gradient_checkpointing = False
         self.post_init()
@@ -457,14 +463,14 @@ class JaiModel(JaiPreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
 
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
-        # After the mask: transformers looks for packed documents only where there is no cache, and `use_cache` is on
-        # by default (the same four documents lose 226.172 instead of 224.487, in silence).
+        # After the mask: transformers looks for packed documents only if there is no cache, and `use_cache` is on by
+        # default (the loss of four packed documents would silently change from 224.487 to 226.172).
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
-        anchor = None  # Output(n - 1, last copy) of equation 1: what entered the first copy of the running block
+        anchor = None  # the input of the current block's first copy: Output(n - 1, last copy) in equation 1
         self._refuse_cut_skips()
         if kwargs.get("output_router_logits"):
             self._refuse_lost_auxiliary_loss()
@@ -472,7 +478,7 @@ class JaiModel(JaiPreTrainedModel):
             if getattr(decoder_layer, "takes_anchor", False):
                 anchor = hidden_states
             adds_anchor = getattr(decoder_layer, "skip_alpha", None) is not None
-            # Positional: reentrant checkpointing finds gradients only through positional tensors.
+            # Positional, because reentrant checkpointing passes gradients only through positional tensors.
             hidden_states = decoder_layer(
                 hidden_states,
                 anchor if adds_anchor else None,
@@ -486,10 +492,10 @@ class JaiModel(JaiPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
     def _causal_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values):
-        """transformers' causal mask, which also keeps packed documents apart beside a 2-D attention mask."""
+        """transformers' causal mask, but packed documents are kept apart even if there is a 2-D attention mask."""
         same_document = None
         if attention_mask is not None and len(attention_mask.shape) != 2:
-            pass  # made by the caller: taken as it is
+            pass  # the caller's own mask, used as it is
         elif past_key_values is not None:
             self._refuse_packed_beside_cache(attention_mask, position_ids)
         else:
@@ -508,9 +514,9 @@ class JaiModel(JaiPreTrainedModel):
             )
 
     def _keep_documents_apart(self, attention_mask, position_ids_BS):
-        """The mask for transformers, and a mask function for tokens of one document, or None where it needs none.
+        """The attention mask for transformers, and a mask function that keeps documents apart (None if not needed).
 
-        It looks at restarting `position_ids` only where there is no attention mask at all.
+        By itself transformers looks at restarting `position_ids` only if there is no attention mask.
         """
         if attention_mask is None or attention_mask.shape != position_ids_BS.shape:  # it may cover a tuned prefix too
             return attention_mask, None
@@ -528,7 +534,7 @@ class JaiModel(JaiPreTrainedModel):
 
     @staticmethod
     def _positions_restart(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Whether two real tokens stand side by side in a row, and their positions do not."""
+        """Whether the positions of two neighbouring tokens, neither of them padding, are not consecutive."""
         restarts = position_ids.diff() != 1
         if attention_mask is not None:
             real = attention_mask[:, -position_ids.shape[1] :] != 0  # the mask covers what a cache holds, too
@@ -536,7 +542,7 @@ class JaiModel(JaiPreTrainedModel):
         return bool(restarts.any())
 
     def _refuse_cut_skips(self):
-        """A pipeline stage gets `hidden_states` from the stage before and no anchor, so it would compute wrongly."""
+        """A pipeline stage receives `hidden_states` but no anchor, so a skip across stages would be wrong."""
         for anchor_layer, layer in self.skips:
             if hasattr(self.layers[anchor_layer], "self_attn") != hasattr(self.layers[layer], "self_attn"):
                 starts = [planned.layer for planned in self.config.running_plan if planned.takes_anchor]
@@ -546,7 +552,7 @@ class JaiModel(JaiPreTrainedModel):
                 )
 
     def _refuse_lost_auxiliary_loss(self):
-        """Reentrant checkpointing runs the layers without gradients at first, when router logits are recorded."""
+        """Reentrant checkpointing records the router logits in its first pass, which has no gradients."""
         reentrant = any(
             getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
             for layer in self.layers
@@ -651,8 +657,8 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
 
     @takes_cache
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
-        # `generate` takes embeddings only where this signature names them.
-        # LongRoPE turns every key differently once the context outgrows the original one: compute the cache anew.
+        # `generate` accepts embeddings only if this signature names them.
+        # LongRoPE rotates all keys differently once the context outgrows the original one, so the cache is recomputed.
         rope = self.config.rope_parameters
         limit = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else None
         if limit and past_key_values is not None and 0 < past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
@@ -662,7 +668,7 @@ class JaiForCausalLM(JaiPreTrainedModel, GenerationMixin):
         )
 
 
-# The heads build their model here: transformers' own `__init__` does so through AutoModel, which refuses remote code.
+# These build their base model themselves: transformers' `__init__` uses AutoModel, which refuses remote code.
 
 
 class JaiForSequenceClassification(GenericForSequenceClassification, JaiPreTrainedModel):

@@ -356,7 +356,8 @@ def refuse_unknown(
         if unknown[0] in (renamed or {}):
             advice = f"Today it is {(renamed or {})[unknown[0]]}."
         elif len(unknown) > max(1, len(set(names)) // 2):
-            advice = f"{len(unknown)} of its {len(set(names))} options are unknown here: is it meant for another verb?"
+            count = f"{len(unknown)} of its {len(set(names))} options"
+            advice = f"{count} are unknown here: is it meant for another command?"
         elif close:
             advice = f"Did you mean {close[0]!r}?"
         raise UserError(f"{where} has the option {unknown[0]!r}, which does not exist. {advice}")

@@ -103,7 +103,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: an error that the user can mend is one message and exit code 1, Ctrl-C is 130."""
+    """Entry point: an error that the user can fix is one message and exit code 1, Ctrl-C is 130."""
     if isinstance(sys.stdout, TextIOWrapper):  # names of files may be no UTF-8, and terminals may know little of it
         sys.stdout.reconfigure(errors="backslashreplace")
     ignore_unused_kernel()
@@ -120,7 +120,7 @@ def main() -> None:
     except OSError as error:  # of what no verb foresees: names that are too long, what nobody may read
         if error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}. Give another path, or mend this one.")
+        _fail(f"{error.filename}: {error.strerror}. Give another path, or fix this one.")
     except SystemExit as exit_:
         if exit_.code == INTERRUPTED:
             typer.echo("Interrupted.", err=True)

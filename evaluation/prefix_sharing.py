@@ -120,7 +120,7 @@ class PrefixSharingLM(HFLM):
         context, choice = texts or ("", "")
         what = f"has {len(continuation)} tokens, and the model takes {self.max_length}" if continuation else "is empty"
         raise UserError(
-            f"A choice {what}, so it has no likelihood: {choice[:80]!r} after {context[-80:]!r}. Mend the data, or "
+            f"A choice {what}, so it has no likelihood: {choice[:80]!r} after {context[-80:]!r}. Fix the data, or "
             "leave the question out."
         )
 

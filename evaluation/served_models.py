@@ -21,7 +21,7 @@ def _explaining_faults(address: str) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"The server at {address} does not answer as OpenAI's API does: {reason}. What it answered before is kept: "
-            "mend the server or the address, and give the same command again."
+            "fix the server or the address, and give the same command again."
         ) from error
 
 

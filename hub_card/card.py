@@ -290,10 +290,10 @@ def _file_table(step: Step) -> str:
 
 def _plain_training(path: Path) -> CardStep:
     """What a trainer of transformers or TRL says, of which provenance.json knows nothing."""
-    state = read_json(path, "Mend it or remove it.")
+    state = read_json(path, "Fix it or remove it.")
     history = state.get("log_history") or []
     if not (isinstance(history, list) and all(isinstance(entry, dict) for entry in history)):
-        raise UserError(f"log_history in {path} is no list of what was logged. Mend the file or remove it.")
+        raise UserError(f"log_history in {path} is no list of what was logged. Fix the file or remove it.")
     metrics = {"steps": state.get("global_step"), "epochs": state.get("epoch")}
     for entry in history:  # the last one wins
         metrics |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}

@@ -207,7 +207,7 @@ def _run(contents: Contents, scratch: Path, name: str, request: dict[str, Any]) 
             "that made it."
         )
     raise UserError(
-        f"{folder} does not load in a clean process: {error}\nNobody could load it from the Hub either. Mend the "
+        f"{folder} does not load in a clean process: {error}\nNobody could load it from the Hub either. Fix the "
         "folder, or save the model again with save_pretrained."
     )
 

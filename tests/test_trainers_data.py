@@ -289,7 +289,7 @@ def test_more_faulty_rows_are_refused_with_each_kind(limit):
     assert "Also row 4 of rows.jsonl (split train) cannot be trained on: `messages` has an empty answer" in str(
         error.value
     )
-    assert f"3 of 5 rows are faulty. Mend these rows or leave them out, or raise `max_faulty_rows` ({limit})" in str(
+    assert f"3 of 5 rows are faulty. Fix these rows or leave them out, or raise `max_faulty_rows` ({limit})" in str(
         error.value
     )
 

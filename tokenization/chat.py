@@ -20,7 +20,7 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     return tokenizer
 
 
-def check_chat(name: str, tokenizer: PreTrainedTokenizerBase, remedy: str = "Mend the template.") -> None:
+def check_chat(name: str, tokenizer: PreTrainedTokenizerBase, remedy: str = "Fix the template.") -> None:
     """Refuse a chat template that cannot be used.
 
     Args:

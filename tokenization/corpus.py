@@ -458,12 +458,12 @@ def _document(row: dict[str, Any], columns: Columns, where: str) -> Document:
     for text in texts:
         if half := _HALF_A_PAIR.search(text):
             raise UserError(
-                f"{where} holds {half[0]!r}, half of a surrogate pair, which no UTF-8 text can. Mend or drop the line."
+                f"{where} holds {half[0]!r}, half of a surrogate pair, which no UTF-8 text can. Fix or drop the line."
             )
     quality = row.get(columns.quality) if columns.quality else None
     is_number = isinstance(quality, int | float) and not isinstance(quality, bool) and math.isfinite(quality)
     if columns.quality and not is_number:
-        raise UserError(f"{where}: `{columns.quality}` is {quality!r}; expected a number. Mend or drop the row.")
+        raise UserError(f"{where}: `{columns.quality}` is {quality!r}; expected a number. Fix or drop the row.")
     return Document(texts[0], _string(row.get("source")), quality, tuple(texts[1:]))
 
 
@@ -554,7 +554,7 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Document]:
                     row = {name: cell.as_py() for name, cell in zip(read, cells)}
                     for column in columns.texts:
                         if row[column] is None:
-                            raise UserError(f"{path}, row {number} has no `{column}`. Mend or drop the row.")
+                            raise UserError(f"{path}, row {number} has no `{column}`. Fix or drop the row.")
                     yield _document(row, columns, f"{path}, row {number}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, row {number} is not UTF-8: {error.reason}. Convert the text to UTF-8.") from error

@@ -354,7 +354,7 @@ class _Source:
         except UnicodeEncodeError as error:
             raise UserError(
                 f"Document {self.documents} of {name} has half a surrogate pair ({text[error.start]!r}), which no "
-                "UTF-8 can hold. Mend the text."
+                "UTF-8 can hold. Fix the text."
             ) from None
         if self.characters < WORD_CHARACTERS:
             self.words_counted_in += len(text)

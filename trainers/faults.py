@@ -50,7 +50,7 @@ def refuse_faults(faulty: Sequence[FaultyRow], rows: int, limit: float, *, befor
         also = "".join(f" Also {text[0].lower()}{text[1:]}" for text in others)
         more = f" And {len(kinds) - _SHOWN_KINDS} more kinds." if len(kinds) > _SHOWN_KINDS else ""
         raise UserError(
-            f"{first}{also}{more} {before + len(faulty):,} of {rows:,} rows are faulty. Mend these rows or leave them "
+            f"{first}{also}{more} {before + len(faulty):,} of {rows:,} rows are faulty. Fix these rows or leave them "
             f"out, or raise `max_faulty_rows` ({limit:g}), which leaves out so many."
         )
     return [f"Left out {len(faulty):,} of {rows:,} rows, which are faulty. {' '.join(kinds)}"]

@@ -275,7 +275,7 @@ def _explaining_errors(data: TrainingData) -> Iterator[None]:
         raise
     except TemplateError as error:
         raise UserError(
-            f"A conversation in {data.name} does not fit the chat template: {error} Mend the data, or give the "
+            f"A conversation in {data.name} does not fit the chat template: {error} Fix the data, or give the "
             "tokenizer a template that takes it."
         ) from error
 

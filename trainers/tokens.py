@@ -162,7 +162,7 @@ class RowTokenizer:
         except (TemplateError, TypeError, ValueError) as error:
             raise RowFault(
                 "chat template",
-                f"it does not fit the chat template: {str(error).strip()} Mend the row, or give the tokenizer a "
+                f"it does not fit the chat template: {str(error).strip()} Fix the row, or give the tokenizer a "
                 "template that takes it (`chat_template_path`)",
             ) from error
         ids = list(encoded["input_ids"])
