@@ -260,6 +260,12 @@ def test_a_constant_learning_rate_may_go_on_for_longer(checkpoint, data, capsys)
         main([*longer, "--warmup_steps", "0.5"])
     state_file = Path("out/checkpoint-2/trainer_state.json")
     state = json.loads(state_file.read_text())
+    options = state["stateful_callbacks"]["RunIdentity"]["attributes"]["identity"]["options"]
+    del options["adam_beta2"], options["weight_decay"]  # as an older version writes it that has no such option
+    options["of_old"] = 1
+    state_file.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"other options: weight_decay was None and is 0\.5\. It goes on"):
+        main([*longer, "--weight_decay", "0.5"])
     del state["stateful_callbacks"]["RunIdentity"]
     state_file.write_text(json.dumps(state))
     capsys.readouterr()

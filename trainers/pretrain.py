@@ -107,7 +107,7 @@ def run_pretrain(
         if (saved := saved_identity(checkpoint, "pretrain")) is None:
             raise UserError(f"{checkpoint} was not written by `jai pretrain`. Give a checkpoint of such a run.")
         check_same_plan(saved["plan"], plan)
-        check_same_options(checkpoint, saved, identity)
+        check_same_options(checkpoint, saved, identity, config)
     remove_unfinished(unfinished, console)
     lora = lora_config(model_args, parts, model)
     check_partial_training(arguments, parts.masked(lora is not None), lora)

@@ -14,7 +14,7 @@ from trl import GRPOConfig
 
 from jai.errors import UserError
 from jai.provenance import checkpoint_revision
-from jai.trainers.arguments import StageArguments
+from jai.trainers.arguments import StageArguments, StageConfig
 from jai.trainers.base_model import BaseModel
 from jai.trainers.data import TrainingData
 from jai.trainers.engine import batches_at_once
@@ -161,7 +161,9 @@ def saved_identity(checkpoint: Path, verb: str) -> dict[str, Any] | None:
     return saved
 
 
-def check_same_stage(checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any], data_name: str) -> None:
+def check_same_stage(
+    checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any], data_name: str, training: StageConfig
+) -> None:
     """Refuse to go on from a checkpoint with other rows, another model's files, other batches or other options.
 
     Args:
@@ -169,6 +171,7 @@ def check_same_stage(checkpoint: Path, saved: dict[str, Any], identity: dict[str
         saved: what decided that run.
         identity: of the run as it would go on, as `stage_identity` has it.
         data_name: of the data that it would go on with.
+        training: its options of training.
 
     Raises:
         UserError: naming what has changed.
@@ -190,26 +193,32 @@ def check_same_stage(checkpoint: Path, saved: dict[str, Any], identity: dict[str
                 f"The run in {checkpoint} was begun with another {role}: the files of `{option}` are others. Give the "
                 f"{role} that it began with, or begin a new run."
             )
-    check_same_options(checkpoint, saved, identity)
+    check_same_options(checkpoint, saved, identity, training)
 
 
-def check_same_options(checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+def check_same_options(
+    checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any], training: StageConfig
+) -> None:
     """Refuse to go on from a checkpoint with other batches or other options.
+
+    Options that only one of two versions of TRL or transformers has are none that have changed, unless they are given.
 
     Args:
         checkpoint: of the run.
         saved: what decided that run.
         identity: of the run as it would go on.
+        training: its options of training.
 
     Raises:
         UserError: naming what has changed.
     """
+    defaults = {each.name: each.default for each in fields(training)}
     for part in ("layout", "options"):
         old, new = saved[part], json.loads(json.dumps(identity[part]))
         changed = [
             f"{name} was {old.get(name)} and is {new.get(name)}"
-            for name in {**old, **new}
-            if old.get(name) != new.get(name)
+            for name in new
+            if (old[name] != new[name] if name in old else new[name] not in (None, defaults.get(name)))
         ]
         if changed:
             raise UserError(

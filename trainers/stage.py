@@ -146,7 +146,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
     identity = stage_identity(stage.verb, arguments, base, data, parts.names)
     if checkpoint is not None:
         if (saved := saved_identity(checkpoint, stage.verb)) is not None:
-            check_same_stage(checkpoint, saved, identity, data.name)
+            check_same_stage(checkpoint, saved, identity, data.name, arguments.training)
         else:
             note = f"{checkpoint} does not say which data and options its run had: whether they are these is not known."
             console.print(f"[yellow]{escape(note)}[/]")
