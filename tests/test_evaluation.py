@@ -414,6 +414,27 @@ def test_an_answer_is_kept_for_its_question_and_its_choice(tmp_path):
     assert len((tmp_path / ANSWERS_FILE).read_text().splitlines()) == 2
 
 
+def test_sampled_answers_go_on_as_they_would_have_been(tmp_path):
+    """Each batch draws by the seed and its own questions, whichever were answered before it."""
+
+    class Draws(Constant):
+        def generate_until(self, requests):
+            return [f"{torch.rand(1, dtype=torch.float64).item():.15f}" for _ in requests]
+
+    def answers(path, seed):
+        kept = KeptAnswers(Draws(), path, 1)
+        kept.seed = seed
+        return kept.generate_until([Instance("generate_until", {}, (f"{n:02}", {}), 0, ("t", n, 1)) for n in range(20)])
+
+    whole = answers(tmp_path / "whole", 1)
+    assert len(set(whole)) == 20
+    lines = (tmp_path / "whole").read_text().splitlines(keepends=True)
+    for kept in (3, 8, 13):  # killed inside of a batch of eight, and after one
+        (tmp_path / "killed").write_text("".join(lines[:kept]))
+        assert answers(tmp_path / "killed", 1) == whole
+    assert not {*answers(tmp_path / "other", 2)} & {*whole}
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on_and_ends_as_one_that_was_not(checkpoint, data, tmp_path):
     """By the command line, whose first word after `eval` is the checkpoint."""

@@ -490,6 +490,9 @@ def test_a_checkpoint_answers_and_a_reward_model_decides(checkpoint, reward_mode
         assert row["score_chosen"] > row["score_rejected"]
         assert row["judge"] == str(reward_model)
     assert run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options)[1] == rows
+    for changed, said in (({"seed": 1}, "seed was 0 and is 1"), ({"dtype": "bfloat16"}, 'dtype was "?auto"? and is')):
+        with pytest.raises(UserError, match=f"begun with other inputs or options: {said}"):
+            run_checkpoint(checkpoint, prompts, tmp_path / "pairs", **options, **changed)
 
 
 def test_a_calibrated_reward_model_gives_probabilities(checkpoint, reward_model, prompts, tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import yaml
 from datasets import Dataset
 from json_lines import turn, write_rows
 from peft import LoraConfig, PeftModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import (
@@ -46,7 +48,7 @@ from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
 from jai.trainers.base_model import open_base_model
 from jai.trainers.data_arguments import DataArguments
 from jai.trainers.grpo import JaiGRPOConfig, JaiGRPOTrainer, RewardCounts
-from jai.trainers.reward import JaiRewardConfig
+from jai.trainers.reward import JaiRewardConfig, measure_reward_model
 from jai.trainers.rewards import final_answer_reward, language_reward
 from jai.trainers.tokens import TokenCount
 
@@ -236,6 +238,25 @@ def test_long_pairs_are_counted_and_no_calibration_is_said(checkpoint, tmp_path,
         reward.main(arguments(checkpoint, data, "other", linear_cross_entropy=True))
 
 
+def test_a_tie_of_held_out_pairs_is_not_right(tmp_path):
+    """And pairs are counted by which answer is the longer one."""
+    rows = Dataset.from_list([
+        {"chosen_ids": [1] * chosen, "rejected_ids": [1] * rejected, "language": "th"}
+        for chosen, rejected in ((3, 2), (3, 2), (2, 3), (2, 2))
+    ])  # fmt: skip
+    logits = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [2.0, 1.0]])
+    trainer = SimpleNamespace(eval_dataset=rows, pair_logits=lambda rows: logits, is_world_process_zero=lambda: True)
+    measure_reward_model(trainer, None, tmp_path, Console(quiet=True))
+    held_out = json.loads((tmp_path / "reward_calibration.json").read_text())["held_out"]
+    assert {name: (each["accuracy"], each["pairs"]) for name, each in held_out.items()} == {
+        "all pairs": (0.5, 4),
+        "language th": (0.5, 4),
+        "the chosen answer longer": (0.5, 2),
+        "the chosen answer shorter": (0, 1),
+        "the chosen answer as long": (1, 1),
+    }
+
+
 # --- Calibration
 
 
@@ -355,6 +376,7 @@ def test_thresholds_are_of_what_is_above_them(reward_model, tmp_path, capsys):
     assert "33.3% have a probability above 0.88" in printed
     record = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert (record["share_above_paper_threshold"], record["kept"]) == (1 / 3, 1)
+    assert record["keep_above"] == probabilities[1]
     assert [row["reward"] for row in json_lines(tmp_path / "out" / "kept.jsonl")] == [logits[2]]
 
 
