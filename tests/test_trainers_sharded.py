@@ -181,6 +181,8 @@ def test_fsdp2_pretrains_as_one_process_and_leaves_a_whole_model(options, tmp_pa
     loaded = run_as_stranger(code, environment, str(two))
     assert "equal" in loaded.stdout, loaded.stderr[-2000:]
     assert_same(resume(tmp_path / "resumed", two, halves, engine(tmp_path)), two, exact=True)
+    quarters = {**options, "gradient_accumulation_steps": 1}
+    assert_same(resume(tmp_path / "four", two, quarters, engine(tmp_path, processes=4)), two)
 
 
 def test_fsdp2_trains_an_adapter_and_resumes_its_alphas(options, tmp_path):
