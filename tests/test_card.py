@@ -146,7 +146,10 @@ def test_the_card_names_the_form_of_quantised_weights(folder, quantization, expe
 def test_only_a_model_that_fits_four_bits_is_told_how_to_load_in_them(folder, tiny_model):
     assert "load_in_4bit" not in card_files(folder)["README.md"]
     tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(folder)
-    assert "In four bits, experts too" in card_files(folder)["README.md"]
+    text = card_files(folder)["README.md"]
+    assert "In four bits, experts too" in text
+    assert "transformers serve" not in text  # it finds no class from outside (test_serving)
+    assert "jai serve " in text
 
 
 # The text
