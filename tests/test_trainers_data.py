@@ -657,6 +657,10 @@ def test_files_of_a_folder_that_no_split_has_are_said():
         assert data.notes == [f"Files of data in {folder} that are not read: {folders[folder][-1]}."]
     Path("formats/c.jsonl").unlink()
     assert load("formats").notes == []
+    for number in range(7):
+        write(f"names/{number}.jsonl", {"text": "a"})
+    said = "Files of data in names that are not read: 0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl and 3 more."
+    assert load("names").notes == [said]
 
 
 def test_a_folder_of_files_that_are_not_read_here_is_left_to_datasets():
@@ -683,6 +687,18 @@ def test_what_a_pair_answers_may_be_a_question():
     assert contents(load(write("strings.jsonl", pair), DPO_TYPES).train) == [PAIR]
     (row,) = load(write("chats.jsonl", {**pair, "chosen": [assistant("b")]}), DPO_TYPES).train
     assert [message["content"] for message in row["prompt"]] == ["s", "a"]
+
+
+def test_the_prompt_of_a_chat_is_what_its_last_answer_answers():
+    """As `jai difficulty` and `jai pairs` take it, whose rows `jai grpo` goes on with."""
+    chats = [[user("a")], [user("a"), assistant("b")], [user("a"), assistant("b"), user("c"), assistant("d")]]
+    rows = [{"messages": chat, "answer": "1"} for chat in chats]
+    data = load(write("rows.jsonl", *rows), (DatasetType.PROMPT,))
+    assert [len(row["prompt"]) for row in data.train] == [1, 1, 3]
+    with pytest.raises(UserError, match="ends with an answer"):
+        load(write("rows.jsonl", {"messages": [assistant("b")]}), (DatasetType.PROMPT,))
+    with pytest.raises(UserError, match="`prompt` ends with an answer"):
+        load(write("rows.jsonl", {"prompt": chats[1]}), (DatasetType.PROMPT,))
 
 
 def test_a_configuration_of_a_file_is_refused():

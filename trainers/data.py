@@ -29,6 +29,7 @@ from jai.trainers.rows import CHAT_EXTRAS, DatasetType, Row, RowForm, find_form,
 from jai.version import __version__
 
 _EXAMPLES = 100  # first rows, by which the form is known
+_SHOWN_FILES = 5
 
 # Columns that rows have between reading and training: what they are chosen by.
 ROW, SOURCE, DIGEST, QUESTION, SCORE = "jai_row", "jai_source", "jai_digest", "jai_question", "jai_score"
@@ -215,7 +216,7 @@ def load_training_data(arguments: StageArguments, dataset_types: Sequence[Datase
         None,
         tuple(sources),
         notes=[
-            f"Files of data in {first.name} that are not read: {', '.join(file.name for file in first.left_out)}."
+            f"Files of data in {first.name} that are not read: {_listed([file.name for file in first.left_out])}."
             for first in (next(iter(each.values())) for each in opened)
             if first.left_out
         ],
@@ -298,6 +299,11 @@ def _split(splits: dict[str, RawSplit], split: str, name: str, option: str) -> R
             )
         )
     return splits[split]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_FILES:,} more" if len(names) > _SHOWN_FILES else ""
+    return ", ".join(names[:_SHOWN_FILES]) + more
 
 
 def _examples(raw: RawSplit, where: str) -> list[Row]:

@@ -132,7 +132,7 @@ def find_form(examples: Sequence[Row], types: Sequence[DatasetType], name: str, 
         column = "instruction" if has("instruction") else "prompt"
         return RowForm(Layout.SCORED, DatasetType.PREFERENCE, True, column)
     if DatasetType.PROMPT in types:
-        for column in _PROMPT_COLUMNS:
+        for column in (*_PROMPT_COLUMNS, *CONVERSATION_COLUMNS):
             if has(column):
                 return RowForm(Layout.PROMPT, DatasetType.PROMPT, True, column)
     if DatasetType.LANGUAGE_MODELING in types:
@@ -159,7 +159,7 @@ def _advice(columns: Sequence[str], types: Sequence[DatasetType], text_column: s
             f"(Alpaca), or `{text_column}` (plain text, continued pre-training). {advice}"
         )
     if DatasetType.PROMPT in types:
-        return "expected a prompt in `prompt`, `question` or `problem`. Rename its columns."
+        return "expected a prompt in `prompt`, `question` or `problem`, or `messages`. Rename its columns."
     if DatasetType.UNPAIRED_PREFERENCE in types:
         return "expected `prompt`, `completion` and `label`. Rename its columns."
     return (
@@ -215,6 +215,9 @@ def _read_prompt_completion(row: Mapping[str, Any], form: RowForm) -> Row:
 def _read_prompt(row: Mapping[str, Any], form: RowForm) -> Row:
     """A prompt, which a string is the user's turn of, and what its answers are rewarded by."""
     prompt = _with_system(row, _turns(row, form.column, "user"))
+    if form.column in CONVERSATION_COLUMNS:  # of a chat, what its last answers answer, as `jai difficulty` takes it
+        while len(prompt) > 1 and prompt[-1]["role"] == "assistant":
+            prompt.pop()
     if prompt[-1]["role"] == "assistant":
         raise RowFault("no question", f"`{form.column}` ends with an answer; expected a turn that is to be answered")
     with _Column(form.column):
