@@ -266,10 +266,12 @@ def test_what_cannot_be_is_refused_before_weights_are_read(
 
 @pytest.mark.usefixtures("in_empty_folder")
 @pytest.mark.parametrize("stored", [False, True], ids=["asked for", "stored"])
-def test_an_old_bitsandbytes_is_named(stored, checkpoint, quantized, chats, monkeypatch):
+def test_an_old_bitsandbytes_is_named_before_the_data_is_read(stored, checkpoint, quantized, monkeypatch):
+    data = Path("damaged.jsonl")
+    data.write_text("{")
     installed = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.49.2" if name == "bitsandbytes" else installed(name))
     options = {**FOUR_BITS, "load_in_4bit": not stored}
     with pytest.raises(UserError, match=r"bitsandbytes 0\.49\.2 is installed.*need 0\.50 or later: pip install"):
-        sft.main(arguments(quantized if stored else checkpoint, chats, "out", **options))
-    assert not any(Path("out").glob("*.safetensors"))
+        sft.main(arguments(quantized if stored else checkpoint, data, "out", **options))
+    assert not Path("out").exists()

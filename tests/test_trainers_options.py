@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from peft import LoraConfig
 from transformers import MixtralConfig, Phi3Config
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from jai.errors import UserError
@@ -64,11 +65,15 @@ def without_package(monkeypatch) -> Iterator[Callable[[str], None]]:
         monkeypatch.setattr(sys, "meta_path", [FinderWithout(finder, package) for finder in sys.meta_path])
         for module in [name for name in sys.modules if name.partition(".")[0] == package]:
             monkeypatch.delitem(sys.modules, module)
+        forget()
+
+    def forget() -> None:
         is_flash_attn_2_available.cache_clear()
+        is_kernels_available.cache_clear()
 
     yield hide
     monkeypatch.undo()
-    is_flash_attn_2_available.cache_clear()
+    forget()
 
 
 OPTION_CLASSES = {"pretrain": PRETRAIN_OPTIONS} | {
@@ -236,12 +241,36 @@ def test_values_of_dpo_that_cannot_be_are_refused(text, message):
         ("schedulefree", "optim: schedule_free_adamw", r"which needs schedulefree"),
         ("flash_attn", "attn_implementation: flash_attention_2", r"is flash_attention_2, which is not installed"),
         ("deepspeed", "deepspeed: {zero_optimization: {stage: 2}}", r"`deepspeed` is on, and is not installed"),
+        ("vllm", "use_vllm: true", r"`use_vllm` is on, which needs vllm. `pip install vllm`, or leave the option out"),
+        ("kernels", "attn_implementation: kernels-community/flash-attn2", r"flash-attn2, which .* the package kernels"),
+        ("kernels", "experts_implementation: sonicmoe", r"`experts_implementation` is sonicmoe, .* package kernels"),
+        ("kernels", "model_init_kwargs: {experts_implementation: deepgemm}", r"is deepgemm, .* or take `grouped_mm`"),
     ],
 )  # fmt: skip
 def test_a_missing_package_is_named(package, text, message, without_package):
     without_package(package)
     with pytest.raises(UserError, match=message):
+        read(text, options=GRPO_OPTIONS if "vllm" in text else SFT_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "text", ["experts_implementation: eage", "model_init_kwargs: {experts_implementation: eage}"], ids=["own", "TRL's"]
+)
+def test_an_unknown_experts_implementation_is_refused(text):
+    with pytest.raises(UserError, match=r"is 'eage'; expected one of .*eager, grouped_mm, jai_fused"):
         read(text)
+    assert read(text.replace("eage", "jai_fused"))
+
+
+def test_pushing_without_an_access_token_is_refused(monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "none")
+    with pytest.raises(UserError, match=r"`push_to_hub` is on, and there is no access token. Log in"):
+        read("push_to_hub: true")
+    assert read("push_to_hub: true\nhub_token: hf_given").training.push_to_hub
+    monkeypatch.setenv("HF_TOKEN", "hf_set")
+    assert read("push_to_hub: true").training.push_to_hub
 
 
 WRONG = ("", "abc", -1, 0, 1.5, float("nan"), True, False, None, [], ["x", None], {}, {"a": [1]}, "2026-01-01", 10**30)

@@ -4,18 +4,21 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
+from huggingface_hub import get_token
 from peft import LoraConfig
 from transformers import PreTrainedConfig
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 from trl import GRPOConfig, SFTConfig
 
+from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
+from jai.quantization_jai import refuse_old_bitsandbytes
 from jai.trainers.arguments import StageArguments, StageConfig, max_length_of
 from jai.trainers.engine import check_engine, check_engine_with_model, sharded_at_load, uses_deepspeed
 
@@ -118,6 +121,8 @@ _OPTIMIZER_PACKAGES = (
     ("ademamix", "bitsandbytes", "bitsandbytes"),
 )
 
+_EXPERTS_OF_THE_HUB = ("deepgemm", "sonicmoe")
+
 
 def check_options(arguments: StageArguments) -> None:
     """Refuse options whose values cannot be, or need a package that is not installed.
@@ -157,7 +162,15 @@ def check_options(arguments: StageArguments) -> None:
     _check_trackers(arguments)
     _check_optimizer(arguments)
     _check_attention(arguments)
+    _check_experts(arguments)
     _check_quantization(arguments)
+    if getattr(arguments.training, "use_vllm", False):
+        _require("vllm", "vllm", "`use_vllm` is on", "leave the option out")
+    if arguments.training.push_to_hub and not (arguments.training.hub_token or get_token()):
+        raise UserError(
+            "`push_to_hub` is on, and there is no access token. Log in with `hf auth login`, set HF_TOKEN, or leave "
+            "the option out and publish the result with `jai publish`."
+        )
 
 
 def refuse_without_effect(training: StageConfig, effective: Mapping[str, tuple[bool, str]]) -> None:
@@ -201,7 +214,10 @@ def _check_optimizer(arguments: StageArguments) -> None:
 
 def _check_attention(arguments: StageArguments) -> None:
     name = arguments.model.attn_implementation
-    if name is None or "/" in name:  # of the Hub's kernels
+    if name is None:
+        return
+    if "/" in name:
+        _require_kernels(f"`attn_implementation` is {name}", "take `sdpa`")
         return
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if name not in known:
@@ -214,6 +230,20 @@ def _check_attention(arguments: StageArguments) -> None:
             )
 
 
+def _check_experts(arguments: StageArguments) -> None:
+    given = cast(dict[str, Any], getattr(arguments.training, "model_init_kwargs", None) or {})
+    name = given.get("experts_implementation", arguments.jai.experts_implementation)
+    if name is None:
+        return
+    from jai.kernels.register import ALL_EXPERTS_FUNCTIONS  # importing it makes "jai_fused" known
+
+    known = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    if name not in known:
+        raise UserError(f"`experts_implementation` is {name!r}; expected one of {', '.join(sorted(known))}.")
+    if name in _EXPERTS_OF_THE_HUB:
+        _require_kernels(f"`experts_implementation` is {name}", "take `grouped_mm`")
+
+
 def _check_quantization(arguments: StageArguments) -> None:
     model = arguments.model
     if not (model.load_in_4bit or model.load_in_8bit):
@@ -222,6 +252,14 @@ def _check_quantization(arguments: StageArguments) -> None:
     if not model.use_peft:
         raise UserError(f"`{option}` is on, and quantised weights cannot be trained. Set `use_peft: true` as well.")
     _require("bitsandbytes", "bitsandbytes", f"`{option}` is on", "leave the option out")
+
+
+def _require_kernels(setting: str, alternative: str) -> None:
+    if not is_kernels_available():
+        raise UserError(
+            f"{setting}, which comes from the Hub by the package kernels, and none is installed that transformers "
+            f"takes. `pip install 'jai-llm[gpu]'`, or {alternative}."
+        )
 
 
 def _require(module: str, package: str, setting: str, alternative: str) -> None:
@@ -267,12 +305,14 @@ def check_partial_training(arguments: StageArguments, partial: Collection[str], 
 
 def _check_quantized_checkpoint(arguments: StageArguments, config: PreTrainedConfig) -> None:
     """Of a checkpoint whose weights are quantised, only what is beside them can be trained."""
+    model = arguments.model
     stored = getattr(config, "quantization_config", None)
     if stored is None:
+        if model.load_in_4bit:
+            _check_bitsandbytes("`load_in_4bit` is on", config)
         return
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     what = f"The checkpoint's weights are quantised ({stored.get('quant_method', 'unknown')})"
-    model = arguments.model
     if not model.use_peft:
         raise UserError(f"{what}, and cannot be trained. Set `use_peft: true`, or give the checkpoint in 16 bits.")
     if arguments.jai.merge_adapter:
@@ -282,6 +322,18 @@ def _check_quantized_checkpoint(arguments: StageArguments, config: PreTrainedCon
         )
     if model.load_in_8bit or (model.load_in_4bit and not stored.get("load_in_4bit")):
         raise UserError(f"{what}, and cannot be quantised again. Leave `load_in_4bit` and `load_in_8bit` out.")
+    if stored.get("quant_method") == "bitsandbytes":
+        _require("bitsandbytes", "bitsandbytes", what, "give the checkpoint in 16 bits")
+        _check_bitsandbytes(what, config)
+
+
+def _check_bitsandbytes(setting: str, config: PreTrainedConfig) -> None:
+    """That of the experts of a JAI; for other models transformers asks for what it needs."""
+    if config.model_type == JaiConfig.model_type:
+        try:
+            refuse_old_bitsandbytes()
+        except ImportError as error:
+            raise UserError(f"{setting}: {error}") from None
 
 
 def check_options_with_model(arguments: StageArguments, config: PreTrainedConfig) -> None:
