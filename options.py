@@ -16,9 +16,9 @@ finite.
 
 import dataclasses
 import difflib
-import math
 import re
 import reprlib
+import sys
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -183,10 +183,15 @@ def _converted(kind: Any, given: Any) -> Any:
     return float(given) if kind is float and (type(given) is int or is_exponent) else given
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a finite number that a float can hold; True is none."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
+
+
 def _in_range(option: Option, number: float) -> bool:
     info = option.info
     return (
-        math.isfinite(number)
+        is_number(number)
         and (info.at_least is None or number >= info.at_least)
         and (info.above is None or number > info.above)
         and (info.at_most is None or number <= info.at_most)

@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from jai.errors import UserError
 from jai.evaluation.results import EvaluationResults, Figure
 from jai.evaluation.suites import JudgedSuite, Suite
 from jai.files import read_json
+from jai.options import is_number
 
 EVALUATION_FILE = "evaluation.json"
 TOKENS_PER_CHARACTER = "tokens_per_character"
@@ -182,17 +182,13 @@ def _parse(content: Any) -> Evaluation:
             raise ValueError(f"{score.metric} has no values")
         if not set(score.values) <= set(evaluation.models):
             raise ValueError(f"the models of {score.metric} are not all among {evaluation.models}")
-        if not all(len(ends) == 2 and all(map(_is_number, ends)) for ends in score.intervals.values()):
+        if not all(len(ends) == 2 and all(map(is_number, ends)) for ends in score.intervals.values()):
             raise ValueError(f"the intervals of {score.metric} are not two finite numbers each")
-        if not all(_is_number(value) for value in score.values.values()):
+        if not all(is_number(value) for value in score.values.values()):
             raise ValueError(f"{score.metric} has values that are no finite numbers")
     for language, layers in evaluation.router_load.items():
-        if not all(_is_number(share) and 0 <= share <= 1 for layer in layers for share in layer):
+        if not all(is_number(share) and 0 <= share <= 1 for layer in layers for share in layer):
             raise ValueError(f"the router load of {language} has values that are no shares")
         if not layers or len({len(layer) for layer in layers}) != 1:
             raise ValueError(f"the router load of {language} does not have the same experts in each layer")
     return evaluation
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

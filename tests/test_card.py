@@ -210,6 +210,8 @@ def test_where_layers_come_from_is_only_said_where_it_is_known(folder, tiny_mode
         (lambda e: e.update(scores=[{"metric": "acc"}]), "TypeError"),
         (lambda e: e["scores"][0]["values"].update(DPO=float("nan")), "no finite numbers"),
         (lambda e: e["scores"][0]["values"].update(DPO="0.3"), "no finite numbers"),
+        (lambda e: e["scores"][0]["values"].update(DPO=10**400), "no finite numbers"),
+        (lambda e: e["scores"][0]["values"].update(DPO=True), "no finite numbers"),
         (lambda e: e["scores"][0]["values"].update(other=0.3), "not all among"),
         (lambda e: e["scores"][0].update(values={}), "no values"),
         (lambda e: e["scores"][0].update(intervals={"DPO": [0.1]}), "not two finite numbers"),

@@ -336,7 +336,12 @@ def test_points_by_layer():
         [{"layer": 1.5, "value": 1}],
         [{"at": 0.5, "value": 1}, {"at": 0.5, "value": 2}],
         [{"at": 1, "value": 1}, {"at": 0, "value": 2}],
+        10**400,
+        [{"at": 0, "value": 10**400}],
+        [{"at": 10**400, "value": 1}],
+        [{"layer": 10**400, "value": 1}],
     ],
+    ids=lambda given_: repr(given_)[:60],
 )
 def test_curves_that_are_none_are_refused(given_):
     with pytest.raises(UserError, match="weight 1"):

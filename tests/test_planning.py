@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of training: predicted memory against the bytes that are counted in a step, and operations, twice."""
 
+import dataclasses
+import io
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import BitsAndBytesConfig
 from trl import ScriptArguments
 from trl.trainer.utils import add_fused_lm_head
@@ -20,7 +23,8 @@ from jai.modeling_jai import JaiForCausalLM
 from jai.planning.advice import fits, what_would_fit
 from jai.planning.flops import model_flops
 from jai.planning.memory import Setup, moments, peak_memory, trained_parameters
-from jai.planning.report import gigabytes, setup_of
+from jai.planning.options import PlanOptions
+from jai.planning.report import gigabytes, setup_of, training_table
 from jai.planning.time import DEVICES, communication, peak_flops, planned_flops, speed
 from jai.small_model import build_model, flops_per_token
 from jai.small_model_options import ModelShape
@@ -304,6 +308,39 @@ def test_communication_limits_small_micro_batches():
     many = speed(config, Setup(gpus=64, sharding="fsdp", batch=8), device, 0.425)
     assert (few.limit, many.limit) == ("communication", "computing")
     assert few.utilisation(device, 64) < 0.425 == pytest.approx(many.utilisation(device, 64))
+
+
+CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "train": ("lora", {}),
+    "gpus": (128, {}),
+    "gpu": ("H200", {}),
+    "sharding": ("hsdp", {}),
+    "group": (4, {"sharding": "hsdp"}),
+    "batch": (2, {}),
+    "length": (8192, {}),
+    "checkpointing": (False, {}),
+    "experts_implementation": ("eager", {}),
+    "loss": ("logits", {"batch": 64}),
+    "optimizer": ("adamw-8bit", {}),
+    "lora_r": (8, {"train": "lora"}),
+    "new_rows": (1000, {"train": "lora"}),
+    "double_quant": (False, {"train": "qlora"}),
+    "utilization": (0.3, {}),
+}
+
+
+@pytest.mark.parametrize("name", [each.name for each in dataclasses.fields(PlanOptions)])
+def test_every_option_of_a_plan_changes_its_table(name):
+    def shown(**options: Any) -> str:
+        console = Console(width=150, record=True, file=io.StringIO())
+        given = {"train": "full", "gpus": 64} | options
+        console.print(training_table(InspectOptions(model="jai-1", **given), JaiConfig()))
+        return console.export_text()
+
+    value, beside = CHANGES[name]
+    text = shown(**beside, **{name: value})
+    assert text != shown(**beside)
+    assert name != "gpu" or "on 64 x H200" in text
 
 
 @pytest.mark.parametrize(

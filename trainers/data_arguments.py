@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from jai.errors import UserError
-from jai.options import refuse_unknown
+from jai.options import is_number, refuse_unknown
 
 SHARES_OF = ("examples", "tokens")
 
@@ -46,13 +46,8 @@ class RowSource:
                 raise UserError(f"`{name}` in `datasets` is {value!r}; expected text. Write words like no in quotes.")
         if self.rows is not None and (type(self.rows) is not int or self.rows < 1):
             raise UserError(f"`rows` in `datasets` is {self.rows!r}; expected a whole number, 1 or more.")
-        if self.fraction is not None and not _is_number(self.fraction, above=False):
+        if self.fraction is not None and not (is_number(self.fraction) and self.fraction >= 0):
             raise UserError(f"`fraction` in `datasets` is {self.fraction!r}; expected a number, 0 or more.")
-
-
-def _is_number(value: Any, *, above: bool) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
-    return is_number and (value > 0 if above else value >= 0)
 
 
 @dataclass
@@ -135,7 +130,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         for name in ("max_faulty_rows", "test_split_size", "mixture_size", "preview"):
             value, above = getattr(self, name), name in ("test_split_size", "mixture_size")
-            if value is not None and not _is_number(value, above=above):
+            if value is not None and not (is_number(value) and (value > 0 if above else value >= 0)):
                 raise UserError(f"`{name}` is {value}; expected {'more than 0' if above else '0 or more'}.")
         if self.shares is not None:
             self.shares = _read_shares(self.shares)
@@ -193,7 +188,7 @@ def _read_shares(shares: Any) -> dict[str, float]:
     if not isinstance(shares, dict) or not all(isinstance(name, str) for name in shares):
         raise UserError(f"`shares` is {shares!r}; expected a share for each category, such as {{chat: 10.15}}.")
     for name, share in shares.items():
-        if not _is_number(share, above=False):
+        if not (is_number(share) and share >= 0):
             raise UserError(f"The share of {name} in `shares` is {share!r}; expected a number, 0 or more.")
     if not sum(shares.values()) > 0:
         raise UserError("`shares` are all 0. Give at least one category a share.")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights by layer: a number for all layers, or straight lines between points over the depth."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from jai.errors import UserError
+from jai.options import is_number
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _FORM = (
@@ -51,7 +51,7 @@ def parse_curve(option: str, given: Any) -> Curve:
     Raises:
         UserError: if it is none of these.
     """
-    if _is_number(given):
+    if is_number(given):
         return Curve(((0.0, float(given)),))
     if not isinstance(given, list) or not given or not all(isinstance(point, dict) for point in given):
         raise UserError(f"{option} is {given!r}. {_FORM}.")
@@ -95,13 +95,13 @@ def value_for(curve: Curve, name: str, places: Sequence[int]) -> float:
 def _position(option: str, point: dict[str, Any], by_layer: bool) -> float:
     if by_layer:
         layer = point["layer"]
-        if type(layer) is int and layer >= 0:
+        if type(layer) is int and layer >= 0 and is_number(layer):
             return float(layer)
         raise UserError(f"{option} has layer {layer!r}; expected a whole number from 0.")
     at = point["at"]
     try:
         position = float(Fraction(str(at)))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         position = -1.0
     if isinstance(at, bool) or not 0 <= position <= 1:
         raise UserError(f"{option} has a point at {at!r}; expected 0 (first layer) to 1 (last), such as 0.5 or 53/79.")
@@ -109,10 +109,6 @@ def _position(option: str, point: dict[str, Any], by_layer: bool) -> float:
 
 
 def _value(option: str, point: dict[str, Any]) -> float:
-    if not _is_number(point["value"]):
+    if not is_number(point["value"]):
         raise UserError(f"{option} has the value {point['value']!r}; expected a number.")
     return float(point["value"])
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
