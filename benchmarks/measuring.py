@@ -60,7 +60,7 @@ def _anonymous(pid: int) -> float:
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
-                return int(line.split()[1]) / 1000
+                return int(line.split()[1]) * 1024 / 1e6
     except OSError:  # it has ended
         pass
     return 0.0
@@ -68,7 +68,8 @@ def _anonymous(pid: int) -> float:
 
 def _children(pid: int) -> list[int]:
     try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        threads = [*Path(f"/proc/{pid}/task").iterdir()]
+        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
     except OSError:
         return []
     return children + [grandchild for child in children for grandchild in _children(child)]

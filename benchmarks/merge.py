@@ -12,67 +12,19 @@ results are compared with a float64 reference: 1 half step is what rounding to b
 import argparse
 import contextlib
 import multiprocessing
-import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from measuring import Run, measure, median
 from records import append, provenance
 
 LAYERS = 40
 WEIGHTS = (0.7, 0.3)
 T_POINTS = (0.2, 0.8)  # slerp's t at the first and at the last layer
-
-
-@dataclass(frozen=True)
-class Run:
-    """One process and its children: wall and processor seconds, and peak anonymous memory in MB."""
-
-    wall: float
-    processor: float
-    anonymous: float
-
-
-def measure(command: list[str]) -> Run:
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    peak, ended = [0], threading.Event()
-    sampler = threading.Thread(target=sample, args=(process.pid, peak, ended))
-    sampler.start()
-    _, status, usage = os.wait4(process.pid, 0)
-    ended.set()
-    sampler.join()
-    if status:
-        sys.exit(f"{' '.join(command)} ended with {status}")
-    return Run(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, peak[0] / 1024)
-
-
-def sample(pid: int, peak: list[int], ended: threading.Event) -> None:
-    while not ended.wait(0.02):
-        peak[0] = max(peak[0], anonymous_kb(pid))
-
-
-def anonymous_kb(pid: int) -> int:
-    total = 0
-    with contextlib.suppress(OSError):  # it may have ended
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                total += int(line.split()[1])
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            total += sum(anonymous_kb(int(child)) for child in (task / "children").read_text().split())
-    return total
 
 
 def write_model(folder: Path, seed: int) -> None:
@@ -212,7 +164,7 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             for (tool, method), command in commands.items():
                 shutil.rmtree(out, ignore_errors=True)
-                runs[tool, method].append(measure(command))
+                runs[tool, method].append(measure(command, {"HF_HUB_OFFLINE": "1"}))
                 print(repeat, tool, method, runs[tool, method][-1], flush=True)
                 if method != "start" and repeat == 0:
                     in_process(largest_error, models, out, method, queue)
@@ -221,11 +173,10 @@ def main() -> None:
 
 
 def write_rows(runs: dict[tuple[str, str], list[Run]], errors: dict[tuple[str, str], float], mergekit: Path) -> None:
-    def median(key: tuple[str, str], name: str) -> float:
-        return statistics.median(getattr(run, name) for run in runs[key])
+    medians = {key: median(measured) for key, measured in runs.items()}
 
     def work(tool: str, method: str) -> float:
-        return median((tool, method), "processor") - median((tool, "start"), "processor")
+        return medians[tool, method].processor - medians[tool, "start"].processor
 
     version = "from importlib.metadata import version; print(version('mergekit'), version('torch'))"
     found = subprocess.run(
@@ -239,12 +190,12 @@ def write_rows(runs: dict[tuple[str, str], list[Run]], errors: dict[tuple[str, s
                 "tool": tool,
                 "method": method,
                 "repeats": str(len(runs[tool, method])),
-                "wall_s": f"{median((tool, method), 'wall'):.2f}",
+                "wall_s": f"{medians[tool, method].wall:.2f}",
                 "processor_s": f"{work(tool, method):.2f}",
-                "start_processor_s": f"{median((tool, 'start'), 'processor'):.2f}",
+                "start_processor_s": f"{medians[tool, 'start'].processor:.2f}",
                 "processor_against_mergekit": f"{work(tool, method) / work('mergekit', method):.3f}",
-                "anonymous_mb": f"{median((tool, method), 'anonymous'):.0f}",
-                "start_anonymous_mb": f"{median((tool, 'start'), 'anonymous'):.0f}",
+                "anonymous_mb": f"{medians[tool, method].anonymous:.0f}",
+                "start_anonymous_mb": f"{medians[tool, 'start'].anonymous:.0f}",
                 "largest_error_half_steps": f"{errors[tool, method]:.4f}",
                 "mergekit": mergekit_version,
                 "mergekit_torch": its_torch,
