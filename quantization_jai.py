@@ -73,27 +73,26 @@ class Matrices4bit(NamedTuple):
         """The scale of each block in float32, `(E, R * C / 64)`."""
         if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
-        from bitsandbytes.functional import dequantize_blockwise
-
         scales = [
-            dequantize_blockwise(codes, absmax=absmax, code=self.nested_quant_map, blocksize=SCALE_BLOCK)
+            _bitsandbytes().functional.dequantize_blockwise(
+                codes, absmax=absmax, code=self.nested_quant_map, blocksize=SCALE_BLOCK
+            )
             for codes, absmax in zip(self.absmax, self.nested_absmax)
         ]
         return torch.stack(scales) + self.nested_offset[:, None]
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights, `(E, R, C)`."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
+        functional = _bitsandbytes().functional
         number, (rows, columns) = self.packed.shape[0], self.shape
-        state = QuantState(
+        state = functional.QuantState(
             absmax=self.scales().reshape(-1),
             shape=torch.Size((number * rows, columns)),
             blocksize=BLOCK,
             quant_type=self.quant_type,
             dtype=dtype,
         )
-        return dequantize_4bit(self.packed.reshape(-1, 1), state).view(number, rows, columns)
+        return functional.dequantize_4bit(self.packed.reshape(-1, 1), state).view(number, rows, columns)
 
 
 _STORED = Matrices4bit._fields.index("shape")  # the fields before it are tensors
@@ -101,11 +100,10 @@ _STORED = Matrices4bit._fields.index("shape")  # the fields before it are tensor
 
 def quantize_matrices(weight_ERC: torch.Tensor, quant_type: str, double: bool) -> Matrices4bit:
     """Quantise each expert's matrix by itself, with bitsandbytes' kernels where the weights are."""
-    from bitsandbytes.functional import quantize_4bit
-
+    functional = _bitsandbytes().functional
     parts: list[list[torch.Tensor]] = []
     for weight_RC in weight_ERC:
-        packed, state = quantize_4bit(weight_RC.contiguous(), blocksize=BLOCK, quant_type=quant_type)
+        packed, state = functional.quantize_4bit(weight_RC.contiguous(), blocksize=BLOCK, quant_type=quant_type)
         scales = compress_scales(state.absmax) if double else [state.absmax]
         parts.append([packed.reshape(-1), *scales])
     packed_and_scales = [torch.stack(part) for part in zip(*parts)]
@@ -117,10 +115,8 @@ def quantize_matrices(weight_ERC: torch.Tensor, quant_type: str, double: bool) -
 
 def compress_scales(absmax: torch.Tensor) -> list[torch.Tensor]:
     """Double quantisation of one matrix's scales (QLoRA, section 3): codes, their scales, their mean, and their map."""
-    from bitsandbytes.functional import quantize_blockwise
-
     offset = absmax.mean()
-    codes, state = quantize_blockwise(absmax - offset, blocksize=SCALE_BLOCK)
+    codes, state = _bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=SCALE_BLOCK)
     return [codes, state.absmax, offset, state.code]
 
 
@@ -406,20 +402,18 @@ def lora_reaching_four_bits(config: Any) -> Any:
 
 def peft_config_of_four_bits(adapter, config, load_config, adapter_kwargs=None, local_files_only=False, **kwargs):
     """The configuration of an adapter that is loaded on experts in four bits, with arguments of `load_adapter`."""
-    from peft import LoraConfig, PeftConfig
-
+    peft = _peft()
     if config is None:
         where = {**getattr(load_config, "download_kwargs", {}), **(adapter_kwargs or {})}
-        config = PeftConfig.from_pretrained(
+        config = peft.PeftConfig.from_pretrained(
             adapter, **({"local_files_only": True} if local_files_only else {}), **where
         )
-    return lora_reaching_four_bits(config) if isinstance(config, LoraConfig) else config
+    return lora_reaching_four_bits(config) if isinstance(config, peft.LoraConfig) else config
 
 
 @functools.cache
 def _param_wrapper() -> type:
-    from peft.tuners.lora import layer
-    from peft.tuners.tuners_utils import check_adapters_to_merge
+    layer = _peft().tuners.lora.layer
 
     class ParamWrapper(layer.ParamWrapper):
         """PEFT's, for experts in four bits: the factors multiply the rows beside the frozen matrices.
@@ -453,7 +447,7 @@ def _param_wrapper() -> type:
             return Lora4bit(a_ERC, torch.cat([b * scale for b, _, scale in factors], dim=2), 1.0)
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            if check_adapters_to_merge(self, adapter_names):
+            if _peft().tuners.tuners_utils.check_adapters_to_merge(self, adapter_names):
                 raise ValueError(
                     "An adapter cannot be merged into experts in four bits. Merge it into the checkpoint in 16 bits "
                     "that they were made of (jai merge-adapter ADAPTER OUT --base CKPT), or call `dequantize()` first."
@@ -471,6 +465,25 @@ def __getattr__(name: str) -> Any:
 
 
 # --- Loading
+
+
+# transformers refuses a checkpoint's code where a package that it imports anywhere, but for within a `try`, is missing.
+
+
+def _bitsandbytes():
+    try:
+        import bitsandbytes
+    except ImportError:  # named before, by `refuse_old_bitsandbytes`
+        raise
+    return bitsandbytes
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError:  # nobody loads an adapter without it
+        raise
+    return peft
 
 
 def refuse_old_bitsandbytes():
@@ -569,9 +582,7 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, JaiExperts4bit):
                 model.set_submodule(name, module.dequantized(dtype))
-        from bitsandbytes.nn import Linear4bit
-
-        if not any(isinstance(module, Linear4bit) for module in model.modules()):
+        if not any(isinstance(module, _bitsandbytes().nn.Linear4bit) for module in model.modules()):
             return model  # where no linear layer is quantised, transformers fails (5.23)
         return super()._dequantize(model, dtype=dtype)
 

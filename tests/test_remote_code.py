@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_imports
 
+import jai
 from jai import JaiForCausalLM
 from jai.configuration_jai import AUTO_MAP
 
@@ -63,6 +65,12 @@ def first(checkpoint, out, tmp_path_factory) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def second(first, checkpoint, out, tmp_path_factory) -> dict[str, dict]:
     return run_clean(tmp_path_factory.mktemp("second"), out, load_again=out, load_adapters=checkpoint)
+
+
+def test_transformers_alone_has_all_that_the_code_imports():
+    found = {name for file in CODE for name in get_imports(Path(jai.__file__).with_name(file))}
+    comes_with_python = found & sys.stdlib_module_names
+    assert found - comes_with_python == {"torch", "transformers", "huggingface_hub", "packaging"}
 
 
 def test_it_loads_through_every_auto_class(first, out):
