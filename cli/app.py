@@ -62,7 +62,7 @@ class _Program(PlainGroup):
         width = max(map(len, self.list_commands(ctx)))
         for title, names in SECTIONS.items():
             with formatter.section(title):
-                helps = [self.get_command(ctx, name).get_short_help_str(formatter.width - width - 6) for name in names]
+                helps = [self.commands[name].get_short_help_str(formatter.width - width - 6) for name in names]
                 formatter.write_dl([(name.ljust(width), text) for name, text in zip(names, helps, strict=True)])
 
 

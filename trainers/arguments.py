@@ -167,13 +167,13 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     def _get_default_metavar_for_optional(self, action: Action) -> str:
         if action.nargs == "?" and action.const is True:
             return "true|false"
-        return {int: "INTEGER", float: "FLOAT"}.get(action.type, "TEXT")
+        return "INTEGER" if action.type is int else "FLOAT" if action.type is float else "TEXT"
 
     def _get_help_string(self, action: Action) -> str | None:
         if action.const is False:  # the `--no_x` of a flag, which has the flag's help
             return f"Turn off --{action.dest}."
         text = action.help if action.default is None else super()._get_help_string(action)
-        return f"{text} One of: {', '.join(action.choices)}." if self._has_many_choices(action) else text
+        return f"{text} One of: {', '.join(action.choices or ())}." if self._has_many_choices(action) else text
 
     def _has_many_choices(self, action: Action) -> bool:
         return len(list(action.choices or ())) > 6
