@@ -435,6 +435,41 @@ def test_sampled_answers_go_on_as_they_would_have_been(tmp_path):
     assert not {*answers(tmp_path / "other", 2)} & {*whole}
 
 
+def test_what_was_answered_stays_when_its_batch_is_asked_again(tmp_path):
+    """As that of sampled answers, which a model may give anew."""
+
+    class Moody(Knows):
+        def generate_until(self, requests):
+            Moody.calls += 1
+            return [f"{request.args[0]} in call {Moody.calls}" for request in requests]
+
+    def ask(*contexts):
+        kept = KeptAnswers(Moody(), tmp_path / ANSWERS_FILE, 8)
+        return kept.generate_until(
+            [Instance("generate_until", {}, (each, {"max_gen_toks": 4}), 0) for each in contexts]
+        )
+
+    Moody.calls = 0
+    assert ask("a") == ["a in call 1"]
+    assert ask("a", "b") == ["a in call 1", "b in call 2"]
+    assert ask("b", "a") == ["b in call 2", "a in call 1"]
+    assert len((tmp_path / ANSWERS_FILE).read_text().splitlines()) == 2
+
+
+def test_questions_on_one_passage_are_asked_together(tmp_path):
+    asked = []
+
+    class Notes(Knows):
+        def loglikelihood(self, requests):
+            asked.append({request.args[0][0] for request in requests})
+            return [(0.0, False)] * len(requests)
+
+    pairs = [(f"{passage} {number}", choice) for number in range(8) for passage in "abcd" for choice in "xy"]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    KeptAnswers(Notes(), tmp_path / ANSWERS_FILE, 2).loglikelihood(requests)  # sixteen at a time
+    assert asked == [{"a"}, {"b"}, {"c"}, {"d"}]
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on_and_ends_as_one_that_was_not(checkpoint, data, tmp_path):
     """By the command line, whose first word after `eval` is the checkpoint."""
