@@ -183,7 +183,10 @@ def print_table(title: str, table: ReportTable, console: "Console") -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    columns = [Column(escape(name), overflow="fold") for name in table.header]
+    columns = [
+        Column(escape(name), overflow="fold", justify="right" if table.numbers and number else "left")
+        for number, name in enumerate(table.header)
+    ]
     shown = Table(*columns, title=title, title_justify="left", box=None)
     for row in table.rows:
         shown.add_row(*map(escape, row))

@@ -101,7 +101,7 @@ def compare_answers(options: PairwiseOptions, *, console: Console | None = None)
     print_figures(f"{options.first} against {options.second}", figures, console)
     for note in run.results.notes:
         say(f"  {note}")
-    say(f"The run is in {run.folder}.")
+    say(f"The run is in {run.folder}; its items.jsonl has each comparison with what the judge said.")
     return run
 
 
