@@ -277,6 +277,16 @@ def test_published_figures_name_suites_figures_and_metrics_that_there_are():
                 assert any(name in names for name in each.ours) or not each.ours, each
 
 
+def test_a_published_figure_is_set_beside_its_own_metric_alone():
+    (figure, *_) = (each for each in published_figures() if each.metric is not None and each.suites and each.ours)
+    mine = mean_figure(
+        [Item(figure.suites[0], "t", "0", "m", 1.0)], suite=figure.suites[0], name=figure.ours[0], metric=figure.metric
+    )
+    assert figure.matches(mine)
+    for changed in ({"metric": "other"}, {"name": "other"}, {"suite": "other"}):
+        assert not figure.matches(dataclasses.replace(mine, **changed))
+
+
 def test_published_averages_are_those_of_their_rows():
     """Typhoon2-R1's averages are of twelve columns, MT-Bench times ten; it prints 76.1 for 76.18."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
