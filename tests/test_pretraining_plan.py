@@ -541,6 +541,7 @@ class TestAnnealing:
         for number in (0, 100, 247):  # the last block is smaller: what it holds of English has no gap
             assert (dataset[number]["input_ids"] == stable_dataset[number]["input_ids"]).all()
         seen = plan.tokens_seen(250)
+        assert plan.identity()["annealing"]["starts"] == list(seen.values())
         assert seen["thai"] == pytest.approx(0.1 * 250 * 128, rel=0.2)
         later = plan.tokens_seen(306)
         assert later["thai"] - seen["thai"] == pytest.approx(0.3 * 56 * 128, rel=0.02)
@@ -631,6 +632,15 @@ class TestPlaces:
         assert len(pickle.dumps(dataset)) < 100_000
         (batch, *_) = DataLoader(dataset, 8, num_workers=1, multiprocessing_context="fork")
         assert batch["input_ids"].tolist() == expected
+
+    def test_an_id_that_the_tokenizer_has_not(self, two_languages):
+        item = PackedSequences(SequencePlan(two_languages, 128))[0]
+        highest = int(item["input_ids"].max())
+        two_languages.tokenizer["vocabulary"] = highest + 1
+        assert (PackedSequences(SequencePlan(two_languages, 128))[0]["input_ids"] == item["input_ids"]).all()
+        two_languages.tokenizer["vocabulary"] = highest
+        with pytest.raises(UserError, match=f"it has the id {highest:,}, and the tokenizer has {highest:,}"):
+            PackedSequences(SequencePlan(two_languages, 128))[0]
 
     def test_identity_changes_with_whatever_changes_sequences(self, two_languages):
         base = SequencePlan(two_languages, 128, strategy="xlda").identity()
