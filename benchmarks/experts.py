@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerator import describe, milliseconds, peak_mebibytes, version
+from bitsandbytes.functional import get_4bit_type
 from records import RESULTS, append, provenance
 from torch import nn
 from torch.nn import functional
@@ -32,7 +33,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import jai.kernels.register  # noqa: F401  "jai_fused"
-from jai.kernels.experts.fused import fused_experts_reference
+from jai.kernels.experts.four_bits import FourBits
+from jai.kernels.experts.fused import fused_experts, fused_experts_reference
+from jai.quantization_jai import quantize_matrices
 
 PASSES = ("forward", "replayed", "training", "checkpointed")
 IMPLEMENTATIONS = (
@@ -47,7 +50,8 @@ IMPLEMENTATIONS = (
 )
 CEILING = "ceiling: cuBLAS products"
 LOOP = "cuBLAS loop"
-CONTENDERS = (*IMPLEMENTATIONS, LOOP, "liger")
+NF4 = "jai_fused, NF4"
+CONTENDERS = (*IMPLEMENTATIONS, NF4, LOOP, "liger")
 BATCHED_MOST = 64  # batched_mm copies a token's matrices: 1.1 GB each at JAI-1's size
 REPLAYED_MOST = 64  # decoding
 CHECKED_TOKENS = 256
@@ -74,7 +78,21 @@ def liger(experts: nn.Module, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_
     return LigerFusedMoEFunction.apply(x_TH, experts.gate_up_proj, experts.down_proj, ids_TK, weights_TK)
 
 
+def in_four_bits(experts: nn.Module, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor):
+    """Ours on the same matrices in NF4, whose error is that of four bits; their gradient is none."""
+    return fused_experts(x_TH, *experts.packed, ids_TK, weights_TK, four_bits=experts.four_bits)
+
+
+def pack(experts: nn.Module) -> None:
+    """Quantise the matrices once, beside those that the others compute with."""
+    made = [quantize_matrices(matrix.detach(), "nf4", False) for matrix in (experts.gate_up_proj, experts.down_proj)]
+    experts.packed = [matrices.packed for matrices in made]
+    code = get_4bit_type("nf4", device=experts.gate_up_proj.device)
+    experts.four_bits = FourBits(code, *[[matrices.absmax] for matrices in made])
+
+
 ALL_EXPERTS_FUNCTIONS.register(LOOP, loop_over_experts)
+ALL_EXPERTS_FUNCTIONS.register(NF4, in_four_bits)
 ALL_EXPERTS_FUNCTIONS.register("liger", liger)
 
 
@@ -221,9 +239,13 @@ def measure(arguments: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
     dout_TH = torch.randn_like(batch[0].detach())
     errors = {}
     names = [name for name in arguments.contenders if name != "batched_mm" or tokens <= BATCHED_MOST]
+    if arguments.lora and NF4 in names:  # `benchmarks/expert_lora.py` has it
+        names.remove(NF4)
     for name in names:
         experts.config._experts_implementation = name
         try:
+            if name == NF4:
+                pack(experts)
             errors[name] = f"{error(experts, experts, batch):.2e}"
         except Exception as reason:  # a peer that cannot run here is named, with why
             print(f"  {name} cannot run: {str(reason).splitlines()[0][:140]}")

@@ -5,6 +5,7 @@ Before PyTorch is imported, which takes seconds, the files of all inputs are loo
 that a conversion takes, tokenizers are read (`jai.conversion.inputs.tokenizer`).
 """
 
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -190,7 +191,8 @@ def merge_adapter(options: MergeAdapterOptions) -> None:
     _prepare(options.out)
     folder = adapter_folder(options.adapter)
     base = base_of(options.adapter, read_adapter_config(folder), options.base)
-    look_at_checkpoint(base, read_whole_jai_config, needs_weights=not options.dry_run)
+    remedy = "Give the checkpoint in 16 or 32 bits that it was made from: --base CKPT"
+    look_at_checkpoint(base, partial(read_whole_jai_config, remedy=remedy), needs_weights=not options.dry_run)
     _read_tokenizer(base)
     from jai.conversion.adapter.command import merge_lora
 

@@ -190,7 +190,10 @@ def memory_table(inspection: Inspection) -> Table:
     table.add_column("")
     table.add_column("GB", justify="right")
     if inspection.checkpoint_bytes is not None:
-        table.add_row("checkpoint on disk", _gigabytes(inspection.checkpoint_bytes))
+        is_quantized = bool(getattr(config, "quantization_config", None))
+        table.add_row(
+            "checkpoint on disk" + (", quantised" if is_quantized else ""), _gigabytes(inspection.checkpoint_bytes)
+        )
     table.add_row("weights in bf16", _gigabytes(2 * weights))
     table.add_row("weights in 4 bits (NF4), experts too", _gigabytes(four_bits))
     table.add_row("the same, their scales in 8 bits (double quantisation)", _gigabytes(double))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jai.errors import UserError
+from jai.files import read_json
 from jai.hub import is_hub_id
 from jai.hub_card.adapter import Adapter, on_hub, read_adapter
 from jai.hub_card.check import CheckReport, check_checkpoint, check_files
@@ -145,6 +146,11 @@ def _publish_checked(
         if adapter:
             with hub_repo.explained(adapter.base, token):
                 base = hub_repo.fetch_base(api, adapter, None if options.forward else Path(scratch))
+            if adapter.config.get("target_parameters") and _is_quantized(base):
+                raise UserError(
+                    f"{adapter.base} is quantised, and PEFT cannot put LoRA on quantised experts. Publish the adapter "
+                    "for the model in 16 or 32 bits that it was made from, which others can quantise: --base OWNER/NAME"
+                )
         report = _check(console, contents, adapter, base, options.forward)
     if keep_remote_readme:
         console.print("  The repository's README.md was written by hand and stays.")
@@ -193,15 +199,21 @@ def _generated_files(checked: _Checked, adapter: Adapter | None, repo_id: str, *
     return card_files(checked.contents.folder, repo_id)
 
 
+def _is_quantized(folder: Path) -> bool:
+    return bool(read_json(folder / "config.json").get("quantization_config"))
+
+
 def _check(
     console: Console, contents: Contents, adapter: Adapter | None, base: Path | None, forward: bool
 ) -> CheckReport:
+    # Of one that was trained in few bits the base on the Hub is another than the folder that it names.
+    own_base = adapter.base_folder if adapter else None
     report = check_checkpoint(
         contents.folder,
         forward=forward,
         base=base,
         source=True,
-        source_base=adapter.base_folder if adapter else None,
+        source_base=None if own_base is None or _is_quantized(own_base) else own_base,
     )
     if report.difference is None:
         checked = "names and shapes fit (the weights were not loaded)"

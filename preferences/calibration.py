@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from jai.conversion.adapter.files import CALIBRATION_FILE
 from jai.errors import UserError
 from jai.files import read_json
 
-CALIBRATION_FILE = "reward_calibration.json"
 PAPER_THRESHOLD = 0.88
 _BINS = 10
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from test_kernels_experts import DEVICE, random_inputs, random_lora, relative_error
 
+from jai.kernels.experts import launch, tiles
 from jai.kernels.experts.four_bits import FourBits, Packed, dequantize_reference
 from jai.kernels.experts.fused import ExpertsLora, fused_experts, fused_experts_reference
 from jai.quantization_jai import Matrices4bit, quantize_matrices
@@ -77,6 +78,28 @@ def assert_same(packed: dict, whole: dict[str, torch.Tensor], lora: ExpertsLora 
 )
 def test_it_computes_what_the_dequantised_matrices_do(tokens, hidden, intermediate, experts, double):
     assert_same(*packed_inputs(tokens, hidden, intermediate, experts, double))
+
+
+@pytest.mark.parametrize("double", [pytest.param(False, marks=pytest.mark.slow), True], ids=["single", "double"])
+@pytest.mark.parametrize("tokens", [1, *(pytest.param(each, marks=pytest.mark.slow) for each in range(2, 9))])
+def test_the_tiles_of_a_gpu_decode_one_to_eight_tokens(tokens, double, monkeypatch):
+    """In the interpreter, whose own tile is a square of one block of scales."""
+    chosen = []
+
+    def of_a_gpu(device: torch.device, rows: int, transposed: bool) -> tiles.Tile:
+        chosen.append(tiles.four_bit_tile(torch.device("cuda"), rows, transposed))
+        return chosen[-1]
+
+    monkeypatch.setattr(launch, "four_bit_tile", of_a_gpu)
+    assert_same(*packed_inputs(tokens, 128, 64, 2 if tokens == 1 else 3, double))
+    # All rows of an expert are in one tile, so that its matrix is read once; the backward pass has another.
+    assert [tile.block_m >= 2 * tokens and tile == tiles.FOUR_BIT_DECODING_TILE for tile in chosen[:2]] == [True, True]
+    assert set(chosen[2:]) == {tiles.FOUR_BIT_TILE}
+
+
+def test_more_rows_have_the_larger_tile():
+    for rows, expected in ((16, tiles.FOUR_BIT_DECODING_TILE), (17, tiles.FOUR_BIT_TILE)):
+        assert tiles.four_bit_tile(torch.device("cuda"), rows, transposed=True) == expected
 
 
 @pytest.mark.parametrize(

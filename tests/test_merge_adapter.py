@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_four_bits import SIZES, four_bits
 from transformers import AutoModelForCausalLM
 
-from jai import JaiForCausalLM
+from jai import JaiForCausalLM, JaiForSequenceClassification
 from jai.auto import load_causal_model
 from jai.conversion.adapter import plan
 from jai.conversion.adapter.command import merge_lora
@@ -123,6 +123,28 @@ def test_an_adapter_of_four_bits_goes_into_the_weights_in_16(base, tmp_path):
     inputs = {each["role"]: each for each in read_step(tmp_path / "out")["inputs"]}
     assert inputs.keys() == {"base", "adapter"}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= inputs["adapter"]["files"].keys()
+
+
+def test_a_reward_model_gets_its_head(base, tmp_path):
+    """And its calibration; the head for words is left out."""
+    model = JaiForSequenceClassification.from_pretrained(base, num_labels=1)
+    options = {"target_modules": ["q_proj"], "target_parameters": BOTH, "init_lora_weights": False}
+    adapted = get_peft_model(model, LoraConfig(r=3, task_type="SEQ_CLS", **options))
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "reward_calibration.json").write_text("{}")
+    said = run(tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert "jai score" in said
+    assert (tmp_path / "out" / "reward_calibration.json").read_text() == "{}"
+    actual, loading = JaiForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
+    assert actual.num_labels == 1
+    wanted = adapted.merge_and_unload().state_dict()
+    torch.testing.assert_close(dict(actual.state_dict()), dict(wanted), rtol=1e-6, atol=1e-6)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = next(name for name in weights if name.endswith("score.weight"))
+    save_file({**weights, name: torch.zeros(1, 32)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"score.weight is \(1, 32\).*needs \(1, 64\)"):
+        run(tmp_path / "adapter", tmp_path / "wide")
 
 
 def edit(folder: Path, **values) -> None:

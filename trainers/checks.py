@@ -20,7 +20,7 @@ from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
 from jai.quantization_jai import refuse_old_bitsandbytes
 from jai.trainers.arguments import StageArguments, StageConfig, max_length_of
-from jai.trainers.engine import check_engine, check_engine_with_model, sharded_at_load, uses_deepspeed
+from jai.trainers.engine import check_engine, check_engine_with_model, sharded_at_load, uses_deepspeed, uses_fsdp
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
@@ -344,6 +344,14 @@ def check_options_with_model(arguments: StageArguments, config: PreTrainedConfig
     """
     _check_quantized_checkpoint(arguments, config)
     training = arguments.training
+    is_quantized = arguments.model.load_in_4bit or getattr(config, "quantization_config", None) is not None
+    if is_quantized and (uses_fsdp(training) or is_deepspeed_zero3_enabled()):
+        engine = "FSDP" if uses_fsdp(training) else "ZeRO-3"
+        raise UserError(
+            f"{engine} is on, and quantised weights cannot be cut over processes: each must hold them whole. "
+            "Launch without it (`accelerate launch --num_processes N …`, recipes/qlora_two_cards.yaml), or load in "
+            "bfloat16."
+        )
     check_engine_with_model(training, config)
     if training.label_smoothing_factor == 0:
         return

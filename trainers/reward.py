@@ -21,7 +21,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import RewardConfig, RewardTrainer
 
-from jai.preferences.calibration import CALIBRATION_FILE, calibration_error, fit_calibration
+from jai.conversion.adapter.files import CALIBRATION_FILE
+from jai.preferences.calibration import calibration_error, fit_calibration
 from jai.trainers.data import CATEGORY, LANGUAGE, TrainingData
 from jai.trainers.mixin import JaiTrainerMixin
 from jai.trainers.router_losses import RouterLossOptions, balance_weight

@@ -339,22 +339,30 @@ def say_what_is_next(
 ) -> None:
     """Print where the result is, and the commands that use it."""
     shown = escape(str(out))
-    peft_class = "AutoPeftModelForCausalLM"
-    if auto_class is AutoModelForSequenceClassification:
-        peft_class = "AutoPeftModelForSequenceClassification"
     if arguments.model.use_peft and not arguments.jai.merge_adapter:
         console.print(f"[bold green]Adapter written to[/] {shown} (for {escape(base.name)})")
-        console.print(
-            f"Load it with [bold]peft.{peft_class}.from_pretrained({escape(repr(str(out)))})[/]. The next stage needs "
-            "a full checkpoint: run jai merge-adapter, or train with `--merge_adapter true`."
+        is_quantized = getattr(base.config, "quantization_config", None) is not None
+        # PEFT's own classes do not reach experts in four bits, and transformers' call the model's method.
+        kind, labels = (
+            ("CausalLM", "") if auto_class is AutoModelForCausalLM else ("SequenceClassification", ", num_labels=1")
         )
-        if read_json(out / "adapter_config.json").get("target_parameters"):
+        adapts_experts = bool(read_json(out / "adapter_config.json").get("target_parameters"))
+        loader = (
+            f"transformers.AutoModelFor{kind}" if is_quantized and adapts_experts else f"peft.AutoPeftModelFor{kind}"
+        )
+        ways = "run jai merge-adapter" + ("" if is_quantized else ", or train with `--merge_adapter true`")
+        console.print(
+            f"Load it with [bold]{loader}.from_pretrained({escape(repr(str(out)))}{labels})[/]. The next stage needs a "
+            f"full checkpoint: {ways}."
+        )
+        if adapts_experts:
             console.print("vLLM and SGLang cannot serve LoRA on experts: merge the adapter first.")
-        commands: list[Sequence[str | Path]] = [["jai", "publish", out, "OWNER/NAME", "--base", "OWNER/BASE"]]
-        if base.is_jai and auto_class is AutoModelForCausalLM:
-            is_quantized = getattr(base.config, "quantization_config", None) is not None
-            which = ["--base", "CKPT-IN-16-BITS"] if is_quantized else []
-            commands.insert(0, ["jai", "merge-adapter", out, "OUT", *which])
+        commands: list[Sequence[str | Path]] = []
+        if base.is_jai:
+            commands.append(
+                ["jai", "merge-adapter", out, "OUT", *(["--base", "CKPT-IN-16-BITS"] if is_quantized else [])]
+            )
+        commands.append(["jai", "publish", out, "OWNER/NAME", "--base", "OWNER/BASE"])
         print_next(console, *commands)
         return
     console.print(f"[bold green]Checkpoint written to[/] {shown}")

@@ -115,8 +115,8 @@ def whole_alphas(owners: Mapping[Key, nn.Module]) -> dict[Key, torch.Tensor]:
 def train_parts(model: nn.Module, parts: TrainableParts) -> TrainedModel:
     """Let the parts of a model learn and freeze the rest. Call it before an optimiser is made.
 
-    What an adapter holds whole is trained in fp32: in bf16, most steps are smaller than the distance to the next
-    number, and would be lost.
+    What an adapter holds is trained in fp32, as PEFT has it of LoRA's factors: in bf16, in which TRL puts them beside
+    quantised weights, most steps are smaller than the distance to the next number, and would be lost.
 
     Args:
         model: a causal language model, or PEFT's model around one, whose adapter was made for these parts.
@@ -141,8 +141,8 @@ def _train_adapter(model: PeftModel, parts: TrainableParts) -> TrainedModel:
             owner, attribute = _owner(model, IN_PEFT + name)
             cast(nn.Parameter, getattr(owner, attribute)).requires_grad_(True)
             trained.alphas[IN_PEFT + name] = owner
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".lora_" not in name:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
     for name, module in model.named_modules():
         if isinstance(module, TrainableTokensWrapper):

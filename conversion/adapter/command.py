@@ -2,9 +2,11 @@
 """`jai merge-adapter`: a JAI with a LoRA adapter merged into it, written shard by shard.
 
 The adapter may have been trained on the model in four bits: it is merged into the weights in 16 bits that those were
-made of. Merged values are computed in fp32 and rounded once; PEFT rounds the change before it adds it.
+made of. Merged values are computed in fp32 and rounded once; PEFT rounds the change before it adds it. A reward model's
+gives a whole reward model, with its calibration.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from jai.configuration_jai import JaiConfig
-from jai.conversion.adapter.files import CONFIG, WEIGHTS, adapter_folder, base_of, read_adapter_config
+from jai.conversion.adapter.files import CALIBRATION_FILE, CONFIG, WEIGHTS, adapter_folder, base_of, read_adapter_config
 from jai.conversion.adapter.options import MergeAdapterOptions
-from jai.conversion.adapter.plan import plan_adapted_tensors
+from jai.conversion.adapter.plan import SCORE, plan_adapted_tensors, shapes_with_adapter
 from jai.conversion.inputs.checkpoint import Checkpoint
 from jai.conversion.inputs.config import load_generation_config
 from jai.conversion.inputs.jai import jai_shapes, open_whole_jai
@@ -66,7 +68,8 @@ def merge_lora(options: MergeAdapterOptions, *, console: Console | None = None) 
     config = read_adapter_config(folder)
     source = open_whole_jai(base_of(options.adapter, config, options.base), planned_only=options.dry_run)
     adapter = _Adapter(options.adapter, folder, CheckpointReader(LocalFiles(folder, [WEIGHTS])))
-    tensors, counts = plan_adapted_tensors(source.reader, adapter.reader, config, jai_shapes(source.config))
+    shapes = shapes_with_adapter(jai_shapes(source.config), adapter.reader, source.config.hidden_size)
+    tensors, counts = plan_adapted_tensors(source.reader, adapter.reader, config, shapes)
     checkpoint = PlannedCheckpoint(
         step="merge-adapter",
         out=options.out,
@@ -89,17 +92,21 @@ def merge_lora(options: MergeAdapterOptions, *, console: Console | None = None) 
         console.print("Dry run: nothing was written.", highlight=False)
         return source.config
     source.config.dtype = source.dtype
+    if SCORE in shapes:  # of a reward model
+        source.config.architectures, source.config.num_labels = ["JaiForSequenceClassification"], shapes[SCORE][0]
     generation = load_generation_config(source.folder)
     with checkpoint_folder(checkpoint, verify_bytes=options.verify, console=console) as out:
         write_beside(out, source.config, tokenizer=checkpoint.tokenizer, generation=generation)
         copy_code(out)
-    print_written(
-        console,
-        "Merged JAI",
-        options.out,
+        if SCORE in shapes and (folder / CALIBRATION_FILE).exists():
+            shutil.copyfile(folder / CALIBRATION_FILE, out / CALIBRATION_FILE)
+    following: list[list[str | Path]] = [
         ["jai", "generate", options.out, "…"],
         ["jai", "publish", options.out, "OWNER/NAME"],
-    )
+    ]
+    if SCORE in shapes:
+        following = [["jai", "score", "ANSWERS.jsonl", "OUT", "--model", options.out]]
+    print_written(console, "Merged JAI", options.out, *following)
     return source.config
 
 

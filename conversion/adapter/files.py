@@ -13,6 +13,7 @@ from jai.hub import local_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+CALIBRATION_FILE = "reward_calibration.json"  # beside a reward model's
 _REMEDY = "Fetch or save the adapter again."
 # What changes the sum W + scale * B @ A, or how much of it there is; with each the values that leave it as it is.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -54,7 +55,7 @@ def adapter_folder(name: str) -> Path:
     Raises:
         UserError: if there is none.
     """
-    folder = local_folder(name, [CONFIG, WEIGHTS, "provenance.json"])
+    folder = local_folder(name, [CONFIG, WEIGHTS, CALIBRATION_FILE, "provenance.json"])
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).exists():
             raise UserError(f"{name} has no {file}, and is no LoRA adapter of PEFT. Give the folder that has one.")

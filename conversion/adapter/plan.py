@@ -21,11 +21,27 @@ from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.output.tensors import PlannedTensor
 from jai.errors import UserError
 
+SCORE = "score.weight"  # the head of a reward model, which its base has not
 _IN_PEFT = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _CHUNK = 1 << 21  # values at a time, 8 MB in fp32
 _STACKS = ("gate_up_proj", "down_proj")  # in the order in which PEFT finds them in a module
 _NAMED = 3
+
+
+def shapes_with_adapter(
+    shapes: dict[str, tuple[int, ...]], adapter: CheckpointReader, hidden_size: int
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of the output: the base's, and of a reward model its head in place of the head for words.
+
+    Raises:
+        UserError: if that head was trained on a model of another width.
+    """
+    score = adapter.shapes.get(_IN_PEFT + SCORE)
+    if score is None:
+        return shapes
+    _take({SCORE: score}, SCORE, (score[0], hidden_size), "the last layer's norm")
+    return {name: shape for name, shape in shapes.items() if name != names.LM_HEAD} | {SCORE: score}
 
 
 def plan_adapted_tensors(
@@ -45,8 +61,8 @@ def plan_adapted_tensors(
     left = dict(adapter.shapes)
     tensors, counts = [], Counter[str]()
     for name, shape in shapes.items():
-        dtype = base.dtypes[name]
-        parts: tuple[Part, ...] = (base.copied(name),)
+        dtype = base.dtypes[name if name in base.dtypes else names.FINAL_NORM]
+        parts: tuple[Part, ...] = (base.copied(name),) if name in base.dtypes else ()
         if (whole := _IN_PEFT + name) in left:
             _take(left, whole, shape, name)
             parts, counts["replaced"] = (adapter.cast(whole, dtype),), counts["replaced"] + 1

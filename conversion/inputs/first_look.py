@@ -53,8 +53,8 @@ def read_jai_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def read_whole_jai_config(folder: Path) -> dict[str, Any]:
-    """The content of the config.json of a JAI that is not quantised.
+def read_whole_jai_config(folder: Path, remedy: str = "Give the checkpoint that it was made from.") -> dict[str, Any]:
+    """The content of the config.json of a JAI that is not quantised; `remedy` says what to do with one that is.
 
     Raises:
         UserError: if the folder holds no JAI, a snapshot, or one that is quantised.
@@ -63,7 +63,7 @@ def read_whole_jai_config(folder: Path) -> dict[str, Any]:
     quantization = content.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(f"{folder} is quantised already ({method}). Give the checkpoint that it was made from.")
+        raise UserError(f"{folder} is quantised already ({method}). {remedy}")
     return content
 
 
