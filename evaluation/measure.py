@@ -72,7 +72,12 @@ def _check_row(row: SuiteTask, task: "Task") -> None:
     filters = [each.name for each in task._filters]
     if row.filter is not None and row.filter not in filters:
         raise UserError(f"The task {task.task_name} has no filter {row.filter!r}. It has: {', '.join(filters)}.")
-    makes_its_own = task.config.process_results or type(task).process_results is not ConfigurableTask.process_results
+    # A function of a metric may give several by other names, as that of code does: those of choices do not.
+    makes_its_own = (
+        task.OUTPUT_TYPE != "multiple_choice"
+        or task.config.process_results
+        or type(task).process_results is not ConfigurableTask.process_results
+    )
     known = task.aggregation()
     for metric in row.metrics if not makes_its_own else ():
         if metric not in known:
