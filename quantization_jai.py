@@ -413,9 +413,9 @@ def peft_config_of_four_bits(adapter, config, load_config, adapter_kwargs=None, 
 
 @functools.cache
 def _param_wrapper() -> type:
-    layer = _peft().tuners.lora.layer
+    base: Any = _peft().tuners.lora.layer.ParamWrapper
 
-    class ParamWrapper(layer.ParamWrapper):
+    class ParamWrapper(base):
         """PEFT's, for experts in four bits: the factors multiply the rows beside the frozen matrices.
 
         PEFT knows a wrapper by the name of its class, so that is the name of its own.
@@ -470,7 +470,7 @@ def __getattr__(name: str) -> Any:
 # transformers refuses a checkpoint's code where a package that it imports anywhere, but for within a `try`, is missing.
 
 
-def _bitsandbytes():
+def _bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError:  # named before, by `refuse_old_bitsandbytes`
@@ -478,7 +478,7 @@ def _bitsandbytes():
     return bitsandbytes
 
 
-def _peft():
+def _peft() -> Any:
     try:
         import peft
     except ImportError:  # nobody loads an adapter without it

@@ -104,7 +104,7 @@ def whole_alphas(owners: Mapping[Key, nn.Module]) -> dict[Key, torch.Tensor]:
     Args:
         owners: the layers that have them.
     """
-    alphas = {key: cast(torch.Tensor, owner.skip_alpha) for key, owner in owners.items()}
+    alphas = {key: cast(nn.Parameter, owner.skip_alpha) for key, owner in owners.items()}
     with gather_params_ctx(list(alphas.values()), modifier_rank=None):  # ZeRO-3 may leave nothing of them here
         return {
             key: (alpha.full_tensor() if isinstance(alpha, DTensor) else alpha).detach().cpu().clone()
