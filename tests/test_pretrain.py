@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,26 @@ class TestSteps:
             absent = 24 - layout.batches(step) * 6
             assert of_step[:absent] == [None] * absent  # first: processes share gradients after the last
             assert of_step[absent] == layout.first_sequence(step)
+
+    @pytest.mark.parametrize(
+        ("changes", "named"),
+        [
+            ({"first_accumulation": 1}, {"sequences_of_first_step"}),
+            ({"ramp_steps": 9}, {"ramp_steps"}),
+            ({"batch_sequences": 12, "accumulation": 2, "first_accumulation": 1}, {"sequences_a_batch"}),
+        ],
+        ids=lambda value: "-".join(value),
+    )
+    def test_the_growth_of_the_batch_decides_the_run(self, changes, named):
+        """Whatever gives a step other sequences is another run, and so may not be resumed as this one."""
+        layout = StepLayout(steps=20, batch_sequences=6, accumulation=4, first_accumulation=2, ramp_steps=10)
+        other = replace(layout, **changes)
+        begins = [[each.first_sequence(step) for step in range(20)] for each in (layout, other)]
+        assert begins[0] != begins[1]
+        identity = layout.identity()
+        assert {key for key, value in other.identity().items() if value != identity[key]} == named
+        alike = [StepLayout(20, batch, 24 // batch, 24 // batch, 10).identity() for batch in (6, 12)]
+        assert alike[0] == alike[1]  # a batch that does not grow may be divided otherwise
 
 
 class TestSchedules:
@@ -258,9 +279,15 @@ class TestRun:
                 run(options, resume_from_checkpoint="true", **changed)
 
     def test_the_batch_grows(self, options):
-        out = run(options, gradient_accumulation_steps=3, first_accumulation_steps=1, batch_ramp=0.5)
-        seen = [log[TOKENS_SEEN] // CONTEXT for log in logs_of(out)]
+        """And a step's losses of routers are means of the batches that are there."""
+        weights = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25}
+        out = run(options, gradient_accumulation_steps=3, first_accumulation_steps=1, batch_ramp=0.5, **weights)
+        logs = logs_of(out)
+        seen = [log[TOKENS_SEEN] // CONTEXT for log in logs]
         assert seen == [2, 6, 12, 18, 24, 30]  # 1, 2, then 3 batches of 2 sequences
+        for log in logs:
+            of_routers = 0.5 * log["router/aux_loss/mean"] + 0.25 * log["router/z_loss/mean"]
+            assert log["loss"] == pytest.approx(log["loss/next_token"] + of_routers, rel=1e-5)
 
     def test_languages_and_layers_have_losses_that_make_the_loss(self, options, packed, checkpoint):
         weights = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25}

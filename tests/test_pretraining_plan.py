@@ -105,6 +105,19 @@ class TestEveryTokenOnce:
         assert len(set(ids)) == len(ids) == plan.sequences * context
         assert all(len(set(item["language_ids"].tolist())) == 2 for item in items)
 
+    def test_what_was_seen_is_counted_without_padding(self, tmp_path, small_blocks):
+        """Up to every sequence; the one with padding is not the last of its block."""
+        corpus = packed_corpus(tmp_path / "a", {"a": lengths_of(60, 60, 0), "b": lengths_of(60, 60, 1)})
+        plan = SequencePlan(corpus, 32)
+        items = items_of(plan)
+        (padded,) = (number for number, item in enumerate(items) if EOS in item["input_ids"])
+        assert padded < len(plan) - 2
+        seen = Counter({"a": 0, "b": 0})
+        for number, item in enumerate(items):
+            assert plan.tokens_seen(number) == seen
+            seen.update(plan.languages[language] for language in item["language_ids"].tolist() if language >= 0)
+        assert plan.tokens_seen(len(plan)) == seen
+
     def test_of_each_epoch_before_the_next(self, tmp_path, small_blocks):
         corpus = packed_corpus(tmp_path / "a", {"a": lengths_of(200, 100, 0)}, mixture={"a": {"epochs": 2.5}})
         plan = SequencePlan(corpus, 64)
@@ -310,6 +323,17 @@ class TestLanguages:
                 assert placed.start[last + 1] == placed.stop[last]
                 overflows += 1
         assert overflows > 0.5 * sequences
+
+    def test_a_language_that_is_a_sequence_ahead_is_not_switched_to(self):
+        """Its long documents come first: one by one with the other's, they would put it 475 tokens ahead."""
+        lengths = np.array([length for pair in zip([40] * 50 + [2] * 50, [21] * 100) for length in pair])
+        languages, sequences = np.arange(200) % 2, int(lengths.sum()) // 64
+        lengths[-1] -= lengths.sum() - sequences * 64
+        placed = LanguageMixer(lengths, languages, np.full(200, -1), 64, sequences, 1.0, itertools.repeat(0.0)).mix()
+        tokens = np.where(languages[placed.item] == 0, placed.stop - placed.start, 0)
+        share = lengths[::2].sum() / lengths.sum()
+        ahead = np.cumsum(tokens) - share * np.cumsum(placed.stop - placed.start)
+        assert 64 < ahead.max() <= 64 + 40 * (1 - share)
 
     def test_paired_isolated_is_the_same_text_with_documents_apart(self, two_languages):
         for xlda, paired in zip(
@@ -587,6 +611,16 @@ class TestAnnealing:
         check_same_plan(saved, plan)
         with pytest.raises(UserError, match=r"begun with other data: seed was 0 and is 1\. Its steps would see other"):
             check_same_plan(saved, SequencePlan(two_languages, 128, seed=1))
+
+    def test_nor_with_other_documents_of_as_many_tokens(self, tmp_path, small_blocks):
+        first, second = (
+            SequencePlan(packed_corpus(tmp_path / name, {"a": lengths}), 16)
+            for name, lengths in (("one", [5, 9, 30]), ("two", [9, 5, 30]))
+        )
+        with pytest.raises(
+            UserError, match=r"begun with other data: content_sha256 was \"\w{64}\" and is \"\w{64}\"\. "
+        ):
+            check_same_plan(first.identity(), second)
 
 
 class TestPlaces:

@@ -132,12 +132,9 @@ def _second_hidden(
     decoder, layer = model.get_decoder(), getattr(model, MODULE)["layers"][0]
     positions = position_ids[:, :-1]
     embeddings = model.get_input_embeddings()(input_ids[:, :-1])
-    # Nothing is before the first token of a sequence; and where a document that is apart from others begins, the state
-    # before it is another's, which must not reach it by attention either.
-    previous = nn.functional.pad(last_hidden[:, :-2], (0, 0, 1, 0))
-    previous = previous.masked_fill((positions == 0)[..., None], 0)
-    # A document's first token stands alone, as if it were a document, because `generate` has it not: it begins with the
-    # first state and the second token.
+    previous = nn.functional.pad(last_hidden[:, :-2], (0, 0, 1, 0))  # nothing is before a sequence
+    # A document's first token stands alone, as if it were a document: the state before it is another document's, if
+    # any, and `generate` has it not, but begins with the first state and the second token. It has no label either.
     of_documents = (positions - 1).clamp(min=0)
     mask = create_causal_mask(model.config, embeddings, None, None, position_ids=of_documents)
     return layer(
