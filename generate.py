@@ -14,11 +14,9 @@ import regex
 
 from jai.auto import load_causal_model
 from jai.errors import UserError
-from jai.files import read_json
-from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder, no_config
 from jai.options import argument, check_values, option
 from jai.tokenization.chat import check_chat
-from jai.tokenization.loading import load_tokenizer, tokenizer_folder
+from jai.tokenization.loading import load_tokenizer, whole_checkpoint
 from jai.tokenization.stops import stop_ids
 
 if TYPE_CHECKING:
@@ -204,29 +202,6 @@ class ClusterStreamer:
             self._give(text[:start])
         self._held = text[start:]
         self._window, self._done = self._done, len(self._ids)
-
-
-def whole_checkpoint(model: str, *, weights: bool = True) -> Path:
-    """Folder of a checkpoint with all that a model and a tokenizer are loaded from; imports neither.
-
-    Args:
-        model: folder or Hub id.
-        weights: whether to download a Hub id's weights too, and look for them.
-
-    Raises:
-        UserError: if it is neither, or lacks its configuration, tokenizer or weights.
-    """
-    folder = local_folder(model, [*METADATA_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])])
-    configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
-    if not configs:
-        raise no_config(model if Path(model).is_dir() else folder, "Give a folder or Hub id that holds a model.")
-    generation_config = folder / "generation_config.json"  # transformers ignores a damaged one
-    for path in [*configs, *([generation_config] if generation_config.exists() else [])]:
-        read_json(path)
-    tokenizer_folder(folder)
-    if (weights or Path(model).is_dir()) and not any(folder.glob(WEIGHTS_PATTERN)):
-        raise UserError(f"{model} has no weights in safetensors files. Give a whole checkpoint.")
-    return folder
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions) -> BatchEncoding:

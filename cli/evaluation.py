@@ -67,9 +67,9 @@ def evaluate(options: EvalOptions) -> None:
     if not suites:
         _list_suites()
         return
-    options.check()
     if any(isinstance(suite, JudgedSuite) for suite in suites):
         options.check_judge()
+    options.check()
     # tqdm reads it when it is imported; lm-eval shows a bar for each task, and there is one of ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from jai.evaluation.command import evaluate_suites
@@ -129,7 +129,7 @@ def pairwise(options: PairwiseOptions) -> None:
     """Let a judge compare two models' answers, in both orders.
 
     If interrupted, run the same command again to resume."""
-    options.check_judge()
+    options.check()
     from jai.evaluation.judged.side_by_side import compare_answers
 
     compare_answers(options)

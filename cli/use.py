@@ -9,7 +9,8 @@ import typer
 
 from jai.cli.verb import PASS_THROUGH, verb
 from jai.demo.options import DemoOptions
-from jai.generate import GenerateOptions, whole_checkpoint
+from jai.generate import GenerateOptions
+from jai.tokenization.loading import whole_checkpoint
 
 app = typer.Typer()
 _SERVER_PACKAGES = ("fastapi", "openai", "uvicorn")

@@ -17,7 +17,7 @@ from jai.evaluation.data import parsed_rows
 from jai.evaluation.language import FormCounts, LanguageFault, ThinkFault, form_counts, language_fault, think_fault
 from jai.evaluation.options import LanguageOptions
 from jai.evaluation.results import Figure, Item, TaskRecord, mean_figure, open_run
-from jai.files import check_is_file, print_next, sha256
+from jai.files import print_next, sha256
 from jai.provenance import versions
 
 # What tools call a reply: OpenAI and vLLM, TRL, Alpaca; chats; lm-eval's samples.
@@ -58,6 +58,7 @@ def report_language(options: LanguageOptions, *, console: Console | None = None)
     Raises:
         UserError: as `read_replies`, and as `open_run` where the figures are kept.
     """
+    options.check()
     console = console or Console()
     counts = {}
     for path in options.files:
@@ -91,7 +92,6 @@ def read_replies(path: Path, field: str | None = None) -> tuple[str, list[FileRe
     Raises:
         UserError: if the file or a row is damaged or has no reply, naming the file and the line.
     """
-    check_is_file(path, "Give a file of JSON Lines.")
     found = field
     number = 0
 

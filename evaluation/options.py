@@ -8,8 +8,9 @@ from typing import Literal
 
 from jai.errors import UserError
 from jai.evaluation.judged.options import JudgeOptions
-from jai.files import refuse_existing
+from jai.files import check_is_file, refuse_existing
 from jai.options import argument, check_values, option
+from jai.tokenization.loading import whole_checkpoint
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -108,7 +109,8 @@ class EvalOptions(JudgeOptions):
         """Refuse what cannot be run, before anything heavy is imported.
 
         Raises:
-            UserError: for folders that are not there, and options that do not go together.
+            UserError: for folders that are not there, options that do not go together, and a checkpoint that is not
+                whole.
         """
         ignored = {
             "--tokenizer": self.tokenizer is not None and self.backend != "openai",
@@ -124,6 +126,8 @@ class EvalOptions(JudgeOptions):
         for flag, folder in (("--data", self.data), ("--include-path", self.include_path)):
             if folder is not None and not folder.is_dir():
                 raise UserError(f"{flag} {folder} is no folder. Give one that exists.")
+        if self.backend != "openai":
+            whole_checkpoint(self.model, weights=False)
 
     @property
     def folder(self) -> Path:
@@ -154,13 +158,15 @@ class LanguageOptions:
         """Refuse what cannot be done, before anything heavy is imported.
 
         Raises:
-            UserError: for a run of several files.
+            UserError: for files that are not there, and a run of several files.
         """
         if self.out is not None and len(self.files) > 1:
             raise UserError(
                 f"--out {self.out} takes the figures of one file, and {len(self.files)} are given. Give each file a "
                 "run of its own."
             )
+        for path in self.files:
+            check_is_file(Path(path), "Give a file of JSON Lines.")
 
 
 @dataclass(kw_only=True)

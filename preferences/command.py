@@ -21,7 +21,7 @@ from jai.evaluation.judged.prompts import FACTS, LATER_TURN_GRADE, SINGLE_GRADE,
 from jai.evaluation.models import check_chat_template
 from jai.evaluation.progress import quiet_libraries
 from jai.evaluation.reply_cache import ReplyCache
-from jai.files import check_is_file, print_next, sha256, write_whole
+from jai.files import print_next, sha256, write_whole
 from jai.hub import METADATA_PATTERNS, local_folder
 from jai.preferences.answering import answering_plan, answers_folder, ask_for_answers, model_options
 from jai.preferences.calibration import Calibration, read_calibration
@@ -124,12 +124,10 @@ class _Work:
         self._console = console
         self.judge_calls_itself: list[str] = []
         self.cut_prompts = 0
-        check_is_file(options.prompts, "Give a file of prompts.")
         read = list(parsed_rows(options.prompts, preference_prompt))
         self.prompts = number_prompts(read, str(options.prompts))[: options.limit]
         self._others: list[OtherAnswers] = []
         if options.off_policy is not None:
-            check_is_file(options.off_policy, "Give a file of answers.")
             self._others = list(parsed_rows(options.off_policy, other_answers))
         self._facts = fact_questions(self.prompts) if options.by == "facts" else []
         self.calibration = _calibration(options)

@@ -10,6 +10,7 @@ from jai.evaluation.judged.options import JudgeOptions
 from jai.evaluation.options import check_backend
 from jai.files import check_is_file, refuse_existing
 from jai.options import argument, check_values, option
+from jai.tokenization.loading import whole_checkpoint
 
 
 @dataclass(kw_only=True)
@@ -61,6 +62,16 @@ class AnsweringOptions:
         }
         check_backend(self.backend, self.base_url, ignored)
 
+    def check_inputs(self) -> None:
+        """Refuse prompts that are not there, and a checkpoint that is not whole.
+
+        Raises:
+            UserError: naming it.
+        """
+        check_is_file(self.prompts, "Give a file of prompts.")
+        if self.backend != "openai":
+            whole_checkpoint(self.model, weights=False)
+
 
 @dataclass(kw_only=True)
 class PairsOptions(AnsweringOptions, JudgeOptions):
@@ -109,7 +120,7 @@ class PairsOptions(AnsweringOptions, JudgeOptions):
         """Refuse what cannot be run, before anything heavy is imported.
 
         Raises:
-            UserError: for files that are not there, and options that do not go together.
+            UserError: for files and checkpoints that are not there, and options that do not go together.
         """
         self.check_answering(device_is_used=self.by == "reward")
         if (self.by == "reward") != (self.reward_model is not None):
@@ -125,6 +136,11 @@ class PairsOptions(AnsweringOptions, JudgeOptions):
         _check_language(self.by, self.language)
         if self.candidates == 1 and self.off_policy is None:
             raise UserError("One answer makes no pair. Give --candidates 2 or more, or --off-policy.")
+        self.check_inputs()
+        if self.off_policy is not None:
+            check_is_file(self.off_policy, "Give a file of answers.")
+        if self.reward_model is not None:
+            whole_checkpoint(self.reward_model, weights=False)
 
 
 @dataclass(kw_only=True)
@@ -163,11 +179,11 @@ class DifficultyOptions(AnsweringOptions):
         """Refuse what cannot be run, before anything heavy is imported.
 
         Raises:
-            UserError: for files that are not there, and options that do not go together.
+            UserError: for files and checkpoints that are not there, and options that do not go together.
         """
-        check_is_file(self.prompts, "Give a file of prompts.")
         self.check_answering()
         _check_language(self.by, self.language)
+        self.check_inputs()
 
 
 def _check_language(by: str, language: str) -> None:
@@ -205,7 +221,8 @@ class ScoreOptions:
         """Refuse what cannot be run, before anything heavy is imported.
 
         Raises:
-            UserError: if the file is not there, or the output is.
+            UserError: if the file is not there or the reward model is not whole, or if the output is there.
         """
         check_is_file(self.file, "Give a file of conversations.")
         refuse_existing(self.out)
+        whole_checkpoint(self.model, weights=False)

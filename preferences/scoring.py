@@ -15,7 +15,7 @@ from rich.console import Console
 from jai.errors import UserError
 from jai.evaluation.data import parsed_rows
 from jai.evaluation.reply_cache import Message
-from jai.files import UnfinishedFolder, check_is_file, resumable_folder, sha256
+from jai.files import UnfinishedFolder, resumable_folder, sha256
 from jai.hub import METADATA_PATTERNS, local_folder
 from jai.preferences.calibration import PAPER_THRESHOLD, Calibration, read_calibration
 from jai.preferences.options import ScoreOptions
@@ -89,7 +89,7 @@ def score_file(options: ScoreOptions, *, console: Console | None = None) -> Path
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    check_is_file(options.file, "Give a file of conversations.")
+    options.check()
     calibration = read_calibration(local_folder(options.model, METADATA_PATTERNS))
     if calibration is None and options.keep_above is not None:
         raise UserError(

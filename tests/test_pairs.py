@@ -615,14 +615,14 @@ def test_options_that_do_not_go_together(options, message):
         PairsOptions(prompts=Path("p"), out=Path("o"), model="m", **options).check()
 
 
-def test_the_device_of_a_reward_model_is_no_servers():
-    options = {**SERVER, "by": "reward", "reward_model": "r", "device": "cpu"}
-    PairsOptions(prompts=Path("p"), out=Path("o"), model="m", **options).check()
+def test_the_device_of_a_reward_model_is_no_servers(prompts, reward_model):
+    options = {**SERVER, "by": "reward", "reward_model": str(reward_model), "device": "cpu"}
+    PairsOptions(prompts=prompts, out=Path("o"), model="m", **options).check()
 
 
-def test_the_recipe_is_of_today():
+def test_the_recipe_is_of_today(prompts):
     recipe = read_options_file(Path(jai.recipes.__file__).parent / "pairs.yaml", PairsOptions)
-    options = PairsOptions(prompts=Path("p"), out=Path("o"), model="m", **recipe)
+    options = PairsOptions(prompts=prompts, out=Path("o"), model="m", **SERVER, **recipe)
     options.check()
     assert (options.by, options.candidates, options.margin, options.judge_price) == ("judge", 5, 1, [2.5, 10])
 

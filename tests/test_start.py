@@ -2,6 +2,7 @@
 """The start: what is wrong before a model is needed is said before what models need is imported."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -37,10 +38,12 @@ FOLDERS = {
     "jai": {"config.json": '{"model_type": "jai", "auto_map": {"AutoConfig": "configuration_jai.JaiConfig"}}'},
     "jai-four": {"config.json": '{"model_type": "jai", "quantization_config": {"quant_method": "bitsandbytes"}}'},
     "jai-cut": {"config.json": '{"model_type": "jai"}', "model.safetensors": b"short"},
+    "tokenizer-only": {"config.json": "{}", "tokenizer.json": "{}"},
     "adapter": {"adapter_config.json": "{}"},
     "gguf": {"model.gguf": "GGUF"},
     "six": {"config.json": '{"model_type": "phi3", "num_hidden_layers": 6}'},
 }
+JUDGE = "--judge-model judge --judge-url http://127.0.0.1:9/v1"
 CASES = [
     (HEAVY, "--help", 0, ""),
     (HEAVY, "--version", 0, ""),
@@ -74,13 +77,31 @@ CASES = [
     (HEAVY, "quantize jai-four out", 1, "jai-four is quantised already (bitsandbytes)"),
     (HEAVY, "merge-adapter jai out", 1, "jai has no adapter_config.json"),
     (HEAVY, "merge-adapter adapter out --base jai-four", 1, "has no adapter_model.safetensors"),
+    (HEAVY, "quantize ./none out", 1, "./none is neither a folder nor a Hub id"),
+    (HEAVY, "merge-adapter ./none out", 1, "./none is neither a folder nor a Hub id"),
+    (HEAVY, "report none", 1, "none has no logs of training"),
+    (HEAVY, "inspect ./none", 1, "./none is neither a folder nor a Hub id"),
     (HEAVY, "inspect jai-cut", 1, "its header cannot be read"),
     (HEAVY, "inspect damaged", 1, "is no valid JSON"),
+    (HEAVY, "generate ./none hello", 1, "./none is neither a folder nor a Hub id"),
     (HEAVY, "generate empty hello", 1, "empty has no config.json"),
     (HEAVY, "generate phi3-tokenizer hello", 1, "tokenizer.json is no valid JSON"),
     (HEAVY, "generate phi3 hello --top-p 5", 1, "top_p is 5.0"),
     (HEAVY, "tokenizer train empty/none.txt --base empty --out out", 1, "none.txt"),
     (HEAVY, "tokenizer ablate --config ablation.yaml --out out", 1, "has the option 'arm', which does not exist"),
+    (HEAVY, "serve ./none", 1, "./none is neither a folder nor a Hub id"),
+    (HEAVY, "serve empty", 1, "empty has no config.json"),
+    (HEAVY, "eval ./none --suite mgsm", 1, "./none is neither a folder nor a Hub id"),
+    (HEAVY, "eval ./none --suite mgsm --backend vllm", 1, "./none is neither a folder nor a Hub id"),
+    (HEAVY, "eval empty --suite mgsm", 1, "empty has no config.json"),
+    (HEAVY, "eval jai --suite mgsm", 1, "jai has no tokenizer that can be loaded"),
+    (HEAVY, "eval tokenizer-only --suite mgsm", 1, "tokenizer-only has no weights in safetensors files"),
+    (HEAVY, "eval ./none --suite mt-bench-th", 1, "--judge-url is not given"),
+    (HEAVY, f"eval ./none --suite mt-bench-th {JUDGE}", 1, "./none is neither a folder nor a Hub id"),
+    (HEAVY, f"eval pairwise none.jsonl data.jsonl {JUDGE}", 1, "none.jsonl does not exist"),
+    (HEAVY, f"eval pairwise data.jsonl none.jsonl {JUDGE}", 1, "none.jsonl does not exist"),
+    (HEAVY, f"eval pairwise data.jsonl data.jsonl {JUDGE} --data none", 1, "--data none is no folder"),
+    (HEAVY, "eval language data.jsonl none.jsonl", 1, "none.jsonl does not exist"),
     (HEAVY, "eval compare ./none", 1, "none is no folder"),
     (HEAVY, "eval compare empty --figure chart.gif", 1, "chart.gif has an unknown ending"),
     (HEAVY, "eval contamination data.jsonl", 1, "--suite is not given"),
@@ -111,16 +132,30 @@ CASES = [
     (HEAVY, "kto", 1, "No model is given"),
     (HEAVY, "cpo --config stage.yaml --dataset_name none.jsonl", 1, "The data none.jsonl does not exist"),
     (HEAVY, "orpo", 1, "No model is given"),
+    (HEAVY, f"pairs none.jsonl out --model whole {JUDGE}", 1, "none.jsonl does not exist"),
+    (HEAVY, f"pairs data.jsonl out --model ./none {JUDGE}", 1, "./none is neither a folder nor a Hub id"),
+    (HEAVY, f"pairs data.jsonl out --model whole --off-policy none {JUDGE}", 1, "none does not exist"),
+    (HEAVY, "pairs data.jsonl out --model whole --by reward --reward-model ./none", 1, "./none is neither a folder"),
+    (HEAVY, "pairs data.jsonl out --model whole --by reward --reward-model jai", 1, "jai has no tokenizer that can"),
+    (HEAVY, "difficulty data.jsonl out --model ./none", 1, "./none is neither a folder nor a Hub id"),
     (HEAVY, "difficulty none.jsonl out --model phi3", 1, "none.jsonl does not exist"),
     (HEAVY, "difficulty stage.yaml out --model phi3 --min-pass-rate 0.95", 1, "nothing lies between them"),
     (HEAVY, "score none.jsonl out --model phi3", 1, "none.jsonl does not exist"),
+    (HEAVY, "score data.jsonl out --model ./none", 1, "./none is neither a folder nor a Hub id"),
     (HEAVY, "score stage.yaml phi3 --model phi3", 1, "phi3 exists already"),
     (HEAVY, "score stage.yaml out --model phi3 --keep-above 2", 1, "keep_above is 2.0"),
     (HEAVY, "demo --seed x", 1, "--seed is 'x'"),
     (HEAVY, "publish jai lab/a--b", 1, "is no name of a repository"),
+    (HEAVY, "publish ./none lab/jai", 1, "none is no folder"),
     (CLIENT, "publish empty lab/jai", 1, "empty has no config.json"),
     (CLIENT, "publish phi3 lab/jai", 1, "model_type 'phi3', not 'jai'"),
     (CLIENT, "publish jai lab/jai", 1, "lacks configuration_jai.py"),
+    # May be on the Hub: the client is asked, which HF_HUB_OFFLINE keeps from asking the Hub.
+    (CLIENT, "eval none --suite mgsm", 1, "none is no local folder, and it is not in the Hub cache"),
+    (CLIENT, f"pairs data.jsonl out --model none {JUDGE}", 1, "none is no local folder"),
+    (CLIENT, "difficulty data.jsonl out --model none", 1, "none is no local folder"),
+    (CLIENT, "score data.jsonl out --model none", 1, "none is no local folder"),
+    (CLIENT, "serve none@main", 1, "none is no local folder"),
 ]
 # Runs the commands one after the other, as the program does, and says what each leaves imported.
 RUN = """
@@ -161,6 +196,7 @@ def results(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)

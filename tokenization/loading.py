@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers by name, for every verb that takes one. Nothing heavy is imported before a tokenizer is there to load."""
+"""Tokenizers by name, and checkpoints that bring theirs, for every verb that takes one.
+
+Nothing heavy is imported before a tokenizer is there to load.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jai.errors import UserError
 from jai.files import check_is_file, read_json
-from jai.hub import local_folder
+from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, local_folder, no_config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -115,6 +118,29 @@ def tokenizer_folder(name: str | Path, revision: str | None = None) -> Path:
             read_json(path)  # libraries take seconds to be imported, and say less of what is wrong
         elif path.suffix in (".json", ".model", ".txt", ".jinja"):
             check_is_file(path)
+    return folder
+
+
+def whole_checkpoint(model: str, *, weights: bool = True) -> Path:
+    """Folder of a checkpoint with all that a model and a tokenizer are loaded from; imports neither.
+
+    Args:
+        model: folder or Hub id.
+        weights: whether to download a Hub id's weights too, and look for them.
+
+    Raises:
+        UserError: if it is neither, or lacks its configuration, tokenizer or weights.
+    """
+    folder = local_folder(model, [*METADATA_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])])
+    configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
+    if not configs:
+        raise no_config(model if Path(model).is_dir() else folder, "Give a folder or Hub id that holds a model.")
+    generation_config = folder / "generation_config.json"  # transformers ignores a damaged one
+    for path in [*configs, *([generation_config] if generation_config.exists() else [])]:
+        read_json(path)
+    tokenizer_folder(folder)
+    if (weights or Path(model).is_dir()) and not any(folder.glob(WEIGHTS_PATTERN)):
+        raise UserError(f"{model} has no weights in safetensors files. Give a whole checkpoint.")
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jai.errors import UserError
+from jai.files import check_is_file
 from jai.options import argument, check_values, option
 
 if TYPE_CHECKING:
@@ -130,6 +131,18 @@ class PairwiseOptions(JudgeOptions):
 
     def __post_init__(self) -> None:
         check_values(self)
+
+    def check(self) -> None:
+        """Refuse what cannot be compared, before anything heavy is imported.
+
+        Raises:
+            UserError: as `check_judge`, and for a folder or files that are not there.
+        """
+        self.check_judge()
+        if self.data is not None and not self.data.is_dir():
+            raise UserError(f"--data {self.data} is no folder. Give one that exists.")
+        for path in (self.first, self.second):
+            check_is_file(path, "Give a file of answers, such as answers-mt-bench-th.jsonl of a run.")
 
     @property
     def folder(self) -> Path:

@@ -35,7 +35,7 @@ from jai.evaluation.judged.questions import questions_hash
 from jai.evaluation.reply_cache import ReplyCache
 from jai.evaluation.results import EvaluationRun, TaskRecord, open_run
 from jai.evaluation.suites import JudgedSuite, read_suite
-from jai.files import check_is_file, sha256
+from jai.files import sha256
 from jai.provenance import versions
 
 _VERSION = "1"
@@ -57,6 +57,7 @@ def compare_answers(options: PairwiseOptions, *, console: Console | None = None)
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    options.check()
     plan = _plan(options)
     first, second = (_read_answers(path) for path in (options.first, options.second))
     pairs = pair_answers(plan.chats, first, second)
@@ -113,7 +114,6 @@ def _plan(options: PairwiseOptions) -> JudgedPlan:
 
 
 def _read_answers(path: Path) -> list[ChatAnswers]:
-    check_is_file(path, "Give a file of answers, such as answers-mt-bench-th.jsonl of a run.")
     return list(parsed_rows(path, chat_answers))
 
 
