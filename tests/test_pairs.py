@@ -548,7 +548,9 @@ def test_prompts_that_are_cut_are_counted_once_each(checkpoint, tmp_path):
     instruction = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     rows = [{"prompt": f"{number}{text}", **instruction} for number, text in enumerate(("?", "?" * 90, "?" * 99))]
     file = write_rows(tmp_path / "if.jsonl", rows)
-    printed, _, record = run_checkpoint(checkpoint, file, tmp_path / "pairs", by="checks", max_answer_tokens=480)
+    answers = [{"prompt": row["prompt"], "answers": ["A.", "A, B."]} for row in rows]  # a pair, whatever is drawn
+    options = {"by": "checks", "max_answer_tokens": 480, "off_policy": write_rows(tmp_path / "other.jsonl", answers)}
+    printed, _, record = run_checkpoint(checkpoint, file, tmp_path / "pairs", **options)
     assert (record["prompts"], record["cut_prompts"]) == (3, 2)
     assert "2 prompts were longer than the model takes and lost their beginning." in printed
     assert not any("beginning" in reason for reason in record["dropped"])
