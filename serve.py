@@ -6,6 +6,8 @@ That server looks for a checkpoint's class among the names of transformers itsel
 name leads to AutoModelForCausalLM, which finds both. A copy of this file runs without the package, as
 `python serve.py MODEL --trust-remote-code`.
 
+That server takes no adapter, whose folder has no configuration of a model. Here it is loaded on the base that it names.
+
 That server also takes a temperature and goes on to answer greedily, where the checkpoint's generation config does not
 sample: five answers to one prompt are then one and the same. Here a request with a temperature above 0 is sampled, as
 by any other server with this API. With `--continuous-batching` the first request decides for all.
@@ -43,7 +45,7 @@ def adapt_server() -> None:
     """Change transformers' server in this process, once, to what the top of this file says."""
     # Not at the top: what the imports there import puts another module in the place of `transformers`.
     import transformers
-    from transformers.cli.serving import server, utils
+    from transformers.cli.serving import model_manager, server, utils
 
     transformers.JaiForCausalLM = AutoModelForCausalLM  # type: ignore[attr-defined]
     # There is no public way to any of these.
@@ -54,6 +56,30 @@ def adapt_server() -> None:
         for name in ("generate_streaming", "generate_non_streaming"):
             setattr(manager, name, _within_context(getattr(manager, name)))
     server.build_server = _refusing(server.build_server)
+    models = model_manager.ModelManager
+    models._load_model = _loading_adapters(models._load_model)  # type: ignore[method-assign]
+
+
+def _loading_adapters(load: Callable) -> Callable:
+    @wraps(load)
+    def load_model(self: Any, model_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        model, _, revision = model_and_revision.partition("@")
+        if find_adapter_config_file(model, revision=revision) is None:
+            return load(self, model_and_revision, *args, **kwargs)
+        how = self.get_quantization_config()
+        return AutoModelForCausalLM.from_pretrained(
+            model,
+            revision=revision,
+            attn_implementation=self.attn_implementation,
+            dtype=self.dtype,
+            device_map=self.device,
+            trust_remote_code=self.trust_remote_code,
+            **({} if how is None else {"quantization_config": how}),  # a None would hide the checkpoint's own
+        )
+
+    return load_model
 
 
 def _sampling_where_asked(build: Callable) -> Callable:

@@ -13,6 +13,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,6 +34,7 @@ from jai.quantization_jai import (
     JaiBnb4BitHfQuantizer,
     JaiExperts4bit,
     JaiFineGrainedFP8HfQuantizer,
+    lora_reaching_four_bits,
     quantize_matrices,
 )
 
@@ -374,13 +376,18 @@ STRANGER = """
 import sys, torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.distributed import DistributedConfig
-whole, out = sys.argv[1:]
+whole, out, adapter = sys.argv[1:]
 how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 model = AutoModelForCausalLM.from_pretrained(whole, trust_remote_code=True, quantization_config=how)
 assert type(model.model.layers[0].mlp.experts).__module__.startswith("transformers_modules.")
 model.save_pretrained(out)
 again = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-torch.save(again(torch.arange(5, 25).reshape(2, 10)).logits, out + "/logits.pt")
+ids = torch.arange(5, 25).reshape(2, 10)
+logits = {"four bits": again(ids).logits}
+logits["by its folder"] = AutoModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)(ids).logits
+again.load_adapter(adapter)
+logits["beside it"] = again(ids).logits
+torch.save(logits, out + "/logits.pt")
 for folder, how in ((whole, {"quantization_config": how}), (out, {})):
     try:
         cut = DistributedConfig(tp_size=1)
@@ -391,11 +398,21 @@ for folder, how in ((whole, {"quantization_config": how}), (out, {})):
 
 
 def test_a_process_without_the_package_quantises_saves_and_loads(whole, tmp_path, run_as_stranger):
-    run = run_as_stranger(STRANGER, {"HF_HOME": str(tmp_path / "home")}, str(whole), str(tmp_path / "out"))
+    """And loads an adapter of its experts, by its folder too."""
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(whole, quantization_config=four_bits())
+    expected = {"four bits": model(INPUT_IDS).logits}
+    adapted = get_peft_model(model, lora_reaching_four_bits(lora)).eval()
+    lora.base_model_name_or_path = str(tmp_path / "out")
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected |= dict.fromkeys(("by its folder", "beside it"), adapted(INPUT_IDS).logits)
+    folders = [str(folder) for folder in (whole, tmp_path / "out", tmp_path / "adapter")]
+    run = run_as_stranger(STRANGER, {"HF_HOME": str(tmp_path / "home")}, *folders)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "quantization_jai.py").exists()
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(INPUT_IDS).logits
-    torch.testing.assert_close(torch.load(tmp_path / "out" / "logits.pt"), expected)
+    torch.testing.assert_close(torch.load(tmp_path / "out" / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
+    assert (expected["beside it"] - expected["four bits"]).abs().max() > 0.1
     assert run.stdout.count("cannot be split over devices") == 2  # packed bytes cut by rows would mix experts
 
 

@@ -8,17 +8,23 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from damage import VALUES, damages_of
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from test_four_bits import SIZES, four_bits
+from transformers import AutoModelForCausalLM
 
 from fuzzing import HANG_SECONDS, SECONDS, Figures, fuzz
 
 pytest.importorskip("fastapi", reason="needs transformers[serving]")
 pytest.importorskip("openai", reason="needs transformers[serving]")
 
+from jai.quantization_jai import lora_reaching_four_bits
 from jai.serve import adapt_server
 
 pytestmark = pytest.mark.usefixtures("within_bounds")
@@ -54,6 +60,19 @@ NOT_OF = {
 }
 
 
+@pytest.fixture
+def adapter_on_four_bits(tiny_checkpoint, tmp_path) -> tuple[Path, torch.Tensor]:
+    """An adapter of experts in four bits, and the logits of 20 tokens with it."""
+    whole = tiny_checkpoint(tmp_path / "whole", **SIZES)
+    AutoModelForCausalLM.from_pretrained(whole, quantization_config=four_bits()).save_pretrained(tmp_path / "four")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    config = lora_reaching_four_bits(LoraConfig(r=4, **targets, init_lora_weights=False))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "four"), config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        return tmp_path / "adapter", model(torch.arange(5, 25)[None]).logits
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, tiny_checkpoint) -> Iterator[str]:
     """A server in a thread of this process."""
@@ -69,6 +88,16 @@ def address(tmp_path_factory, tiny_checkpoint) -> Iterator[str]:
         time.sleep(0.05)
     yield f"http://127.0.0.1:{port}"
     server.kill_server()
+
+
+def test_an_adapter_is_loaded_on_the_base_that_it_names(address, adapter_on_four_bits):
+    """transformers' own server takes none."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    adapter, expected = adapter_on_four_bits
+    model = ModelManager(device="cpu")._load_model(f"{adapter}@main")
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(torch.arange(5, 25)[None]).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def ask(address: str, path: str, body: bytes) -> tuple[int, str]:

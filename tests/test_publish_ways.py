@@ -330,6 +330,16 @@ def test_an_adapter_of_another_base_is_refused(adapter, checkpoint, push):
         push(adapter, base=BASE)
 
 
+def test_an_adapter_of_experts_is_for_no_quantised_base(adapter, checkpoint, api, push):
+    api.create_repo(BASE)
+    config = json.loads((checkpoint / "config.json").read_text())
+    four = {**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    api.create_commit(BASE, [CommitOperationAdd("config.json", json.dumps(four).encode())], commit_message="four bits")
+    with pytest.raises(UserError, match=rf"{BASE} is quantised.*in 16 or 32 bits that it was made from.*--base OWNER"):
+        push(adapter, base=BASE)
+    assert not api.repo_exists(REPO)
+
+
 # Quantised checkpoints
 
 
