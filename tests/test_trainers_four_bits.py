@@ -46,7 +46,13 @@ class Run(NamedTuple):
     options: dict[str, Any]
 
 
-_GRPO = {"max_steps": 2, "rewards": "repetition", "num_generations": 4, "max_completion_length": 4, "temperature": 1.0}
+_GRPO = {
+    "rewards": "language",
+    "language_column": "language",
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "temperature": 1.0,
+}
 STAGES = {
     "sft": Run("sft", "chats", {}),
     "dpo": Run("dpo", "preferences", {}),
@@ -120,7 +126,7 @@ def labelled(tmp_path_factory, sentences) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory, sentences) -> Path:
-    rows = [{"prompt": chat(text[:12]), "answer": "7"} for text in sentences]
+    rows = [{"prompt": chat(text[:12]), "language": "th"} for text in sentences]
     return write_rows(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows)
 
 
