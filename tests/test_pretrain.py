@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from packed_text import packed_corpus
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -35,8 +36,9 @@ from jai.pretraining.config import read_corpus_config
 from jai.pretraining.dataset import PackedSequences
 from jai.pretraining.options import PackOptions
 from jai.pretraining.pack import pack_corpus
-from jai.pretraining.plan import SequencePlan
+from jai.pretraining.plan import AnnealedPlan, SequencePlan
 from jai.pretraining.shards import PackedCorpus
+from jai.pretraining.shares import Shares, SourceShare
 from jai.provenance import chain, read_step
 from jai.trainers import pretrain, pretrain_trainer
 from jai.trainers.arguments import parse_arguments
@@ -289,11 +291,20 @@ class TestRun:
             of_routers = 0.5 * log["router/aux_loss/mean"] + 0.25 * log["router/z_loss/mean"]
             assert log["loss"] == pytest.approx(log["loss/next_token"] + of_routers, rel=1e-5)
 
-    def test_languages_and_layers_have_losses_that_make_the_loss(self, options, packed, checkpoint):
+    def test_languages_and_layers_have_losses_that_make_the_loss(self, options, packed, checkpoint, tmp_path):
+        """Of documents that follow each other, also across languages; one sequence is padded."""
+        mixture = tmp_path / "all.yaml"  # without weights: all text, and a last sequence that is not full
+        mixture.write_text(
+            yaml.safe_dump({"sources": [{"name": name, "language": name[:2]} for name, _ in _MORE_THAI]})
+        )
+        shares = Shares.configured(read_corpus_config(mixture))
+        text = {"strategy": "concatenated", "shares": shares}
+        plans = (SequencePlan(PackedCorpus.open(packed), CONTEXT, seed=seed, **text) for seed in range(1000))
+        plan = next(each for each in plans if any(-1 in each.pieces(number).source for number in range(12)))
         weights = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25}
-        weights |= {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
+        weights |= {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "mixture": mixture}
+        weights |= {"packing_strategy": "concatenated", "data_seed": plan.seed}
         log = logs_of(run(options, max_steps=1, **weights))[0]
-        plan = SequencePlan(PackedCorpus.open(packed), CONTEXT, seed=42)
         items = [PackedSequences(plan)[number] for number in range(12)]
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -304,12 +315,13 @@ class TestRun:
         )
         languages = batch["language_ids"][:, 1:].flatten()
         counted = batch["labels"][:, 1:].flatten() != -100
-        assert set(languages[counted].tolist()) == {0, 1}
+        assert set(languages.tolist()) == {-1, 0, 1}
         for number, language in enumerate(plan.languages):
             of_language = losses[counted & (languages == number)]
             assert log[f"loss/language/{language}"] == pytest.approx(of_language.mean().item(), abs=1e-5)
-        balance = [load_balancing_loss_func((each,), 4, 2).item() for each in output.router_logits]
-        z = [each.logsumexp(-1).square().mean().item() for each in output.router_logits]
+        of_text = [each[batch["language_ids"].flatten() >= 0] for each in output.router_logits]
+        balance = [load_balancing_loss_func((each,), 4, 2).item() for each in of_text]
+        z = [each.logsumexp(-1).square().mean().item() for each in of_text]
         for layer in range(7):
             assert log[f"router/aux_loss/layer_{layer:02}"] == pytest.approx(balance[layer], abs=1e-5)
             assert log[f"router/z_loss/layer_{layer:02}"] == pytest.approx(z[layer], rel=1e-5)
@@ -605,31 +617,60 @@ class TestResume:
 
 
 class TestFaults:
-    def test_a_loss_that_is_not_a_number_names_its_text_and_keeps_the_checkpoint(self, options, packed, checkpoint):
-        """A token of step 3 has an embedding of infinity, which a callback puts there: the loss is NaN by itself."""
+    @pytest.mark.parametrize("value", ["nan", "inf"])
+    def test_a_loss_that_is_not_finite_names_its_text_and_keeps_the_checkpoint(self, options, packed, value):
+        """In step 3 a callback makes embeddings infinite, or routers so large that their z-loss is."""
         plan = SequencePlan(PackedCorpus.open(packed), CONTEXT, seed=42)
 
         class Break(TrainerCallback):
             def on_step_begin(self, args, state, control, model=None, **kwargs):
                 if state.global_step == 2:
                     with torch.no_grad():
-                        model.get_input_embeddings().weight.fill_(math.inf)
+                        if value == "nan":
+                            model.get_input_embeddings().weight.fill_(math.inf)
+                        for name, weight in model.named_parameters():
+                            if name.endswith("mlp.gate.weight"):
+                                weight *= 1e30
 
-        given = arguments_of({**options, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1})
+        options |= {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1}
+        given = arguments_of({**options, "router_z_loss_coef": 0.1})
         with pytest.raises(UserError) as error:
             pretrain.run_pretrain(*given, console=Console(quiet=True), callbacks=[Break()])
         pieces = plan.pieces(4)
         first = f"{plan.sources[pieces.source[0]].name} {pieces.document[0]}"
-        assert f"The loss of step 3 is nan, in sequences 4, 5 of the plan (documents {first}" in str(error.value)
+        assert f"The loss of step 3 is {value}, in sequences 4, 5 of the plan (documents {first}" in str(error.value)
         kept = weights_of(options["output_dir"] / "checkpoint-2")
         assert all(torch.isfinite(weight).all() for weight in kept.values())
         assert not (options["output_dir"] / "checkpoint-3").exists()
 
-    def test_gradients_that_are_not_finite_stop_the_run_before_the_weights(self, options):
+    def test_documents_of_an_annealing_are_named_and_padding_is_none(self, tmp_path):
+        """One sequence of 20 documents of `a`, then one of two of `b` and padding; `b` is the annealing's only text."""
+        corpus = packed_corpus(tmp_path / "corpus", {"a": [2] * 20, "b": [9, 9]})
+        stable, annealing = (Shares({name: SourceShare()}) for name in "ab")
+        plan = AnnealedPlan(corpus, 40, annealing=annealing, begins=1, shares=stable)
+        documents = [f"a {document}" for document in plan.pieces(0).document.tolist()]
+        assert pretrain_trainer._named(plan, [0]) == (
+            f"sequence 0 of the plan (documents {', '.join(documents[:12])} and 8 more)"
+        )
+        assert pretrain_trainer._named(plan, [1]) in (
+            "sequence 1 of the plan (documents b 0, b 1)",
+            "sequence 1 of the plan (documents b 1, b 0)",
+        )
+
+    @pytest.mark.parametrize("value", [math.nan, -math.inf])
+    def test_gradients_that_are_not_finite_stop_the_run_before_the_weights(self, options, value):
+        """One entry of one weight's is enough."""
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            spoilt = gradient.clone()
+            spoilt[-1, -1] = value
+            return spoilt
+
         class Break(TrainerCallback):
             def on_train_begin(self, args, state, control, model=None, **kwargs):
-                model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+                model.lm_head.weight.register_hook(spoil)
 
+        options["max_grad_norm"] = 0  # clipping would spread it to all of them
         with pytest.raises(UserError, match="loss of step 1 is finite, and its gradients are not"):
             pretrain.run_pretrain(*arguments_of(options), console=Console(quiet=True), callbacks=[Break()])
 

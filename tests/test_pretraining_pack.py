@@ -364,16 +364,19 @@ class TestRefusals:
     def test_damaged_shards(self, corpus, tmp_path, tokenizer, sentences):
         config, _ = corpus
         folder = pack(config, tmp_path / "out", shard_tokens=700).folder
-        middle = folder / "thai-00001.tokens"
-        content = middle.read_bytes()
-        middle.write_bytes(content[:-2])
-        with pytest.raises(
-            UserError, match=rf"thai-00001\.tokens has {len(content) - 2:,} bytes; expected {len(content):,}"
-        ):
-            PackedCorpus.open(folder)
-        middle.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-        with pytest.raises(UserError, match=r"thai-00001\.tokens is damaged"):
-            PackedCorpus.open(folder).verify()
+        for ending in ("ends", "quality", "tokens"):
+            middle = folder / f"thai-00001.{ending}"
+            content = middle.read_bytes()
+            middle.write_bytes(content[:-2])
+            with pytest.raises(
+                UserError, match=rf"thai-00001\.{ending} has {len(content) - 2:,} bytes; expected {len(content):,}"
+            ):
+                PackedCorpus.open(folder)
+            middle.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+            with pytest.raises(UserError, match=rf"thai-00001\.{ending} is damaged"):
+                PackedCorpus.open(folder).verify()
+            if ending != "tokens":
+                middle.write_bytes(content)
         PackedCorpus.open(folder).verify(0, 3)  # of three processes, another one reads it
         PackedCorpus.open(folder).verify(2, 3)
         with pytest.raises(UserError, match=r"thai-00001\.tokens is damaged"):

@@ -335,6 +335,14 @@ class TestLanguages:
         ahead = np.cumsum(tokens) - share * np.cumsum(placed.stop - placed.start)
         assert 64 < ahead.max() <= 64 + 40 * (1 - share)
 
+    def test_a_switch_is_to_the_language_that_is_furthest_behind(self):
+        lengths, languages = np.full(240, 16), np.arange(240) % 3
+        placed = LanguageMixer(lengths, languages, np.full(240, -1), 64, 60, 1.0, itertools.repeat(0.0)).mix()
+        tokens = placed.stop - placed.start
+        for language in range(3):
+            ahead = np.cumsum(np.where(languages[placed.item] == language, tokens, 0) - tokens / 3)
+            assert abs(ahead).max() <= 16
+
     def test_paired_isolated_is_the_same_text_with_documents_apart(self, two_languages):
         for xlda, paired in zip(
             items_of(SequencePlan(two_languages, 128, strategy="xlda", seed=3)),

@@ -118,7 +118,7 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise UserError(
-                f"The loss of step {self.state.global_step + 1:,} is {loss.item()}, in {self._named(sequences)}. "
+                f"The loss of step {self.state.global_step + 1:,} is {loss.item()}, in {_named(self.plan, sequences)}. "
                 f"{self._how_to_go_on()}"
             )
         return loss
@@ -196,20 +196,6 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
             self._since = now, total
         super().log(logs, start_time)
 
-    def _named(self, sequences: list[int]) -> str:
-        """Sequences and the documents in them, for an error."""
-        documents = []
-        for number in sequences:
-            plan, within = self.plan.part(number)
-            pieces = plan.pieces(within)
-            for source, document in zip(pieces.source.tolist(), pieces.document.tolist()):
-                if source >= 0:
-                    documents.append(f"{plan.sources[source].name} {document}")
-        shown = ", ".join(documents[:_SHOWN_DOCUMENTS])
-        more = f" and {len(documents) - _SHOWN_DOCUMENTS} more" if len(documents) > _SHOWN_DOCUMENTS else ""
-        numbers = ", ".join(map(str, sequences))
-        return f"sequence{'s' if len(sequences) > 1 else ''} {numbers} of the plan (documents {shown}{more})"
-
     def _how_to_go_on(self) -> str:
         return (
             "The run has stopped, and no checkpoint was written since. Go on from the last one with "
@@ -229,6 +215,21 @@ def _flops_of(model: PreTrainedModel, args: PretrainConfig) -> tuple[float | Non
 
 
 _SHOWN_DOCUMENTS = 12
+
+
+def _named(plan: AnyPlan, sequences: list[int]) -> str:
+    """Sequences and the documents in them, for an error."""
+    documents = []
+    for number in sequences:
+        part, within = plan.part(number)
+        pieces = part.pieces(within)
+        for source, document in zip(pieces.source.tolist(), pieces.document.tolist()):
+            if source >= 0:
+                documents.append(f"{part.sources[source].name} {document}")
+    shown = ", ".join(documents[:_SHOWN_DOCUMENTS])
+    more = f" and {len(documents) - _SHOWN_DOCUMENTS} more" if len(documents) > _SHOWN_DOCUMENTS else ""
+    numbers = ", ".join(map(str, sequences))
+    return f"sequence{'s' if len(sequences) > 1 else ''} {numbers} of the plan (documents {shown}{more})"
 
 
 class FiniteGradients(TrainerCallback):
