@@ -11,8 +11,14 @@ import pytest
 from evaluation_data import write_rows
 
 from jai.errors import UserError
-from jai.evaluation.contamination import ContaminationSearch, SuiteQuestion, article_title, texts_of
-from jai.evaluation.contamination_report import figures_without, report_contamination, suite_items
+from jai.evaluation.contamination import ContaminationSearch, ItemOverlap, SuiteQuestion, article_title, texts_of
+from jai.evaluation.contamination_report import (
+    column_table,
+    figures_without,
+    overlap_table,
+    report_contamination,
+    suite_items,
+)
 from jai.evaluation.options import ContaminationOptions
 from jai.evaluation.results import Item, TaskRecord, mean_figure, open_run
 from jai.evaluation.suites import read_suites
@@ -75,6 +81,22 @@ def test_a_short_text_is_looked_for_as_a_whole_and_a_shorter_one_is_not():
     assert found(THAI[:39], THAI) == {}
     # No word ends where the text is cut.
     assert found(nine, f"x {nine}th") == {"q": 0}
+
+
+def test_a_word_is_one_with_its_combining_marks():
+    seven = " ".join(["नमस्ते"] * 7)
+    assert found(seven, seven) == {}
+    assert found(f"{seven} नमस्ते", f"{seven} नमस्ते") == {"q": 1}
+
+
+def test_what_is_found_several_times_is_said_where_it_came_first():
+    item = SuiteQuestion("s", "t", "0", {"q": [" ".join(WORDS[:20])]}, article="a")
+    search = ContaminationSearch([item], 13)
+    for place, words in (("row 1", WORDS[:13]), ("row 2", WORDS[5:20])):
+        search.look_through(" ".join(words), place)
+        search.see_article("a", place)
+    (overlap,) = search.overlaps()
+    assert (overlap.place, overlap.article_place) == ("row 1", "row 1")
 
 
 def test_texts_and_articles_of_rows():
@@ -184,6 +206,32 @@ def test_judged_questions_with_their_articles(tmp_path):
     figure = mean_figure(outcomes, suite="hall-bench", name="all questions", metric="correct")
     ((without,), unknown) = figures_without([figure], outcomes, search.overlaps())
     assert (without.clean.value, without.other_articles.value, unknown) == (0.5, 0.0, 0)
+
+
+def test_a_figure_without_some_questions_keeps_its_weights_and_direction():
+    """Outcomes are of parts of questions (`1.2`, `81 turn 2`); in task a, what overlaps is all that is right."""
+    questions = [SuiteQuestion("s", *key, {}) for key in (("a", "0"), ("a", "1"), ("b", "0"), ("", "81"))]
+    overlaps = [ItemOverlap(each, {}, "here" if each is questions[0] else None, None) for each in questions]
+    scores = [("a", "0.1", 1.0), ("a", "1.1", 0.0), ("a", "1.2", 0.0), ("b", "0.1", 1.0), ("writing", "81 turn 2", 1.0)]
+    items = [Item("s", task, id_, "m", score) for task, id_, score in scores]
+    options = {"suite": "s", "metric": "m", "higher_is_better": False}
+    mean = mean_figure(items[:4], name="mean", weights={"a": 0.5, "b": 0.5}, **options)
+    judged = mean_figure(items[4:], name="judged", **options)
+    withouts, unknown = figures_without([mean, judged], items, overlaps)
+    assert unknown == 0
+    assert mean.value == pytest.approx(2 / 3)
+    assert [each.clean.value for each in withouts] == [0.5, 1.0]
+    assert not any(each.clean.higher_is_better for each in withouts)
+
+
+def test_tables_tell_what_overlaps_from_what_is_too_short():
+    found = [({"q": 0.5}, "here"), ({"q": 0.0}, None), ({}, None)]
+    overlaps = [
+        ItemOverlap(SuiteQuestion("s", "t", str(number), {}), columns, place, None)
+        for number, (columns, place) in enumerate(found)
+    ]
+    assert overlap_table(overlaps).rows == [["s: t", "3", "1 of 3 (33.3%)", "–", "1 of 3 (33.3%)"]]
+    assert column_table(overlaps).rows == [["s: q", "1 of 2 (50.0%)", "25.0%"]]
 
 
 def test_figures_of_other_questions_are_counted_and_left_out(tmp_path, data, capsys):

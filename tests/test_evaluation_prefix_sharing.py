@@ -12,7 +12,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from jai.errors import UserError
 from jai.evaluation.fitting import is_too_long
-from jai.evaluation.prefix_sharing import PrefixSharingLM, PrefixTree
+from jai.evaluation.prefix_sharing import PrefixSharingLM, PrefixTree, _batches, _can_share, _Row, _rows
 
 PASSAGES = ("แมวนอนอยู่บนเก้าอี้ในบ้าน ส่วนหมาวิ่งเล่นอยู่ในสวน", "The quick brown fox jumps over the lazy dog.")
 QUESTIONS = ("ใครนอน", "Who jumps?", "ราคา 1,250 บาท")
@@ -96,6 +96,29 @@ def test_a_tree_lets_tokens_see_their_own_sequence():
         [1, 1, 0, 1, 0],
         [1, 1, 0, 1, 1],
     ]
+
+
+def test_rows_hold_what_is_alike_and_no_more_than_fits():
+    def packed(sequences, longest):
+        return [[index for index, _ in row.paths] for row in _rows(sequences, longest)]
+
+    same = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6]]
+    assert packed(same, 6) == [[0, 1, 2]]
+    assert packed(same, 5) == [[0, 1], [2]]
+    assert packed([[1, 2, 3, 4], [1, 9, 9, 9], [1, 9, 9, 9, 9, 9]], 99) == [[0, 1, 2]]  # a quarter is alike
+    assert packed([[1, 2, 3, 4], [1, 9, 9, 9, 9]], 99) == [[0], [1]]
+
+
+def test_rows_of_a_like_length_are_computed_together_up_to_so_many_tokens():
+    rows = [_Row(PrefixTree([0] * length)) for length in (2, 8, 3, 4, 1)]
+    lengths = [[len(row.tree.tokens) for row in batch] for batch in _batches(rows, 9)]
+    assert lengths == [[8], [4, 3], [2, 1]]
+
+
+def test_a_model_with_chunked_attention_gets_lm_evals_loop(model, monkeypatch):
+    assert _can_share(model)
+    monkeypatch.setattr(model.config, "attention_chunk_size", 8, raising=False)
+    assert not _can_share(model)
 
 
 def test_a_model_with_a_window_gets_lm_evals_loop(tiny_tokenizer):

@@ -365,6 +365,9 @@ def test_thai_is_counted_as_it_is_read():
     assert len(thai_sentences("ร้านเปิดแล้ว. คนเยอะมาก. กทม. ร้อน")) == 3
     assert thai_occurrences("ไทย", "คนไทย ไทยแลนด์ ไท") == 2
     assert thai_occurrences("cat", "Cat concat แมวcatแมว") == 2
+    assert thai_occurrences("ต่าง", "ต่างๆ") == 1  # one word of the dictionary, and ๆ by itself is none there
+    # A name that is in no dictionary may be cut, but not inside of a syllable: after เ, or before a vowel sign.
+    assert [thai_occurrences(part, "คุณเวาซ์") for part in ("คุณ", "วา", "เว")] == [1, 0, 0]
 
 
 def test_english_sentences_do_not_end_in_an_abbreviation():

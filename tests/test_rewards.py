@@ -4,11 +4,13 @@
 import pickle
 
 import pytest
+from datasets import Dataset
 from trl.rewards import accuracy_reward
 
 from jai.errors import UserError
 from jai.trainers.rewards import (
     REWARD_NAMES,
+    check_reward_columns,
     final_answer_reward,
     instruction_reward,
     language_reward,
@@ -80,12 +82,12 @@ def test_instructions(called):
     names = ["punctuation:no_comma", "keywords:existence"]
     arguments = [{}, {"keywords": ["มา"]}]
     columns = {
-        "instruction_id_list": [names, names, names, names, None, []],
-        "kwargs": [arguments, arguments, arguments, arguments, None, []],
-        "language": ["th", "th", "th", "en", "th", "th"],
+        "instruction_id_list": [names, names, names, names, None, [], names],
+        "kwargs": [arguments, arguments, arguments, arguments, None, [], arguments],
+        "language": ["th", "th", "th", "en", "th", "th", None],
     }
-    texts = ["เขามา", "มากมาย", "มาก, ", "มาก", "x", "x"]
-    assert called(instruction_reward, texts, **columns) == [1, 0.5, 0, 1, None, None]
+    texts = ["เขามา", "มากมาย", "มาก, ", "มาก", "x", "x", "เขามา"]
+    assert called(instruction_reward, texts, **columns) == [1, 0.5, 0, 1, None, None, None]
     # As it stands: the loose reading, which leaves out the first line, would find no comma.
     one = {"instruction_id_list": [names], "kwargs": [arguments], "language": ["th"]}
     assert called(instruction_reward, ["ได้, ครับ\nเขามา"], **one) == [0.5]
@@ -103,6 +105,18 @@ def test_language(called):
 def test_thinking(called):
     texts = ["<think>ก</think>ข", "ก</think>ข", "<think>ก</think>", "<think></think>ข", "ข"]
     assert called(think_reward, texts) == [1, 1, 0, 0, 0]
+
+
+def test_data_that_a_reward_cannot_score_is_refused_before_anything_is_generated():
+    asked = {"instruction_id_list": [["a:b"]], "kwargs": [[{}]], "language": ["th"]}
+    for name, columns, message in (
+        ("final_answer", {"solution": [None]}, "needs `solution`, which no row of data has"),
+        ("language", {"text": ["x"]}, "needs `language`.* Set `language_column`"),
+        ("instructions", asked, "there is no instruction 'a:b'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_reward_columns([name], Dataset.from_dict(columns), "data")
+    check_reward_columns(["final_answer", "think"], Dataset.from_dict({"solution": [None, "42"]}), "data")
 
 
 def test_an_empty_batch_has_no_rewards(called):
@@ -123,7 +137,6 @@ def test_rewards_by_name():
 
 @pytest.mark.slow
 def test_a_step_of_grpo_logs_each_reward(tmp_path, tiny_model, tiny_tokenizer):
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     ask = [{"role": "user", "content": "หนึ่งบวกหนึ่ง"}]

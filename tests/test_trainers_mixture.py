@@ -238,6 +238,10 @@ def test_fractions_of_sources_and_rows(tiny_tokenizer):
         ({"datasets": [{"path": "a", "score_column": 5}]}, "`score_column` in `datasets` is 5; expected text"),
         ({"datasets": [{"path": "a", "rows": 0}]}, "`rows` in `datasets` is 0"),
         ({"datasets": [{"path": "a", "fraction": 1}, {"path": "b"}]}, "`fraction` must be set for all"),
+        (
+            {"datasets": [{"path": "a", "fraction": 1, "category": "b"}], "shares": {"b": 1}},
+            "and not beside `shares` of categories",
+        ),
         ({"datasets": [{"path": "a", "fraction": 10**400}]}, "expected a number, 0 or more"),
         ({"shares": {"a": 1}}, "`shares` are of categories"),
         ({"shares": {"a": -1}, "category_column": "x"}, "The share of a in `shares` is -1"),
