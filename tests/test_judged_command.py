@@ -391,6 +391,40 @@ def test_comparisons_that_fail_or_cannot_be_read_are_counted(answer_files, data,
     assert run.results.tasks[0].judge_parameters == {"temperature": 1, "max_tokens": 2048}
 
 
+def test_options_reach_the_judge_of_pairs(answer_files, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-right")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    options = {
+        "judge_key": "JUDGE_KEY",
+        "judge_parameters": ["max_tokens=64", 'reasoning_effort="low"'],
+        "judge_attempts": 3,
+        "judge_concurrency": 2,
+        "judge_price": [1, 2],
+        "repeats": 2,
+        "limit": 1,
+        "seed": 5,
+    }
+    failures = iter([Answer(status=500)] * 2)
+
+    def fails_twice(request: dict, before: int) -> Answer | str:
+        if len(request["messages"]) < 2:
+            return "yes"
+        return next(failures, None) or Answer(text="[[A]]", delay=0.05)
+
+    with ChatEndpoint(fails_twice, key="sk-right") as judge:
+        printed, run = compare(*answer_files, judge, data=data, out=tmp_path / "pair", **options)
+        with pytest.raises(UserError, match="WRONG_KEY"):
+            compare(*answer_files, judge, data=data, out=tmp_path / "other", **options | {"judge_key": "WRONG_KEY"})
+    assert not list(failures)
+    assert re.search(r"8 requests, 0 answered already; .* at most 0\.00", printed)
+    assert (
+        len(judge.asked) == 1 + 2 * 2 * 2 + 2 + 1
+    )  # a word first; turns, orders, repeats; failures; a word without key
+    assert {(request["max_tokens"], request["reasoning_effort"]) for request in judge.asked} == {(64, "low")}
+    assert judge.most_at_once == 2
+    assert run.results.seeds == {"bootstrap": 5}
+
+
 def test_a_judge_that_changes_on_the_way_is_said(answer_files, data, tmp_path):
     """As an alias such as gpt-4o does when a new model takes its place."""
 

@@ -333,6 +333,47 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("by", ["judge", "facts"])
+def test_options_reach_the_judge(prompts, tmp_path, monkeypatch, by):
+    """One of eight judgements fails whenever it is asked for, which is tolerated, and not one more."""
+    monkeypatch.setenv("JUDGE_KEY", "sk-right")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    rows = [{"prompt": f"ข้อ {number}", "facts": "จริง"} for number in range(2)]
+    options = {
+        "by": by,
+        "candidates": 4,
+        "judge_key": "JUDGE_KEY",
+        "judge_parameters": ["temperature=1"],
+        "judge_attempts": 2,
+        "judge_concurrency": 1,
+        "judge_max_failed": 1,
+    }
+
+    failing = {"ข้อ 1, ตอบ 3"}
+
+    def judges(request: dict, before: int) -> Answer | str:
+        if len(request["messages"]) < 2:
+            return "yes"
+        answer = ANSWER.search(request["messages"][1]["content"])[1]
+        if answer in failing:
+            return Answer(status=500)
+        return f"[[{int(answer[-1]) * 2 + 1}]]" if by == "judge" else f"[[{str(answer.endswith('2')).lower()}]]"
+
+    file = write_rows(tmp_path / "qa.jsonl", rows)
+    with ChatEndpoint(numbered) as model, ChatEndpoint(judges, key="sk-right") as judge:
+        failing.add("ข้อ 0, ตอบ 3")
+        with pytest.raises(UserError, match="HTTP 500"):
+            run(file, tmp_path / "pairs", model, judge, **options)
+        failing.remove("ข้อ 0, ตอบ 3")
+        _, rows, record = run(file, tmp_path / "pairs", model, judge, **options)
+        with pytest.raises(UserError, match="WRONG_KEY"):
+            run(file, tmp_path / "other", model, judge, **options | {"judge_key": "WRONG_KEY"})
+    assert record["dropped"] == {"judgements that failed": 1}
+    assert len(rows) == 2
+    assert {request["temperature"] for request in judge.asked} == {1}
+    assert judge.most_at_once == 1
+
+
 @pytest.mark.parametrize("who", ["model", "judge"])
 @pytest.mark.parametrize(
     "fault", [name if name == "half a JSON" else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
