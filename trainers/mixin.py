@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What JAI adds to any of transformers' trainers."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,9 @@ class JaiTrainerMixin(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if self.args.hub_token:  # every checkpoint has a pickle of the arguments, and pushing uploads one
+            os.environ["HF_TOKEN"] = self.args.hub_token
+            self.args.hub_token = None
         model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -48,7 +48,14 @@ from jai.trainers.run_identity import check_same_options, deciding_options, save
 from jai.trainers.schedules import annealing_begins
 from jai.trainers.second_token import drop_second_token_layer
 from jai.trainers.snapshots import SnapshotCallback
-from jai.trainers.stage import end_training, loading_arguments, run_as_script, save_result, say_what_is_next
+from jai.trainers.stage import (
+    end_training,
+    loading_arguments,
+    push_result,
+    run_as_script,
+    save_result,
+    say_what_is_next,
+)
 from jai.trainers.steps import StepLayout
 from jai.trainers.whole_checkpoints import last_whole_checkpoint, remove_unfinished, resume_checkpoint
 
@@ -149,7 +156,7 @@ def run_pretrain(
         console.print(f"Seen: {_listed(seen)}")
         say_what_is_next(out, "pretrain", arguments, base, console)
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=corpus.folder.name)
+        push_result(trainer, out, str(corpus.folder))
     end_training(trainer)
     return out
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub import upload_folder
 from jinja2 import TemplateError
 from peft import LoraConfig
 from rich.console import Console
@@ -51,6 +52,8 @@ from jai.trainers.run_identity import RunIdentity, check_same_stage, saved_ident
 from jai.trainers.snapshots import SnapshotCallback
 from jai.trainers.tokens import count_tokens
 from jai.trainers.whole_checkpoints import remove_unfinished, resume_checkpoint
+
+_ADAPTER_FILES = "adapter_*"  # in an output folder
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ def run_stage(stage: Stage, arguments: StageArguments, console: Console | None =
         )
         say_what_is_next(out, step, arguments, base, console, auto_class=stage.auto_class)
     if arguments.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.name)
+        push_result(trainer, out, data.name)
     end_training(trainer)
     return out
 
@@ -303,16 +306,40 @@ def save_result(
     if trainer.is_fsdp_enabled:  # the final model in one piece, whatever the checkpoints are
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     adapter = out / "adapter"
-    trainer.save_model(str(adapter if merge else out))
+    trainer.save_model(str(adapter if merge else out), _internal_call=True)  # else it is pushed, half made
     trainer.save_state()
     if merge and trainer.is_world_process_zero():
         console.print("Merging the adapter …")
         labels = {} if auto_class is AutoModelForCausalLM else {"num_labels": 1}
         loading = {"dtype": arguments.model.dtype, **base.loading, **labels}
         merge_adapter(adapter, out, base.name, auto_class=auto_class, **loading)
+        for path in out.glob(_ADAPTER_FILES):  # of pushes on the way: who loads the folder would add it once more
+            path.unlink()
         base.tokenizer.save_pretrained(out)
         (adapter / "training_args.bin").unlink()
     return out
+
+
+def push_result(trainer: JaiTrainerMixin, out: Path, dataset_name: str) -> None:
+    """Upload the finished output folder as it lies there, for `push_to_hub`.
+
+    The trainer's own method would save the model anew, over what `merge_adapter` and `write_record` have made of it,
+    and upload a pickle of its arguments. What it pushed on the way and is no part of the result is deleted.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    arguments = trainer.args
+    # A path says nothing to others, and much about this machine.
+    trainer.create_model_card(dataset_name=None if Path(dataset_name).exists() else dataset_name)
+    trainer._finish_current_push()
+    upload_folder(
+        repo_id=str(trainer.hub_model_id),
+        folder_path=out,
+        commit_message="End of training",
+        revision=arguments.hub_revision,
+        ignore_patterns=["_*", "checkpoint-*"],
+        delete_patterns=["training_args.bin", _ADAPTER_FILES],
+    )
 
 
 def end_training(trainer: JaiTrainerMixin) -> None:
