@@ -612,6 +612,9 @@ class TestAnnealing:
         assert min(set.union(*documents[:100])) >= 80
         assert set.union(*documents[100:]) == set(range(320, 400))
         assert len(plan) == 140
+        earlier = AnnealedPlan(corpus, 20, annealing=annealing, begins=99, shares=shares)
+        with pytest.raises(UserError, match="begun with other data: begins was 100 and is 99"):
+            check_same_plan(plan.identity(), earlier)
 
     def test_a_run_goes_on_only_with_the_same(self, two_languages):
         plan = SequencePlan(two_languages, 128)
@@ -691,3 +694,5 @@ class TestPlaces:
         for changed in ({"seed": 1}, {"rho": 0.25}, {"context": 64}, {"strategy": "isolated"}, {"shares": weights}):
             arguments = {"context": 128, "strategy": "xlda"} | changed
             assert SequencePlan(two_languages, **arguments).identity() != base
+        isolated = [SequencePlan(two_languages, 128, rho=rho).identity() for rho in (0.25, 0.5)]
+        assert isolated[0] == isolated[1]  # it has no effect there
