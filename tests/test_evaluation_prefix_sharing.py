@@ -107,12 +107,25 @@ def test_rows_hold_what_is_alike_and_no_more_than_fits():
     assert packed(same, 5) == [[0, 1], [2]]
     assert packed([[1, 2, 3, 4], [1, 9, 9, 9], [1, 9, 9, 9, 9, 9]], 99) == [[0, 1, 2]]  # a quarter is alike
     assert packed([[1, 2, 3, 4], [1, 9, 9, 9, 9]], 99) == [[0], [1]]
+    assert packed([[1, 2, 3, 4], [9, 9, 9, 9], [1, 2, 3, 5]], 99) == [[0, 2], [1]]  # whatever their order was
 
 
 def test_rows_of_a_like_length_are_computed_together_up_to_so_many_tokens():
     rows = [_Row(PrefixTree([0] * length)) for length in (2, 8, 3, 4, 1)]
     lengths = [[len(row.tree.tokens) for row in batch] for batch in _batches(rows, 9)]
     assert lengths == [[8], [4, 3], [2, 1]]
+
+
+def test_lm_evals_cache_and_precision_of_the_softmax_are_kept(model, tiny_tokenizer):
+    ours = PrefixSharingLM(
+        pretrained=model, tokenizer=tiny_tokenizer, batch_size=4, backend="causal", softmax_dtype="float64"
+    )
+    cached = []
+    ours.cache_hook.add_partial = lambda *each: cached.append(each)
+    pairs = [("Who jumps?", " the fox"), ("Who jumps?", " ก")]
+    answers = ours.loglikelihood(instances(pairs), disable_tqdm=True)
+    assert cached == [("loglikelihood", pair, answer) for pair, answer in zip(pairs, answers)]
+    assert any(value != torch.tensor(value, dtype=torch.float32).item() for value, _ in answers)
 
 
 def test_a_model_with_chunked_attention_gets_lm_evals_loop(model, monkeypatch):

@@ -29,7 +29,7 @@ from jai.evaluation.judged.pairwise import (
 from jai.evaluation.judged.prompts import FACTS, FLUENCY, LATER_TURN_GRADE, SINGLE_GRADE
 from jai.evaluation.judged.questions import ChatQuestion, FactQuestion, chat_question, check_questions, fact_question
 from jai.evaluation.judged.verdicts import agreement, mean_distance, read_comparison, read_grade, read_yes_no
-from jai.evaluation.reply_cache import ReplyCache
+from jai.evaluation.reply_cache import ChatReply, ChatRequest, ReplyCache
 
 CHATS = [
     ChatQuestion("81", "writing", ("เขียนกลอน", "เขียนใหม่ให้สั้นลง"), ("not shown", "not shown")),
@@ -214,6 +214,26 @@ def test_what_the_model_and_the_judge_are_shown(servers, asker, model):
     assert prompts[2] == prompts[3] == SINGLE_GRADE.messages([])[0]["content"]
     assert prompts[4] == prompts[6] == LATER_TURN_GRADE.messages([])[0]["content"]
     assert {request["temperature"] for request in judge.asked} == {0}
+
+
+def test_each_category_has_mt_benchs_temperature():
+    """FastChat's `temperature_config`; what it does not name is answered with 0.7."""
+    expected = {"Writing": 0.7, "roleplay": 0.7, "extraction": 0, "Math": 0, "coding": 0, "reasoning": 0, "stem": 0.1}
+    expected |= {"humanities": 0.1, "Knowledge III": 0.7, None: 0.7}
+    questions = [ChatQuestion(str(number), category, ("q",)) for number, category in enumerate(expected)]
+    asked: list[ChatRequest] = []
+
+    def ask(requests, what):
+        asked.extend(requests)
+        return [ChatReply("x", "m")] * len(requests)
+
+    answer_chats(questions, ask, max_tokens=5, seed=3)
+    assert [each.parameters for each in asked] == [
+        {"temperature": value, "max_tokens": 5, "seed": 3} for value in expected.values()
+    ]
+    asked.clear()
+    answer_chats(questions, ask, max_tokens=5, temperature=1.0)
+    assert all(each.parameters == {"temperature": 1.0, "max_tokens": 5} for each in asked)
 
 
 def unreadable(outcome) -> int:
