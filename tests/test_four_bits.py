@@ -218,6 +218,12 @@ def test_autocast_decides_the_type_of_the_product(model):
     assert not torch.equal(out, experts(states, chosen, weights))
 
 
+def test_the_result_has_the_type_of_the_rows(model):
+    """Whatever the product is computed in."""
+    states, chosen, weights = inputs(5)
+    assert experts_of(model)[0](states.bfloat16(), chosen, weights).dtype == torch.bfloat16
+
+
 def test_the_whole_model_computes_and_generates(model, whole):
     """Close to the model in full, as far as four bits are, and the same however the experts are computed."""
     results = []
@@ -344,8 +350,9 @@ def test_it_saves_and_loads_the_same_bytes(model, tmp_path):
 
 
 def test_it_dequantises_whole(model):
-    restored = copy.deepcopy(model).dequantize()
+    restored = copy.deepcopy(model).eval().dequantize()
     assert not experts_of(restored)
+    assert not any(layer.mlp.experts.training for layer in restored.model.layers)
     assert not hasattr(restored.config, "quantization_config")
     expected = experts_of(model)[1].matrices("down_proj").dequantize(torch.float32)
     assert torch.equal(restored.model.layers[1].mlp.experts.down_proj, expected)
@@ -355,6 +362,8 @@ def test_it_dequantises_whole(model):
 def test_what_was_stored_in_four_bits_is_saved_whole(model, tmp_path):
     model.save_pretrained(tmp_path / "four")
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "four").dequantize()
+    of_saved = copy.deepcopy(model).dequantize().state_dict()  # saving leaves the dtype in the configuration as text
+    assert all(torch.equal(weight, of_saved[name]) for name, weight in restored.state_dict().items())
     restored.save_pretrained(tmp_path / "whole")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert not hasattr(again.config, "quantization_config")
@@ -563,6 +572,12 @@ def test_sizes_that_are_no_multiple_of_a_block(tiny_model, tmp_path):
         tiny_model(**{**SIZES, **sizes}).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=message):
             JaiForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits())
+
+
+def test_a_checkpoint_of_another_number_of_experts(whole):
+    """Refused before it is quantised: packed bytes of another shape say less."""
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        JaiForCausalLM.from_pretrained(whole, num_local_experts=5, quantization_config=four_bits())
 
 
 def test_an_old_or_missing_bitsandbytes(whole, monkeypatch):

@@ -12,12 +12,13 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_four_bits import INPUT_IDS, SIZES, experts_of, four_bits, inputs, pairs
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import LoadStateDictConfig
 
 import jai.kernels.register  # noqa: F401  "jai_fused"
 from jai import JaiForCausalLM
 from jai.auto import load_causal_model
 from jai.errors import UserError
-from jai.quantization_jai import Lora4bit, ParamWrapper
+from jai.quantization_jai import Lora4bit, ParamWrapper, peft_config_of_four_bits
 from jai.trainers.expert_lora import adapting_four_bits
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -159,6 +160,19 @@ def test_transformers_loads_it_on_its_base_in_four_bits(adapted, whole, tmp_path
         torch.testing.assert_close(model.train()(INPUT_IDS).logits, expected, rtol=1e-4, atol=1e-5)
         again = pickle.loads(pickle.dumps(model))
         assert torch.equal(again(INPUT_IDS).logits, model(INPUT_IDS).logits)
+
+
+def test_other_arguments_and_kinds_of_adapters_are_as_in_transformers(adapted, whole, tmp_path):
+    adapted.save_pretrained(tmp_path / "adapter")
+    where = {"subfolder": "adapter"}  # as a revision: of what is on the Hub
+    for loading, own in ((None, where), (LoadStateDictConfig(download_kwargs=where), None)):
+        assert peft_config_of_four_bits(tmp_path, None, loading, adapter_kwargs=own).r == 4
+    model = load(whole).train()
+    no_lora = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    with torch.no_grad():
+        expected = model(INPUT_IDS).logits
+        model.load_adapter(peft_config=no_lora, adapter_state_dict={})
+        torch.testing.assert_close(model(INPUT_IDS).logits, expected)  # IA3 begins with ones
 
 
 def test_the_first_factor_of_an_expert_is_its_block_of_rows_and_the_second_every_fourth_column(adapted):
