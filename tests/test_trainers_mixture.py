@@ -154,6 +154,13 @@ def test_all_rows_may_be_asked_for_and_a_share_of_nothing_needs_none():
     assert [(share.rows, share.of_rows) for share in mixture.shares] == [(3, 3), (0, 0)]
 
 
+def test_the_group_that_ends_a_mixture_is_the_one_with_least_for_its_share():
+    """Of 10 rows for a share of 9/10 and 5 for 1/10, the 10 run out first."""
+    mixture = mix_rows(["a"] * 10 + ["b"] * 5, {"a": 9, "b": 1}, tokens=None)
+    assert [share.rows for share in mixture.shares] == [10, 1]
+    assert len(set(mixture.positions.tolist())) == 11
+
+
 def test_a_given_size_and_repetition():
     groups = rows_of({"a": 40, "b": 40})
     mixture = mix_rows(groups, {"a": 3, "b": 1}, tokens=None, size=40)
