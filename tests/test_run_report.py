@@ -167,6 +167,36 @@ def test_a_run_that_goes_on_is_read_from_its_last_whole_checkpoint(tmp_path):
     assert read_logs(tmp_path)[-1]["step"] == 12
 
 
+def test_logs_without_a_loss_and_values_that_are_no_numbers_are_left_out(tmp_path):
+    losses = [
+        {"step": 1, "loss": math.nan, "note": "text", "flag": True, "huge": 10**400, "none": None},
+        {"step": 2, "eval_loss": 1.0},
+        {"step": 3, "loss": 2, "grad_norm": math.inf},
+    ]
+    write_state(tmp_path, losses)
+    first, last = read_logs(tmp_path)
+    assert first.keys() == {"step", "loss"}
+    assert math.isnan(first["loss"])
+    assert last == losses[2]
+
+
+@pytest.mark.parametrize(
+    ("history", "problem"),
+    [
+        ({"step": 1}, "its log_history is no list of logs"),
+        ([{"step": 1, "loss": 1.0}, 5], "its log_history is no list of logs"),
+        ([{"step": 1, "loss": "1.0"}], "no number for its loss or its step"),
+        ([{"step": True, "loss": 1.0}], "no number for its loss or its step"),
+        ([{"step": 1.5, "loss": 1.0}], "no number for its loss or its step"),
+        ([{"loss": 1.0}], "no number for its loss or its step"),
+    ],
+)
+def test_damaged_logs_are_refused(tmp_path, history, problem):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    with pytest.raises(UserError, match=rf"trainer_state.json is damaged: .*{problem}.* Give another run"):
+        read_logs(tmp_path)
+
+
 def test_the_command_says_the_alarms_and_writes_where_it_is_told(tmp_path, monkeypatch, capsys):
     write_state(tmp_path, [{**log, "loss/language/th": 2.0 + log["step"]} for log in calm_logs()])
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers: phi-3's form from nothing, the extension by a script, the chat template, `jai tokenizer train`."""
 
+import copy
 import gzip
 import json
 import os
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, TokenizersBackend
 
 from jai.errors import UserError
-from jai.tokenization.chat import with_chat_template
+from jai.tokenization.chat import check_chat, with_chat_template
 from jai.tokenization.extend import RESERVED_TOKEN, extend_tokenizer, new_token_pieces
 from jai.tokenization.loading import RECORD_FILE
 from jai.tokenization.normalization import replace_all, replacements
@@ -418,6 +419,25 @@ class TestChat:
     def test_unknown_role_is_refused(self, tokenizer):
         with pytest.raises(Exception, match="has the role 'robot'"):
             tokenizer.apply_chat_template([{"role": "robot", "content": "42"}])
+
+    @pytest.mark.parametrize(
+        ("template", "problem"),
+        [
+            ("{{ messages[0]['content'] }}", None),
+            ("{{ raise_exception('not\\nthis.') }}", r"cannot be used: not this\. Mend it"),
+            ("{{ messages[0]['content'] + 1 }}", r"cannot be used: .*\. Mend it"),
+            ("{% for message in messages %}", r"cannot be used: .*\. Mend it"),
+            ("", r"makes no tokens of a chat\. Mend it"),
+        ],
+    )
+    def test_a_template_that_cannot_be_used_is_refused(self, tiny_extended, template, problem):
+        tokenizer = copy.deepcopy(tiny_extended)
+        tokenizer.chat_template = template
+        if problem is None:
+            check_chat("a-model", tokenizer)
+        else:
+            with pytest.raises(UserError, match=f"The chat template of a-model {problem}"):
+                check_chat("a-model", tokenizer, "Mend it.")
 
     @pytest.fixture
     def spans(self, tokenizer) -> Callable[..., tuple[str, list[str]]]:
