@@ -226,8 +226,8 @@ class TestPlainPlans:
         [
             ({"method": "dus-v1"}, "dus-v1 needs k"),
             ({"k": 4}, "only dus-v1 has it"),
-            ({"method": "dus-v1", "k": 2}, "keeps 3 to 6 in each copy"),
-            ({"method": "dus-v1", "k": 7}, "keeps 3 to 6 in each copy"),
+            ({"method": "dus-v1", "k": 2}, "for 6 layers it must be from 3 to 6"),
+            ({"method": "dus-v1", "k": 7}, "for 6 layers it must be from 3 to 6"),
             ({"method": "dus-v1", "k": 4, "layers": [0]}, "two plans"),
             ({"layers": [0, 6]}, "layers names 6, but the base has layers 0 to 5"),
             ({"layers": []}, "layers is empty"),

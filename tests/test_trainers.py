@@ -789,7 +789,7 @@ def test_bad_command_lines(checkpoint, argv, message):
         ("missing.jsonl", None, r"missing.jsonl does not exist"),
         ("notes.txt", "hello", r"notes.txt is no data file.*\.jsonl"),
         ("broken.jsonl", '{"text": "a"}\n{"text": ', r"Row 2 of broken.jsonl .* it is no valid JSON"),
-        ("empty.jsonl", "", r"empty.jsonl is an empty file"),
+        ("empty.jsonl", "", r"empty.jsonl has no rows"),
         ("blank.jsonl", "\n", r"blank.jsonl \(split train\) has no rows"),
         ("columns.jsonl", '{"question": "a", "answer": "b"}\n', r"columns question, answer; expected `messages`"),
         ("pairs.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', r"run `jai dpo`"),

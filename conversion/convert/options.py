@@ -160,7 +160,7 @@ class ConvertOptions(WriteOptions):
             if not base_layers <= 2 * self.k <= 2 * base_layers:
                 raise UserError(
                     f"k is {self.k}, but for {base_layers} layers it must be from {-(-base_layers // 2)} to "
-                    f"{base_layers}: with less, dus-v1 would lose layers."
+                    f"{base_layers}: each of the two copies keeps k, and together they must have every layer."
                 )
         else:
             block_size, repeats = self.blocks
