@@ -251,7 +251,7 @@ def test_once_round(checkpoint, chats, in_empty_folder, monkeypatch, run_as_stra
     trained = []
     save = sft.JaiSFTTrainer.save_model
     monkeypatch.setattr(
-        sft.JaiSFTTrainer, "save_model", lambda self, *given: (trained.append(self.model), save(self, *given))
+        sft.JaiSFTTrainer, "save_model", lambda self, *a, **k: (trained.append(self.model), save(self, *a, **k))
     )
     options = {**FOUR_BITS, "load_in_4bit": False, "new_row_ids": "300-309"}
     learning = ["--trainable", "attention", "experts", "router", "alphas", "new_rows"]
