@@ -21,7 +21,7 @@ import numpy as np
 
 from jai.errors import UserError
 from jai.evaluation.translation import corpus_bleu
-from jai.files import differences, from_json, make_locked_folder, read_json, write_whole
+from jai.files import check_is_file, differences, from_json, make_locked_folder, read_json, write_whole
 
 RESULTS_FILE = "results.json"
 ITEMS_FILE = "items.jsonl"
@@ -525,8 +525,15 @@ def read_run(folder: Path) -> tuple[EvaluationResults, list[Item]]:
 
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file that is written a line at a time, but for a last one that was cut off; none where it is not
-    there."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    there.
+
+    Raises:
+        UserError: if it is no file.
+    """
+    if not os.path.lexists(path):
+        return []
+    check_is_file(path, "Remove it, or the folder.")
+    return path.read_bytes().split(b"\n")[:-1]
 
 
 def _read_items(path: Path) -> Iterator[Item]:

@@ -260,6 +260,16 @@ def test_a_damaged_line_is_named(tmp_path, line):
         read_run(tmp_path / "run")
 
 
+def test_outcomes_in_a_named_pipe_are_refused(tmp_path):
+    with open_run(tmp_path / "run", **WHAT) as run:
+        run.save()
+    path = tmp_path / "run" / ITEMS_FILE
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"items.jsonl is a named pipe, not a file"):
+        read_run(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

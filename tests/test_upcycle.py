@@ -570,3 +570,12 @@ def test_dry_run_needs_no_weights(dense, checkpoints, tmp_path, capsys):
         f"{sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()):,}" in capsys.readouterr().out
     )
     assert not (tmp_path / "jai").exists()
+
+
+def test_a_snapshot_whose_step_is_no_number_is_refused(dense, checkpoints, tmp_path):
+    damaged = tmp_path / "damaged"
+    snapshot(SnapshotOptions(checkpoint=checkpoints[0], out=damaged))
+    config = damaged / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "global_step": "many"}))
+    with pytest.raises(UserError, match=r"is no snapshot: its global_step is 'many'"):
+        run(dense, tmp_path / "jai", snapshots=[str(damaged)])

@@ -70,6 +70,8 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
     is_snapshot = content.get("model_type") == SNAPSHOT_TYPE
     if is_snapshot:
         step = content.pop("global_step", None)
+        if step is not None and type(step) is not int:
+            raise UserError(f"{folder} is no snapshot: its global_step is {step!r}, not a number. Save it again.")
         config = make_config(JaiConfig, content | {"model_type": JaiConfig.model_type}, folder)
     else:
         config, step = load_jai_config(folder), _trainer_step(folder)
