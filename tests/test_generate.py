@@ -210,6 +210,13 @@ class TestRefused:
         with pytest.raises(UserError, match=f"{name} (is|holds)|cannot be loaded"):
             generate(GenerateOptions(model=str(folder), prompt="x"))
 
+    @pytest.mark.parametrize(("name", "value"), [("bos_token_id", {"a": 1}), ("eos_token_id", [1, "2"])])
+    def test_a_generation_config_with_ids_that_are_none(self, checkpoint, tmp_path, name, value):
+        folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+        (folder / "generation_config.json").write_text(json.dumps({name: value}))
+        with pytest.raises(UserError, match=f"generation_config.json is damaged: {name} is"):
+            generate(GenerateOptions(model=str(folder), prompt="x"))
+
     def test_ids_beyond_the_models_rows(self, checkpoint, tiny_tokenizer, tmp_path):
         folder = shutil.copytree(checkpoint, tmp_path / "larger")
         path = folder / "tokenizer_config.json"

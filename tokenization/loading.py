@@ -137,7 +137,11 @@ def whole_checkpoint(model: str, *, weights: bool = True) -> Path:
         raise no_config(model if Path(model).is_dir() else folder, "Give a folder or Hub id that holds a model.")
     generation_config = folder / "generation_config.json"  # transformers ignores a damaged one
     for path in [*configs, *([generation_config] if generation_config.exists() else [])]:
-        read_json(path)
+        content = read_json(path)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id") if generation_config.exists() else ():
+        ids = content.get(name) if isinstance(content.get(name), list) else [content.get(name)]
+        if not all(each is None or type(each) is int for each in ids):
+            raise UserError(f"{generation_config} is damaged: {name} is {content[name]!r}. Give the id of a token.")
     tokenizer_folder(folder)
     if (weights or Path(model).is_dir()) and not any(folder.glob(WEIGHTS_PATTERN)):
         raise UserError(f"{model} has no weights in safetensors files. Give a whole checkpoint.")
