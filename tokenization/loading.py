@@ -139,9 +139,9 @@ def whole_checkpoint(model: str, *, weights: bool = True) -> Path:
     for path in [*configs, *([generation_config] if generation_config.exists() else [])]:
         content = read_json(path)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id") if generation_config.exists() else ():
-        ids = content.get(name) if isinstance(content.get(name), list) else [content.get(name)]
-        if not all(each is None or type(each) is int for each in ids):
-            raise UserError(f"{generation_config} is damaged: {name} is {content[name]!r}. Give the id of a token.")
+        given: Any = content.get(name)
+        if not all(each is None or type(each) is int for each in (given if isinstance(given, list) else [given])):
+            raise UserError(f"{generation_config} is damaged: {name} is {given!r}. Give the id of a token.")
     tokenizer_folder(folder)
     if (weights or Path(model).is_dir()) and not any(folder.glob(WEIGHTS_PATTERN)):
         raise UserError(f"{model} has no weights in safetensors files. Give a whole checkpoint.")
