@@ -7,7 +7,7 @@ Nothing heavy is imported before a tokenizer is there to load.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jai.errors import UserError
 from jai.files import check_is_file, read_json
