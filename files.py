@@ -146,7 +146,7 @@ def _typed(hint: Any, given: Any, where: str) -> Any:
         return {name: _typed(args[1], each, f"{name!r} of {where}") for name, each in given.items()}
     if type(given) is hint:
         return given
-    if hint is float and type(given) is int:
+    if hint is float and type(given) is int and abs(given) < 2**1023:  # more is no float
         return float(given)
     raise TypeError(f"{where} is {_JSON_KINDS.get(type(given), 'an object')}")
 

@@ -88,7 +88,7 @@ class PrefixSharingLM(HFLM):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
         except ValueError as error:  # of transformers, for a setting that it does not know
             reason = str(error).partition("(note:")[0].strip()
-            raise UserError(f"{requests[0].task_name} cannot be asked: {reason} Mend its generation_kwargs.") from error
+            raise UserError(f"{requests[0].task_name} cannot be asked: {reason} Fix its generation_kwargs.") from error
 
     def _loglikelihood_tokens(
         self,

@@ -611,7 +611,7 @@ def test_a_setting_that_the_model_does_not_know(lm, data, tmp_path):
     settings = {"generation_kwargs": {"max_gen_tokens": 5}}
     suite = Suite(name="s", title="t", about="a", tasks=[{"task": "xquad_th", "metric": "f1", "settings": settings}])
     model = PrefixSharingLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=8, backend="causal")
-    with pytest.raises(UserError, match=r"xquad_th cannot be asked: .*max_gen_tokens.* Mend its generation_kwargs"):
+    with pytest.raises(UserError, match=r"xquad_th cannot be asked: .*max_gen_tokens.* Fix its generation_kwargs"):
         measure(plan_suite(suite, TaskLoader(data=data)), model, tmp_path / "run", limit=1)
 
 

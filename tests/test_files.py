@@ -105,6 +105,7 @@ def test_a_dataclass_comes_back_from_json():
         ({"name": "t", "whole": 1}, "'whole' is a number"),
         ({"name": "t", "pair": {}}, "'pair' is an object"),
         ({"name": "t", "pair": [{"share": True}]}, "'share' is true or false"),
+        ({"name": "t", "pair": [{"share": 10**400}]}, "'share' is a number"),
         ({"name": "t", "pair": [{"share": 1.0, "kind": "c"}]}, "'kind' is a string"),
         ({"name": "t", "pair": [{"share": 1.0, "most": 1.5}]}, "'most' is a number"),
         ({"name": "t", "by_name": {"x": [[]]}}, "an element of 'x' of 'by_name' is a list"),

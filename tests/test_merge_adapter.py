@@ -175,6 +175,8 @@ def test_what_does_not_fit_is_refused(base, tiny_checkpoint, tmp_path):
         ({"rank_pattern": {"q_proj": 2}}, "`rank_pattern`"),
         ({"peft_type": "IA3"}, "'IA3'; only LORA"),
         ({"r": 0}, "no sound rank"),
+        ({"r": 10**400, "use_rslora": True}, "no sound rank"),
+        ({"lora_alpha": 10**400}, "no sound rank"),
         ({"base_model_name_or_path": "me/base", "revision": "abc"}, r"revision abc.*--revision abc --local-dir"),
         ({"revision": 7}, "no sound rank"),
         ({"base_model_name_or_path": None}, r"does not say which model.*--base"),

@@ -340,7 +340,12 @@ class TestRefusals:
             ({"text": str(tmp_path / "nowhere.jsonl")}, "The source thai: .*nowhere.jsonl does not exist"),
             ({"column": "body"}, r"a\.jsonl\.gz, line 1: not a JSON object with a string `body`"),
             ({"quality_column": "stars"}, r"a\.jsonl\.gz, line 1: `stars` is None; expected a number"),
+            (
+                {"text": str(tmp_path / "q.jsonl"), "quality_column": "q"},
+                r"q\.jsonl, line 1: `q` is 10+; expected a num",
+            ),
         ]:
+            (tmp_path / "q.jsonl").write_text(json.dumps({"content": "ก", "q": 10**400}) + "\n")
             config.write_text(yaml.safe_dump(values | {"sources": [thai | changes]}))
             with pytest.raises(UserError, match=message):
                 pack(config, tmp_path / "out")

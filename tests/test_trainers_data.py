@@ -237,6 +237,10 @@ def test_a_stream_ends_at_its_first_faulty_row():
             r"has no score in answer 2",
         ),
         (
+            [{"instruction": "a", "completions": [{"response": "b", "score": 10**400}, {"response": "c", "score": 1}]}],
+            r"has no score in answer 1",
+        ),
+        (
             [{"instruction": "a", "completions": [{"response": "b", "score": 4}, {"response": "c", "score": 4}]}],
             r"all `completions` have the score 4",
         ),

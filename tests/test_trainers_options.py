@@ -171,6 +171,7 @@ def test_the_command_line_wins_and_environment_is_set(monkeypatch):
         ("learning_rate: abc", r"`learning_rate` is 'abc'; expected a number"),
         ("learning_rate: .nan", r"`learning_rate` is nan; expected a number"),
         ("learning_rate: .inf", r"`learning_rate` is inf; expected a number"),
+        (f"learning_rate: 1{'0' * 400}", r"`learning_rate` is 10+.*; expected a number"),
         ("learning_rate: [1]", r"`learning_rate` is \[1\]; expected a number"),
         ("per_device_train_batch_size: 0", r"`per_device_train_batch_size` is 0; expected 1 or more"),
         ("gradient_accumulation_steps: 0", r"`gradient_accumulation_steps` is 0; expected 1 or more"),

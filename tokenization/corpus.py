@@ -5,7 +5,6 @@ import codecs
 import gzip
 import heapq
 import json
-import math
 import re
 import time
 import zlib
@@ -23,6 +22,7 @@ from rich.table import Column, Table
 
 from jai.errors import UserError
 from jai.files import sha256
+from jai.options import is_number
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -461,8 +461,7 @@ def _document(row: dict[str, Any], columns: Columns, where: str) -> Document:
                 f"{where} holds {half[0]!r}, half of a surrogate pair, which no UTF-8 text can. Fix or drop the line."
             )
     quality = row.get(columns.quality) if columns.quality else None
-    is_number = isinstance(quality, int | float) and not isinstance(quality, bool) and math.isfinite(quality)
-    if columns.quality and not is_number:
+    if columns.quality and not is_number(quality):
         raise UserError(f"{where}: `{columns.quality}` is {quality!r}; expected a number. Fix or drop the row.")
     return Document(texts[0], _string(row.get("source")), quality, tuple(texts[1:]))
 

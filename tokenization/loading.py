@@ -135,17 +135,22 @@ def whole_checkpoint(model: str, *, weights: bool = True) -> Path:
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
     if not configs:
         raise no_config(model if Path(model).is_dir() else folder, "Give a folder or Hub id that holds a model.")
-    generation_config = folder / "generation_config.json"  # transformers ignores a damaged one
-    for path in [*configs, *([generation_config] if generation_config.exists() else [])]:
-        content = read_json(path)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id") if generation_config.exists() else ():
-        given: Any = content.get(name)
-        if not all(each is None or type(each) is int for each in (given if isinstance(given, list) else [given])):
-            raise UserError(f"{generation_config} is damaged: {name} is {given!r}. Give the id of a token.")
+    for path in configs:
+        read_json(path)
+    _check_generation_config(folder / "generation_config.json")
     tokenizer_folder(folder)
     if (weights or Path(model).is_dir()) and not any(folder.glob(WEIGHTS_PATTERN)):
         raise UserError(f"{model} has no weights in safetensors files. Give a whole checkpoint.")
     return folder
+
+
+def _check_generation_config(path: Path) -> None:
+    """Refuse a damaged one, which transformers ignores, and ids that are none, over which only `generate` stumbles."""
+    content = read_json(path) if path.exists() else {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given: Any = content.get(name)
+        if not all(each is None or type(each) is int for each in (given if isinstance(given, list) else [given])):
+            raise UserError(f"{path} is damaged: {name} is {given!r}. Give the id of a token.")
 
 
 def _check_class(folder: Path) -> None:

@@ -124,8 +124,11 @@ def _other_files(folder: Path, used: Sequence[str]) -> tuple[Path, ...]:
     """Files of data that `datasets` passes over: of another format than most, or outside of what is named as splits."""
     known = {Path(file).resolve() for file in used}
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and data_suffix(file) in DATA_BUILDERS]
-    hidden = [file for file in files if any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)]
-    return tuple(file for file in files if file.resolve() not in known and file not in hidden)
+
+    def is_hidden(file: Path) -> bool:
+        return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+
+    return tuple(file for file in files if file.resolve() not in known and not is_hidden(file))
 
 
 def unreadable(name: str, error: BaseException) -> UserError:

@@ -59,7 +59,7 @@ def read_field(name: str, value: Any, hint: Any, choices: Sequence[Any] | None) 
     for kind in enums or sorted(others, key=lambda kind: kind is str):  # all text is text, so that comes last
         try:
             read = _read_kind(value, kind)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):  # the last for an integer that no float can hold
             continue
         if choices is None or read in choices:
             return read

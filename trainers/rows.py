@@ -411,7 +411,7 @@ def _parsed_mapping(text: str) -> Any:
 def _number(value: Any) -> float | None:
     try:
         return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):  # UltraFeedback has "N/A"
+    except (TypeError, ValueError, OverflowError):  # UltraFeedback has "N/A"
         return None
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 from jai.errors import UserError
 from jai.files import check_is_file, read_json
 from jai.hub import local_folder
+from jai.options import is_number
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -87,8 +88,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     is_sound = (
         type(rank) is int
         and rank > 0
-        and type(alpha) in (int, float)
-        and math.isfinite(cast(float, alpha))
+        and is_number(rank)
+        and is_number(alpha)
         and isinstance(base, str | None)
         and isinstance(revision, str | None)
         and isinstance(parameters, list)
