@@ -22,6 +22,7 @@ from jai.hub import METADATA_PATTERNS, WEIGHTS_PATTERN, is_hub_id, local_folder
 from jai.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
+_PIECES, _PIECE_BYTES = 64, 4096  # of a weight file that is not read whole
 
 # "step" is the verb or the stage ("convert", "upcycle", "merge", "sft", …), "inputs" is a list of `input_of`, and there
 # may be "options", "versions" and "result"; of training also "dataset", "metrics", "steps", "hardware" and
@@ -98,8 +99,9 @@ def checkpoint_revision(model: str, revision: str | None = None, *, reads_weight
     Args:
         model: folder or Hub id, which is downloaded.
         revision: commit, branch or tag on the Hub; None is the default branch.
-        reads_weights: whether the weights of a folder are hashed; else their files' sizes are, beside the small files,
-            of which `provenance.json` tells one training from another.
+        reads_weights: whether the weights of a folder are hashed whole; else 64 pieces of each file are, which
+            takes no time however large they are. Training of a few rows may miss them all; then `provenance.json`
+            tells.
 
     Raises:
         UserError: as `local_folder`.
@@ -111,9 +113,20 @@ def checkpoint_revision(model: str, revision: str | None = None, *, reads_weight
     paths = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")]
     paths = [path for path in paths if path.name != "evaluation.json"]  # which evaluations write
     is_hashed = {path: reads_weights or path.suffix != ".safetensors" for path in paths}
-    hashes: dict[str, Any] = file_hashes(path for path in paths if is_hashed[path])
-    hashes |= {path.name: path.stat().st_size for path in paths if not is_hashed[path]}
+    hashes = file_hashes(path for path in paths if is_hashed[path])
+    hashes |= {path.name: _hash_of_pieces(path) for path in paths if not is_hashed[path]}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of_pieces(path: Path) -> str:
+    """SHA-256 of a file's size and of pieces that are spread evenly over it."""
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(_PIECES):
+            file.seek(max(size - _PIECE_BYTES, 0) * number // (_PIECES - 1))
+            found.update(file.read(_PIECE_BYTES))
+    return found.hexdigest()
 
 
 def versions(*packages: str) -> dict[str, str]:

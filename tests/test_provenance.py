@@ -10,7 +10,16 @@ import pytest
 
 import jai
 from jai.errors import UserError
-from jai.provenance import PROVENANCE_FILE, chain, file_hashes, input_of, read_step, versions, write_step
+from jai.provenance import (
+    PROVENANCE_FILE,
+    chain,
+    checkpoint_revision,
+    file_hashes,
+    input_of,
+    read_step,
+    versions,
+    write_step,
+)
 
 
 def made(step: str, *inputs: dict | None, **more) -> dict:
@@ -186,3 +195,30 @@ def test_keys_of_later_versions_are_kept(tmp_path: Path):
     step = {"step": "distil", "inputs": [GOOD | {"commit": "abc"}], "teacher": "x"}
     write_step(tmp_path, step)
     assert read_step(tmp_path) == step
+
+
+# What tells one checkpoint from another
+
+
+def test_a_look_at_pieces_of_the_weights_tells_trainings_apart_and_reads_no_more(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(range(256)) * 4096  # 1 MiB, of which a quarter is looked at
+    weights.write_bytes(content)
+
+    def looks() -> tuple[str, str]:
+        return tuple(checkpoint_revision(str(tmp_path), reads_weights=whole) for whole in (True, False))
+
+    first = looks()
+    weights.touch()  # as a copy has another time
+    assert looks() == first
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert all(now != before for now, before in zip(looks(), first, strict=True))
+    content[-1] ^= 1
+    content[4096 + 100] ^= 1  # between two pieces: only the whole tells
+    weights.write_bytes(content)
+    whole, pieces = looks()
+    assert whole != first[0]
+    assert pieces == first[1]
+    weights.write_bytes(content + b"x")
+    assert looks()[1] != first[1]
