@@ -420,7 +420,7 @@ def test_a_process_without_the_package_quantises_saves_and_loads(whole, tmp_path
     run = run_as_stranger(STRANGER, {"HF_HOME": str(tmp_path / "home")}, *folders)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "quantization_jai.py").exists()
-    torch.testing.assert_close(torch.load(tmp_path / "out" / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.load(tmp_path / "out" / "logits.pt"), expected)
     assert (expected["beside it"] - expected["four bits"]).abs().max() > 0.1
     assert run.stdout.count("cannot be split over devices") == 2  # packed bytes cut by rows would mix experts
 
