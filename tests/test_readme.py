@@ -50,9 +50,10 @@ COMMANDS = [pytest.param(line, id=f"{page.name}: {line}") for page in PAGES for 
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_shown_command_is_taken(line, monkeypatch):
+def test_a_shown_command_is_taken(line, tmp_path, monkeypatch):
     words = shlex.split(line, comments=True)[1:]
-    monkeypatch.chdir(ROOT)  # the recipes that it names are there
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # all that it needs; who ran the demo has its output in ROOT
+    monkeypatch.chdir(tmp_path)
     if words[0] in OTHERS:
         return
     if words[0] in TRAINING:
