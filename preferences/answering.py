@@ -15,12 +15,13 @@ from jai.errors import UserError
 from jai.evaluation.endpoint import Endpoint, EndpointClient
 from jai.evaluation.judged.checkpoint import CheckpointAsker
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
-from jai.evaluation.models import load_answering_model, revision_of
+from jai.evaluation.models import load_answering_model
 from jai.evaluation.options import EvalOptions
 from jai.evaluation.reply_cache import ChatReply, ChatRequest, ReplyCache
 from jai.files import differences, make_locked_folder, read_json, sha256, write_whole
 from jai.preferences.options import AnsweringOptions
 from jai.preferences.prompts import PreferencePrompt
+from jai.provenance import checkpoint_revision
 
 _PLAN_FILE = "plan.json"  # what decides the answers and what they are worth, written before any of them is there
 
@@ -90,12 +91,15 @@ def ask_for_answers(
 
 
 def answering_plan(options: AnsweringOptions, count: int) -> dict[str, Any]:
-    """What decides the answers, for a record."""
+    """What decides the answers, for a record.
+
+    A server is known by the name that its model has there: started again, it may have another address.
+    """
     return {
         "prompts_file": options.prompts.name,
         "prompts_sha256": sha256(options.prompts),
         "model": options.model,
-        "model_revision": revision_of(model_options(options)),
+        "model_revision": None if options.backend == "openai" else checkpoint_revision(options.model),
         "backend": options.backend,
         "dtype": options.dtype,
         "candidates_each": count,

@@ -237,8 +237,9 @@ def _judge_name(options: PairsOptions) -> str:
 
 
 def _record(outcome: _Outcome, options: PairsOptions) -> dict[str, Any]:
-    """What is known of the pairs, for a JSON record: the thresholds, too, which the plan leaves open."""
+    """What is known of the pairs, for a JSON record, with what the plan leaves open: the address, the thresholds."""
     return {
+        "base_url": options.base_url,
         "min_margin": options.margin,
         "max_length_ratio": options.max_length_ratio,
         "candidates": outcome.candidates,

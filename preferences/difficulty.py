@@ -79,6 +79,7 @@ def select_prompts(options: DifficultyOptions, *, console: Console | None = None
         rows = [json.dumps({**each.row, "pass_rate": rate}, ensure_ascii=False) + "\n" for each, rate in kept]
         write_whole(options.out / KEPT_FILE, "".join(rows))
         record = plan | {
+            "base_url": options.base_url,
             "min_pass_rate": options.min_pass_rate,
             "max_pass_rate": options.max_pass_rate,
             "prompts": len(prompts),

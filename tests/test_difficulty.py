@@ -82,6 +82,10 @@ def test_prompts_are_kept_by_their_share_of_right_answers(problems, tmp_path):
             with pytest.raises(UserError, match="was begun with other inputs or options"):
                 run(problems, tmp_path / "out", model, **{"system_prompt": SYSTEM, **change})
         assert len(model.asked) == 20
+    with ChatEndpoint(answer_as_often) as again:  # the same server on another port
+        _, _, record = run(problems, tmp_path / "out", again, system_prompt=SYSTEM)
+        assert again.asked == []
+        assert record["base_url"] == again.url
 
 
 def test_a_system_turn_of_a_row_stands(tmp_path):

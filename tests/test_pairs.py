@@ -193,8 +193,12 @@ def test_five_answers_are_graded_and_best_and_worst_paired(prompts, tmp_path):
         printed, rows, record = run(prompts, tmp_path / "pairs", model, judge, judge_price=[1, 2])
         assert len(model.asked) == 20
         assert len(judge.asked) == 21  # and one word first
-        _, rows_again, _ = run(prompts, tmp_path / "pairs", model, judge, judge_price=[1, 2])
-        assert (len(model.asked), len(judge.asked)) == (20, 21)
+        asked_with = {(each["temperature"], each["top_p"], each["max_tokens"]) for each in model.asked}
+        assert asked_with == {(0.8, 0.95, 1024)}
+    with ChatEndpoint(numbered) as model, ChatEndpoint(grade_by_number) as judge:  # on other ports
+        _, rows_again, record_again = run(prompts, tmp_path / "pairs", model, judge, judge_price=[1, 2])
+        assert model.asked == judge.asked == []
+        assert record_again == {**record, "base_url": model.url}
     assert rows_again == rows
     assert rows[0] == {
         "prompt": [{"role": "user", "content": "คำถาม 0"}],
@@ -213,7 +217,6 @@ def test_five_answers_are_graded_and_best_and_worst_paired(prompts, tmp_path):
     assert record["judge_prompt_hash"]
     assert (record["min_margin"], record["max_length_ratio"], record["prompts"]) == (1.0, 2.0, 4)
     assert record["length_bias_after"] == {"pairs": 4, "longer": 0.5, "ratio": 1.0}
-    assert {(each["temperature"], each["top_p"], each["max_tokens"]) for each in model.asked} == {(0.8, 0.95, 1024)}
     assert "4 pairs of 4 prompts and 20 answers." in printed
     assert "the chosen answer is the longer one in 50 % of 4 pairs" in printed
     assert re.search(r"Judging \(judge\): 20 requests, 0 answered already; .* at most 0\.\d", printed)

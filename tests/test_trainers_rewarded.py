@@ -608,7 +608,18 @@ def test_rollouts_go_on_where_they_were(checkpoint, prompt_rows):
     trainer.train(resume_from_checkpoint="out/checkpoint-6")
     assert asked == [6, 8]
     assert trainer.reward_counts is before
-    assert trainer.reward_counts.groups == 4 * 2  # of both parts of the run; the second rollout is made anew
+    assert trainer.reward_counts.groups == 3 * 2  # as of a run in one go: the second rollout, made anew, counts once
+    assert trainer.reward_counts.completions == 3 * 8
+    counts = RewardCounts()
+    for _ in range(2):
+        counts.add(torch.tensor([1.0, 1.0, math.nan, math.nan]), 2)
+    kept = {"stateful_callbacks": {"RewardCounts": counts.state()}}
+    for step, rollouts in ((6, 1), (8, 2)):  # at 8, a rollout has ended
+        trainer.go_on_from({"global_step": step, **kept})
+        found = trainer.reward_counts
+        assert [found.groups, found.equal, found.completions, found.unscored] == [
+            count * rollouts for count in (2, 2, 4, 2)
+        ]
 
 
 def test_rewards_that_teach_nothing_are_counted():

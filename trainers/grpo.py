@@ -100,19 +100,21 @@ class RewardCounts(KeptWithCheckpoints):
         equal: groups whose rewards were all equal, so that no answer is better than another.
         completions: all of them.
         unscored: those that no reward scored.
+        latest: what the latest rollout added to each.
     """
 
     groups: int = 0
     equal: int = 0
     completions: int = 0
     unscored: int = 0
+    latest: dict[str, int] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
         """What transformers saves of it."""
         return {"args": {}, "attributes": asdict(self)}
 
     def add(self, rewards: torch.Tensor, num_generations: int) -> None:
-        """Count a batch.
+        """Count a rollout.
 
         Args:
             rewards: weighted sums, NaN where no reward scored. Shape (groups * num_generations,).
@@ -121,10 +123,20 @@ class RewardCounts(KeptWithCheckpoints):
         grouped = rewards.view(-1, num_generations)
         filled = grouped.nan_to_num(nan=float("-inf"))
         lowest = grouped.nan_to_num(nan=float("inf")).amin(dim=1)
-        self.groups += len(grouped)
-        self.equal += int((filled.amax(dim=1) <= lowest).sum())
-        self.completions += rewards.numel()
-        self.unscored += int(rewards.isnan().sum())
+        self.latest = {
+            "groups": len(grouped),
+            "equal": int((filled.amax(dim=1) <= lowest).sum()),
+            "completions": rewards.numel(),
+            "unscored": int(rewards.isnan().sum()),
+        }
+        for name, count in self.latest.items():
+            setattr(self, name, getattr(self, name) + count)
+
+    def take_back_latest(self) -> None:
+        """Leave out the latest rollout, which is made anew."""
+        for name, count in self.latest.items():
+            setattr(self, name, getattr(self, name) - count)
+        self.latest = {}
 
 
 class JaiGRPOTrainer(JaiTrainerMixin, GRPOTrainer):
@@ -160,6 +172,8 @@ class JaiGRPOTrainer(JaiTrainerMixin, GRPOTrainer):
         self._step = state.get("global_step", 0) * self.args.gradient_accumulation_steps
         for name, count in kept_with(state, RewardCounts).items():
             setattr(self.reward_counts, name, count)
+        if self._step % (cast(int, self.args.steps_per_generation) * self.num_iterations):
+            self.reward_counts.take_back_latest()
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self._routing is None else self._routing.recording():
