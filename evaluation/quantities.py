@@ -66,36 +66,36 @@ _HUNDREDTH, _THOUSANDTH = Fraction(1, 100), Fraction(1, 1000)
 
 
 def _named(kind: str, factor: Fraction | int, names: str) -> dict[str, tuple[str, Fraction]]:
-    return {name.strip().casefold(): (kind, Fraction(factor)) for name in names.split("|")}
+    return {name: (kind, Fraction(factor)) for name in names.split("|")}
 
 
-# What a unit measures, and how many of the kind's first it is.
+# What a unit measures, and how many of the kind's first it is. The full stop of an abbreviation may be missing.
 _UNITS = (
-    _named("length", 1, "m|m.|metre|metres|meter|meters|เมตร|ม.")
-    | _named("length", 1000, "km|km.|kilometre|kilometres|kilometer|kilometers|กิโลเมตร|กม.|กม")
-    | _named("length", _HUNDREDTH, "cm|cm.|centimetre|centimetres|centimeter|centimeters|เซนติเมตร|เซ็นติเมตร|ซม.|ซม")
-    | _named("length", _THOUSANDTH, "mm|mm.|millimetre|millimetres|millimeter|millimeters|มิลลิเมตร|มม.|มม")
-    | _named("area", 1, "m^2|sq m|square metres|square meters|ตารางเมตร|ตร.ม.|ตรม.")
-    | _named("area", _HUNDREDTH**2, "cm^2|sq cm|square centimetres|square centimeters|ตารางเซนติเมตร|ตร.ซม.|ตรซม.")
-    | _named("area", 1000**2, "km^2|sq km|square kilometres|square kilometers|ตารางกิโลเมตร|ตร.กม.")
+    _named("length", 1, "m|metre|metres|meter|meters|เมตร|ม")
+    | _named("length", 1000, "km|kilometre|kilometres|kilometer|kilometers|กิโลเมตร|กม")
+    | _named("length", _HUNDREDTH, "cm|centimetre|centimetres|centimeter|centimeters|เซนติเมตร|เซ็นติเมตร|ซม")
+    | _named("length", _THOUSANDTH, "mm|millimetre|millimetres|millimeter|millimeters|มิลลิเมตร|มม")
+    | _named("area", 1, "m^2|sq m|square metres|square meters|ตารางเมตร|ตร.ม|ตรม")
+    | _named("area", _HUNDREDTH**2, "cm^2|sq cm|square centimetres|square centimeters|ตารางเซนติเมตร|ตร.ซม|ตรซม")
+    | _named("area", 1000**2, "km^2|sq km|square kilometres|square kilometers|ตารางกิโลเมตร|ตร.กม")
     | _named("area", 1600, "ไร่|rai")
     | _named("area", 400, "งาน")
-    | _named("area", 4, "ตารางวา|ตร.ว.")
-    | _named("volume", 1, "l|litre|litres|liter|liters|ลิตร|ล.")
-    | _named("volume", _THOUSANDTH, "ml|millilitre|millilitres|milliliter|milliliters|มิลลิลิตร|มล.|cm^3|ลบ.ซม.")
-    | _named("volume", 1000, "m^3|cubic metres|cubic meters|ลูกบาศก์เมตร|ลบ.ม.")
+    | _named("area", 4, "ตารางวา|ตร.ว")
+    | _named("volume", 1, "l|litre|litres|liter|liters|ลิตร|ล")
+    | _named("volume", _THOUSANDTH, "ml|millilitre|millilitres|milliliter|milliliters|มิลลิลิตร|มล|cm^3|ลบ.ซม")
+    | _named("volume", 1000, "m^3|cubic metres|cubic meters|ลูกบาศก์เมตร|ลบ.ม")
     | _named("mass", 1, "g|gram|grams|กรัม")
-    | _named("mass", 1000, "kg|kg.|kilogram|kilograms|กิโลกรัม|กก.|กก")
-    | _named("mass", _THOUSANDTH, "mg|milligram|milligrams|มิลลิกรัม|มก.")
+    | _named("mass", 1000, "kg|kilogram|kilograms|กิโลกรัม|กก")
+    | _named("mass", _THOUSANDTH, "mg|milligram|milligrams|มิลลิกรัม|มก")
     | _named("mass", 10**6, "tonne|tonnes|ตัน")
     | _named("time", 1, "s|sec|second|seconds|วินาที")
-    | _named("time", 60, "min|min.|minute|minutes|นาที")
-    | _named("time", 3600, "h|hr|hrs|hour|hours|ชั่วโมง|ชม.|ชม")
+    | _named("time", 60, "min|minute|minutes|นาที")
+    | _named("time", 3600, "h|hr|hrs|hour|hours|ชั่วโมง|ชม")
     | _named("time", 86400, "day|days|วัน")
     | _named("time", 7 * 86400, "week|weeks|สัปดาห์|อาทิตย์")
     | _named("months", 1, "month|months|เดือน")
     | _named("months", 12, "year|years|ปี")
-    | _named("baht", 1, "บาท|บาทถ้วน|บ.|฿|baht|thb|.-|-")
+    | _named("baht", 1, "บาท|บาทถ้วน|บ|฿|baht|thb|.-|-")
     | _named("baht", _HUNDREDTH, "สตางค์|satang")
     | _named("dollars", 1, "$|usd|dollar|dollars|us dollars|ดอลลาร์|ดอลลาร์สหรัฐ|เหรียญสหรัฐ")
     | _named("dollars", _HUNDREDTH, "cent|cents|¢|เซนต์")
@@ -181,7 +181,7 @@ def read_quantity(text: str) -> Quantity | None:
     if unit is None or _DOUBT.search(unit["unit"]):
         return None
     number = _number(match)
-    name = (unit["unit"] or match["before"] or "").casefold()
+    name = (unit["unit"] or match["before"] or "").casefold().removesuffix(".")
     if number is None or (name not in _UNITS and _VARIABLE.fullmatch(name)):
         return None
     return Quantity(number, *_UNITS.get(name, (None, Fraction(1))))

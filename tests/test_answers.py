@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Final answers: found where they stand, and right or wrong, in Thai, English and LaTeX."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -265,6 +266,115 @@ def test_same_both_ways(one, other):
 def test_different_both_ways(one, other):
     assert not same_answer(one, other)
     assert not same_answer(other, one)
+
+
+# Each line: quantities that are the same, in every name of their units. None of them is the same number as the first, so
+# a unit that is not known, or is taken for another, shows.
+SAME_QUANTITIES = [
+    "3.5 km|3.5 km.|3.5 kilometre|3.5 kilometres|3.5 kilometer|3.5 kilometers|3.5 กิโลเมตร|3.5 กม.|3.5 กม",
+    "0.1 km|100 m|100 m.|100 metre|100 metres|100 meter|100 meters|100 เมตร|100 ม.",
+    "1 m|100 cm|100 cm.|100 centimetre|100 centimetres|100 centimeter|100 centimeters|100 เซนติเมตร|100 เซ็นติเมตร"
+    "|100 ซม.|100 ซม",
+    "1 m|1000 mm|1000 mm.|1000 millimetre|1000 millimetres|1000 millimeter|1000 millimeters|1000 มิลลิเมตร|1000 มม."
+    "|1000 มม",
+    "2 km^2|2000000 m^2|2000000 sq m|2000000 square metres|2000000 square meters|2000000 ตารางเมตร|2000000 ตร.ม."
+    "|2000000 ตรม.",
+    "3 m^2|30000 cm^2|30000 sq cm|30000 square centimetres|30000 square centimeters|30000 ตารางเซนติเมตร|30000 ตร.ซม."
+    "|30000 ตรซม.",
+    "5000000 m^2|5 km^2|5 sq km|5 square kilometres|5 square kilometers|5 ตารางกิโลเมตร|5 ตร.กม.",
+    "6400 m^2|4 ไร่|4 rai|16 งาน|1600 ตารางวา|1600 ตร.ว.",
+    "3 m^3|3000 l|3000 litre|3000 litres|3000 liter|3000 liters|3000 ลิตร|3000 ล.",
+    "2 l|2000 ml|2000 millilitre|2000 millilitres|2000 milliliter|2000 milliliters|2000 มิลลิลิตร|2000 มล.|2000 cm^3"
+    "|2000 ลบ.ซม.",
+    "7000 l|7 m^3|7 cubic metres|7 cubic meters|7 ลูกบาศก์เมตร|7 ลบ.ม.",
+    "2 kg|2000 g|2000 gram|2000 grams|2000 กรัม",
+    "3000 g|3 kg|3 kg.|3 kilogram|3 kilograms|3 กิโลกรัม|3 กก.|3 กก",
+    "4 g|4000 mg|4000 milligram|4000 milligrams|4000 มิลลิกรัม|4000 มก.",
+    "5000 kg|5 tonne|5 tonnes|5 ตัน",
+    "2 min|120 s|120 sec|120 second|120 seconds|120 วินาที",
+    "3 hours|180 min|180 min.|180 minute|180 minutes|180 นาที",
+    "2 days|48 h|48 hr|48 hrs|48 hour|48 hours|48 ชั่วโมง|48 ชม.|48 ชม",
+    "2 weeks|14 day|14 days|14 วัน",
+    "21 days|3 week|3 weeks|3 สัปดาห์|3 อาทิตย์",
+    "2 years|24 month|24 months|24 เดือน",
+    "36 months|3 year|3 years|3 ปี",
+    "4200 satang|42 บาท|42 บาทถ้วน|42 บ.|42 ฿|฿42|42 baht|42 thb|THB 42|42.-|42 -",
+    "42 baht|4200 สตางค์|4200 satang",
+    "4200 cents|42 $|$42|42 usd|USD 42|42 dollar|42 dollars|42 us dollars|42 ดอลลาร์|42 ดอลลาร์สหรัฐ|42 เหรียญสหรัฐ",
+    "42 dollars|4200 cent|4200 cents|4200 ¢|4200 เซนต์",
+    "0.5|50%|50 percent|50 per cent|50 เปอร์เซ็นต์|50 เปอร์เซนต์",
+    *("2000|2 พัน|20 ร้อย|20 hundred|2 thousand", "2000000|2 ล้าน|20 แสน|200 หมื่น|2 million|2000 พัน"),
+    *("20000000|2 สิบล้าน|20 million", "200000000|2 ร้อยล้าน", "2000000000|2 พันล้าน|2 billion"),
+    "2000000000000|2 ล้านล้าน|2 trillion",
+]
+
+
+@pytest.mark.parametrize("line", SAME_QUANTITIES)
+def test_every_unit_has_its_size(line):
+    first, *others = line.split("|")
+    for other in others:
+        assert same_answer(first, other), other
+        assert same_answer(other, first), other
+        assert not same_answer(f"{first} หรือ {other}", first)
+        assert not same_answer(re.sub(r"\d+", lambda match: str(int(match[0]) + 1), other, count=1), first), other
+
+
+def test_units_of_one_size_are_units_of_what_they_measure():
+    kinds = [
+        "42 m|42 เมตร",
+        "42 m^2",
+        "42 l",
+        "42 g",
+        "42 s",
+        "42 months",
+        "42 baht",
+        "42 dollars",
+        "42 €|€42|42 eur|42 euro|42 euros|42 ยูโร",
+        "42 £|£42|42 gbp|42 ปอนด์สเตอร์ลิง",
+        "42 ¥|¥42|42 jpy|42 yen|42 เยน",
+        "42 °|42 degree|42 degrees|42 deg|42 องศา",
+        "42 °c|42 องศาเซลเซียส|42 degrees Celsius",
+        "42 °F|42 องศาฟาเรนไฮต์|42 degrees Fahrenheit",
+        "42 %",
+    ]
+    for number, line in enumerate(kinds):
+        for one in line.split("|"):
+            others = [other for place, names in enumerate(kinds) for other in names.split("|") if place != number]
+            assert not [other for other in others if same_answer(one, other)]
+            assert all(same_answer(one, other) for other in line.split("|"))
+            assert same_answer(one, "42")
+
+
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [
+        *((f"{sign}42", "-42") for sign in "−‒–—﹣－"),
+        ("＋42", "+42"),
+        *((f"42{sign}", "42%") for sign in ("％", r"\%")),
+        *((f"1{sign}2", "1/2") for sign in "／⁄∕"),
+        ("x＝1", "x=1"),
+        ("1，234．5", "1,234.5"),
+        ("1：2", "1:2"),
+        *((f"1{space}2", "1 2") for space in "\u00a0\u2003\u202f\u205f\u3000"),
+        (r"\$5", " USD 5"),
+        *((rf"\{name}(1", "(1") for name in ("left", "right", "displaystyle", "boldsymbol")),
+        (r"\leftarrow", r"\leftarrow"),
+        *((rf"\{letter}frac12", r"\frac12") for letter in "dtc"),
+        *((f"1{comma}234", "1234") for comma in ("{,}", r"\,", r"\;", r"\:", r"\!", r"\ ", "~")),
+        (r"1\,23", "1 23"),  # no thousands
+        (r"12\,3456", "12 3456"),
+        *((f"90{sign}", "90°") for sign in (r"^\circ", r"^{\circ}", r"^{ \circ }", r"\degree")),
+        *((f"2{sign}3", "2×3") for sign in (r"\times", r"\cdot")),
+        *((f"2 {sign} 10^3", "2× 10^3") for sign in "xX"),
+        ("2x", "2x"),
+        *((f"1, {dots}", "1, ...") for dots in (r"\dots", r"\ldots")),
+        ("x²³", "x^23"),
+        ("1½", "1 1/2"),
+        *zip("⅓⅔¼¾⅕⅛", (" 1/3", " 2/3", " 1/4", " 3/4", " 1/5", " 1/8")),
+    ],
+)
+def test_one_notation(written, plain):
+    assert with_one_notation(written) == plain
 
 
 @pytest.mark.timeout(30)  # math-verify gives up on each after 5 seconds, and in a thread never

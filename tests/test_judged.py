@@ -289,6 +289,7 @@ def test_repeated_judgements_and_their_agreement(servers, asker, model):
     assert value_of(outcome, "math", "grade") == 4
     assert value_of(outcome, "repeated judgements", "agreement") == pytest.approx((2 * (1 / 3) + 4) / 6)
     assert value_of(outcome, "repeated judgements", "distance") == pytest.approx(2 * 2 / 6)
+    assert [figure.metric for figure in outcome.figures if not figure.higher_is_better] == ["distance"]
     again = measure_mt_bench("mt", CHATS, model[0].ask, Judge(client, repeats=3), max_tokens=50)
     assert again.items == outcome.items
     assert len(server.asked) == 18
@@ -403,7 +404,8 @@ def test_both_orders_are_judged(servers, asker):
     def prefers_first(request: dict, before: int) -> str:
         return "[[A]]" if shown_answers(request) == ["first", "second"] else "[[B]]"
 
-    figures, _, server = compare(servers, asker, prefers_first)
+    figures, items, server = compare(servers, asker, prefers_first)
+    assert {item.group for item in items} == {"pair 81", "pair 111"}  # the turns of a conversation stand or fall together
     assert len(server.asked) == 6  # two turns of 81 and one of 111, in two orders; 161 has one model's answers alone
     assert sorted(shown_answers(request)[0] for request in server.asked) == ["first"] * 3 + ["second"] * 3
     assert figures == {WIN: 1.0, CONSISTENT: 1.0, FIRST_SHOWN: 0.5}

@@ -20,10 +20,14 @@ from chat_endpoint import Answer, ChatEndpoint
 from jai.errors import UserError
 from jai.evaluation.command import evaluate_suites
 from jai.evaluation.endpoint import Endpoint
+from jai.evaluation.judged.checkpoint import CheckpointAsker
 from jai.evaluation.judged.options import PairwiseOptions
 from jai.evaluation.judged.prompts import FACTS
 from jai.evaluation.judged.side_by_side import compare_answers
+from jai.evaluation.kept_answers import KeptAnswers
+from jai.evaluation.models import load_answering_model
 from jai.evaluation.options import EvalOptions
+from jai.evaluation.reply_cache import ChatRequest
 from jai.evaluation.results import read_run
 from jai.evaluation.suites import JudgedSuite, read_suite, read_suites, suite_names
 
@@ -462,6 +466,15 @@ def test_the_seed_decides_what_is_sampled(checkpoint, data, tmp_path):
             evaluate("mt-bench-th", judge=judge, model=str(checkpoint), data=data, out=out, seed=seed)
             answers.append((out / "answers-mt-bench-th.jsonl").read_text())
     assert answers[0] != answers[1]
+
+
+def test_top_p_of_nothing_but_the_likeliest_is_greedy(checkpoint, tmp_path):
+    model = load_answering_model(EvalOptions(model=str(checkpoint), device="cpu"), chat=True)
+    asker = CheckpointAsker(KeptAnswers(model, tmp_path / "answers.jsonl", 8), "tiny")
+    messages = [{"role": "user", "content": "สวัสดี"}]
+    sampling = [{"temperature": 0.0}, {"temperature": 20.0, "top_p": 1e-6}, {"temperature": 20.0}]
+    greedy, likeliest, sampled = asker.ask([ChatRequest(messages, {"max_tokens": 8, **each}) for each in sampling])
+    assert greedy.text == likeliest.text != sampled.text
 
 
 def test_files_that_cannot_be_compared(answer_files, data, tmp_path):
