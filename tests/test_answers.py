@@ -268,8 +268,8 @@ def test_different_both_ways(one, other):
     assert not same_answer(other, one)
 
 
-# Each line: quantities that are the same, in every name of their units. None of them is the same number as the first, so
-# a unit that is not known, or is taken for another, shows.
+# Each line: the same quantity in every name of its unit. None is the same number as the first of its line, so a unit
+# that is not known, or is taken for another, shows.
 SAME_QUANTITIES = [
     "3.5 km|3.5 km.|3.5 kilometre|3.5 kilometres|3.5 kilometer|3.5 kilometers|3.5 กิโลเมตร|3.5 กม.|3.5 กม",
     "0.1 km|100 m|100 m.|100 metre|100 metres|100 meter|100 meters|100 เมตร|100 ม.",

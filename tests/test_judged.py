@@ -405,7 +405,7 @@ def test_both_orders_are_judged(servers, asker):
         return "[[A]]" if shown_answers(request) == ["first", "second"] else "[[B]]"
 
     figures, items, server = compare(servers, asker, prefers_first)
-    assert {item.group for item in items} == {"pair 81", "pair 111"}  # the turns of a conversation stand or fall together
+    assert {item.group for item in items} == {"pair 81", "pair 111"}  # a conversation stands or falls as one
     assert len(server.asked) == 6  # two turns of 81 and one of 111, in two orders; 161 has one model's answers alone
     assert sorted(shown_answers(request)[0] for request in server.asked) == ["first"] * 3 + ["second"] * 3
     assert figures == {WIN: 1.0, CONSISTENT: 1.0, FIRST_SHOWN: 0.5}
