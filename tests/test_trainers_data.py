@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from jai.errors import UserError
 from jai.provenance import read_step
@@ -705,6 +705,12 @@ def test_the_prompt_of_a_chat_is_what_its_last_answer_answers():
         load(write("rows.jsonl", {"prompt": chats[1]}), (DatasetType.PROMPT,))
 
 
+def test_a_blank_answer_is_no_solution():
+    """As an empty cell of a CSV file: a reward for it could never be had."""
+    Path("rows.csv").write_text("question,answer\na, 4\nb,\nc,0\n")
+    assert load("rows.csv", (DatasetType.PROMPT,)).train["solution"][:] == [" 4", None, "0"]
+
+
 def test_a_configuration_of_a_file_is_refused():
     Dataset.from_list([{"text": "a"}]).save_to_disk("saved")
     for name in (write("rows.jsonl", CHAT), "saved"):
@@ -718,7 +724,7 @@ def test_files_that_break_off_are_named():
     with pytest.raises(UserError, match=r"rows.jsonl.gz cannot be read"):
         load("rows.jsonl.gz")
     Path("rows.csv").write_bytes("text\nก".encode("tis-620"))
-    with pytest.raises(UserError, match=r"rows.csv cannot be read: 'utf-8' codec"):
+    with pytest.raises(UserError, match=r"rows.csv cannot be read: it is no UTF-8 text.* Save it as UTF-8"):
         load("rows.csv")
 
 
@@ -926,9 +932,29 @@ def test_both_answers_of_a_pair_are_trained(tiny_tokenizer):
     config = DPOConfig("out", bf16=False)
     pair = {"prompt": earlier, "chosen": [assistant("x")], "rejected": [assistant("y")]}
     count_tokens(load(write("rows.jsonl", pair), DPO_TYPES), tiny_tokenizer, config)
-    data = load(write("left_out.jsonl", {**pair, "rejected": [assistant("y", weight=0)]}), DPO_TYPES)
-    with pytest.raises(UserError, match=r"Row 1 of .*an answer is not to be trained \(`weight: 0`\)"):
-        count_tokens(data, tiny_tokenizer, config)
+    for name in ("chosen", "rejected"):
+        file = write("left_out.jsonl", {**pair, name: [assistant("z", weight=0)]})
+        with pytest.raises(UserError, match=r"Row 1 of .*an answer is not to be trained \(`weight: 0`\), and a pair"):
+            load(file, DPO_TYPES)
+    single = {"prompt": earlier, "completion": [assistant("x")], "label": True}
+    types = (DatasetType.UNPAIRED_PREFERENCE,)
+    count_tokens(load(write("single.jsonl", single), types), tiny_tokenizer, KTOConfig("out", bf16=False))
+    file = write("untrained.jsonl", {**single, "completion": [assistant("x", weight=0)]})
+    with pytest.raises(UserError, match=r"not to be trained \(`weight: 0`\), and all with a label are"):
+        load(file, types)
+
+
+def test_earlier_answers_of_a_prompt_need_no_loss_on_turns(tiny_tokenizer):
+    """Where the loss is taken on what follows the prompt alone, `weight: 0` in it leaves out nothing."""
+    earlier = [user("a"), assistant("b", weight=0), user("c")]
+    asked = load(write("prompts.jsonl", {"prompt": earlier, "answer": "1"}), (DatasetType.PROMPT,))
+    counted, _ = count_tokens(asked, tiny_tokenizer, GRPOConfig("out", bf16=False))
+    assert counted.longest == counted.tokens > 0
+    name = write("completions.jsonl", {"prompt": earlier, "completion": [assistant("d")]})
+    (row,) = prepared(tiny_tokenizer, name).train
+    assert tiny_tokenizer.decode([label for label in row["labels"] if label != -100]).split("<|end|>")[0].strip() == "d"
+    with pytest.raises(UserError, match=r"needs `assistant_only_loss: true`"):
+        prepared(tiny_tokenizer, name, completion_only_loss=False)
 
 
 def test_single_answers_are_counted(tiny_tokenizer):

@@ -653,7 +653,7 @@ def test_the_plan_knows_how_often_answers_are_learnt_from(checkpoint, prompt_row
     options = {"max_steps": -1, "num_train_epochs": 2, "num_iterations": 3, "gradient_accumulation_steps": 2}
     trainer = build_grpo(checkpoint, prompt_rows, "out", **options)
     batches = len(trainer.get_train_dataloader())
-    assert estimate_steps(trainer.args, len(prompt_rows), TokenCount(6, False, 60, 0)) == batches // 2 * 2
+    assert estimate_steps(trainer.args, len(prompt_rows), TokenCount(6, False, 60, 0, 10)) == batches // 2 * 2
 
 
 def test_answers_beyond_the_context_are_said_in_the_plan(checkpoint):
@@ -662,9 +662,13 @@ def test_answers_beyond_the_context_are_said_in_the_plan(checkpoint):
     for longest, is_said in ((context - 1, False), (context, True)):
         text = context_text(JaiGRPOConfig("out", bf16=False, max_completion_length=longest), base)
         assert ("answers have up to" in text) == is_said
+    config = JaiGRPOConfig("out", bf16=False, max_completion_length=context - 20)
+    assert "prompts have" not in context_text(config, base, 20)
+    assert f"prompts have up to 21 tokens, and answers {context - 20}[/], together" in context_text(config, base, 21)
+    assert "prompts have" not in context_text(RewardConfig("out", bf16=False, max_length=None), base, context + 1)
 
 
-def test_the_system_prompt_comes_first(checkpoint, tmp_path, monkeypatch):
+def test_the_system_prompt_comes_first(checkpoint, tmp_path, monkeypatch, capsys):
     rows = [{"prompt": "ถาม", "solution": 1}, {"prompt": [*turn("system", "mine"), *turn("user", "ถาม")], "answer": 2}]
     data = write_rows(tmp_path / "prompts.jsonl", rows)
     seen = []
@@ -672,7 +676,9 @@ def test_the_system_prompt_comes_first(checkpoint, tmp_path, monkeypatch):
         "jai.trainers.grpo.reward_functions",
         lambda names: [lambda prompts, solution, **_: seen.extend(zip(prompts, solution)) or [0.0] * len(prompts)],
     )
-    options = grpo_options(system_prompt="ตอบ", rewards=["final_answer"], reward_weights=[1.0])
+    options = grpo_options(
+        system_prompt="ตอบ", rewards=["final_answer"], reward_weights=[1.0], max_position_embeddings=16
+    )
     del options["language_column"]
     grpo.main(arguments(checkpoint, data, "out", **options))
     found = {json.dumps([prompt, solution], ensure_ascii=False) for prompt, solution in seen}
@@ -681,6 +687,13 @@ def test_the_system_prompt_comes_first(checkpoint, tmp_path, monkeypatch):
         [[*turn("system", "mine"), *turn("user", "ถาม")], "2"],
     ]
     assert found == {json.dumps(each, ensure_ascii=False) for each in expected}
+    asked = [
+        AutoTokenizer.from_pretrained(checkpoint).apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+        for prompt, _ in expected
+    ]
+    assert f"prompts have up to {max(map(len, asked))} tokens, and answers 10" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 INSTRUCTION = {"prompt": "q", "instruction_id_list": ["no:such"], "kwargs": [{}], "language": "en"}
@@ -745,6 +758,14 @@ def test_trls_own_kto_trainer_gives_the_same_losses(checkpoint, tmp_path, senten
     assert [[log["loss"], log["kl"]] for log in log_of(out)] == losses(trainer, "kl")
     with pytest.raises(UserError, match="invalid choice: 'sigmoid'"):
         kto.main(arguments(checkpoint, tmp_path / "rows.jsonl", "bad", loss_type="sigmoid"))
+
+
+def test_what_a_kto_trainer_leaves_out_is_said(checkpoint, tmp_path, capsys):
+    answer = {"prompt": turn("user", "q"), "completion": turn("assistant", "a"), "label": True}
+    rows = [answer, {**answer, "label": False}, {**answer, "prompt": turn("user", "long " * 60)}]
+    kto.main(arguments(checkpoint, write_rows(tmp_path / "rows.jsonl", rows), "out", max_length=60, max_steps=1))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Left out 1 of 3 examples: their prompts alone have 60 tokens or more (raise `max_length`)." in printed
 
 
 def test_a_reference_computed_beforehand_is_the_same_reference(checkpoint, pairs):

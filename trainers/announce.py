@@ -70,7 +70,7 @@ def print_plan(
         rows.append(("not read", escape(f"the columns {', '.join(data.unread)}")))
     if max_length_of(training_args):
         rows.append(("cut off", _cut(train_tokens, training_args, data)))
-    rows.append(("context", context_text(training_args, base)))
+    rows.append(("context", context_text(training_args, base, train_tokens.longest)))
     if evaluation_tokens is not None:
         evaluated = len(data.evaluation) if isinstance(data.evaluation, Dataset) else None
         rows.append(("evaluation", _size(evaluated, evaluation_tokens)))
@@ -221,8 +221,14 @@ def _sequences(training_args: StageConfig) -> str:
     return f"packed (documents do not see each other), {length}"
 
 
-def context_text(training_args: StageConfig, base: BaseModel) -> str:
-    """The context that a checkpoint gets, and what of it is to be minded; with rich's markup."""
+def context_text(training_args: StageConfig, base: BaseModel, longest_row: int = 0) -> str:
+    """The context that a checkpoint gets, and what of it is to be minded; with rich's markup.
+
+    Args:
+        training_args: TRL's options.
+        base: the model.
+        longest_row: tokens of the longest sequence of the data: of GRPO's, the longest prompt.
+    """
     length, theta = context_of(base.config)
     before, theta_before = context_of(base.given_config or base.config)
     text = "unknown" if length is None else f"{length:,} tokens"
@@ -247,6 +253,11 @@ def context_text(training_args: StageConfig, base: BaseModel) -> str:
     longest = (training_args.max_completion_length or 0) if isinstance(training_args, GRPOConfig) else 0
     if length is not None and longest >= length:
         text += f"\n[bold yellow]answers have up to {longest:,} tokens[/], beyond that; lower `max_completion_length`"
+    elif length is not None and longest and longest_row + longest > length:
+        text += (
+            f"\n[bold yellow]prompts have up to {longest_row:,} tokens, and answers {longest:,}[/], together beyond "
+            "that; leave out long prompts, or lower `max_completion_length`"
+        )
     return text
 
 

@@ -133,6 +133,8 @@ def _other_files(folder: Path, used: Sequence[str]) -> tuple[Path, ...]:
 
 def unreadable(name: str, error: BaseException) -> UserError:
     """What is said of data that breaks off or is no data at all."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"The data {name} cannot be read: it is no UTF-8 text ({error}). Save it as UTF-8.")
     return UserError(
         f"The data {name} cannot be read: {error}. Every line must be one JSON object, and a column must have the same "
         "type in all of them."

@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from jai.errors import UserError
 from jai.trainers.arguments import StageConfig, max_length_of
 from jai.trainers.data import TrainingData
+from jai.trainers.messages import RowFault
 from jai.trainers.tokens import IGNORED, RowTokenizer, splits_rows
 
 
@@ -24,7 +26,10 @@ def print_preview(
     encoder = RowTokenizer.of(data, tokenizer, training)
     for number, row in enumerate(islice(data.train, rows), 1):
         is_tokenized = "input_ids" in row
-        sequences = {"": (row["input_ids"], row["labels"])} if is_tokenized else encoder.encode_all(row)
+        try:
+            sequences = {"": (row["input_ids"], row["labels"])} if is_tokenized else encoder.encode_all(row)
+        except RowFault as fault:
+            raise UserError(f"Row {number:,} of {data.name} cannot be trained on: {fault.text}.") from fault
         for name, (ids, labels) in sequences.items():
             taught = sum(label != IGNORED for label in labels[:limit])
             title = Text(f"Row {number}{f', {name}' if name else ''}", style="bold")

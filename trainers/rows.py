@@ -227,7 +227,7 @@ def _read_prompt(row: Mapping[str, Any], form: RowForm) -> Row:
         raise RowFault("solution", f"its solution is {shortened(solution)}; expected a text or a number")
     return {
         "prompt": prompt,
-        "solution": None if solution is None else str(solution),
+        "solution": None if solution is None or not str(solution).strip() else str(solution),
         "instruction_id_list": row.get("instruction_id_list"),
         "kwargs": row.get("kwargs"),
     }
@@ -238,7 +238,10 @@ def _read_labelled(row: Mapping[str, Any], form: RowForm) -> Row:
     label = {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}.get(str(label).lower(), label)
     if not isinstance(label, bool):
         raise RowFault("label", f"`label` is {shortened(label)}; expected true (a good answer) or false")
-    return {**_read_prompt_completion(row, form), "label": label}
+    read = _read_prompt_completion(row, form)
+    if form.conversational:
+        _refuse_untrained(read["completion"], "all with a label are")
+    return {**read, "label": label}
 
 
 def _read_pair(row: Mapping[str, Any], form: RowForm) -> Row:
@@ -267,7 +270,13 @@ def _pair(prompt: list[Message], chosen: list[Message], rejected: list[Message],
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         with _Column(name):
             check_turns([*prompt, *answer])
+    _refuse_untrained([*chosen, *rejected], "a pair trains both")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _refuse_untrained(answers: list[Message], why: str) -> None:
+    if any(message.get("weight") == 0 for message in answers):
+        raise RowFault("weight", f"an answer is not to be trained (`weight: 0`), and {why}")
 
 
 _BEGINNINGS = "Without a column `prompt`, both must begin with the turns that they answer; with one, they must be those"

@@ -229,14 +229,15 @@ def _build(
             group_figures=_group_figures(data, training),
             callbacks=[RunIdentity(identity), *([SnapshotCallback(snapshot_steps)] if snapshot_steps else [])],
         )
-    if data.type is DatasetType.PREFERENCE and data.rows is not None:
-        left = len(cast(Dataset, trainer.train_dataset))
+    if data.type in (DatasetType.PREFERENCE, DatasetType.UNPAIRED_PREFERENCE):
         kept_whole = stage.auto_class is AutoModelForSequenceClassification  # DPO's answers are cut, a reward's are not
         longest = max_length_of(training)
         why = f"their prompts alone have {longest} tokens or more (raise `max_length`)"
         if kept_whole:
             why = f"an answer with its prompt has more than {longest} tokens (raise `max_length`)"
-        _report_dropped(console, data, data.rows - left, left, why)
+        splits = (("train", data.train, trainer.train_dataset), ("evaluate", data.evaluation, trainer.eval_dataset))
+        for use, given, left in splits:
+            _report_dropped(console, data.name, use, given, left, why)
     return trainer
 
 
@@ -285,11 +286,15 @@ def _explaining_resumption(checkpoint: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _report_dropped(console: Console, data: TrainingData, dropped: int, left: int, why: str) -> None:
-    if left == 0:
-        raise UserError(f"None of the examples in {data.name} can be trained on: {why}.")
-    if dropped:
-        console.print(f"[yellow]Left out {dropped:,} of {dropped + left:,} examples:[/] {why}.")
+def _report_dropped(console: Console, name: str, use: str, given: Any, left: Any, why: str) -> None:
+    """Say how many rows to train or to evaluate on the trainer has left out; of streams nobody knows."""
+    if not isinstance(given, Dataset) or not isinstance(left, Dataset):
+        return
+    if not len(left):
+        raise UserError(f"None of the examples in {name} can be {use.removesuffix('e')}ed on: {why}.")
+    if dropped := len(given) - len(left):
+        what = "examples" if use == "train" else "examples to evaluate on"
+        console.print(f"[yellow]Left out {dropped:,} of {len(given):,} {what}:[/] {why}.")
 
 
 def save_result(

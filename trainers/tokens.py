@@ -76,7 +76,8 @@ class RowTokenizer:
         """
         if self.conversational:
             messages = row["messages"] if "messages" in row else [*row["prompt"], *row.get("completion", ())]
-            if any(message.get("weight") == 0 for message in messages) and not self.assistant_only_loss:
+            trained = messages if "messages" in row or not self.completion_only_loss else row.get("completion", ())
+            if any(message.get("weight") == 0 for message in trained) and not self.assistant_only_loss:
                 raise RowFault(
                     "weight",
                     "it has a turn that is not to be trained (`weight: 0`), which needs `assistant_only_loss: true`",
@@ -111,10 +112,7 @@ class RowTokenizer:
         if "prompt" not in row:
             row = extract_prompt(dict(row))
         if self.conversational:
-            answers = [*row["chosen"], *row["rejected"]]
-            if any(message.get("weight") == 0 for message in answers):
-                raise RowFault("weight", "an answer is not to be trained (`weight: 0`), and a pair trains both")
-            self._refuse_what_the_template_ignores([*row["prompt"], *answers], row)
+            self._refuse_what_the_template_ignores([*row["prompt"], *row["chosen"], *row["rejected"]], row)
         encoded = {name: self._encode_completion(row["prompt"], row[name], row) for name in ("chosen", "rejected")}
         # TRL gives both the same prompt: the shorter one, where tokens merge across its end in one of the two.
         start = min(sum(label == IGNORED for label in labels) for _, labels in encoded.values())
@@ -257,12 +255,14 @@ class TokenCount:
         is_sample: whether there are more.
         tokens: in all their sequences.
         cut: how many of them training does not see, because they lie beyond `max_length`.
+        longest: tokens of the longest sequence.
     """
 
     rows: int
     is_sample: bool
     tokens: int
     cut: int
+    longest: int
 
 
 def count_tokens(
@@ -290,7 +290,7 @@ def _count(
     limit = None if packing and splits_rows(training) else max_length_of(training)
     if isinstance(rows, Dataset) and is_tokenized:
         lengths = lengths_of(rows)
-        return TokenCount(len(rows), False, int(lengths.sum()), _cut(lengths, limit))
+        return TokenCount(len(rows), False, int(lengths.sum()), _cut(lengths, limit), int(lengths.max(initial=0)))
     numbered: Iterable[tuple[int, Row]]
     if isinstance(rows, Dataset):
         step = max(-(-len(rows) // _COUNTED_ROWS), 1)
@@ -304,7 +304,7 @@ def _count(
     else:
         encoder = RowTokenizer.of(data, tokenizer, training)
         lengths = np.array(list(_lengths(numbered, encoder, data.name)))
-    return TokenCount(counted, is_sample, int(lengths.sum()), _cut(lengths, limit))
+    return TokenCount(counted, is_sample, int(lengths.sum()), _cut(lengths, limit), int(lengths.max(initial=0)))
 
 
 def splits_rows(training: StageConfig) -> bool:
