@@ -59,10 +59,7 @@ class PackedSequences(Dataset):
             if source < 0:
                 ids[begin : begin + stop - start] = plan.corpus.eos_token_id
                 continue
-            tokens = plan.sources[source].read(document, start, stop)
-            if len(tokens) != stop - start:
-                raise _damaged(plan, source, document, "its borders and its ids do not fit")
-            ids[begin : begin + stop - start] = tokens
+            ids[begin : begin + stop - start] = plan.sources[source].read(document, start, stop)
         vocabulary = plan.corpus.tokenizer["vocabulary"]
         if ids.max() >= vocabulary:
             piece = int(begins.searchsorted(ids.argmax(), "right")) - 1

@@ -271,7 +271,8 @@ class SequencePlan:
         """A number for each piece, the same for parallel documents that follow each other and for nothing else."""
         widths = np.array([len(source.entry.languages) for source in self.sources])[pieces.source]
         row = pieces.document // widths
-        begins = (np.diff(row, prepend=-1) != 0) | (np.diff(pieces.source, prepend=-1) != 0) | (widths == 1)
+        begins = (np.diff(row, prepend=-1) != 0) | (np.diff(pieces.source, prepend=-1) != 0)
+        begins |= np.diff(pieces.document, prepend=-1) <= 0  # the same row, the last of an epoch and first of the next
         return np.cumsum(begins) - 1
 
     def _shuffle_rows(self, pieces: Pieces, number: int) -> Pieces:

@@ -203,13 +203,20 @@ class PackedSource:
         return found
 
     def _open(self, number: int, ending: str) -> np.ndarray:
-        path = self.folder / f"{self.entry.shards[number].name}.{ending}"
+        shard = self.entry.shards[number]
+        path = self.folder / f"{shard.name}.{ending}"
         dtype = {"tokens": self.dtype, "ends": ENDS_DTYPE, "quality": QUALITY_DTYPE}[ending]
+        expected = shard.tokens if ending == "tokens" else shard.documents
         try:
             # As a plain array: slices of a memmap are five times as slow.
-            return np.asarray(np.memmap(path, dtype, "r"))
+            values = np.asarray(np.memmap(path, dtype, "r"))
         except (OSError, ValueError) as error:
             raise UserError(f"The shard {path} cannot be read: {error}. {_REMEDY}") from error
+        if len(values) != expected:  # since the corpus was opened
+            raise UserError(f"The shard {path} has {len(values):,} entries; expected {expected:,}. {_REMEDY}")
+        if ending == "ends" and not (values[-1] == shard.tokens and (np.diff(values, prepend=0) > 0).all()):
+            raise UserError(f"The shard {path} is damaged: its borders do not divide {shard.tokens:,} ids. {_REMEDY}")
+        return values
 
 
 @dataclass

@@ -25,7 +25,7 @@ import yaml
 from packed_text import packed_corpus
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -590,11 +590,14 @@ class TestResume:
         process = start(options, 2, str(Path(__file__).with_name("ending_worker.py")))
         assert finish(process).count("wrapped True, left 0") == 2
 
-    def test_other_options_are_refused(self, options, packed, tmp_path):
+    def test_other_options_are_refused(self, options, checkpoint, packed, tmp_path, capsys):
         options |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "save_total_limit": 1}
         out = run(options)
         before = weights_of(out)
         again = {**options, "resume_from_checkpoint": "true"}
+        other = tmp_path / "other"
+        shutil.copytree(checkpoint, other)
+        save_file({name: weight + 1e-3 for name, weight in weights_of(other).items()}, other / "model.safetensors")
         for changed, message in (
             ({"seed": 7}, r"other data: seed was 42 and is 7"),
             ({"max_length": 32}, r"other data: context was 48 and is 32"),
@@ -603,6 +606,7 @@ class TestResume:
             ({"rope_theta": 1e6}, r"other options: rope_theta was None and is 1000000.0"),
             ({"max_steps": 3}, r"other options: steps was 2 and is 3"),
             ({"per_device_train_batch_size": 1}, r"other options: sequences_a_step was 4 and is 2"),
+            ({"model_name_or_path": other}, r"begun with another model: the files of `model_name_or_path` are others"),
         ):
             with pytest.raises(UserError, match=message):
                 run(again, **changed)
@@ -610,6 +614,14 @@ class TestResume:
             assert torch.equal(weight, before[name])
         with pytest.raises(UserError, match="not empty"):
             run(options)
+        state = out / "checkpoint-2" / "trainer_state.json"
+        saved = json.loads(state.read_text())
+        identity = saved["stateful_callbacks"]["RunIdentity"]["attributes"]["identity"]
+        del identity["stage"], identity["files"]  # as the first runs left them
+        state.write_text(json.dumps(saved))
+        capsys.readouterr()
+        run(again)
+        assert "does not say which model its run began with" in " ".join(capsys.readouterr().out.split())
         (out / "checkpoint-2" / "trainer_state.json").unlink()
         with pytest.raises(UserError, match="has no checkpoint that is whole"):
             run(again)

@@ -389,11 +389,24 @@ class TestRefusals:
         middle.unlink()
         with pytest.raises(UserError, match=r"thai-00001\.tokens cannot be read: No such file"):
             PackedCorpus.open(folder)
-        middle.write_bytes(content)
-        packed = PackedCorpus.open(folder)
-        middle.unlink()  # while it is trained on
-        with pytest.raises(UserError, match=r"thai-00001\.tokens cannot be read"):
-            [packed.sources[0].read(number) for number in range(40)]
+        ends = folder / "thai-00001.ends"
+        borders = np.fromfile(ends, "<i8")
+        for damage in ("gone", "cut", "longer", "crossed"):
+            middle.write_bytes(content)
+            packed = PackedCorpus.open(folder)
+            if damage == "gone":  # while it is trained on
+                middle.unlink()
+                said = "tokens cannot be read"
+            elif damage == "cut":
+                middle.write_bytes(content[:-4])
+                said = rf"tokens has {len(content) // 2 - 2:,} entries; expected {len(content) // 2:,}"
+            else:
+                damaged = borders.copy()
+                damaged[-2:] = damaged[-2:] + 1 if damage == "longer" else damaged[:-3:-1]
+                damaged.tofile(ends)
+                said = r"ends is damaged: its borders do not divide [\d,]+ ids"
+            with pytest.raises(UserError, match=rf"thai-00001\.{said}"):
+                [packed.sources[0].read(number) for number in range(40)]
         index = json.loads((folder / INDEX_FILE).read_text())
         (folder / INDEX_FILE).write_text(json.dumps(index | {"format": 2}))
         with pytest.raises(UserError, match="has the format 2; this version of JAI reads 1"):

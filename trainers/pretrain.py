@@ -44,7 +44,13 @@ from jai.trainers.pretrain_config import PretrainConfig
 from jai.trainers.pretrain_trainer import TOKENS_SEEN, JaiPretrainTrainer
 from jai.trainers.record import write_record
 from jai.trainers.router_losses import balance_weight
-from jai.trainers.run_identity import check_same_options, deciding_options, saved_identity
+from jai.trainers.run_identity import (
+    check_same_files,
+    check_same_options,
+    deciding_files,
+    deciding_options,
+    saved_identity,
+)
 from jai.trainers.schedules import annealing_begins
 from jai.trainers.second_token import drop_second_token_layer
 from jai.trainers.snapshots import SnapshotCallback
@@ -108,12 +114,22 @@ def run_pretrain(
     config.max_steps = layout.steps
     model = empty_model(base)
     parts = choose_parts(jai_args, model_args, base, model)
-    options = deciding_options(arguments, parts.names)
-    identity = {"stage": "pretrain", "plan": plan.identity(), "layout": layout.identity(), "options": options}
+    identity = {
+        "stage": "pretrain",
+        "plan": plan.identity(),
+        "files": deciding_files(arguments, base),
+        "layout": layout.identity(),
+        "options": deciding_options(arguments, parts.names),
+    }
     if checkpoint is not None:
         if (saved := saved_identity(checkpoint, "pretrain")) is None:
             raise UserError(f"{checkpoint} was not written by `jai pretrain`. Give a checkpoint of such a run.")
         check_same_plan(saved["plan"], plan)
+        if "files" in saved:
+            check_same_files(checkpoint, saved["files"], identity["files"])
+        else:
+            note = f"{checkpoint} does not say which model its run began with: whether it is {base.name} is not known."
+            console.print(f"[yellow]{escape(note)}[/]")
         check_same_options(checkpoint, saved, identity, config)
     remove_unfinished(unfinished, console)
     lora = lora_config(model_args, parts, model)

@@ -105,17 +105,22 @@ def stage_identity(
         parts: of the model, those that learn.
     """
     training = arguments.training
-    reference = getattr(training, "ref_model_name_or_path", None)
     batch = training.per_device_train_batch_size * batches_at_once(training) * training.gradient_accumulation_steps
     return {
         "stage": verb,
         "data": {"rows": data.rows, "content": data.content},
-        "files": {
-            "model": checkpoint_revision(base.name, arguments.model.model_revision, reads_weights=False),
-            "reference": None if reference is None else checkpoint_revision(reference, reads_weights=False),
-        },
+        "files": deciding_files(arguments, base),
         "layout": {"completions_a_step" if isinstance(training, GRPOConfig) else "examples_a_step": batch},
         "options": deciding_options(arguments, parts),
+    }
+
+
+def deciding_files(arguments: StageArguments, base: BaseModel) -> dict[str, str | None]:
+    """What tells the checkpoints that a run begins with from others, by role."""
+    reference = getattr(arguments.training, "ref_model_name_or_path", None)
+    return {
+        "model": checkpoint_revision(base.name, arguments.model.model_revision, reads_weights=False),
+        "reference": None if reference is None else checkpoint_revision(reference, reads_weights=False),
     }
 
 
@@ -153,10 +158,10 @@ def saved_identity(checkpoint: Path, verb: str) -> dict[str, Any] | None:
     saved = kept_with(read_state(checkpoint) or {}, RunIdentity).get("identity")
     if not isinstance(saved, dict):
         return None
-    if saved.get("stage") != verb:
+    stage = saved.get("stage", "pretrain")  # which was the first to write what decides a run, without its name
+    if stage != verb:
         raise UserError(
-            f"{checkpoint} was written by `jai {saved.get('stage')}`, and not by `jai {verb}`. Give a checkpoint of "
-            "such a run."
+            f"{checkpoint} was written by `jai {stage}`, and not by `jai {verb}`. Give a checkpoint of such a run."
         )
     return saved
 
@@ -186,14 +191,28 @@ def check_same_stage(
             f"The run in {checkpoint} was begun with other data than {data_name} gives now: they were {what}. Its "
             "steps would see other rows. Give the same data, mixture and `seed`, or begin a new run."
         )
-    for role, revision in identity["files"].items():
-        if revision != saved["files"].get(role):
+    check_same_files(checkpoint, saved["files"], identity["files"])
+    check_same_options(checkpoint, saved, identity, training)
+
+
+def check_same_files(checkpoint: Path, saved: dict[str, Any], now: dict[str, str | None]) -> None:
+    """Refuse to go on from a checkpoint with another model or reference than the run began with.
+
+    Args:
+        checkpoint: of the run.
+        saved: the `deciding_files` of that run.
+        now: those of the run as it would go on.
+
+    Raises:
+        UserError: naming which is another.
+    """
+    for role, revision in now.items():
+        if revision != saved.get(role):
             option = "model_name_or_path" if role == "model" else "ref_model_name_or_path"
             raise UserError(
                 f"The run in {checkpoint} was begun with another {role}: the files of `{option}` are others. Give the "
                 f"{role} that it began with, or begin a new run."
             )
-    check_same_options(checkpoint, saved, identity, training)
 
 
 def check_same_options(
