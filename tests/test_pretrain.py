@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from packed_text import packed_corpus
 from peft import PeftModel
 from rich.console import Console
@@ -33,6 +34,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import jai.recipes
 from jai.errors import UserError
+from jai.hub_card.readme import written_by_hand
 from jai.pretraining.config import read_corpus_config
 from jai.pretraining.dataset import PackedSequences
 from jai.pretraining.options import PackOptions
@@ -931,6 +933,22 @@ class TestRecipes:
         assert (config["max_position_embeddings"], config["rope_parameters"]["rope_theta"]) == (512, 1e6)
         history = read_step(out)
         assert [step["step"] for step in chain(history)][-3:] == ["pretrain"] * 3
+
+
+@pytest.mark.parametrize("base", ["lab/phi", "RECIPES"])
+def test_the_card_of_a_push_names_a_base_on_the_hub_alone(tmp_path, base):
+    base = str(RECIPES) if base == "RECIPES" else base
+    trainer = SimpleNamespace(
+        is_world_process_zero=lambda: True,
+        model=SimpleNamespace(config=SimpleNamespace(_name_or_path=base)),
+        args=SimpleNamespace(output_dir=tmp_path),
+    )
+    pretrain_trainer.JaiPretrainTrainer.create_model_card(trainer, model_name="thai-phi")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "# thai-phi" in card.text
+    assert card.data.base_model == ("lab/phi" if base == "lab/phi" else None)
+    assert (base in card.content) == (base == "lab/phi")
+    assert not written_by_hand(card.content)  # `jai publish` replaces it
 
 
 def test_utilisation_is_in_the_logs_where_the_peak_is_known(options, monkeypatch):

@@ -47,6 +47,7 @@ def prepare_liger() -> None:
 
 # Beside a sharded checkpoint of an adapter: the skip alphas that learn, which PEFT does not count to it.
 ALPHAS_FILE = "skip_alphas.safetensors"
+_WITHOUT_BASE = ("is a fine-tuned version of [None](https://huggingface.co/None)", "is fine-tuned")  # in TRL's card
 
 
 def gather_head_for_reading(model: PreTrainedModel) -> None:
@@ -201,6 +202,10 @@ class JaiTrainerMixin(Trainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Only for `push_to_hub`: of a local folder TRL's card says "a fine-tuned version of None"."""
+        """Only for `push_to_hub`, and of a model from a local folder without TRL's link to a model "None"."""
         if self.args.push_to_hub:
             super().create_model_card(*args, **kwargs)
+            card = Path(str(self.args.output_dir)) / "README.md"
+            if self.is_world_process_zero() and card.exists():
+                text = card.read_text(encoding="utf-8")
+                card.write_text(text.replace(*_WITHOUT_BASE), encoding="utf-8")

@@ -2,14 +2,16 @@
 """transformers' Trainer on packed text: the loss, what is logged of it, and what stops a run."""
 
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import ModelCardData
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerCallback
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
 from jai.configuration_jai import JaiConfig
 from jai.errors import UserError
@@ -178,6 +180,21 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
             for layer, loss in by_layer.items():
                 self._figures.add(f"router/{name}/layer_{layer:02}", loss, one)
             self._figures.add(f"router/{name}/mean", mean_of(by_layer), one)
+
+    def create_model_card(self, model_name: str, **kwargs: Any) -> None:
+        """For `push_to_hub`. transformers' card would say "trained from scratch on an unknown dataset"."""
+        if not self.is_world_process_zero():
+            return
+        base = get_config_model_id(cast(PreTrainedModel, self.model).config)
+        base = None if not base or Path(base).exists() else base
+        data = ModelCardData(base_model=base, library_name="transformers", tags=["generated_from_trainer"])
+        of = f" of [{base}](https://huggingface.co/{base})" if base else ""
+        text = (
+            f"# {model_name}\n\nContinued pre-training{of} with `jai pretrain`; "
+            "`provenance.json` says with which text and options. `jai publish` puts a model card in place of this "
+            "page.\n"
+        )
+        (Path(str(self.args.output_dir)) / "README.md").write_text(f"---\n{data}\n---\n\n{text}", encoding="utf-8")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with losses by language and by layer, tokens seen by source, and tokens a second."""

@@ -335,7 +335,10 @@ def push_result(trainer: JaiTrainerMixin, out: Path, dataset_name: str) -> None:
         return
     arguments = trainer.args
     # A path says nothing to others, and much about this machine.
-    trainer.create_model_card(dataset_name=None if Path(dataset_name).exists() else dataset_name)
+    trainer.create_model_card(
+        model_name=str(trainer.hub_model_id).rpartition("/")[2],
+        dataset_name=None if Path(dataset_name).exists() else dataset_name,
+    )
     trainer._finish_current_push()
     upload_folder(
         repo_id=str(trainer.hub_model_id),
