@@ -87,7 +87,7 @@ class EvalOptions(JudgeOptions):
         at_least=2,
         shown_default="the model's limit",
     )
-    max_answer_tokens: int = option(
+    max_new_tokens: int = option(
         1024, help="Longest answer in judged suites, in tokens (1024 in MT-Bench).", at_least=1
     )
     seed: int = option(

@@ -24,8 +24,8 @@ class PublishOptions:
     base: str | None = option(
         None, help="For an adapter that names a local folder: Hub id of its base model.", metavar="REPO_ID"
     )
-    message: str | None = option(
-        None, help="Commit title.", metavar="TEXT", shown_default="Upload FOLDER with jai publish"
+    commit_message: str | None = option(
+        None, help="Title of the commit.", metavar="TEXT", shown_default="Upload FOLDER with jai publish"
     )
     dry_run: bool = option(False, help="Check the files and print the plan; load and upload nothing.")
     forward: bool = option(

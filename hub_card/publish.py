@@ -123,11 +123,11 @@ def _publish_checked(
     contents, adapter, own_readme = checked.contents, checked.adapter, checked.own_readme
     api = HfApi(endpoint=endpoint, token=token)
     repo_id, revision, create_pr = options.repo_id, options.revision, options.create_pr
-    message = options.message or f"Upload {contents.folder.resolve().name} with jai publish"
+    commit_message = options.commit_message or f"Upload {contents.folder.resolve().name} with jai publish"
     with hub_repo.explained(repo_id, token):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         remote = hub_repo.look_at_hub(api, contents, repo_id, options.private, revision, create_pr)
-        if create_pr and (open_one := hub_repo.open_pull_request(api, repo_id, message)):
+        if create_pr and (open_one := hub_repo.open_pull_request(api, repo_id, commit_message)):
             console.print(f"  The open pull request {open_one} has this title and goes on.", highlight=False)
             create_pr, revision = False, open_one
             remote = hub_repo.look_at_hub(api, contents, repo_id, options.private, revision, create_pr)
@@ -168,7 +168,7 @@ def _publish_checked(
         revision=revision,
         create_pr=create_pr,
         parent=remote.head,
-        commit_message=message,
+        commit_message=commit_message,
         console=console,
     )
     in_pull_request = create_pr or str(revision).startswith("refs/pr/")

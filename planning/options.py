@@ -26,9 +26,9 @@ class PlanOptions:
         "GPUs (FSDP2 or DeepSpeed ZeRO-3); hsdp: within groups of GPUs.",
     )
     group: int = option(8, help="With hsdp: GPUs per group.", at_least=1, at_most=100_000)
-    batch: int = option(1, help="Sequences per GPU in each forward pass.", at_least=1, at_most=1_000_000)
-    length: int = option(4096, help="Tokens per sequence.", at_least=1, at_most=100_000_000)
-    checkpointing: bool = option(True, help="Recompute activations in the backward pass to save memory.")
+    batch_size: int = option(1, help="Sequences per GPU in each forward pass.", at_least=1, at_most=1_000_000)
+    max_length: int = option(4096, help="Tokens per sequence.", at_least=1, at_most=100_000_000)
+    gradient_checkpointing: bool = option(True, help="Recompute activations in the backward pass to save memory.")
     experts_implementation: Literal[
         "grouped_mm", "batched_mm", "eager", "jai_fused", "jai_fused_x", "jai_fused_fp8"
     ] = option("grouped_mm", help="Kernel for the experts.")

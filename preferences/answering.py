@@ -63,7 +63,7 @@ def ask_for_answers(
     parameters: dict[str, Any] = {
         "temperature": options.temperature,
         "top_p": options.top_p,
-        "max_tokens": options.max_answer_tokens,
+        "max_tokens": options.max_new_tokens,
     }
     requests = [ChatRequest(prompt.messages, {**parameters}, repeat) for prompt in prompts for repeat in range(count)]
     cut_prompts = 0
@@ -105,7 +105,7 @@ def answering_plan(options: AnsweringOptions, count: int) -> dict[str, Any]:
         "candidates_each": count,
         "temperature": options.temperature,
         "top_p": options.top_p,
-        "max_answer_tokens": options.max_answer_tokens,
+        "max_new_tokens": options.max_new_tokens,
         "seed": options.seed,
         "limit": options.limit,
     }

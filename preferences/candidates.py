@@ -65,7 +65,7 @@ def keep_candidates(replies: Sequence[ChatReply], dropped: Counter[str]) -> list
     kept: dict[str, Candidate] = {}
     for reply in replies:
         if reply.finish_reason == "length":
-            dropped["answers cut off at --max-answer-tokens"] += 1
+            dropped["answers cut off at --max-new-tokens"] += 1
         else:
             _keep(Candidate(reply.text, ON_POLICY), kept, dropped)
     return list(kept.values())

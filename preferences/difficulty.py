@@ -97,8 +97,8 @@ def select_prompts(options: DifficultyOptions, *, console: Console | None = None
         say(f"  left out: {count:,} ({reason})")
     for rate, count in _histogram(rates).items():
         say(f"  right at a rate of {rate}: {count:,} prompts")
-    if unfinished := counts["cut off at --max-answer-tokens"]:
-        say(f"  {unfinished:,} answers were cut off at --max-answer-tokens, and count as they stand.")
+    if unfinished := counts["cut off at --max-new-tokens"]:
+        say(f"  {unfinished:,} answers were cut off at --max-new-tokens, and count as they stand.")
     if not kept:
         raise UserError(
             f"No prompt is left; {options.out / RECORD_FILE} says why. Everything that was answered is kept: try "
@@ -135,7 +135,7 @@ def _check_of(prompt: PreferencePrompt, options: DifficultyOptions) -> Callable[
 
 def _pass_rate(replies: Sequence[ChatReply], is_right: Callable[[str], bool], counts: Counter[str]) -> float:
     """The share of right answers."""
-    counts["cut off at --max-answer-tokens"] += sum(reply.finish_reason == "length" for reply in replies)
+    counts["cut off at --max-new-tokens"] += sum(reply.finish_reason == "length" for reply in replies)
     right = sum(is_right(reply.text) for reply in replies)
     counts["right"] += right
     counts["wrong"] += len(replies) - right

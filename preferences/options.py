@@ -34,7 +34,7 @@ class AnsweringOptions:
     top_p: float = option(
         0.95, help="Sample from the most likely tokens whose probabilities add up to this.", above=0, at_most=1
     )
-    max_answer_tokens: int = option(1024, help="Longest answer in tokens.", at_least=1)
+    max_new_tokens: int = option(1024, help="Longest answer in tokens.", at_least=1)
     limit: int | None = option(None, help="Use only the first N prompts.", at_least=1, metavar="N")
     batch_size: int = option(8, help="Sequences per batch, or requests to the server in parallel.", at_least=1)
     device: str | None = option(None, help="Device, such as cuda:1 or cpu.", shown_default="a GPU if there is one")

@@ -138,7 +138,7 @@ def test_cut_answers_count_as_they_stand_and_are_said(problems, tmp_path):
     with ChatEndpoint(lambda request, before: Answer(answer_as_often(request, before), finish="length")) as model:
         said, rows, _ = run(problems, tmp_path / "out", model)
         assert len(rows) == 3
-        assert "20 answers were cut off at --max-answer-tokens, and count as they stand." in said
+        assert "20 answers were cut off at --max-new-tokens, and count as they stand." in said
 
 
 def test_a_checkpoint_answers_and_is_not_asked_again(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_checkpoint_answers_and_is_not_asked_again(tiny_model, tiny_tokenizer,
         "ask_for_answers",
         lambda *args: answered.append(ask_for_answers(*args).replies) or Answered(answered[-1]),
     )
-    options = {"by": "checks", "candidates": 6, "max_answer_tokens": 72, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
+    options = {"by": "checks", "candidates": 6, "max_new_tokens": 72, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
     paths = [
         select_prompts(
             DifficultyOptions(prompts=file, out=tmp_path / "out", model=str(tmp_path / "jai"), **options),
@@ -203,7 +203,7 @@ def test_killed_while_a_checkpoint_answers(tiny_checkpoint, tmp_path):
     file = write_rows(tmp_path / "if.jsonl", [{"prompt": f"{number}?", **rule} for number in range(12)])
 
     def command(out: str) -> list[str]:
-        given = ["--by", "checks", "--candidates", "6", "--max-answer-tokens", "48", "--batch-size", "2"]
+        given = ["--by", "checks", "--candidates", "6", "--max-new-tokens", "48", "--batch-size", "2"]
         given += ["--min-pass-rate", "0", "--max-pass-rate", "1", "--model", str(folder), "--device", "cpu"]
         return [sys.executable, "-m", "jai", "difficulty", str(file), str(tmp_path / out), *given]
 

@@ -60,7 +60,7 @@ def jai_eval(checkpoint, data, judge, tmp_path, monkeypatch, capsys) -> Callable
 
     def run(names: list[str], *words: str) -> tuple[EvaluationResults, list[Item]]:
         shown = [str(short_suite(name, tmp_path)) if name.startswith("ruler") else name for name in names]
-        lengths = ["--max-length", str(2 * ANSWER_TOKENS), "--max-answer-tokens", str(ANSWER_TOKENS)]
+        lengths = ["--max-length", str(2 * ANSWER_TOKENS), "--max-new-tokens", str(ANSWER_TOKENS)]
         command = ["jai", "eval", str(checkpoint), "--suite", *shown, "--data", str(data), "--out", "run"]
         judging = ["--judge-url", judge.url, "--judge-model", "j"] if any(map(is_judged, names)) else []
         monkeypatch.chdir(tmp_path)

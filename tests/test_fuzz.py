@@ -178,7 +178,7 @@ class Work:
 
 
 BLOCKS = ("--block-size", "1", "--block-repeats", "1,2", "--experts", "2")
-SHORT = ("--candidates", "2", "--max-answer-tokens", "2")
+SHORT = ("--candidates", "2", "--max-new-tokens", "2")
 REWARD = (*SHORT, "--off-policy", "the/others.jsonl", "--by", "reward", "--reward-model")  # its own answers are cut off
 JUDGE = ("--judge-url", "the/judge_url", "--judge-model", "judge", "--judge-attempts", "1")
 WORKS = {
@@ -357,13 +357,13 @@ VALID: dict[str, dict[str, Any]] = {
             "out": "OUT",
             "model": "the/jai",
             "candidates": 2,
-            "max_answer_tokens": 2,
+            "max_new_tokens": 2,
         },
         **{"by": "reward", "reward_model": "the/reward", "judge_attempts": 1},
     },
     "difficulty": {
         **{"prompts": "the/problems/problems.jsonl", "out": "OUT", "model": "the/jai", "min_pass_rate": 0.0},
-        **{"candidates": 2, "max_answer_tokens": 2},
+        **{"candidates": 2, "max_new_tokens": 2},
     },
     "score": {"file": "the/chats.jsonl", "out": "OUT", "model": "the/reward"},
     "tokenizer ablate": {"config": "the/ablation/ablation.yaml", "out": "OUT"},

@@ -68,7 +68,7 @@ def data(tmp_path) -> Path:
 
 def evaluate(*suites: str, judge: ChatEndpoint, **options) -> tuple[str, EvalOptions]:
     """Run `jai eval`; gives what it prints, and the options."""
-    values = {"judge_url": judge.url, "judge_model": "judge", "max_answer_tokens": 8, "judge_attempts": 1, **options}
+    values = {"judge_url": judge.url, "judge_model": "judge", "max_new_tokens": 8, "judge_attempts": 1, **options}
     given = EvalOptions(suite=list(suites), **values)
     given.check()
     given.check_judge()
@@ -189,7 +189,7 @@ def test_options_reach_the_judge(data, tmp_path):
             base_url=model.url,
             limit=2,
             repeats=3,
-            max_answer_tokens=77,
+            max_new_tokens=77,
             judge_parameters=["temperature=1", "max_tokens=null", 'reasoning_effort="low"'],
             judge_timeout=9.0,
             judge_attempts=3,
@@ -295,10 +295,8 @@ def test_prompts_that_are_cut_are_counted(checkpoint, data, tmp_path):
         run = {"judge": judge, "model": str(checkpoint), "data": data, "out": tmp_path / "run", "max_length": 20}
         _, options = evaluate("mt-bench-th", **run)
         assert any("prompts were longer than the model takes" in note for note in read_run(options.folder)[0].notes)
-        with pytest.raises(
-            UserError, match=r"takes 20 tokens, and an answer may have 20: .* smaller --max-answer-tokens"
-        ):
-            evaluate("mt-bench-th", **{**run, "out": tmp_path / "other", "max_answer_tokens": 20})
+        with pytest.raises(UserError, match=r"takes 20 tokens, and an answer may have 20: .* smaller --max-new-tokens"):
+            evaluate("mt-bench-th", **{**run, "out": tmp_path / "other", "max_new_tokens": 20})
 
 
 def test_suites_of_ones_own(tmp_path, data):
@@ -497,7 +495,7 @@ def test_the_shared_mt_bench_killed_and_gone_on_with(checkpoint, shared_data, tm
     """All eighty questions on the command line; SIGKILL in the middle of the judging."""
     with ChatEndpoint(lambda request, before: Answer("[[5]]", delay=0.05)) as judge:
         command = [sys.executable, "-m", "jai", "eval", str(checkpoint), "--suite", "mt-bench-en"]
-        command += ["--data", str(shared_data / "eval"), "--out", str(tmp_path / "run"), "--max-answer-tokens", "8"]
+        command += ["--data", str(shared_data / "eval"), "--out", str(tmp_path / "run"), "--max-new-tokens", "8"]
         command += ["--judge-url", judge.url, "--judge-model", "judge", "--judge-concurrency", "2"]
         process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
         while len(judge.asked) < 40:

@@ -263,7 +263,7 @@ def test_a_folder_of_other_answers_is_not_gone_on_with(prompts, tmp_path):
     changes = {
         "top_p": (0.5, "top_p was 0.95 and is 0.5"),
         "temperature": (0.5, "temperature was 0.8 and is 0.5"),
-        "max_answer_tokens": (9, "max_answer_tokens was 1024 and is 9"),
+        "max_new_tokens": (9, "max_new_tokens was 1024 and is 9"),
         "limit": (2, "limit was 1 and is 2"),
     }
     with ChatEndpoint(numbered) as model, ChatEndpoint(grade_by_number) as judge:
@@ -291,7 +291,7 @@ def test_what_is_dropped_is_counted(prompts, tmp_path):
         record = json.loads((tmp_path / "pairs" / "pairs.json").read_text())
         assert record["dropped"] == {
             "answers that came before": 1,
-            "answers cut off at --max-answer-tokens": 2,
+            "answers cut off at --max-new-tokens": 2,
             "blank answers": 1,
             "fewer than two answers with a score": 3,
             LENGTHS: 1,
@@ -593,7 +593,7 @@ def test_prompts_that_are_cut_are_counted_once_each(checkpoint, tmp_path):
     rows = [{"prompt": f"{number}{text}", **instruction} for number, text in enumerate(("?", "?" * 90, "?" * 99))]
     file = write_rows(tmp_path / "if.jsonl", rows)
     answers = [{"prompt": row["prompt"], "answers": ["A.", "A, B."]} for row in rows]  # a pair, whatever is drawn
-    options = {"by": "checks", "max_answer_tokens": 480, "off_policy": write_rows(tmp_path / "other.jsonl", answers)}
+    options = {"by": "checks", "max_new_tokens": 480, "off_policy": write_rows(tmp_path / "other.jsonl", answers)}
     printed, _, record = run_checkpoint(checkpoint, file, tmp_path / "pairs", **options)
     assert (record["prompts"], record["cut_prompts"]) == (3, 2)
     assert "2 prompts were longer than the model takes and lost their beginning." in printed
@@ -610,7 +610,7 @@ def test_a_checkpoint_without_a_chat_template(checkpoint, prompts, tmp_path):
 
 
 def run_checkpoint(checkpoint: Path, prompts: Path, out: Path, **options):
-    values = {"max_answer_tokens": 40, "max_length_ratio": 100.0, "temperature": 1.5, "top_p": 1.0, **options}
+    values = {"max_new_tokens": 40, "max_length_ratio": 100.0, "temperature": 1.5, "top_p": 1.0, **options}
     output = io.StringIO()
     path = make_pairs(
         PairsOptions(prompts=prompts, out=out, model=str(checkpoint), **values), console=Console(file=output, width=300)

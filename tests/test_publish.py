@@ -525,7 +525,7 @@ def test_to_a_branch(folder, hub, api):
 
 def test_to_a_branch_of_a_new_private_repository(folder, hub, api):
     options = PublishOptions(
-        folder=folder, repo_id=REPO, private=True, revision="try", message="First try", forward=False
+        folder=folder, repo_id=REPO, private=True, revision="try", commit_message="First try", forward=False
     )
     result = publish(options, token=hub.token, endpoint=hub.endpoint, console=Console(file=StringIO()))
     assert hub.repo(REPO).private

@@ -166,7 +166,7 @@ def test_a_pull_request(folder, hub, api, push, run_line):
     path = folder / "LICENSE"
     path.write_text("MIT")
     push(folder, create_pr=True, token=guest)
-    push(folder, create_pr=True, token=guest, message="Another try")
+    push(folder, create_pr=True, token=guest, commit_message="Another try")
     listed = [(pull.num, pull.title) for pull in api.get_repo_discussions(REPO)]
     assert listed == [(2, "Another try"), (1, "Upload tiny-jai with jai publish")]
     assert hub.content(REPO, "LICENSE", "refs/pr/1") == path.read_bytes()

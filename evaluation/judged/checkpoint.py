@@ -70,7 +70,7 @@ class CheckpointAsker:
         if room < 1:
             raise UserError(
                 f"{self._name} takes {self._lm.max_length:,} tokens, and an answer may have {longest:,}: no room is "
-                "left for a question. Give a smaller --max-answer-tokens."
+                "left for a question. Give a smaller --max-new-tokens."
             )
         prompt = self._model.apply_chat_template(list(map(dict, request.messages)))
         self.cut += len(self._lm.tok_encode(prompt)) > room

@@ -141,7 +141,7 @@ def measure_judged(
     judge = Judge(EndpointClient(endpoint, cache, console=console), options.parameters_of_judge(), options.repeats)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     say(f"{suite.title}: {len(plan.questions):,} questions, judged by {endpoint.model} at {endpoint.url}")
-    longest = judge.client.estimate(_longest_requests(plan, judge, options.max_answer_tokens))
+    longest = judge.client.estimate(_longest_requests(plan, judge, options.max_new_tokens))
     say(f"  Judging ({endpoint.model}), if every answer is as long as may be: {longest}")
     judge.probe()
     answering: EndpointClient | CheckpointAsker
@@ -154,13 +154,13 @@ def measure_judged(
     if isinstance(answering, EndpointClient):
         say(f"  Answers: {answering.summary()}")
     say(f"  Judge: {judge.client.summary()}")
-    _keep(plan, run, outcome, judge, answering, options.max_answer_tokens)
+    _keep(plan, run, outcome, judge, answering, options.max_new_tokens)
     refuse_unjudged(suite.name, outcome.figures, outcome.notes(), run.folder)
     return outcome.figures
 
 
 def _measure(plan: JudgedPlan, ask: Asker, judge: Judge, options: EvalOptions) -> JudgedOutcome:
-    name, longest, seed = plan.suite.name, options.max_answer_tokens, options.seed
+    name, longest, seed = plan.suite.name, options.max_new_tokens, options.seed
     if plan.chats:
         return measure_mt_bench(name, plan.chats, ask, judge, max_tokens=longest, seed=seed)
     return measure_hall_bench(name, plan.facts, ask, judge, criteria=plan.suite.criteria, max_tokens=longest, seed=seed)
@@ -228,5 +228,5 @@ def _notes(plan: JudgedPlan, judge: Judge, answering: EndpointClient | Checkpoin
         notes.append(f"{answering.cut:,} prompts were longer than the model takes and lost their beginning.")
     unfinished = answering.unfinished if isinstance(answering, CheckpointAsker) else answering.counts.cut_off
     if unfinished:
-        notes.append(f"{unfinished:,} answers were cut off at --max-answer-tokens.")
+        notes.append(f"{unfinished:,} answers were cut off at --max-new-tokens.")
     return notes
