@@ -103,10 +103,10 @@ def test_options_in_running_text_exist(page):
         assert given <= flags[name] | {"--config", "--help"}, f"{page.name} names `jai {command}`"
 
 
-def test_the_table_of_what_learns_is_that_of_the_recipes():
+def test_the_table_of_what_is_trained_is_that_of_the_recipes():
     page = (ROOT / "docs" / "post-training.md").read_text(encoding="utf-8")
     found = 0
-    for line in page.split("## What learns, and what is frozen")[1].split("\n## ")[0].splitlines():
+    for line in page.split("## What is trained and what is frozen")[1].split("\n## ")[0].splitlines():
         for recipe in re.findall(r"\.\./(recipes/\w+\.yaml)", line):
             learns = re.findall("attention|experts|router|alphas|new_rows", line.split("|")[3])
             assert read_yaml(ROOT / recipe)["trainable"] == learns, recipe
