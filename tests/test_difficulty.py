@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from jai.preferences.options import DifficultyOptions
 SYSTEM = "State it in \\boxed{}."
 # Right in 0, 1, 2, 3 and 4 of four answers.
 PROBLEMS = [
-    {"problem": f"{right} of four?", "solution": f"so \\boxed{{{right + 40}}}", "level": right} for right in range(5)
+    {"problem": f"{right} of four?", "solution": f"so \\boxed{{{right + 40}}}", "answer": "7", "level": right}
+    for right in range(5)
 ]
 
 
@@ -41,8 +43,8 @@ def answer_as_often(request: dict, before: int) -> str:
     return f"It is \\boxed{{{right + 40}}}." if before < right else f"It may be {right + 40}, or \\boxed{{7}}."
 
 
-def run(prompts: Path, out: Path, model: ChatEndpoint, **options):
-    server = {"backend": "openai", "base_url": model.url, "model": "m", "batch_size": 1}
+def run(prompts: Path, out: Path, model: ChatEndpoint, model_name: str = "m", **options):
+    server = {"backend": "openai", "base_url": model.url, "model": model_name, "batch_size": 1}
     values = {"candidates": 4, "min_pass_rate": 0.25, "max_pass_rate": 0.75, **server, **options}
     output = io.StringIO()
     path = select_prompts(
@@ -86,6 +88,27 @@ def test_prompts_are_kept_by_their_share_of_right_answers(problems, tmp_path):
         _, _, record = run(problems, tmp_path / "out", again, system_prompt=SYSTEM)
         assert again.asked == []
         assert record["base_url"] == again.url
+
+
+def test_only_the_first_prompts_are_asked(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", PROBLEMS[::-1])
+    with ChatEndpoint(answer_as_often) as model:
+        _, rows, record = run(file, tmp_path / "out", model, limit=3)
+        assert [row["level"] for row in rows] == [3, 2]
+        assert list(record["prompts_by_pass_rate"].items()) == [("0.5", 1), ("0.75", 1), ("1", 1)]
+        assert len(model.asked) == 12
+        with pytest.raises(UserError, match='model was "m" and is "n"'):
+            run(file, tmp_path / "out", model, limit=3, model_name="n")
+        write_rows(file, PROBLEMS)
+        with pytest.raises(UserError, match="prompts_sha256 was"):
+            run(file, tmp_path / "out", model, limit=3)
+        rule = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+        both = [{**row, **rule, "prompt": row["problem"], "key": row["level"]} for row in PROBLEMS]
+        write_rows(file, both)
+        run(file, tmp_path / "by", model)
+        with pytest.raises(UserError, match='by was "answers" and is "checks"'):
+            run(file, tmp_path / "by", model, by="checks")
+        assert len(model.asked) == 32
 
 
 def test_a_system_turn_of_a_row_stands(tmp_path):
@@ -153,7 +176,7 @@ def test_a_checkpoint_answers_and_is_not_asked_again(tiny_model, tiny_tokenizer,
     monkeypatch.setattr(
         difficulty,
         "ask_for_answers",
-        lambda *args: answered.append(ask_for_answers(*args).replies) or Answered(answered[-1]),
+        lambda *args: answered.append(ask_for_answers(*args).replies) or Answered(answered[-1], cut_prompts=3),
     )
     options = {"by": "checks", "candidates": 6, "max_new_tokens": 72, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
     paths = [
@@ -164,6 +187,16 @@ def test_a_checkpoint_answers_and_is_not_asked_again(tiny_model, tiny_tokenizer,
         for _ in range(2)
     ]
     assert answered[0] == answered[1]
+    assert json.loads((tmp_path / "out" / "difficulty.json").read_text())["cut_prompts"] == 3
+    shutil.copytree(tmp_path / "jai", tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="chat template"):
+        select_prompts(DifficultyOptions(prompts=file, out=tmp_path / "new", model=str(tmp_path / "bare"), **options))
+    assert not (tmp_path / "new").exists()
+    weights = tmp_path / "jai" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"@")  # trained anew under the same name
+    with pytest.raises(UserError, match="model_revision was"):
+        select_prompts(DifficultyOptions(prompts=file, out=tmp_path / "out", model=str(tmp_path / "jai"), **options))
     rates = [json.loads(line)["pass_rate"] for line in paths[0].read_text(encoding="utf-8").splitlines()]
     assert rates == [sum("," not in reply.text for reply in replies) / 6 for replies in answered[0]]
     assert len(set(rates)) > 1

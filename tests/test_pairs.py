@@ -312,6 +312,16 @@ def test_a_judge_that_talks_in_prose(prompts, tmp_path):
     assert dropped == {"judgements that cannot be read": 20, TOO_FEW: 4}
 
 
+def test_an_answer_that_is_judged_again_has_the_mean_of_its_grades(prompts, tmp_path):
+    def grades(request: dict, before: int) -> str:
+        answer = ANSWER.search(request["messages"][1]["content"]) if len(request["messages"]) == 2 else None
+        return f"[[{((1, 2) if answer[1][-1] == '0' else (9, 4))[before]}]]" if answer else "yes"
+
+    with ChatEndpoint(numbered) as model, ChatEndpoint(grades) as judge:
+        _, rows, _ = run(prompts, tmp_path / "pairs", model, judge, candidates=2, repeats=2)
+    assert {(row["score_chosen"], row["score_rejected"]) for row in rows} == {(6.5, 1.5)}
+
+
 def test_a_judge_that_fails_keeps_what_came(prompts, tmp_path):
     with ChatEndpoint(numbered) as model:
         with ChatEndpoint(

@@ -107,6 +107,12 @@ def test_thinking(called):
     assert called(think_reward, texts) == [1, 1, 0, 0, 0]
 
 
+def test_completions_without_a_text_have_no_reward():
+    parts = [{"type": "image"}, {"type": "text", "text": "<think>ก</think>ข"}]
+    completions = [[], [{"role": "assistant", "content": None}], [{"role": "assistant", "content": parts}]]
+    assert think_reward(completions) == [0, 0, 1]
+
+
 def test_data_that_a_reward_cannot_score_is_refused_before_anything_is_generated():
     asked = {"instruction_id_list": [["a:b"]], "kwargs": [[{}]], "language": ["th"]}
     for name, columns, message in (

@@ -144,6 +144,9 @@ def test_every_logit_has_its_gradient():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], requires_grad=True)
     weights, _ = replay_choice(logits, torch.tensor([[3, 1]]))
     assert weights[0].tolist() == pytest.approx([1 / (1 + torch.e**2), torch.e**2 / (1 + torch.e**2)])
+    halves, _ = replay_choice(logits.detach().bfloat16(), torch.tensor([[3, 1]]))
+    assert halves.dtype == torch.float32  # as the router's own
+    assert torch.equal(halves, weights.detach())
     weights[0, 0].backward()
     share = weights[0, 0].item()
     assert logits.grad[0].tolist() == pytest.approx([0, -share * (1 - share), 0, share * (1 - share)], abs=1e-6)
@@ -179,6 +182,9 @@ def test_the_share_of_disagreement_is_exact(tiny_model):
     replay.follow(routes, counts=True)
     model(tokens)
     assert replay.pop(lambda sums: sums)
+    replay.follow(torch.full_like(routes, UNKNOWN), counts=True)
+    model(tokens)
+    assert replay.pop(lambda sums: sums) == {}  # nothing to compare with
     replay.follow(routes, counts=True)
     with pytest.raises(ValueError, match="cannot follow routes"):
         model(tokens[:, :2])
@@ -204,6 +210,20 @@ def test_choices_of_other_tokens_are_not_taken(tiny_model):
     other[1, 4] += 1
     assert replay.recorded(other, torch.ones_like(tokens)) is None
     assert replay.recorded(tokens, torch.ones_like(tokens)) is None  # they are forgotten
+    with replay.recording(), torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(tokens))
+    assert replay.recorded(tokens, torch.ones_like(tokens)) is None
+
+
+def test_passes_after_a_rollout_are_not_recorded(tiny_model):
+    model = tiny_model()
+    replay = RoutingReplay(model, replays=True)
+    tokens = torch.full((2, 4), 5)
+    with replay.recording(), torch.no_grad():
+        model(tokens)
+    with torch.no_grad():
+        model(tokens + 1)
+    assert replay.recorded(tokens, torch.ones_like(tokens)) is not None
 
 
 @pytest.mark.parametrize("what", ["fewer rows", "more tokens", "an empty rollout"])

@@ -142,10 +142,18 @@ def test_shares_of_tokens():
     assert b.rows < 300 < a.rows
 
 
-@pytest.mark.parametrize(("size", "rows"), [(14, 1), (16, 2), (30, 3)])
+@pytest.mark.parametrize(("size", "rows"), [(14, 1), (15, 2), (16, 2), (30, 3)])
 def test_a_share_is_met_as_nearly_as_whole_rows_can(size, rows):
     mixture = mix_rows(["a"] * 3, {"a": 1}, tokens=np.full(3, 10), of="tokens", size=size)
     assert (mixture.shares[0].rows, mixture.shares[0].tokens) == (rows, 10 * rows)
+
+
+def test_the_seed_decides_the_order_of_categories():
+    """Each has one row, so that it decides nothing else."""
+    names = list("abcdefgh")
+    orders = [mix_rows(names, dict.fromkeys(names, 1), tokens=None, seed=seed).positions.tolist() for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == list(range(8))
 
 
 def test_all_rows_may_be_asked_for_and_a_share_of_nothing_needs_none():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,17 +38,32 @@ from trl import (
 )
 
 from jai.errors import UserError
-from jai.preferences.calibration import Calibration, calibration_error, fit_calibration, read_calibration
+from jai.files import resumable_folder
+from jai.preferences.calibration import (
+    PAPER_THRESHOLD,
+    Calibration,
+    calibration_error,
+    fit_calibration,
+    read_calibration,
+)
 from jai.preferences.options import ScoreOptions
 from jai.preferences.reward_model import RewardModel
-from jai.preferences.scoring import score_file, scored_conversation
+from jai.preferences.scoring import _join, score_file, scored_conversation
 from jai.provenance import checkpoint_revision, read_step
 from jai.trainers import dpo, grpo, kto, reward
 from jai.trainers.announce import context_text, estimate_steps
-from jai.trainers.arguments import JaiTrainingArguments, parse_arguments
+from jai.trainers.arguments import JaiTrainingArguments, StageArguments, parse_arguments
 from jai.trainers.base_model import open_base_model
+from jai.trainers.data import load_training_data
 from jai.trainers.data_arguments import DataArguments
-from jai.trainers.grpo import JaiGRPOConfig, JaiGRPOTrainer, RewardCounts
+from jai.trainers.grpo import (
+    GRPO,
+    JaiGRPOConfig,
+    JaiGRPOTrainer,
+    RewardCounts,
+    prepare_prompts,
+    say_what_was_rewarded,
+)
 from jai.trainers.reward import JaiRewardConfig, measure_reward_model
 from jai.trainers.rewards import final_answer_reward, language_reward
 from jai.trainers.tokens import TokenCount
@@ -380,6 +396,14 @@ def test_thresholds_are_of_what_is_above_them(reward_model, tmp_path, capsys):
     assert [row["reward"] for row in json_lines(tmp_path / "out" / "kept.jsonl")] == [logits[2]]
 
 
+def test_a_probability_at_a_threshold_is_not_above_it(tmp_path):
+    rows = [{"reward_probability": each} for each in (0.5, PAPER_THRESHOLD, 0.9)]
+    options = ScoreOptions(file=tmp_path / "rows.jsonl", out=tmp_path / "out", model="m", keep_above=PAPER_THRESHOLD)
+    with resumable_folder(options.out, {}) as job:
+        write_rows(job.folder / "chunk-000000.jsonl", rows)
+        assert _join(options, job, 3) == {"share_above_paper_threshold": 1 / 3, "kept": 1}
+
+
 def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
     bare = tmp_path / "bare"
     AutoModelForSequenceClassification.from_pretrained(reward_model).save_pretrained(bare)
@@ -389,6 +413,7 @@ def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
         score_file(ScoreOptions(file=data, out=tmp_path / "out", model=str(bare), keep_above=0.88))
     scored = score_file(ScoreOptions(file=data, out=tmp_path / "out", model=str(bare)))
     assert [row["reward_probability"] for row in json_lines(scored)] == [None, None]
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["share_above_paper_threshold"] is None
     (bare / "reward_calibration.json").write_text('{"slope": "x"}')
     with pytest.raises(UserError, match="is no calibration"):
         read_calibration(bare)
@@ -403,6 +428,7 @@ def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
         {"messages": turn("assistant", "a")},
         {"messages": [*turn("user", "q"), *turn("assistant", "")]},
         {"messages": [*turn("user", "q"), *turn("assistant", "a"), *turn("assistant", "b")]},
+        {"messages": [*turn("user", "q"), *turn("user", "r")]},
         {"answer": "a"},
     ],
 )
@@ -629,6 +655,27 @@ def test_rewards_that_teach_nothing_are_counted():
     assert (counts.groups, counts.equal, counts.completions, counts.unscored) == (4, 3, 8, 3)
 
 
+def test_rewards_are_counted_as_they_are_weighed(checkpoint, prompt_rows, monkeypatch):
+    """1, none, 1 and 1 with these weights; a completion that one of two rewards scores has a reward."""
+    nan = math.nan
+    found = torch.tensor([[1.0, nan], [nan, nan], [math.inf, 2.0], [0.5, 1.0]])
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", lambda self, *args, **kwargs: found)
+    trainer = build_grpo(checkpoint, prompt_rows, "out")
+    trainer.reward_weights = torch.tensor([1.0, 0.5])
+    trainer.model.train()
+    assert trainer._calculate_rewards().isnan().sum() == 4
+    counts = trainer.reward_counts
+    assert (counts.groups, counts.equal, counts.completions, counts.unscored) == (1, 1, 4, 1)
+    trainer.model.eval()
+    trainer._calculate_rewards()
+    assert counts.groups == 1
+
+
+def test_nothing_is_said_of_no_rewards(capsys):
+    say_what_was_rewarded(SimpleNamespace(reward_counts=RewardCounts()), None, Path(), Console())
+    assert capsys.readouterr().out == ""
+
+
 def test_equal_and_infinite_rewards_are_said_and_harm_nothing(checkpoint, prompts, prompt_rows, capsys, monkeypatch):
     out = grpo.main(arguments(checkpoint, prompts, "equal", **grpo_options(rewards=["think"], reward_weights=[1.0],
                                                                            router_aux_loss_coef=0)))  # fmt: skip
@@ -709,6 +756,12 @@ INSTRUCTION = {"prompt": "q", "instruction_id_list": ["no:such"], "kwargs": [{}]
         ({"prompt": "q", "answer": "1"}, {"reward_weights": [1, 2]}, r"`reward_weights` has 2 numbers"),
         ({"prompt": "q", "answer": "1"}, {"loss_type": "x"}, r"`loss_type` is 'x'"),
         ({"prompt": "q", "answer": "1"}, {"num_generations": 0}, r"`num_generations` is 0; expected 2 or more"),
+        ({"prompt": "q", "answer": "1"}, {"num_generations": 1}, r"`num_generations` is 1; expected 2 or more"),
+        (
+            {"prompt": "q", "answer": "1", "lang": "th"},
+            {"drop_wrong_language": True, "language_column": "lang"},
+            "`drop_wrong_language` is about answers",
+        ),
         ({"prompt": "q", "answer": "1"}, {"num_generations": 3}, r"must be divisible by num_generations"),
         ({"prompt": "q", "answer": "1"}, {"routing_replay": True, "use_vllm": True}, "Switch one of them off"),
         ({"prompt": "q", "answer": [1]}, {}, r"its solution is \[1\]"),
@@ -725,6 +778,61 @@ def test_bad_input_of_grpo(checkpoint, tmp_path, row, options, message):
         grpo.main(arguments(checkpoint, data, "out", num_generations=4, **options) if "num_generations" not in options
                   else arguments(checkpoint, data, "out", **options))  # fmt: skip
     assert not Path("out").exists()
+
+
+def test_options_of_grpo_are_refused_where_they_are_made():
+    for options, message in (
+        ({"num_generations": None}, "`num_generations` is None; expected 2"),
+        ({"rewards": []}, "`rewards` is empty"),
+        ({"rewards": ["fame"]}, "no reward 'fame'"),
+        ({"routing_replay": True, "use_transformers_continuous_batching": True}, "mixes the tokens of all rows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            JaiGRPOConfig("out", bf16=False, **options)
+    # Those that TRL's trainer computes, by its own code.
+    known = re.findall(r'self\.loss_type (?:==|in) (\[.*?\]|".*?")', inspect.getsource(GRPOTrainer._compute_loss))
+    for loss_type in set(re.findall(r'"(\w+)"', " ".join(known))):
+        assert JaiGRPOConfig("out", bf16=False, loss_type=loss_type).loss_type == loss_type
+
+
+def test_rows_to_evaluate_on_are_checked_and_prompted_too(checkpoint, tmp_path):
+    write_rows(tmp_path / "data" / "train.jsonl", [{"prompt": "q", "answer": "1"}])
+    write_rows(tmp_path / "data" / "test.jsonl", [{"prompt": "q"}])
+    options = {"num_generations": 4, "eval_strategy": "steps"}
+    with pytest.raises(UserError, match="final_answer needs `solution`"):
+        grpo.main(arguments(checkpoint, tmp_path / "data", "out", **options))
+    write_rows(tmp_path / "data" / "test.jsonl", [{"prompt": "q", "answer": "1"}])
+    training = JaiGRPOConfig("out", bf16=False, system_prompt="s", **options)
+    given = StageArguments(
+        ScriptArguments(str(tmp_path / "data")), training, ModelConfig(str(checkpoint)), JaiTrainingArguments()
+    )
+    data = prepare_prompts(given, load_training_data(given, GRPO.dataset_types))
+    for rows in (data.train, data.evaluation):
+        assert rows["prompt"][0] == [*turn("system", "s"), *turn("user", "q")]
+
+
+def test_an_evaluation_neither_counts_nor_follows_on(checkpoint, prompt_rows, monkeypatch):
+    """The disagreement that is logged, and the rewards that are counted, are those of training."""
+    trainer = build_grpo(checkpoint, prompt_rows, "out", routing_replay=True, per_device_eval_batch_size=4)
+    trainer.eval_dataset = trainer.train_dataset.select(range(1))
+    pending = torch.tensor(1.0)
+    trainer._routing._differing = trainer._routing._choices = pending
+    assert "routing/disagreement" not in trainer.evaluate()
+    assert trainer._routing._choices is pending
+    assert trainer._routing._followed_BSLK is None
+    assert trainer.reward_counts == RewardCounts()
+
+
+def test_a_rollout_that_cannot_be_replayed_ends_the_run(checkpoint, prompt_rows):
+    for replays in (True, False):
+        trainer = build_grpo(checkpoint, prompt_rows, "out", routing_replay=replays, max_steps=1)
+        trainer._routing.recorded = lambda *tokens: None
+        with pytest.raises(UserError, match="cannot be matched with its tokens") if replays else nullcontext():
+            trainer.train()
+
+
+def test_continuous_batching_records_no_routes(checkpoint, prompt_rows):
+    assert build_grpo(checkpoint, prompt_rows, "out", use_transformers_continuous_batching=True)._routing is None
 
 
 def test_a_dense_model_has_no_routing_to_replay(tiny_model, tiny_tokenizer, prompt_rows, tmp_path):
