@@ -158,6 +158,14 @@ class SourceOrder:
         documents, starts, stops = map(np.concatenate, zip(*found))
         return documents, starts, stops
 
+    def longest(self) -> int:
+        """Tokens of the longest document that is kept; it reads the borders of all."""
+        step = GROUP_CHUNKS * self._chunk_documents
+        firsts = range(0, self.source.documents, step)
+        return max(
+            int(self._chosen(first, min(first + step, self.source.documents))[1].max(initial=0)) for first in firsts
+        )
+
     def _count(self) -> tuple[np.ndarray, int]:
         """Tokens that are kept of each chunk, and documents of all of them."""
         borders = [*range(0, self.source.documents, self._chunk_documents), self.source.documents]

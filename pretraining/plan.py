@@ -23,6 +23,7 @@ from jai.pretraining.shards import PackedCorpus, PackedSource
 from jai.pretraining.shares import Shares, SourceShare
 
 Strategy = Literal["isolated", "concatenated", "xlda", "paired-isolated"]
+MIXED_STRATEGIES = ("xlda", "paired-isolated")  # every sequence holds two languages and more
 
 # At 4,096 tokens, best fit cuts 3.8 % of the shared text's documents in blocks of 2^22, and 2.0 % in these.
 BLOCK_TOKENS = 2**24
@@ -111,7 +112,7 @@ class SequencePlan:
 
     @property
     def _mixes_languages(self) -> bool:
-        return self.strategy in ("xlda", "paired-isolated")
+        return self.strategy in MIXED_STRATEGIES
 
     def pieces(self, sequence: int) -> Pieces:
         """What a sequence holds, in order; `source` counts in `self.sources`, `language` in `self.languages`.

@@ -161,12 +161,16 @@ class TestFolders:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, [name]) if path.suffix in (".jsonl", ".txt", ".parquet") else path.touch()
+        (tmp_path / "elsewhere").mkdir()
+        write(tmp_path / "elsewhere" / "far.jsonl", THAI)
+        (folder / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+        (folder / "round").symlink_to(folder)
         (source,) = open_sources([folder])
         assert [part.name for part in source.parts] == ["corpus/a/b/c.parquet", "corpus/a/z.txt", "corpus/b.jsonl"]
-        assert source.left_out == 4
+        assert source.left_out == 6
         assert read(folder) == ["a/b/c.parquet", "a/z.txt", "b.jsonl"]
         assert "3 files" in source.describe()
-        assert "4 hidden or with other endings left out" in source.describe()
+        assert "6 hidden, with other endings or links to folders left out" in source.describe()
 
     def test_a_path_that_exists_wins_over_the_hub(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -464,9 +468,9 @@ class TestTrain:
         assert 0 < a["sampled_documents"] < 200
         assert 0 < b["sampled_documents"] < 400
         assert len(c["sha256"]) == 64
-        printed = " ".join(capsys.readouterr().out.split())
+        printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert "2 files" in printed
-        assert "1 hidden or with other endings left out" in printed
+        assert "1 hidden, with other endings or links to folders left out" in printed
         assert "all of it up to 20.0 kB, then evenly by document (seed 7)" in printed
         assert "600 documents" in printed
         assert f"jai tokenizer report {out} --text FILE" in printed

@@ -45,6 +45,7 @@ from jai.pretraining.shares import Shares, SourceShare
 from jai.provenance import chain, read_step
 from jai.trainers import pretrain, pretrain_trainer
 from jai.trainers.arguments import parse_arguments
+from jai.trainers.pretrain_announce import step_rows, text_rows
 from jai.trainers.pretrain_trainer import TOKENS_SEEN
 from jai.trainers.schedules import annealing_begins, warmup_stable_decay
 from jai.trainers.second_token import add_second_token_layer, second_labels
@@ -255,6 +256,38 @@ class TestRun:
         assert f"left out thai: not in the mixture english: {left} of 60 documents, by `keep_best`" in shown
         assert "routers none: `router_z_loss_coef` has no effect" in shown
         assert (out / "snapshots" / "step-1").is_dir()
+
+    def test_the_plan_says_what_has_no_effect(self, options, packed, tmp_path):
+        """Nothing is trained: the rows that would be printed."""
+        corpus = PackedCorpus.open(packed)
+        weights = {"sources": [{"name": "english", "language": "en"}]}
+        (tmp_path / "annealing.yaml").write_text(yaml.safe_dump(weights))
+
+        def rows(**more: Any) -> dict[str, str]:
+            config = arguments_of({**options, **more})[0]
+            plan, layout = pretrain.plan_run(config, corpus)
+            return dict([*text_rows(config, plan, layout), *step_rows(config, None, layout)])
+
+        longest = max(corpus.sources[index].lengths(0, 60).max() for index in (0, 1))
+        assert "positions" not in rows(max_length=int(longest), max_steps=1)
+        beyond = f"the longest has {longest} tokens: [yellow]positions beyond learn nothing[/]"
+        assert beyond in rows(max_length=int(longest) + 1, max_steps=1)["positions"]
+        assert "positions" not in rows(max_length=int(longest) + 1, max_steps=1, packing_strategy="concatenated")
+        kept = rows(max_steps=20, warmup_steps=18)
+        assert kept["learning rate"] == "0.001 after 18 steps; from step 18, decays to 0.0001"
+        unreached = rows(max_steps=20, warmup_steps=19)["learning rate"]
+        assert unreached == (
+            "rises over 19 steps; [yellow]its peak, 0.001, is never reached[/]; from step 18, decays to 0.0001"
+        )
+        more = {"annealing_weight_decay": 0.01, "weight_decay": 0.1}
+        short = rows(max_steps=4, **more)  # 0.4 steps
+        assert short["learning rate"] == "0.001 after 0 steps"
+        assert short["annealing"] == (
+            "[yellow]none: 0.1 of 4 steps is no whole step, and without effect are weight decay 0.01[/]"
+        )
+        assert rows(max_steps=5, annealing=0.2, **more)["annealing"] == "from step 4: weight decay 0.01"
+        with pytest.raises(UserError, match=r"`annealing` is 1, all of the 4 steps"):
+            rows(max_steps=4, annealing=1, annealing_mixture=tmp_path / "annealing.yaml")
 
     @pytest.mark.parametrize("head", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["theirs", "ours"])
     def test_an_adapter_learns_the_same_again(self, options, checkpoint, tmp_path, head):
@@ -724,6 +757,11 @@ class TestFaults:
             ({"max_steps": 5000}, r"The run takes 20,000 sequences of 48 tokens, and the text lasts for"),
             ({"packing_strategy": "wrapped"}, r"invalid choice: .wrapped."),
             ({"rho": 1.5}, r"`rho` is 1.5; expected a share"),
+            ({"rho": 0.25}, r"`rho` is 0.25, and `packing_strategy` is isolated, which does not mix"),
+            ({"batch_ramp": 0.25}, r"`batch_ramp` is 0.25, and the batch does not grow"),
+            ({"accelerator_config": '{"split_batches": true}'}, r"`split_batches` is on in `accelerator_config`"),
+            ({"router_z_loss_coef": -1}, r"`router_z_loss_coef` is -1.0; expected 0 or more"),
+            ({"annealing_learning_rate": 0}, r"`annealing_learning_rate` is 0.0; expected a share of `learning_rate`"),
             ({"annealing": -1}, r"`annealing` is -1.0; expected a share"),
             ({"first_accumulation_steps": 3}, r"`first_accumulation_steps` is 3; expected 1 to .* 2"),
             ({"num_train_epochs": 2}, r"`num_train_epochs` is 2.0, but pre-training needs 1"),
@@ -746,7 +784,6 @@ class TestFaults:
             ({"annealing_learning_rate": 0}, r"`annealing_learning_rate` is 0.0"),
             ({"mtp_weight": 0.2, "use_peft": True}, r"`mtp_weight` is 0.2, and `use_peft` is on"),
             ({"annealing_mtp_weight": 0.1}, r"`annealing_mtp_weight` is given, and `mtp_weight` is 0"),
-            ({"router_z_loss_coef": -1}, r"`router_z_loss_coef` is -1.0; expected 0 or more"),
         ],
     )
     def test_what_cannot_be_is_refused(self, options, changed, message):

@@ -210,6 +210,24 @@ def test_the_command_says_the_alarms_and_writes_where_it_is_told(tmp_path, monke
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("logs", "language", "said"),
+    [
+        (calm_logs(), "fr", "Whether fr comes back is not known: the logs have losses on en, th."),
+        (calm_logs(5), "en", "that takes 6 logs with a loss on it, and there are 5."),
+        (calm_logs(6), "en", None),
+        ([{"step": step, "loss": 1.0} for step in range(9)], "en", None),  # a stage that knows of no languages
+    ],
+)
+def test_that_the_old_language_is_not_watched_is_said(tmp_path, capsys, logs, language, said):
+    write_state(tmp_path, logs)
+    page = report_run(RunReportOptions(run=tmp_path, language=language)).read_text()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "No alarms." in printed
+    for text in (page, printed):
+        assert said in text if said else "comes back" not in text
+
+
 def test_a_folder_without_logs_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no logs of training"):
         report_run(RunReportOptions(run=tmp_path / "nowhere"), Console(quiet=True))

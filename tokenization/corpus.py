@@ -238,7 +238,7 @@ class Source:
     Attributes:
         name: as it was given.
         parts: what it consists of.
-        left_out: files of the folder that are hidden or have another ending.
+        left_out: files of the folder that are hidden or have another ending, and links to folders.
     """
 
     name: str
@@ -258,7 +258,8 @@ class Source:
         size = filesize.decimal(sum(file.path.stat().st_size for file in files))
         if files[0].path == Path(self.name):
             return f"{self.name} ({size})"
-        left_out = f"; {self.left_out:,} hidden or with other endings left out" if self.left_out else ""
+        left_out = f"; {self.left_out:,} hidden, with other endings or links to folders left out"
+        left_out = left_out if self.left_out else ""
         return f"{self.name} ({len(files):,} file{'s' * (len(files) != 1)}, {size}{left_out})"
 
 
@@ -391,7 +392,8 @@ def _open_source(name: str, columns: Columns, revision: str | None) -> Source:
 
 
 def _open_folder(name: str, folder: Path, columns: Columns) -> Source:
-    below = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    # It does not go into folders that are linked to.
+    below = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
     files = [
         TextFile(path, str(Path(folder.absolute().name, path.relative_to(folder))), columns)
         for path in below

@@ -21,7 +21,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, SchedulerType, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, set_seed
 from trl import ModelConfig, ScriptArguments
 
 from jai.errors import UserError
@@ -38,12 +38,12 @@ from jai.trainers.context import with_context
 from jai.trainers.engine import accelerates_sizes, batches_at_once, sharded_at_load, uses_deepspeed, uses_fsdp
 from jai.trainers.lora import lora_config
 from jai.trainers.mixin import prepare_liger
-from jai.trainers.parameters import TrainedParameters, count_trained_parameters, empty_model
+from jai.trainers.parameters import count_trained_parameters, empty_model
 from jai.trainers.predicted_memory import memory_rows
+from jai.trainers.pretrain_announce import listed_tokens, router_rows, step_rows, text_rows
 from jai.trainers.pretrain_config import PretrainConfig
 from jai.trainers.pretrain_trainer import TOKENS_SEEN, JaiPretrainTrainer
 from jai.trainers.record import write_record
-from jai.trainers.router_losses import balance_weight
 from jai.trainers.run_identity import (
     check_same_files,
     check_same_options,
@@ -135,11 +135,11 @@ def run_pretrain(
     lora = lora_config(model_args, parts, model)
     check_partial_training(arguments, parts.masked(lora is not None), lora)
     parameters = count_trained_parameters(model, base, parts, lora, model_args)
-    rows = [*model_rows(arguments, base, lora, parameters), *_text_rows(config, plan, layout)]
+    rows = [*model_rows(arguments, base, lora, parameters), *text_rows(config, plan, layout)]
     rows += [
         ("context", context_text(config, base)),
-        *_step_rows(config, base, layout),
-        *_router_rows(config, base, parameters),
+        *step_rows(config, base, layout),
+        *router_rows(config, base, parameters),
         *memory_rows(arguments, base, lora, parameters),
         *device_rows(arguments, lora, parameters),
     ]
@@ -169,7 +169,7 @@ def run_pretrain(
         dataset = {"name": corpus.folder.name, "content_sha256": corpus.content_sha256, TOKENS_SEEN: seen}
         logs, steps = trainer.state.log_history, trainer.state.global_step
         write_record(out, "pretrain", arguments, base, dataset, parameters, logs, steps, metrics)
-        console.print(f"Seen: {_listed(seen)}")
+        console.print(f"Seen: {listed_tokens(seen)}")
         say_what_is_next(out, "pretrain", arguments, base, console)
     if config.push_to_hub:
         push_result(trainer, out, str(corpus.folder))
@@ -193,6 +193,12 @@ def plan_run(config: PretrainConfig, corpus: PackedCorpus) -> tuple[AnyPlan, Ste
         layout = _layout(config, config.max_steps)
         if (annealing := _shares(config.annealing_mixture)) is not None:
             begins = layout.first_sequence(annealing_begins(layout.steps, config.annealing))
+            if not begins:
+                raise UserError(
+                    f"`annealing` is {config.annealing:g}, all of the {layout.steps:,} steps, so that no text would be "
+                    "taken by other shares than those of `annealing_mixture`. Give a smaller share, or the file as "
+                    "`mixture`."
+                )
             plan: AnyPlan = AnnealedPlan(corpus, config.max_length, annealing=annealing, begins=begins, **how)
         else:
             plan = SequencePlan(corpus, config.max_length, **how)
@@ -243,6 +249,11 @@ def _check(config: PretrainConfig, model_args: ModelConfig, jai_args: JaiTrainin
                     f"`mtp_weight` is {config.mtp_weight:g}, and `{option}` is on, with which the layer for the second "
                     "next token does not work. Leave one of them out."
                 )
+    if config.accelerator_config.split_batches:
+        raise UserError(
+            "`split_batches` is on in `accelerator_config`: processes would share a batch, and a step see less text "
+            "than is planned and counted. Leave it out."
+        )
     sizes = accelerates_sizes(config)
     if sizes is not None and max(sizes.tp_size, sizes.cp_size, sizes.sp_size) > 1:
         raise UserError(
@@ -301,92 +312,6 @@ def _load(base: BaseModel, loading: dict[str, Any]) -> PreTrainedModel:
         if "unexpected keyword argument" in str(error):
             raise UserError(f"`model_init_kwargs` does not fit the model: {error}.") from error
         raise
-
-
-def _text_rows(config: PretrainConfig, plan: AnyPlan, layout: StepLayout) -> Iterator[tuple[str, str]]:
-    sequences = layout.first_sequence(layout.steps)
-    seen = plan.tokens_seen(sequences)
-    strategy = config.packing_strategy
-    if strategy in ("xlda", "paired-isolated"):
-        strategy += f", rho {config.rho:g}"
-    yield (
-        "text",
-        f"{escape(str(config.packed))}: {sequences:,} of {len(plan):,} sequences of {config.max_length:,} tokens, "
-        f"{escape(strategy)}",
-    )
-    yield "tokens", escape(_listed(seen))
-    for number, line in enumerate(_left_out(plan)):
-        yield "" if number else "left out", escape(line)
-
-
-def _left_out(plan: AnyPlan) -> Iterator[str]:
-    """What the packed text holds and no sequence can: sources, and documents of a source."""
-    used = {share.packed or name for part in plan.parts for name, share in part.shares.sources.items()}
-    yield from (f"{source.name}: not in the mixture" for source in plan.corpus.sources if source.name not in used)
-    for when, part in zip(("", "in the annealing, "), plan.parts):
-        for order in part.orders:
-            documents = order.source.documents
-            if left := documents - order.documents:
-                yield (
-                    f"{when}{order.source.name}: {left:,} of {documents:,} documents, by `keep_best`, `min_tokens` or "
-                    "`max_tokens`"
-                )
-
-
-def _listed(tokens: dict[str, int]) -> str:
-    total = sum(tokens.values())
-    parts = ", ".join(f"{name} {count:,} ({count / total:.1%})" for name, count in tokens.items())
-    return f"{total:,}: {parts}"
-
-
-def _step_rows(config: PretrainConfig, base: BaseModel, layout: StepLayout) -> Iterator[tuple[str, str]]:
-    batch = config.per_device_train_batch_size, batches_at_once(config)
-    accumulated = str(layout.accumulation)
-    if layout.first_accumulation < layout.accumulation:
-        accumulated = f"{layout.first_accumulation} to {layout.accumulation}, growing over {layout.ramp_steps:,} steps,"
-    yield (
-        "steps",
-        f"{layout.steps:,}, the last on {layout.accumulation * layout.batch_sequences:,} sequences ({batch[0]} a "
-        f"device x {accumulated} accumulated x {batch[1]} processes)",
-    )
-    if config.mtp_weight:
-        goes_on = bool(getattr(base.config, "num_mtp_layers", None))
-        whose = "the model's layer for it goes on learning" if goes_on else "a new layer learns to predict it"
-        end = "kept for `generate(use_mtp=True)`" if config.keep_mtp else "dropped at the end"
-        yield "second token", f"{whose}, weight {config.mtp_weight:g}; the layer is {end}"
-    begins = annealing_begins(layout.steps, config.annealing)
-    schedule = SchedulerType(config.lr_scheduler_type)
-    text = f"{config.learning_rate:g}, {schedule.value}"
-    if schedule is SchedulerType.WARMUP_STABLE_DECAY and not config.lr_scheduler_kwargs:
-        final = config.learning_rate * config.annealing_learning_rate
-        warmup = config.get_warmup_steps(layout.steps)
-        text = f"{config.learning_rate:g} after {warmup:,} steps; from step {begins:,}, decays to {final:g}"
-    yield "learning rate", text
-    if begins < layout.steps:
-        changes = [
-            f"{what} {value}"
-            for what, value in (
-                ("text by", config.annealing_mixture),
-                ("weight decay", config.annealing_weight_decay),
-                ("the second next token's weight", config.annealing_mtp_weight),
-            )
-            if value is not None
-        ]
-        if changes:
-            yield "annealing", escape(f"from step {begins:,}: {', '.join(changes)}")
-
-
-def _router_rows(config: PretrainConfig, base: BaseModel, parameters: TrainedParameters) -> Iterator[tuple[str, str]]:
-    """The weights of the routers' losses, or that there are no routers for them."""
-    given = {name: getattr(config, name) for name in ("router_aux_loss_coef", "router_z_loss_coef")}
-    if any(each.kind == "router" for each in parameters.kinds):
-        balance = balance_weight(config.router_aux_loss_coef, base.config)
-        yield "routers", f"load-balancing loss x {balance:g}, z-loss x {config.router_z_loss_coef:g}"
-    elif named := [f"`{name}`" for name, value in given.items() if value]:
-        yield (
-            "routers",
-            f"[yellow]none: {' and '.join(named)} {'have' if len(named) > 1 else 'has'} no effect[/]",
-        )
 
 
 def main(argv: Sequence[str]) -> Path:

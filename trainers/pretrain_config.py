@@ -7,10 +7,10 @@ from typing import Any, get_args
 from transformers import SchedulerType, TrainingArguments
 
 from jai.errors import UserError
-from jai.pretraining.plan import DEFAULT_RHO, Strategy
+from jai.pretraining.plan import DEFAULT_RHO, MIXED_STRATEGIES, Strategy
 
 _SHARES = ("rho", "annealing", "batch_ramp")
-_FINAL_RATE = 0.1
+_FINAL_RATE, _BATCH_RAMP = 0.1, 0.5
 _AT_LEAST_0 = ("annealing_weight_decay", "router_z_loss_coef", "mtp_weight", "annealing_mtp_weight")
 
 
@@ -81,7 +81,7 @@ class PretrainConfig(TrainingArguments):
         },
     )
     batch_ramp: float = field(
-        default=0.5, metadata={"help": "Share of the steps over which `first_accumulation_steps` grows."}
+        default=_BATCH_RAMP, metadata={"help": "Share of the steps over which `first_accumulation_steps` grows."}
     )
     router_aux_loss_coef: float | None = field(
         default=None,
@@ -171,6 +171,16 @@ class PretrainConfig(TrainingArguments):
             raise UserError(
                 f"`first_accumulation_steps` is {first}; expected 1 to `gradient_accumulation_steps`, which is "
                 f"{self.gradient_accumulation_steps}."
+            )
+        if self.batch_ramp != _BATCH_RAMP and first is None:
+            raise UserError(
+                f"`batch_ramp` is {self.batch_ramp}, and the batch does not grow. Give `first_accumulation_steps`, or "
+                "leave it out."
+            )
+        if self.rho != DEFAULT_RHO and self.packing_strategy not in MIXED_STRATEGIES:
+            raise UserError(
+                f"`rho` is {self.rho}, and `packing_strategy` is {self.packing_strategy}, which does not mix "
+                f"languages. Take one of {', '.join(MIXED_STRATEGIES)}, or leave it out."
             )
         for name in ("annealing_mixture", "annealing_weight_decay", "annealing_mtp_weight"):
             if getattr(self, name) is not None and not self.annealing:

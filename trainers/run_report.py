@@ -7,6 +7,7 @@ router that collapses, an old language that does not come back. Their limits are
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +16,7 @@ from statistics import mean, median
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape as escape_markup
 
 from jai.errors import UserError
 from jai.files import read_json
@@ -57,14 +59,17 @@ def report_run(options: RunReportOptions, console: Console | None = None) -> Pat
     console = console or Console()
     logs = read_logs(options.run)
     alarms = find_alarms(logs, options.language)
+    not_watched = _not_watched(logs, options.language)
     out = options.out or options.run / "report.html"
     if not out.parent.is_dir():
         raise UserError(f"The folder {out.parent} of `--out` does not exist. Make it, or give another file.")
-    out.write_text(_page(options.run.name, logs, alarms), encoding="utf-8")
+    out.write_text(_page(options.run.name, logs, alarms, not_watched), encoding="utf-8")
     for alarm in alarms:
         console.print(f"[bold yellow]{alarm.kind}:[/] {alarm.text}")
     if not alarms:
         console.print("No alarms.")
+    if not_watched is not None:
+        console.print(f"[yellow]{escape_markup(not_watched)}[/]")
     console.print(f"[bold green]Report written to[/] {out}", highlight=False)
     return out
 
@@ -193,6 +198,26 @@ def _lost_language(logs: Sequence[Log], language: str) -> Iterator[RunAlarm]:
         )
 
 
+def _not_watched(logs: Sequence[Log], language: str) -> str | None:
+    """Why nothing can be said of the old language, where the logs tell languages apart."""
+    prefix = "loss/language/"
+    counts = Counter(key.removeprefix(prefix) for log in logs for key in log if key.startswith(prefix))
+    if not counts:
+        return None
+    if language not in counts:
+        return (
+            f"Whether {language} comes back is not known: the logs have losses on {', '.join(sorted(counts))}. "
+            "`--language` says which is the base's."
+        )
+    least = 2 * WINDOW
+    if counts[language] < least:
+        return (
+            f"Whether {language} comes back is not known: that takes {least} logs with a loss on it, and there are "
+            f"{counts[language]}."
+        )
+    return None
+
+
 def _means(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Means over a window that ends at each step, from the first whole one on."""
     return [
@@ -234,7 +259,7 @@ _CHARTS = (
 )
 
 
-def _page(name: str, logs: Sequence[Log], alarms: Sequence[RunAlarm]) -> str:
+def _page(name: str, logs: Sequence[Log], alarms: Sequence[RunAlarm], not_watched: str | None) -> str:
     last = logs[-1]
     facts = ReportTable(
         ("", ""),
@@ -242,7 +267,8 @@ def _page(name: str, logs: Sequence[Log], alarms: Sequence[RunAlarm]) -> str:
         + ([("tokens seen", f"{last['tokens_seen']:,}")] if "tokens_seen" in last else []),
     )
     warned = "".join(f"<li><b>{escape(each.kind)}</b>: {escape(each.text)}</li>" for each in alarms)
-    parts = [f"<ul>{warned}</ul>" if alarms else "<p>No alarms.</p>", facts.html(), *_charts(logs)]
+    unknown = f"<p>{escape(not_watched)}</p>" if not_watched is not None else ""
+    parts = [f"<ul>{warned}</ul>" if alarms else "<p>No alarms.</p>", unknown, facts.html(), *_charts(logs)]
     load = _router_load(last)
     if load:
         groups = {"all tokens": list(load.values())}
