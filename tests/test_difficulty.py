@@ -24,7 +24,7 @@ from jai.evaluation.kept_answers import ANSWERS_FILE
 from jai.evaluation.reply_cache import ChatReply
 from jai.options import read_options_file
 from jai.preferences import difficulty
-from jai.preferences.answering import Answered, ask_for_answers
+from jai.preferences.answering import Answered, ask_for_answers, model_options
 from jai.preferences.difficulty import TOO_EASY, TOO_HARD, select_prompts
 from jai.preferences.options import DifficultyOptions
 
@@ -73,6 +73,7 @@ def test_prompts_are_kept_by_their_share_of_right_answers(problems, tmp_path):
         assert len(model.asked) == 20
         assert all(request["messages"][0] == {"role": "system", "content": SYSTEM} for request in model.asked)
         assert {request["temperature"] for request in model.asked} == {1.0}
+        assert model.most_at_once == 1
         rates = [json.loads(line) for line in (tmp_path / "out" / "pass_rates.jsonl").read_text().splitlines()]
         assert rates == [{"id": str(number), "pass_rate": (number - 1) / 4} for number in range(1, 6)]
 
@@ -109,6 +110,14 @@ def test_only_the_first_prompts_are_asked(tmp_path):
         with pytest.raises(UserError, match='by was "answers" and is "checks"'):
             run(file, tmp_path / "by", model, by="checks")
         assert len(model.asked) == 32
+
+
+def test_options_reach_the_model(tmp_path):
+    """Those of the checkpoint that answers; the others are asked for with each prompt."""
+    options = {"model": "m", "backend": "vllm", "batch_size": 3, "dtype": "float16", "seed": 4}
+    for values in (options, {"model": "m", "device": "cuda:1", "trust_remote_code": True}):
+        given = model_options(DifficultyOptions(prompts=Path("p"), out=Path("o"), **values))
+        assert {name: getattr(given, name) for name in values} == values
 
 
 def test_a_system_turn_of_a_row_stands(tmp_path):
@@ -188,6 +197,12 @@ def test_a_checkpoint_answers_and_is_not_asked_again(tiny_model, tiny_tokenizer,
     ]
     assert answered[0] == answered[1]
     assert json.loads((tmp_path / "out" / "difficulty.json").read_text())["cut_prompts"] == 3
+    drawn = {**options, "limit": 1, "seed": 1}
+    select_prompts(
+        DifficultyOptions(prompts=file, out=tmp_path / "seed", model=str(tmp_path / "jai"), **drawn),
+        console=Console(file=io.StringIO()),
+    )
+    assert answered[-1][0] != answered[0][0]
     shutil.copytree(tmp_path / "jai", tmp_path / "bare")
     (tmp_path / "bare" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="chat template"):

@@ -39,6 +39,7 @@ from trl import (
 
 from jai.errors import UserError
 from jai.files import resumable_folder
+from jai.preferences import scoring
 from jai.preferences.calibration import (
     PAPER_THRESHOLD,
     Calibration,
@@ -402,6 +403,39 @@ def test_a_probability_at_a_threshold_is_not_above_it(tmp_path):
     with resumable_folder(options.out, {}) as job:
         write_rows(job.folder / "chunk-000000.jsonl", rows)
         assert _join(options, job, 3) == {"share_above_paper_threshold": 1 / 3, "kept": 1}
+
+
+def test_options_reach_the_reward_model_and_decide_what_is_gone_on_with(checkpoint, tmp_path, monkeypatch):
+    """Of two chunks the second fails; the rest is another run's where the file or the model is another."""
+    made, sizes = [], []
+
+    class Model:
+        def __init__(self, *args: Any, **kwargs: Any):
+            made.append((args, kwargs))
+
+        def scores(self, conversations: list[Any], *, batch_size: int, console: Console) -> list[float]:
+            sizes.append(batch_size)
+            if len(sizes) == 2:
+                raise RuntimeError("out of memory")
+            return [0.5] * len(conversations)
+
+    monkeypatch.setattr(scoring, "RewardModel", Model)
+    monkeypatch.setattr(scoring, "_CHUNK", 2)
+    data = write_rows(tmp_path / "answers.jsonl", conversations(3))
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    options = {"file": data, "out": tmp_path / "out", "model": str(checkpoint)}
+    reached = {"batch_size": 3, "device": "cpu", "trust_remote_code": True}
+    with pytest.raises(RuntimeError):
+        score_file(ScoreOptions(**options, **reached))
+    assert made == [((str(checkpoint),), {"device": "cpu", "trust_remote_code": True})]
+    assert sizes == [3, 3]
+    again = write_rows(tmp_path / "again.jsonl", conversations(4))
+    for change, what in (({"file": again}, "file_sha256"), ({"model": str(other)}, "model"), ({}, "")):
+        with pytest.raises(UserError, match=what) if what else nullcontext():
+            score_file(ScoreOptions(**options | change))
+    assert len(json_lines(tmp_path / "out" / "scored.jsonl")) == 3
+    with pytest.raises(UserError, match="has no rows"):
+        score_file(ScoreOptions(**options | {"file": write_rows(tmp_path / "none.jsonl", []), "out": tmp_path / "new"}))
 
 
 def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
