@@ -245,7 +245,7 @@ class UnfinishedFolder:
         if not self._journal.exists():
             self._write_journal()
             return
-        remedy = f"Remove {self.work} to start anew."
+        remedy = f"Remove {self.work} to start again."
         journal = read_json(self._journal, remedy)
         if not isinstance(finished := journal.get("finished"), dict) or "identity" not in journal:
             raise UserError(f"{self._journal} is no journal of an unfinished folder. {remedy}")
@@ -254,7 +254,7 @@ class UnfinishedFolder:
             more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
             raise UserError(
                 f"{self.out} was begun with other inputs or options: {'; '.join(changes[:3])}{more}. Give the same "
-                f"again to go on, or remove {self.work} to start anew."
+                f"ones to resume it, or remove {self.work} to start again."
             )
         for path in self.folder.iterdir():
             state = _file_state(path)
@@ -369,7 +369,7 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
     made, work = out.resolve(), work_folder(out).resolve()
     for folder in map(Path.resolve, inputs):
         if made.is_relative_to(folder):
-            raise UserError(f"The output {out} lies inside of the input {folder}. Give a folder outside of it.")
+            raise UserError(f"The output {out} is inside the input {folder}. Give a folder outside of it.")
         if folder.is_relative_to(work) or folder.is_relative_to(made):
             raise UserError(f"The input {folder} lies where {out} is made. Give another output, or move the input.")
 

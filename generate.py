@@ -211,7 +211,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions) -> Bat
             raise UserError("The prompt has no tokens. Give some text.")
         return inputs
     if tokenizer.chat_template is None:
-        raise UserError(f"{options.model} has no chat template. Use --raw to continue the text as it stands.")
+        raise UserError(f"{options.model} has no chat template. Use --raw to continue the text itself.")
     check_chat(options.model, tokenizer, "Use --raw to do without.")
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": options.prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -176,7 +176,7 @@ def _sections(results: Results) -> list[Section]:
         ),
         Section(
             "Two starts",
-            "What do the copies of a block begin as? By default as the identity, which keeps the function of the base "
+            "How do the copies of a block start? By default as the identity, which keeps the function of the base "
             f"exactly: KL(base ‖ JAI) {own.kl:.2g} nats a token. The paper copies the weights and adds α times the "
             f"anchor, which costs {paper.kl:.2g}; what training then makes of both is in docs/price-of-depth.md. This "
             "run goes on from the first row.",

@@ -86,7 +86,7 @@ class Shell:
             output.append(text)
             self.console.print(f"  {text.rstrip()}", markup=False, highlight=False, soft_wrap=True)
         if process.wait():
-            raise UserError(f"`jai {line}` failed with exit code {process.returncode}; what it said stands above.")
+            raise UserError(f"`jai {line}` failed with exit code {process.returncode}; its output is above.")
         self.commands.append(Command(f"jai {line}", time.perf_counter() - began))
         return "".join(output)
 
@@ -202,7 +202,7 @@ def run_demo(options: DemoOptions, *, console: Console | None = None) -> Path:
     for name, finding in checks.items():
         console.print(f"[green]✓[/] {name}: {finding}", highlight=False, soft_wrap=True)
     console.print(f"{results.seconds:.0f} s, at most {results.peak_memory_mb:,.0f} MB in one process.")
-    console.print(f"[bold green]The report lies in[/] {report}", soft_wrap=True)
+    console.print(f"[bold green]The report is in[/] {report}", soft_wrap=True)
     print_next(console, ["jai", "generate", out / "dpo", QUESTION])
     return report
 

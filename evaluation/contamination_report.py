@@ -66,7 +66,7 @@ def report_contamination(
     for suite in suites:
         if isinstance(suite, Suite) and suite.metadata:
             raise UserError(
-                f"The questions of {suite.name} are made anew for each model, so no training data has them. Leave the "
+                f"The questions of {suite.name} are generated for each model, so no training data has them. Leave the "
                 "suite out."
             )
     quiet_libraries()
@@ -211,7 +211,7 @@ def overlap_table(overlaps: Sequence[ItemOverlap]) -> ReportTable:
         for name, some in groups.items()
     ]
     return ReportTable(
-        ["task", "items", "overlap", "of an article in the text", "too short to tell"], rows, numbers=True
+        ["task", "items", "overlap", "of an article in the text", "too short to check"], rows, numbers=True
     )
 
 

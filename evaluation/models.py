@@ -90,7 +90,7 @@ def _vllm(options: EvalOptions, folder: Path) -> LM:
         raise UserError("--backend vllm needs the package vllm, which is not installed. Install it: pip install vllm")
     if not options.trust_remote_code and "auto_map" in read_json(folder / "config.json", "Give a checkpoint."):
         raise UserError(
-            f"vLLM runs {options.model} by the code that lies in it. Allow that with --trust-remote-code, or give what "
+            f"vLLM runs {options.model} with the code in its folder. Allow that with --trust-remote-code, or give what "
             "`jai export --to mixtral` makes of it."
         )
     import torch

@@ -83,7 +83,7 @@ class EvalOptions(JudgeOptions):
     parallelize: bool = option(False, help="Spread the model over all GPUs.")
     max_length: int | None = option(
         None,
-        help="Longest input in tokens; longer ones lose their beginning.",
+        help="Longest input in tokens; longer ones are cut at the beginning.",
         at_least=2,
         shown_default="the model's limit",
     )

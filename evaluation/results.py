@@ -564,7 +564,7 @@ def _refuse_other(folder: Path, found: EvaluationResults, asked: EvaluationResul
     old, new = ({"model": each.model, "revision": each.revision, **each.conditions} for each in (found, asked))
     if changes := sorted(differences(old, new)):
         raise UserError(
-            f"{folder} holds another evaluation: {'; '.join(changes[:3])}. Give the same again to go on with it, or "
+            f"{folder} holds another evaluation: {'; '.join(changes[:3])}. Give the same settings to resume it, or "
             "another output folder."
         )
 

@@ -221,7 +221,7 @@ def _compare_logits(folder: Path, scratch: Path, dtype: str) -> float:
     allowed = max(_ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps, 1e-4)
     if not difference <= allowed:  # not a number either
         raise UserError(
-            f"The code in {folder} computes something else than the installed package: the logits differ by "
+            f"The code in {folder} and the installed package give different results: the logits differ by "
             f"{difference:.2g} of the largest. Load the model with `jai` imported and save it again with "
             "save_pretrained, so that the code beside the weights is the one that they were made with."
         )

@@ -79,7 +79,7 @@ def look_at_hub(
         )
     if contents.kind is Kind.ADAPTER and "config.json" in remote.files:
         raise UserError(
-            f"{repo_id} holds a whole model. With an adapter beside it, transformers would load the adapter's base "
+            f"{repo_id} holds a complete model. With an adapter beside it, transformers would load the adapter's base "
             "instead. Publish the adapter to another repository."
         )
     return remote

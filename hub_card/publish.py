@@ -128,7 +128,7 @@ def _publish_checked(
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         remote = hub_repo.look_at_hub(api, contents, repo_id, options.private, revision, create_pr)
         if create_pr and (open_one := hub_repo.open_pull_request(api, repo_id, commit_message)):
-            console.print(f"  The open pull request {open_one} has this title and goes on.", highlight=False)
+            console.print(f"  The open pull request {open_one} with this title is continued.", highlight=False)
             create_pr, revision = False, open_one
             remote = hub_repo.look_at_hub(api, contents, repo_id, options.private, revision, create_pr)
         keep_remote_readme = (
@@ -153,7 +153,7 @@ def _publish_checked(
                 )
         report = _check(console, contents, adapter, base, options.forward)
     if keep_remote_readme:
-        console.print("  The repository's README.md was written by hand and stays.")
+        console.print("  The repository's README.md was written by a person and is kept.")
     stale = hub_repo.stale_files(contents, remote)
     if stale:
         console.print(f"  Deleting what is left of an earlier upload: {escape(', '.join(stale))}", highlight=False)
@@ -250,7 +250,7 @@ def _clean_token(token: str | None) -> str | None:
 
 def _check_repo_id(repo_id: str) -> None:
     if redact(repo_id) != repo_id:
-        raise UserError("An access token stands where the name of the repository should. Give owner/name.")
+        raise UserError("An access token was given instead of the name of the repository. Give owner/name.")
     if not is_hub_id(repo_id):
         raise UserError(
             f"{repo_id!r} is no name of a repository. Give owner/name, as in my-org/my-jai: letters, digits, '-', '_' "
@@ -263,7 +263,7 @@ def _refuse_tokens(contents: Contents, token: str | None) -> None:
     suspects = [name for name in texts if holds_token(contents.folder / name, token)]
     if suspects:
         raise UserError(
-            f"An access token stands in {', '.join(suspects)} of {contents.folder}, and would be published. Take it "
+            f"There is an access token in {', '.join(suspects)} of {contents.folder}, and would be published. Take it "
             "out (and revoke it, if others could have read it)."
         )
 

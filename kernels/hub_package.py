@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to make")
     out = parser.parse_args().out
     package(out)
-    print(f"The Hub kernel lies in {out}. Push it with: hf upload REPO {out} --repo-type kernel")
+    print(f"The Hub kernel is in {out}. Push it with: hf upload REPO {out} --repo-type kernel")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def read_calibration(folder: Path) -> Calibration | None:
     content = read_json(path)
     names = ("slope", "intercept", "pair_temperature", "pairs")
     if not all(isinstance(content.get(name), int | float) for name in names):
-        raise UserError(f"{path} is no calibration; expected the numbers {', '.join(names)}. Train the model anew.")
+        raise UserError(f"{path} is not a calibration; expected the numbers {', '.join(names)}. Train the model anew.")
     return Calibration(**{name: content[name] for name in names})
 
 

@@ -98,7 +98,7 @@ def select_prompts(options: DifficultyOptions, *, console: Console | None = None
     for rate, count in _histogram(rates).items():
         say(f"  right at a rate of {rate}: {count:,} prompts")
     if unfinished := counts["cut off at --max-new-tokens"]:
-        say(f"  {unfinished:,} answers were cut off at --max-new-tokens, and count as they stand.")
+        say(f"  {unfinished:,} answers were cut off at --max-new-tokens, and are judged as they are.")
     if not kept:
         raise UserError(
             f"No prompt is left; {options.out / RECORD_FILE} says why. Everything that was answered is kept: try "

@@ -17,7 +17,7 @@ from jai.tokenization.loading import whole_checkpoint
 class AnsweringOptions:
     """Who answers prompts, and how."""
 
-    prompts: Path = argument("PROMPTS", help="File of prompts, one a line: .jsonl or .jsonl.gz.")
+    prompts: Path = argument("PROMPTS", help="File of prompts, one per line: .jsonl or .jsonl.gz.")
     out: Path = argument("OUT", help="Output folder. If it exists, the run resumes.")
     model: str = option(
         help="Folder or Hub id of the model that answers; with --backend openai, its name on the server.",
@@ -171,8 +171,8 @@ class DifficultyOptions(AnsweringOptions):
         check_values(self)
         if self.min_pass_rate > self.max_pass_rate:
             raise UserError(
-                f"--min-pass-rate is {self.min_pass_rate:g}, and --max-pass-rate {self.max_pass_rate:g}: nothing lies "
-                "between them. Give the lower one first."
+                f"--min-pass-rate is {self.min_pass_rate:g}, and --max-pass-rate {self.max_pass_rate:g}: there is "
+                "nothing between them. Give the lower one first."
             )
 
     def check(self) -> None:

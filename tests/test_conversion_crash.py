@@ -311,7 +311,7 @@ class TestResume:
         work = work_folder(tmp_path / "jai")
         work.mkdir()
         (work / "journal.json").write_text(content)
-        with pytest.raises(UserError, match=f"journal.json .*Remove {work} to start anew"):
+        with pytest.raises(UserError, match=f"journal.json .*Remove {work} to start again"):
             convert(options(base, tmp_path / "jai"))
         assert (work / "journal.json").read_text() == content
 

@@ -170,7 +170,7 @@ def test_cut_answers_count_as_they_stand_and_are_said(problems, tmp_path):
     with ChatEndpoint(lambda request, before: Answer(answer_as_often(request, before), finish="length")) as model:
         said, rows, _ = run(problems, tmp_path / "out", model)
         assert len(rows) == 3
-        assert "20 answers were cut off at --max-new-tokens, and count as they stand." in said
+        assert "20 answers were cut off at --max-new-tokens, and are judged as they are." in said
 
 
 def test_a_checkpoint_answers_and_is_not_asked_again(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):

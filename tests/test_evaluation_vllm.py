@@ -103,7 +103,7 @@ def test_vllm_is_asked_much_at_a_time_and_what_it_cuts_is_counted(checkpoint, vl
 
 
 def test_what_vllm_cannot_do_is_one_error(checkpoint, vllm, monkeypatch):
-    with pytest.raises(UserError, match=r"by the code that lies in it\. Allow that with --trust-remote-code"):
+    with pytest.raises(UserError, match=r"with the code in its folder\. Allow that with --trust-remote-code"):
         load_answering_model(options_of(checkpoint, trust_remote_code=False), chat=False)
     monkeypatch.setattr(_Engine, "fails", True)
     with pytest.raises(UserError, match=f"vLLM cannot load {checkpoint}: no GPU was found"):

@@ -135,7 +135,7 @@ class TestTrainingOn:
         """At a learning rate of nothing, it is the layer that was kept."""
         out = run(options, tmp_path / "out", model_name_or_path=kept, learning_rate=0)
         shown = " ".join(capsys.readouterr().out.split())
-        assert "second token the model's layer for it goes on learning, weight 0.5; the layer is kept for" in shown
+        assert "second token the model's layer for it is trained further, weight 0.5; the layer is kept for" in shown
         before, after = layer_weights(kept), layer_weights(out)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)

@@ -654,7 +654,7 @@ def test_tokens_in_the_wrong_place(folder, hub):
     record = {"step": "sft", "inputs": [], "options": {"hub_token": token}}
     (folder / PROVENANCE_FILE).write_text(json.dumps(record))
     message = refuse(folder, REPO, hub)
-    assert f"stands in {PROVENANCE_FILE}" in message
+    assert f"There is an access token in {PROVENANCE_FILE}" in message
     assert token not in message
     assert token not in card_files(folder)["README.md"]
 

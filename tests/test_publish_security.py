@@ -272,7 +272,7 @@ def test_a_token_in_any_file_stops_the_upload(folder, tmp_path):
             path.write_bytes((before or b"") + f"\n# {token}\n".encode())
             with pytest.raises(UserError) as caught:
                 publish(options, token=token, endpoint=hub.endpoint, console=Console(file=StringIO()))
-            assert f"stands in {name}" in str(caught.value)
+            assert f"There is an access token in {name}" in str(caught.value)
             assert token not in str(caught.value)
             path.unlink() if before is None else path.write_bytes(before)
         assert hub.requests == []

@@ -183,7 +183,7 @@ def test_code_that_computes_something_else_is_refused(folder):
     code = path.read_text()
     assert "self.lm_head(" in code
     path.write_text(code.replace("self.lm_head(", "2 * self.lm_head(", 1))
-    with pytest.raises(UserError, match="computes something else than the installed package: the logits differ by 1"):
+    with pytest.raises(UserError, match="and the installed package give different results: the logits differ by 1"):
         check_checkpoint(folder, source=True)
 
 

@@ -213,7 +213,7 @@ def test_the_command_says_the_alarms_and_writes_where_it_is_told(tmp_path, monke
 @pytest.mark.parametrize(
     ("logs", "language", "said"),
     [
-        (calm_logs(), "fr", "Whether fr comes back is not known: the logs have losses on en, th."),
+        (calm_logs(), "fr", "Whether fr recovers is not known: the logs have losses on en, th."),
         (calm_logs(5), "en", "that takes 6 logs with a loss on it, and there are 5."),
         (calm_logs(6), "en", None),
         ([{"step": step, "loss": 1.0} for step in range(9)], "en", None),  # a stage that knows of no languages

@@ -139,7 +139,7 @@ CASES = [
     (HEAVY, "pairs data.jsonl out --model whole --by reward --reward-model jai", 1, "jai has no tokenizer that can"),
     (HEAVY, "difficulty data.jsonl out --model ./none", 1, "./none is neither a folder nor a Hub id"),
     (HEAVY, "difficulty none.jsonl out --model phi3", 1, "none.jsonl does not exist"),
-    (HEAVY, "difficulty stage.yaml out --model phi3 --min-pass-rate 0.95", 1, "nothing lies between them"),
+    (HEAVY, "difficulty stage.yaml out --model phi3 --min-pass-rate 0.95", 1, "nothing between them"),
     (HEAVY, "score none.jsonl out --model phi3", 1, "none.jsonl does not exist"),
     (HEAVY, "score data.jsonl out --model ./none", 1, "./none is neither a folder nor a Hub id"),
     (HEAVY, "score stage.yaml phi3 --model phi3", 1, "phi3 exists already"),

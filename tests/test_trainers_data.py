@@ -992,7 +992,7 @@ def test_plain_text_is_never_cut_and_the_plan_says_what_is(checkpoint, tiny_toke
         return " ".join(capsys.readouterr().out.split("{")[0].split())
 
     printed = plan("packed", packing=True)
-    assert f"5 rows, {total:,} tokens; packed (longer documents go on in another sequence)" in printed
+    assert f"5 rows, {total:,} tokens; packed (longer documents continue in another sequence)" in printed
     assert "cut off nothing" in printed
     assert read_step(Path("packed"))["options"]["packing_strategy"] == "bfd_split"
     printed = plan("bfd", packing=True, packing_strategy="bfd")

@@ -449,7 +449,7 @@ def test_a_threshold_needs_a_calibration(checkpoint, reward_model, tmp_path):
     assert [row["reward_probability"] for row in json_lines(scored)] == [None, None]
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["share_above_paper_threshold"] is None
     (bare / "reward_calibration.json").write_text('{"slope": "x"}')
-    with pytest.raises(UserError, match="is no calibration"):
+    with pytest.raises(UserError, match="is not a calibration"):
         read_calibration(bare)
 
 

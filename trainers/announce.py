@@ -217,7 +217,7 @@ def _sequences(training_args: StageConfig) -> str:
     if getattr(training_args, "packing_strategy", None) == "wrapped":
         return f"packed (wrapped: documents see the end of the one before them, and are split), {length}"
     if getattr(training_args, "packing_strategy", None) == "bfd_split":
-        return f"packed (longer documents go on in another sequence), {length}"
+        return f"packed (longer documents continue in another sequence), {length}"
     return f"packed (documents do not see each other), {length}"
 
 

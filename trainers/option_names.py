@@ -31,7 +31,7 @@ RENAMED = {
     "evaluation_strategy": "`eval_strategy`",
     "warmup_ratio": "`warmup_steps`, where a number below 1 is a share",
     "group_by_length": "`train_sampling_strategy: group_by_length`",
-    "overwrite_output_dir": "another `output_dir`, or `resume_from_checkpoint: true` to go on in the same",
+    "overwrite_output_dir": "another `output_dir`, or `resume_from_checkpoint: true` to resume in the same",
     "rpo_alpha": "`loss_type: [sigmoid, sft]` with `loss_weights`",
     "reward_funcs": "`rewards`, by name",
     "use_flash_attention_2": "`attn_implementation: flash_attention_2`",

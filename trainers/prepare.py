@@ -176,7 +176,7 @@ def _gate_tokens(data: TrainingData, arguments: StageArguments) -> TrainingData:
     limit = max_length_of(training)
     if limit is None or (getattr(training, "packing", False) and splits_rows(training)):
         if arguments.data.drop_truncated:
-            why = "`max_length` is null" if limit is None else "packing goes on with a long row in another sequence"
+            why = "`max_length` is null" if limit is None else "packing continues a long row in another sequence"
             data.notes.append(f"`drop_truncated` leaves nothing out: no row is cut off, for {why}.")
         return _keep_taught_evaluation(data, None, training)
     if arguments.data.drop_truncated:

@@ -72,7 +72,7 @@ def step_rows(config: PretrainConfig, base: BaseModel, layout: StepLayout) -> It
     )
     if config.mtp_weight:
         goes_on = bool(getattr(base.config, "num_mtp_layers", None))
-        whose = "the model's layer for it goes on learning" if goes_on else "a new layer learns to predict it"
+        whose = "the model's layer for it is trained further" if goes_on else "a new layer learns to predict it"
         end = "kept for `generate(use_mtp=True)`" if config.keep_mtp else "dropped at the end"
         yield "second token", f"{whose}, weight {config.mtp_weight:g}; the layer is {end}"
     begins = annealing_begins(layout.steps, config.annealing)

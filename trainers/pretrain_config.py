@@ -224,6 +224,6 @@ _WHY = {
     "train_sampling_strategy": "the order is a function of seed and step",
     "group_by_length": "all sequences are of one length",
     "auto_find_batch_size": "the batch decides which text a step sees",
-    "ignore_data_skip": "a resumed run goes on with the text that comes next",
+    "ignore_data_skip": "a resumed run continues with the text that comes next",
     "label_smoothing_factor": "the loss is that of the next token",
 }

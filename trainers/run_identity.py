@@ -241,6 +241,6 @@ def check_same_options(
         ]
         if changed:
             raise UserError(
-                f"The run in {checkpoint} was begun with other options: {'; '.join(changed)}. It goes on with the same "
-                "ones only, or what comes out would be neither run's. Give them as they were, or begin a new run."
+                f"The run in {checkpoint} was begun with other options: {'; '.join(changed)}. It can be resumed "
+                "only with the same ones. Give them as they were, or begin a new run."
             )

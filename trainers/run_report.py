@@ -206,13 +206,13 @@ def _not_watched(logs: Sequence[Log], language: str) -> str | None:
         return None
     if language not in counts:
         return (
-            f"Whether {language} comes back is not known: the logs have losses on {', '.join(sorted(counts))}. "
+            f"Whether {language} recovers is not known: the logs have losses on {', '.join(sorted(counts))}. "
             "`--language` says which is the base's."
         )
     least = 2 * WINDOW
     if counts[language] < least:
         return (
-            f"Whether {language} comes back is not known: that takes {least} logs with a loss on it, and there are "
+            f"Whether {language} recovers is not known: that takes {least} logs with a loss on it, and there are "
             f"{counts[language]}."
         )
     return None

@@ -308,7 +308,7 @@ def _count(
 
 
 def splits_rows(training: StageConfig) -> bool:
-    """Whether packing goes on with a long row in another sequence, so that nothing of it is cut off."""
+    """Whether packing continues a long row in another sequence, so that nothing of it is cut off."""
     return getattr(training, "packing_strategy", None) in ("bfd_split", "wrapped")
 
 

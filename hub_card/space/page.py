@@ -39,7 +39,7 @@ def split_html(tokens: Sequence[Token]) -> str:
     """The tokens of prompt and reply, one box each."""
     parts = ["<h3>How the text was split</h3>"]
     if not tokens:
-        parts.append("<p>Ask something, and its tokens stand here.</p>")
+        parts.append("<p>Ask something; its tokens will appear here.</p>")
     for title, made in (("What the model read", False), ("What it wrote", True)):
         shown = [token for token in tokens if token.made == made]
         if shown:
