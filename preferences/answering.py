@@ -131,8 +131,8 @@ def answers_folder(out: Path, plan: dict[str, Any], what: str) -> Iterator[None]
         changes = sorted(differences(read_json(path), plan)) if path.exists() else []
         if changes:
             raise UserError(
-                f"{out} was begun with other inputs or options: {'; '.join(changes[:3])}. Give the same ones to resume, "
-                "or another output folder."
+                f"{out} was begun with other inputs or options: {'; '.join(changes[:3])}. Give the same ones to "
+                "resume, or another output folder."
             )
         write_whole(path, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
         yield
