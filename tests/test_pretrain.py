@@ -47,6 +47,8 @@ from jai.trainers import pretrain, pretrain_trainer
 from jai.trainers.arguments import parse_arguments
 from jai.trainers.pretrain_announce import step_rows, text_rows
 from jai.trainers.pretrain_trainer import TOKENS_SEEN
+from jai.trainers.run_report import find_alarms, read_logs, report_run
+from jai.trainers.run_report_options import RunReportOptions
 from jai.trainers.schedules import annealing_begins, warmup_stable_decay
 from jai.trainers.second_token import add_second_token_layer, second_labels
 from jai.trainers.steps import StepLayout
@@ -326,6 +328,22 @@ class TestRun:
         for log in logs:
             of_routers = 0.5 * log["router/aux_loss/mean"] + 0.25 * log["router/z_loss/mean"]
             assert log["loss"] == pytest.approx(log["loss/next_token"] + of_routers, rel=1e-5)
+        page = report_run(RunReportOptions(run=out), Console(quiet=True)).read_text()
+        charts = ("Loss", "Loss by language", "Gradient norm", "Learning rate", "Tokens seen", "Tokens a second")
+        of_layers = ("Load-balancing loss of each", "z-loss of each", "Entropy of each layer", "Skip alphas")
+        of_both = ("Entropy of routers by language", "Largest share of an expert by language", "Routers at step 6")
+        for title in (*charts, *of_layers, *of_both):
+            assert f">{title}" in page
+
+    def test_alarms_are_of_a_run_that_goes_wrong(self, options):
+        """From the trainer's own logs: the names of the figures are those that the report looks for."""
+        out = run(options, max_steps=9)
+        assert {alarm.kind for alarm in find_alarms(read_logs(out), "en")} <= {"router"}  # which few tokens may starve
+        page = report_run(RunReportOptions(run=out), Console(quiet=True)).read_text()
+        assert "comes back" not in page  # English is watched
+        options["output_dir"] = options["output_dir"].with_name("wild")
+        logs = read_logs(run(options, max_steps=9, learning_rate=1.0, max_grad_norm=1e9))
+        assert "instability" in {alarm.kind for alarm in find_alarms(logs, "en")}
 
     def test_languages_and_layers_have_losses_that_make_the_loss(self, options, packed, checkpoint, tmp_path):
         """Of documents that follow each other, also across languages; one sequence is padded."""

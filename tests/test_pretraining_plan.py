@@ -523,6 +523,23 @@ class TestShares:
         with pytest.raises(UserError, match="and pairs was packed with several"):
             SequencePlan(corpus, 64, shares=shares)
 
+    def test_all_that_a_configuration_says_is_taken(self):
+        first = {"name": "a", "text": "a.jsonl", "language": "th", "quality_column": "score", "keep_best": 0.5}
+        first |= {"min_tokens": 2, "max_tokens": 9, "weight": 3, "epochs": 2.5}
+        second = {"name": "b", "packed": "a", "weight": 1}
+        given = corpus_config({"sources": [first, second], "when_dry": "renormalize"})
+        assert Shares.configured(given) == Shares(
+            {
+                "a": SourceShare(3.0, 2.5, DocumentChoice(0.5, 2, 9)),
+                "b": SourceShare(1.0, 1.0, DocumentChoice(), "a"),
+            },
+            when_dry="renormalize",
+        )
+        del first["weight"]
+        given = corpus_config({"sources": [first], "alpha": 0.25, "beta": {"th": 1.0}})
+        of_a = SourceShare(None, 2.5, DocumentChoice(0.5, 2, 9))
+        assert Shares.configured(given) == Shares({"a": of_a}, 0.25, {"th": 1.0}, "error")
+
     def test_the_best_by_score(self, tmp_path, small_blocks):
         scores = np.random.default_rng(0).permutation(200).astype(float).tolist()
         corpus = packed_corpus(tmp_path / "a", {"a": [10] * 200}, quality={"a": scores})
