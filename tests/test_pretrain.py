@@ -41,7 +41,7 @@ from jai.pretraining.options import PackOptions
 from jai.pretraining.pack import pack_corpus
 from jai.pretraining.plan import AnnealedPlan, SequencePlan
 from jai.pretraining.shards import PackedCorpus
-from jai.pretraining.shares import Shares, SourceShare
+from jai.pretraining.shares import DocumentChoice, Shares, SourceShare
 from jai.provenance import chain, read_step
 from jai.trainers import pretrain, pretrain_trainer
 from jai.trainers.arguments import parse_arguments
@@ -290,6 +290,18 @@ class TestRun:
         assert rows(max_steps=5, annealing=0.2, **more)["annealing"] == "from step 4: weight decay 0.01"
         with pytest.raises(UserError, match=r"`annealing` is 1, all of the 4 steps"):
             rows(max_steps=4, annealing=1, annealing_mixture=tmp_path / "annealing.yaml")
+
+    def test_the_plan_says_that_equal_scores_keep_more_than_is_asked(self, options, tmp_path):
+        quality = {"a": [1.0] * 5 + [2.0] * 5, "b": [float(number) for number in range(10)]}
+        best = {"choice": DocumentChoice(keep_best=0.2)}
+        documents, mixture = {"a": [50] * 10, "b": [50] * 10}, {"a": best, "b": best}
+        plan = SequencePlan(packed_corpus(tmp_path / "a", documents, quality=quality, mixture=mixture), 48)
+        lines = [text for _, text in text_rows(arguments_of(options)[0], plan, StepLayout(1, 1, 1, 1, 0))]
+        assert lines[2].startswith("a: 5 of 10 documents, by `keep_best`")
+        assert lines[3] == (
+            "a: 5 of 10 documents are kept, and not 20%, because the lowest score that is kept is that of many"
+        )
+        assert not any(line.startswith("b:") and "are kept" in line for line in lines)
 
     @pytest.mark.parametrize("head", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["theirs", "ours"])
     def test_an_adapter_learns_the_same_again(self, options, checkpoint, tmp_path, head):

@@ -39,7 +39,7 @@ def text_rows(config: PretrainConfig, plan: AnyPlan, layout: StepLayout) -> Iter
 
 
 def _left_out(plan: AnyPlan) -> Iterator[str]:
-    """What the packed text holds and no sequence can: sources, and documents of a source."""
+    """What no sequence can hold of the packed text: sources, documents; and where equal scores keep more of these."""
     used = {share.packed or name for part in plan.parts for name, share in part.shares.sources.items()}
     yield from (f"{source.name}: not in the mixture" for source in plan.corpus.sources if source.name not in used)
     for when, part in zip(("", "in the annealing, "), plan.parts):
@@ -49,6 +49,12 @@ def _left_out(plan: AnyPlan) -> Iterator[str]:
                 yield (
                     f"{when}{order.source.name}: {left:,} of {documents:,} documents, by `keep_best`, `min_tokens` or "
                     "`max_tokens`"
+                )
+            asked = order.choice.keep_best
+            if order.documents > round(asked * documents) + len(order.source.entry.languages):
+                yield (
+                    f"{when}{order.source.name}: {order.documents:,} of {documents:,} documents are kept, and not "
+                    f"{asked:.0%}, because the lowest score that is kept is that of many"
                 )
 
 
