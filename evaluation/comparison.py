@@ -24,6 +24,8 @@ _QUESTION_TEXTS = ("question", "expected")  # texts of an item that depend on th
 # What makes two outcomes those of different questions or of different graders, and how people call it.
 _MEASURE_FIELDS = {
     "version": "version",
+    "filter": "filter",
+    "scale": "scale",
     "data": "data",
     "judge": "judge",
     "judge_names": "names that the judge gives itself",
@@ -160,12 +162,24 @@ def _test(first: ComparedRun, second: ComparedRun, key: tuple[str, str, str], se
     for field, title in _MEASURE_FIELDS.items():
         if any(getattr(mine[task], field) != getattr(theirs[task], field) for task in mine):
             return f"other {title}"
+    if not _made_alike(figures[0], figures[1]):
+        return "other tasks or weights in the mean"
     found, others = first.items.of(figures[0]), second.items.of(figures[1])
     if found is None or others is None:
         return "its items are not recorded"
     if not _same_questions(found[0], others[0]):
         return "other questions"
     return paired_difference(found[0], others[0], weights=found[1], seed=seed) or "no item in both"
+
+
+def _made_alike(first: Figure, second: Figure) -> bool:
+    """Whether two figures are the same mean of the same parts, as they are not where the suite has changed."""
+    mine, theirs = ({(part.task, part.metric): part.weight for part in each.parts} for each in (first, second))
+    if mine.keys() != theirs.keys() or any((mine[part] is None) != (theirs[part] is None) for part in mine):
+        return False
+    # Weights by the number of questions differ where one run has a limit.
+    same_items = (first.items, first.unscored) == (second.items, second.unscored)
+    return not same_items or all(abs((mine[part] or 0) - (theirs[part] or 0)) < 1e-9 for part in mine)
 
 
 def _same_questions(first: Sequence[Item], second: Sequence[Item]) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A comparison of runs for people: tables as text and Markdown, and a picture."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,8 +251,9 @@ def _write(path: Path, write: Any) -> None:
 def draw_comparison(comparison: Comparison, path: Path) -> None:
     """Draw every figure as bars with their intervals, and those that all runs have as a radar.
 
-    A radar needs three figures and has at most twelve: of more, each suite's last, which is its mean. All are shares of
-    the largest value that they may have: 1, 10 or 100. Figures of which less is better are left out of it.
+    A radar needs three figures and has at most twelve: of more, the mean of each suite, which is the first of those
+    with the most items. All are shares of the largest value that they may have: 1, 10 or 100. Figures of which less is
+    better are left out of it.
 
     Args:
         comparison: what to draw.
@@ -277,8 +279,13 @@ def radar_rows(comparison: Comparison) -> list[ComparedFigure]:
     """The axes of the radar."""
     rows = [row for row in comparison.rows if row.higher_is_better and None not in row.figures]
     if len(rows) > _MOST_AXES:
-        rows = list({row.suite: row for row in rows}.values())[:_MOST_AXES]
+        suites = dict.fromkeys(row.suite for row in rows)
+        rows = [max((row for row in rows if row.suite == suite), key=_most_items) for suite in suites][:_MOST_AXES]
     return rows
+
+
+def _most_items(row: ComparedFigure) -> int:
+    return max(figure.items for figure in row.figures if figure is not None)
 
 
 def _full_scale(row: ComparedFigure) -> float:
@@ -305,7 +312,7 @@ def _draw_bars(axis: Any, comparison: Comparison) -> None:
             heights, values, width, xerr=[low, high], color=series_color(number), label=run.name, ecolor="#1c2430"
         )
     axis.set_yticks(range(len(comparison.rows)), [_label(row) for row in comparison.rows])
-    axis.invert_yaxis()
+    axis.set_ylim(len(comparison.rows) - 0.4, -0.6)  # from above, without an empty margin
     axis.set_xlim(0, 1)
     axis.grid(axis="x")
     axis.set_axisbelow(True)
@@ -314,15 +321,24 @@ def _draw_bars(axis: Any, comparison: Comparison) -> None:
 
 
 def _draw_radar(axis: Any, comparison: Comparison, rows: Sequence[ComparedFigure]) -> None:
-    turn = 2 * 3.141592653589793
+    turn = 2 * math.pi
     angles = [turn * number / len(rows) for number in range(len(rows))]
     for number, run in enumerate(comparison.runs):
         figures = [(row.figures[number], _full_scale(row)) for row in rows]
         values = [figure.value / scale for figure, scale in figures if figure]
         axis.plot([*angles, turn], [*values, values[0]], color=series_color(number), label=run.name)
         axis.fill(angles, values, color=series_color(number), alpha=0.1)
-    labels = [_label(row).replace(": ", ":\n", 1).replace(", ", ",\n", 1) for row in rows]
-    axis.set_xticks(angles, labels, fontsize=8)
-    axis.tick_params(axis="x", pad=22)
+    axis.set_xticks(angles, [""] * len(rows))
     axis.set_ylim(0, 1)
-    axis.set_title("What all runs have")
+    for angle, row in zip(angles, rows):
+        label = _label(row).replace(": ", ":\n", 1).replace(", ", ",\n", 1).replace(" / ", " /\n")
+        across, up = math.cos(angle), math.sin(angle)
+        axis.text(
+            angle,
+            1.05,
+            label,
+            fontsize=8,
+            ha="center" if abs(across) < 0.3 else "left" if across > 0 else "right",  # away from the circle
+            va="center" if abs(up) < 0.3 else "bottom" if up > 0 else "top",
+        )
+    axis.set_title("What all runs have", pad=60)

@@ -158,7 +158,7 @@ def _measure_task(
     found = results["samples"][name]
     reading = row.filter or (found[0]["filter"] if found else "none")
     samples = [sample for sample in found if sample["filter"] == reading]
-    _begin_record(run, _record(suite, task, samples))
+    _begin_record(run, _record(suite, row, task, reading, samples))
     for metric in row.metrics:
         scored = [sample for sample in samples if metric in sample]
         if not scored:
@@ -274,19 +274,29 @@ def _begin_record(run: EvaluationRun, record: TaskRecord) -> None:
     """Write down how a task is measured, before its outcomes are.
 
     Raises:
-        UserError: if the run has outcomes of other questions, as those of other data.
+        UserError: if the run has outcomes of other questions, as those of other data, or that were scored otherwise.
     """
     for other in run.results.tasks:
-        if (other.suite, other.task) == (record.suite, record.task) and other.prompt_hash != record.prompt_hash:
+        if (other.suite, other.task) != (record.suite, record.task):
+            continue
+        if other.prompt_hash != record.prompt_hash:
             raise UserError(
                 f"{run.folder} has {record.task} with other questions: the data, the shots or the task has changed "
                 "since. Give another output folder."
             )
+        for name in ("version", "filter", "scale"):
+            if (old := getattr(other, name)) != (new := getattr(record, name)):
+                raise UserError(
+                    f"{run.folder} has {record.task} with another {name}: it was {old} and is {new}. Give another "
+                    "output folder."
+                )
     run.replace_task(record)
     run.save()
 
 
-def _record(suite: Suite, task: "Task", samples: Sequence[Mapping[str, Any]]) -> TaskRecord:
+def _record(
+    suite: Suite, row: SuiteTask, task: "Task", reading: str, samples: Sequence[Mapping[str, Any]]
+) -> TaskRecord:
     asked = json.dumps([sample["arguments"] for sample in samples], ensure_ascii=False, default=str)
     config = task.config
     return TaskRecord(
@@ -295,6 +305,8 @@ def _record(suite: Suite, task: "Task", samples: Sequence[Mapping[str, Any]]) ->
         version=str(task.VERSION),
         prompt_hash=hashlib.sha256(asked.encode()).hexdigest(),
         shots=config.num_fewshot or 0,
+        filter=reading,
+        scale=row.scale,
         data=" ".join(filter(None, (config.dataset_path, config.dataset_name))),
     )
 

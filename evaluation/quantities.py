@@ -174,7 +174,7 @@ def read_quantity(text: str) -> Quantity | None:
     Args:
         text: in the one notation of `with_one_notation`.
     """
-    match = _QUANTITY.fullmatch(text.strip()) if len(text) <= _LONGEST else None
+    match = _QUANTITY.fullmatch(text) if len(text) <= _LONGEST else None
     if match is None or (match["sign"] and match["inner_sign"]):
         return None
     unit = _UNIT.fullmatch(match["after"].strip())

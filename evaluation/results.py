@@ -359,6 +359,8 @@ class TaskRecord:
         version: of the task's definition.
         prompt_hash: SHA-256 of all that the model was asked, in the order of the items.
         shots: examples before each question.
+        filter: which of the task's ways to read an answer.
+        scale: what scores were multiplied by.
         data: Hub id, or path, of the questions.
         judge: id of the model that judged, None where none did.
         judge_names: what the judge calls itself in its replies.
@@ -372,6 +374,8 @@ class TaskRecord:
     version: str
     prompt_hash: str
     shots: int = 0
+    filter: str = "none"
+    scale: float = 1.0
     data: str = ""
     judge: str | None = None
     judge_names: tuple[str, ...] = ()
@@ -480,7 +484,8 @@ def open_run(
 
     Args:
         folder: of the run.
-        model, revision, conditions: as of `EvaluationResults`; a run that is there must have the same.
+        model, revision, conditions: as of `EvaluationResults`; a run that is there must have the same. A model with the
+            same files may have another path.
 
     Raises:
         UserError: if the folder cannot be written, is being written by another process, holds something else than a
@@ -494,7 +499,7 @@ def open_run(
         if (folder / RESULTS_FILE).exists():
             results, items = read_run(folder)
             _refuse_other(folder, results, asked)
-            results.finished = False
+            results.model, results.finished = model, False
         else:
             results, items = asked, []
         run = EvaluationRun(folder, results, items)
@@ -562,6 +567,8 @@ def _is_free(folder: Path) -> bool:
 
 def _refuse_other(folder: Path, found: EvaluationResults, asked: EvaluationResults) -> None:
     old, new = ({"model": each.model, "revision": each.revision, **each.conditions} for each in (found, asked))
+    if old["revision"] == new["revision"] and "://" not in new["revision"]:  # of files, not of a server's models
+        del old["model"], new["model"]
     if changes := sorted(differences(old, new)):
         raise UserError(
             f"{folder} holds another evaluation: {'; '.join(changes[:3])}. Give the same settings to resume it, or "

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -317,6 +318,24 @@ def test_every_unit_has_its_size(line):
         assert same_answer(other, first), other
         assert not same_answer(f"{first} หรือ {other}", first)
         assert not same_answer(re.sub(r"\d+", lambda match: str(int(match[0]) + 1), other, count=1), first), other
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("-42", -42), ("+42", 42), ("-$5", -5), ("$-5", -5), ("-$-5", None), ("- -5", None)),
+        *(("2×10^3", 2000), ("2*10^{-1}", Fraction(1, 5)), ("2e+3", 2000), ("1/0", None), ("1e301", None)),
+        *(("-1 1/2", Fraction(-3, 2)), (r"-2\frac12", Fraction(-5, 2)), ("3 Million", 3_000_000)),
+    ],
+)
+def test_the_number_of_a_quantity(text, number):
+    found = read_quantity(text)
+    assert (found and found.number) == number
+
+
+def test_a_unit_after_a_scale_counts():
+    assert read_quantity("2 million dollars").kind == "dollars"
+    assert not same_answer("2 million dollars", "2 million baht")
 
 
 def test_units_of_one_size_are_units_of_what_they_measure():

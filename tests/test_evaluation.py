@@ -656,6 +656,23 @@ def test_a_metric_that_is_no_mean(data, tmp_path):
         measure(plan, Knows(), tmp_path / "run")
 
 
+@pytest.mark.parametrize(("name", "value"), [("filter", "second"), ("scale", 2.0), ("version", None)])
+def test_a_run_does_not_go_on_where_its_suite_scores_otherwise(data, tmp_path, name, value):
+    """The outcomes that are there would stay, under the new suite's name."""
+    task = f"include: {TASKS_FOLDER}/reasoning/mgsm_final_th.yaml\ntask: read_twice\nfilter_list:\n"
+    task += "".join(f"  - {{name: {each}, filter: [{{function: take_first}}]}}\n" for each in ("first", "second"))
+    row = {"task": "read_twice", "metric": "exact_match"}
+
+    def run(version: int, **changes) -> EvaluationRun:
+        (tmp_path / "read_twice.yaml").write_text(f"{task}metadata: {{version: {version}}}\n")
+        suite = Suite(name="s", title="t", about="a", tasks=[{**row, **changes}])
+        return measure(plan_suite(suite, TaskLoader(data=data, include_path=tmp_path)), Knows(), tmp_path / "run")
+
+    assert run(1).results.tasks[0].filter == "first"
+    with pytest.raises(UserError, match=f"has read_twice with another {name}: it was"):
+        run(1, **{name: value}) if value else run(2)
+
+
 def test_rows_that_are_left_out_are_counted(plan_of, tmp_path):
     run = measure(plan_of("onet"), Knows(), tmp_path / "run")
     assert "onet_m3_thai leaves out 1 of the 4 rows of its data." in run.results.notes

@@ -14,7 +14,7 @@ from jai.evaluation.comparison import compare_runs
 from jai.evaluation.comparison_report import draw_comparison, published_table, radar_rows, report_comparison
 from jai.evaluation.options import CompareOptions
 from jai.evaluation.published import published_figures
-from jai.evaluation.results import FigureItems, Item, TaskRecord, mean_figure, open_run, read_run
+from jai.evaluation.results import FigureItems, FigurePart, Item, TaskRecord, mean_figure, open_run, read_run
 from jai.evaluation.suites import JudgedSuite, read_suite, suite_names
 
 PAPERS = Path(__file__).parents[2] / "shared/papers"
@@ -103,6 +103,8 @@ def test_figures_find_their_items_with_their_weights(tmp_path):
             "other parameters of the judge",
             'parameters of the judge: model none, other {"temperature": 1}.',
         ),
+        ({"filter": "last"}, "other filter", "filter: model none, other last."),
+        ({"scale": 100.0}, "other scale", "scale: model 1.0, other 100.0."),
         ({"answer_tokens": 9}, "", "longest answer in tokens: model none, other 9."),
         ({"expected": "B"}, "other questions", None),
         ({"prompt_hash": "b" * 64}, "", "thai-exam, task 0, task 1: prompts differ: other questions, examples or chat"),
@@ -123,6 +125,28 @@ def test_what_differs_is_said(tmp_path, other, obstacle, note):
         assert note in "\n".join(comparison.notes)
     else:
         assert not comparison.notes
+
+
+@pytest.mark.parametrize(
+    ("weights", "metric", "obstacle"),
+    [
+        ((0.5, 0.5), "acc", ""),
+        ((None, None), "acc", "other tasks or weights in the mean"),
+        ((0.25, 0.75), "acc", "other tasks or weights in the mean"),
+        ((0.5, 0.5), "acc_norm", "other tasks or weights in the mean"),
+    ],
+)
+def test_a_mean_that_is_taken_otherwise_is_not_tested(tmp_path, weights, metric, obstacle):
+    """As after a change of the suite's file: both figures bear one name."""
+    folders = []
+    for name, shares, measured in (("a", (0.5, 0.5), "acc"), ("b", weights, metric)):
+        parts = tuple(FigurePart(f"task {number}", measured, share) for number, share in enumerate(shares))
+        folders.append(make_run(tmp_path / name, BEFORE))
+        with open_run(folders[-1], model="org/model", revision="c0ffee") as run:
+            some, mean = run.results.figures
+            run.replace_figures(mean.suite, [some, dataclasses.replace(mean, parts=parts)])
+            run.finish()
+    assert [row.obstacles[1] for row in compare_runs(folders).rows] == ["", obstacle]
 
 
 def test_items_of_one_run_only_are_counted(tmp_path):
@@ -241,9 +265,11 @@ def test_the_radar_has_what_all_runs_have_and_more_is_better(tmp_path):
     rows = [dataclasses.replace(row, name=str(number)) for number in range(4)]
     some = dataclasses.replace(comparison, rows=[lower, half, *rows])
     assert [each.name for each in radar_rows(some)] == ["0", "1", "2", "3"]
-    suites = [dataclasses.replace(each, suite=suite) for suite in "abc" for each in rows * 2]
+    mean = dataclasses.replace(comparison.rows[1], name="mean")  # of more items
+    alike = dataclasses.replace(mean, name="mean of another metric")
+    suites = [dataclasses.replace(each, suite=suite) for suite in "abc" for each in (*rows, mean, alike)]
     many = dataclasses.replace(comparison, rows=suites)
-    assert [(each.suite, each.name) for each in radar_rows(many)] == [("a", "3"), ("b", "3"), ("c", "3")]
+    assert [(each.suite, each.name) for each in radar_rows(many)] == [("a", "mean"), ("b", "mean"), ("c", "mean")]
     sizes = []
     for number, drawn in enumerate((comparison, some)):
         path = tmp_path / f"{number}.png"

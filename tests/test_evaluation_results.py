@@ -241,6 +241,15 @@ def test_a_run_of_something_else_is_refused(tmp_path):
         open_run(tmp_path / "run", **{**WHAT, "conditions": {"limit": 6}}),
     ):
         pass
+    with open_run(tmp_path / "run", **WHAT | {"model": "moved/to/here"}) as run:  # the same files
+        assert run.results.model == "moved/to/here"
+    with pytest.raises(UserError, match="revision was"), open_run(tmp_path / "run", **WHAT | {"revision": "other"}):
+        pass
+    served = WHAT | {"revision": "http://127.0.0.1/v1"}
+    with open_run(tmp_path / "served", **served):
+        pass
+    with pytest.raises(UserError, match="model was"), open_run(tmp_path / "served", **served | {"model": "other"}):
+        pass
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "weights").touch()
     with pytest.raises(UserError, match="is no evaluation"), open_run(tmp_path / "other", **WHAT):
