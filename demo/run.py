@@ -46,7 +46,7 @@ from jai.version import __version__
 
 QUIET = Console(quiet=True)
 REPO_ID = "demo/jai-tiny"
-QUESTION = "2 + 3 = ?"
+QUESTION = "แพะมีกี่ขา"  # how many legs has a goat?
 BASE_STEPS = 100
 QUICK_BASE_STEPS, QUICK_STEPS = 20, 2
 BASE_VOCABULARY = 1536
