@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 from arms import check_setup
-from post_training_measures import answers_of
+from post_training_measures import answers_of, read_rows
 from reasoning_merge_arms import ARMS, QUICK, REASONER, Blend, Settings, blends, merge_weights
 from reasoning_merge_data import Chat, write_data
 from reasoning_merge_report import Outcome, csv_rows, write_report
@@ -91,7 +91,7 @@ class Seed:
             return
         documents = json.loads((self._data / "documents.json").read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(self._data / "tokenizer")
-        chats = [row["messages"] for row in _rows(self._data / "base.jsonl")]
+        chats = [row["messages"] for row in read_rows(self._data / "base.jsonl")]
         texts = documents + [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
         with tempfile.TemporaryDirectory() as scratch:
             train_base(texts, tokenizer, Path(scratch) / "phi3", steps=self._settings.base_steps, seed=self._seed)
@@ -163,11 +163,6 @@ def _scores(kind: str, chat: Chat, reply: str) -> Iterator[tuple[str, bool]]:
         yield "language", language_fault(reply, "th") is None
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def prepare(out: Path, settings: Settings) -> None:
     """Write the data and the tokenizer, which all seeds share.
 
@@ -180,7 +175,7 @@ def prepare(out: Path, settings: Settings) -> None:
         with new_folder(out / "data") as folder:
             write_data(folder, settings.data)
             texts = json.loads((folder / "documents.json").read_text(encoding="utf-8"))
-            texts += [turn["content"] for row in _rows(folder / "base.jsonl") for turn in row["messages"]]
+            texts += [turn["content"] for row in read_rows(folder / "base.jsonl") for turn in row["messages"]]
             train_phi3_style(texts, settings.vocabulary).save_pretrained(folder / "tokenizer")
 
 
