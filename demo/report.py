@@ -124,13 +124,13 @@ FIGURES: dict[str, Callable[[Results], str]] = {
     "fertility": _fertility,
 }
 CAPTIONS = {
-    "plan": "Layers of the JAI in the order in which they run; 'of n' is the base layer that each was made from. "
+    "plan": "Layers of the JAI in the order in which they run; 'of n' is the base layer it was made from. "
     "An arc is a skip connection with its trained alpha.",
     "stages": "Lower is better. Bits per character can be compared between tokenizers, the loss of a token cannot.",
-    "curves": "Training loss, in nats a token (SFT: of the assistant's turns only).",
+    "curves": "Training loss, in nats per token (SFT: only the assistant's turns).",
     "dpo": "Preference training.",
-    "router": "Share of each layer's choices that each expert gets, in percent, after all training; 25 is even.",
-    "fertility": "Fewer tokens per character mean longer contexts and faster generation. The English text holds a few "
+    "router": "How often each layer chooses each expert, in percent, after all training; 25 is even.",
+    "fertility": "Fewer tokens per character mean longer contexts and faster generation. The English text has a few "
     "Thai words.",
 }
 
@@ -160,9 +160,9 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "The layer plan",
             f"{max(layer.origin for layer in JaiConfig.from_dict(config).layer_plan) + 1} layers of phi-3 become "
-            f"{config['num_hidden_layers']}, in the manner of the paper's Table 2: blocks in the middle run two or "
-            "three times in place, each copy with weights of its own, and equation 1 leads what entered the first "
-            "copy of a block around to its later copies.",
+            f"{config['num_hidden_layers']}, as in the paper's Table 2: blocks in the middle run two or "
+            "three times in place, each copy with its own weights. Equation 1 adds what entered the first copy of a "
+            "block to the input of its later copies, times alpha.",
             ("plan",),
         ),
         Section(
@@ -171,15 +171,15 @@ def _sections(results: Results) -> list[Section]:
             f"English from {base.bits[en]:.2f} to {converted.bits[en]:.2f}: the new layers and experts change nothing "
             "yet, but Thai is now read in tokens that the model has never seen. Continued pre-training brought them "
             f"to {pretrained.bits[th]:.2f} and {pretrained.bits[en]:.2f}. Chat training moves a model away from plain "
-            "text, so bits per character rise again after it; what it is for shows in the answers below.",
+            "text, so bits per character rise again after it; its benefit shows in the answers below.",
             ("stages",),
         ),
         Section(
             "Two starts",
-            "How do the copies of a block start? By default as the identity, which keeps the function of the base "
-            f"exactly: KL(base ‖ JAI) {own.kl:.2g} nats a token. The paper copies the weights and adds α times the "
-            f"anchor, which costs {paper.kl:.2g}; what training then makes of both is in docs/price-of-depth.md. This "
-            "run goes on from the first row.",
+            "How do the copies of a block start? By default as the identity, which preserves the base's function "
+            f"exactly: KL(base ‖ JAI) {own.kl:.2g} nats per token. The paper copies the weights and adds α times the "
+            f"anchor, which costs {paper.kl:.2g}; docs/price-of-depth.md compares both after training. This "
+            "run continues from the first row.",
             table=ReportTable(
                 ["start of the copies", "KL", *(f"{name}, bits/char" for name in LANGUAGES.values())],
                 [
@@ -189,16 +189,16 @@ def _sections(results: Results) -> list[Section]:
                 numbers=True,
             ),
         ),
-        Section("Training", "TRL's trainers, as they are.", ("curves", "dpo")),
+        Section("Training", "With TRL's trainers.", ("curves", "dpo")),
         Section(
             "Router load",
-            "All experts begin as copies of the base's MLP, so the routers' first choices are arbitrary and mean "
-            "nothing yet; training and the load-balancing loss then set them right.",
+            "All experts begin as copies of the base's MLP, so the routers' first choices are arbitrary; "
+            "training and the load-balancing loss then correct them.",
             ("router",),
         ),
         Section(
             "Skip alphas",
-            "Each alpha is one trained number; optimisers do not decay it.",
+            "Each alpha is a single trained number, without weight decay.",
             table=ReportTable(
                 ["layer", *map(str, results.alphas_after)],
                 [
@@ -211,15 +211,15 @@ def _sections(results: Results) -> list[Section]:
             "Vocabulary",
             f"Thai text takes {results.fertility.base[th]:.2f} tokens per character in the base and "
             f"{results.fertility.extended[th]:.2f} in the JAI; text without Thai keeps its ids exactly. One sentence, "
-            "cut by both:",
+            "split by both tokenizers:",
             ("fertility",),
             code=f"base\n{_pieces(results.fertility.base_pieces)}\n\n"
             f"extended\n{_pieces(results.fertility.extended_pieces)}",
         ),
         Section(
             "Answers",
-            "Questions that are in no training chat, answered greedily, before chat training and after all of it. A "
-            "model of this size learns the manner of an answer in minutes, its facts much less: answers in the right "
+            "Questions that are not in the training chats, answered greedily before and after chat training. A "
+            "model of this size learns the form of answers in minutes, but few facts: answers in the right "
             f"language {_share(pretrained.in_language, th)} → {_share(sft.in_language, th)} (SFT) → "
             f"{_share(final.in_language, th)} (DPO) for Thai questions, {_share(pretrained.in_language, en)} → "
             f"{_share(sft.in_language, en)} → {_share(final.in_language, en)} for English ones; exactly right answers "
@@ -229,8 +229,8 @@ def _sections(results: Results) -> list[Section]:
         ),
         Section(
             "Evaluation",
-            "Which of four answers is the right one, by jai eval: right answers with their 95 % intervals, and how "
-            "often chance alone would set the two so far apart. Guessing gets 25 %.",
+            "Questions with four choices, by jai eval: right answers with their 95 % intervals, and the probability "
+            "of such a difference by chance alone. Guessing gets 25 %.",
             table=ReportTable(
                 ["questions", "count", "before", "after", "p"],
                 [
@@ -248,7 +248,7 @@ def _sections(results: Results) -> list[Section]:
         ),
         Section(
             "Checks",
-            "What was checked on the way; any failure stops the demo.",
+            "What was checked during the run; any failure stops the demo.",
             table=ReportTable(["check", "finding"], [[name, finding] for name, finding in results.checks.items()]),
         ),
         Section(

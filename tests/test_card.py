@@ -123,7 +123,7 @@ def test_a_quantised_checkpoint_says_so(folder):
     assert ModelCard(text).data.base_model_relation == "quantized"
     assert f"| parameters | {parameters} |" in text
     assert "The weights are rounded: FP4 by bitsandbytes." in text
-    assert "LoRA reaches the experts in this form by" in text
+    assert "To train LoRA on the quantized experts, use" in text
     assert re.search(r"`jai sft --model_name_or_path \S+ --use_peft`", text)
     assert "vllm serve" not in text
 
@@ -147,7 +147,7 @@ def test_only_a_model_that_fits_four_bits_is_told_how_to_load_in_them(folder, ti
     assert "load_in_4bit" not in card_files(folder)["README.md"]
     tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(folder)
     text = card_files(folder)["README.md"]
-    assert "In four bits, experts too" in text
+    assert "To load it in 4 bits, experts included" in text
     assert "transformers serve" not in text  # it finds no class from outside (test_serving)
     assert "jai serve " in text
 

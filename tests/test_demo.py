@@ -86,7 +86,7 @@ def test_a_small_suite_is_measured_before_and_after(demo):
         for value, low, high in (score["before"], score["after"]):
             assert 0 <= low <= value <= high <= 1
         assert 0 < score["p_value"] <= 1
-    assert "Which of four answers" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "Questions with four choices" in (folder / "report.html").read_text(encoding="utf-8")
     scores = json.loads((folder / "dpo" / "evaluation.json").read_text(encoding="utf-8"))["scores"]
     recorded = {score["metric_name"]: score["intervals"] for score in scores if score["dataset"] == "jai-demo"}
     assert recorded["The demo's questions, Thai"] == {"DPO": suite[0]["after"][1:]}

@@ -308,7 +308,7 @@ def test_the_card_without_records(folder, tiny_model):
         (folder / name).unlink()
     tiny_model(num_local_experts=1, block_repeats=[1, 1], block_size=2).save_pretrained(folder)
     text = card_files(folder)["README.md"]
-    assert "holds no record" in text
+    assert "There is no record of how this model was made" in text
     assert "1 (dense, no router)" in text
     assert "anchor" not in text
     assert "base_model" not in text
@@ -649,7 +649,7 @@ def test_tokens_in_the_wrong_place(folder, hub):
         assert "holds blanks" in message
         assert token not in message
     message = refuse(folder, token, hub)
-    assert "stands where the name" in message
+    assert "instead of the name of the repository" in message
     assert token not in message
     record = {"step": "sft", "inputs": [], "options": {"hub_token": token}}
     (folder / PROVENANCE_FILE).write_text(json.dumps(record))
