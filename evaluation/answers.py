@@ -6,6 +6,7 @@ gets one notation first (digits of every script, invisible characters, Thai look
 exactly, with their units where both have one; math-verify decides on the formulae that are left.
 """
 
+import importlib
 import logging
 import re
 import threading
@@ -269,6 +270,15 @@ def _is_formula(text: str) -> bool:
         and not _HUGE.search(text)
         and not re.search(r"\d\s+\d", text)  # which math-verify reads as one number
     )
+
+
+def require_math_verify() -> None:
+    """For those whose result depends on formulae: that they cannot be compared is known before any work.
+
+    Raises:
+        ModuleNotFoundError: if math-verify is not installed.
+    """
+    importlib.import_module("math_verify")
 
 
 _warned: set[str] = set()

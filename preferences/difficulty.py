@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jai.errors import UserError
-from jai.evaluation.answers import states_right_answer
+from jai.evaluation.answers import require_math_verify, states_right_answer
 from jai.evaluation.data import parsed_rows
 from jai.evaluation.instructions.scoring import instruction_row, judge_instructions
 from jai.evaluation.judged.command import REPLIES_FILE
@@ -48,10 +48,13 @@ def select_prompts(options: DifficultyOptions, *, console: Console | None = None
 
     Raises:
         UserError: if a prompt has no solution or no instructions, the model cannot be asked, or no prompt is left.
+        ModuleNotFoundError: if answers are to be compared and math-verify is not installed.
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     options.check()
+    if options.by == "answers":
+        require_math_verify()
     quiet_libraries()
     check_chat_template(model_options(options))
     read = list(parsed_rows(options.prompts, preference_prompt))

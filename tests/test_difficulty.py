@@ -59,6 +59,15 @@ def problems(tmp_path) -> Path:
     return write_rows(tmp_path / "problems.jsonl", PROBLEMS)
 
 
+def test_answers_with_formulae_that_cannot_be_compared_are_not_asked_for(problems, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with ChatEndpoint(answer_as_often) as model:
+        with pytest.raises(ModuleNotFoundError, match="math_verify"):
+            run(problems, tmp_path / "out", model)
+        assert not model.asked
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompts_are_kept_by_their_share_of_right_answers(problems, tmp_path):
     with ChatEndpoint(answer_as_often) as model:
         said, rows, record = run(problems, tmp_path / "out", model, system_prompt=SYSTEM)

@@ -2,11 +2,13 @@
 """Rewards, called as TRL calls them."""
 
 import pickle
+import sys
 
 import pytest
 from datasets import Dataset
 from trl.rewards import accuracy_reward
 
+from jai.cli.app import EXTRA_OF
 from jai.errors import UserError
 from jai.trainers.rewards import (
     REWARD_NAMES,
@@ -139,6 +141,14 @@ def test_rewards_by_name():
     assert len({function.__name__ for function in functions[:-1]}) == len(functions) - 1  # TRL logs by name
     with pytest.raises(UserError, match="no reward 'thinking'; expected one of final_answer"):
         reward_functions(["thinking"])
+
+
+def test_final_answers_are_not_rewarded_where_formulae_cannot_be_compared(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert len(reward_functions([name for name in REWARD_NAMES if name != "final_answer"])) == len(REWARD_NAMES) - 1
+    with pytest.raises(ModuleNotFoundError, match="math_verify") as error:
+        reward_functions(["final_answer"])
+    assert error.value.name in EXTRA_OF
 
 
 @pytest.mark.slow

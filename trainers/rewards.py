@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from jai.errors import UserError
-from jai.evaluation.answers import states_right_answer
+from jai.evaluation.answers import require_math_verify, states_right_answer
 from jai.evaluation.instructions.scoring import instruction_row, judge_instructions
 from jai.evaluation.language import language_fault, think_fault
 
@@ -117,7 +117,10 @@ def reward_functions(names: Sequence[str]) -> list[Callable[..., Rewards]]:
 
     Raises:
         UserError: for a name that there is not.
+        ModuleNotFoundError: for `final_answer` without math-verify, which would give right formulae no reward.
     """
+    if "final_answer" in names:
+        require_math_verify()
     return [_reward_function(name) for name in names]
 
 
