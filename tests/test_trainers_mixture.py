@@ -242,6 +242,16 @@ def test_fractions_of_sources_and_rows(tiny_tokenizer):
         prepared(tiny_tokenizer, datasets=sources)
 
 
+def test_the_seed_of_the_data_decides_which_rows_are_taken(tiny_tokenizer):
+    """As transformers has it: `data_seed`, or where there is none, `seed`."""
+    sources = [{"path": numbered("rows", 30), "rows": 5}]
+    taken = [
+        questions(prepared(tiny_tokenizer, datasets=sources, training=training).train)
+        for training in ({"seed": 1}, {"data_seed": 1}, {"seed": 1, "data_seed": 2}, {"data_seed": 2})
+    ]
+    assert taken[0] == taken[1] != taken[2] == taken[3]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
