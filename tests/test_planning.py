@@ -344,6 +344,19 @@ def test_every_option_of_a_plan_changes_its_table(name):
 
 
 @pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"train": "full"}, 4),
+        ({"train": "full", "gpus": 2, "sharding": "none"}, 4),
+        ({"train": "full", "gpus": 2}, 2),
+        ({"train": "lora"}, 2),
+    ],
+)
+def test_experts_are_computed_in_fp32_where_fsdp_does_not_cast_them(options, size):
+    assert setup_of(PlanOptions(**options), JaiConfig()).compute == size
+
+
+@pytest.mark.parametrize(
     ("name", "flops"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12),

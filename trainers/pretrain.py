@@ -114,7 +114,7 @@ def run_pretrain(
     config.max_steps = layout.steps
     model = empty_model(base)
     parts = choose_parts(jai_args, model_args, base, model)
-    identity = {
+    identity: dict[str, Any] = {
         "stage": "pretrain",
         "plan": plan.identity(),
         "files": deciding_files(arguments, base),
@@ -249,7 +249,7 @@ def _check(config: PretrainConfig, model_args: ModelConfig, jai_args: JaiTrainin
                     f"`mtp_weight` is {config.mtp_weight:g}, and `{option}` is on, with which the layer for the second "
                     "next token does not work. Leave one of them out."
                 )
-    if config.accelerator_config.split_batches:
+    if getattr(config.accelerator_config, "split_batches", False):
         raise UserError(
             "`split_batches` is on in `accelerator_config`: processes would share a batch, and a step see less text "
             "than is planned and counted. Leave it out."

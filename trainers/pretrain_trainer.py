@@ -181,12 +181,12 @@ class JaiPretrainTrainer(JaiTrainerMixin, Trainer):
                 self._figures.add(f"router/{name}/layer_{layer:02}", loss, one)
             self._figures.add(f"router/{name}/mean", mean_of(by_layer), one)
 
-    def create_model_card(self, model_name: str, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
         """For `push_to_hub`. transformers' card would say "trained from scratch on an unknown dataset"."""
         if not self.is_world_process_zero():
             return
-        base = get_config_model_id(cast(PreTrainedModel, self.model).config)
-        base = None if not base or Path(base).exists() else base
+        name = get_config_model_id(cast(PreTrainedModel, self.model).config)
+        base = None if not name or Path(name).exists() else name
         data = ModelCardData(base_model=base, library_name="transformers", tags=["generated_from_trainer"])
         of = f" of [{base}](https://huggingface.co/{base})" if base else ""
         text = (
