@@ -28,7 +28,7 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState, get_wsd_schedule
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import add_fused_lm_head
 
@@ -290,6 +290,14 @@ class TestRun:
         assert rows(max_steps=5, annealing=0.2, **more)["annealing"] == "from step 4: weight decay 0.01"
         with pytest.raises(UserError, match=r"`annealing` is 1, all of the 4 steps"):
             rows(max_steps=4, annealing=1, annealing_mixture=tmp_path / "annealing.yaml")
+
+    def test_with_arguments_the_schedule_is_transformers_own(self, options):
+        given = {"warmup_steps": 1, "lr_scheduler_kwargs": '{"num_decay_steps": 3, "decay_type": "linear"}'}
+        logs = logs_of(run(options, **given))
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+        theirs = get_wsd_schedule(optimizer, 1, 3, num_training_steps=6, decay_type="linear").lr_lambdas[0]
+        assert [log["learning_rate"] for log in logs] == pytest.approx([1e-3 * theirs(step) for step in range(6)])
+        assert logs[3]["learning_rate"] == 1e-3 > logs[4]["learning_rate"]
 
     def test_the_plan_says_that_equal_scores_keep_more_than_is_asked(self, options, tmp_path):
         quality = {"a": [1.0] * 5 + [2.0] * 5, "b": [float(number) for number in range(10)]}
