@@ -31,6 +31,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from jai.auto import load_causal_model
 from jai.errors import UserError
 from jai.evaluation.command import evaluate_suites
 from jai.evaluation.kept_answers import ANSWERS_FILE, KeptAnswers
@@ -527,6 +528,19 @@ def test_options_reach_the_model(checkpoint):
     loaded = load_answering_model(options, chat=False)
     assert (loaded.model.dtype, loaded.max_length, loaded.batch_size) == (torch.bfloat16, 77, 3)
     assert loaded.model.device.type == "meta"
+
+
+def test_parallelize_limit_and_seed_are_passed_on(checkpoint, data, tmp_path, monkeypatch):
+    given = {}
+
+    def noting(real: Callable) -> Callable:
+        return lambda *args, **options: given.update(options) or real(*args, **options)
+
+    monkeypatch.setattr("jai.evaluation.models.load_causal_model", noting(load_causal_model))
+    monkeypatch.setattr("jai.evaluation.command.measure_suite", noting(measure_suite))
+    options = options_of(checkpoint, tmp_path, parallelize=True, data=data, limit=1, seed=7)
+    evaluate_suites(options, [read_suite("thai-exam")])
+    assert (given["device_map"], given["limit"], given["seed"]) == ("auto", 1, 7)
 
 
 def options_of(checkpoint, tmp_path, **given):
