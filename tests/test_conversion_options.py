@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
@@ -25,6 +26,7 @@ from jai.conversion.output.options import WriteOptions
 from jai.conversion.upcycle.command import upcycle
 from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
 from jai.conversion.upcycle.snapshot import snapshot
+from jai.errors import UserError
 from jai.files import sha256
 
 PLAIN = {"block_size": 2, "block_repeats": [1, 3, 2]}
@@ -177,6 +179,26 @@ class TestHowToWrite:
         run(checkpoints, options, tmp_path / "out", max_shard_size="20kB", workers=3, **self.values(options))
         assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
         assert workers == [3]
+
+
+@pytest.mark.parametrize("expert_init", ["noise", "random"])
+@pytest.mark.parametrize(("options", "given"), [(ConvertOptions, PLAIN), (UpcycleOptions, {"snapshots": []})])
+def test_seed_draws_the_experts(checkpoints, tmp_path, options, given, expert_init):
+    experts = []
+    for seed in (0, 1):
+        printed = run(checkpoints, options, tmp_path / str(seed), **given, seed=seed, expert_init=expert_init)
+        assert options is ConvertOptions or expert_init == "noise" or f"drawn at random with seed {seed}" in printed
+        weights = load_file(tmp_path / str(seed) / "model.safetensors")
+        experts.append(weights["model.layers.0.mlp.experts.down_proj"])
+    first, second = experts
+    assert first[0].equal(second[0])
+    assert not any(one.equal(other) for one, other in zip(first[1:], second[1:], strict=True))
+
+
+def test_stream_is_refused_for_a_folder(checkpoints, tmp_path):
+    with pytest.raises(UserError, match=r"--stream is for a base on the Hub, but .*BASE is a folder"):
+        run(checkpoints, ConvertOptions, tmp_path / "out", stream=True, **PLAIN)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verify_text_is_what_logits_are_compared_on(checkpoints, tmp_path, capsys):
