@@ -83,6 +83,21 @@ def check_is_file(path: Path, remedy: str = "Fetch or save it again.") -> None:
     raise UserError(f"{path} {problem}. {remedy}")
 
 
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file, without the mark that some programs put before it.
+
+    Raises:
+        UserError: if it is no file, cannot be read, or is not UTF-8.
+    """
+    check_is_file(path, "Give a UTF-8 text file.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+
+
 def read_json(path: str | os.PathLike, remedy: str = "Fetch or save it again.") -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -189,11 +204,19 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, KeyboardInterrupt):
             _say("Nothing was kept.")
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        if problem := full_disk(error):
             raise UserError(
-                f"Could not write {out}: {error.strerror}. Free some space or choose another disk; nothing was kept."
+                f"Could not write {out}: {problem}. Free some space or choose another disk; nothing was kept."
             ) from error
         raise
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What the system says, if an error comes of a full disk: a library in Rust has it in the message alone."""
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+    return os.strerror(number) if number in _DISK_ERRORS else None
 
 
 class _FileState(NamedTuple):
@@ -327,10 +350,8 @@ def resumable_folder(out: Path, identity: dict[str, Any]) -> Iterator[Unfinished
                 shutil.rmtree(job.work, ignore_errors=True)
                 if isinstance(error, KeyboardInterrupt):
                     _say("Nothing was kept.")
-            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-                raise UserError(
-                    f"Could not write {out}: {error.strerror}. Free some space or choose another disk."
-                ) from error
+            if problem := full_disk(error):
+                raise UserError(f"Could not write {out}: {problem}. Free some space or choose another disk.") from error
             raise
     finally:
         os.close(lock)
@@ -348,9 +369,14 @@ def work_folder(out: Path) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise `UserError` if an output folder exists; an empty one is taken, but not `.`, on which a shell stands."""
+    """Raise `UserError` if an output folder exists; an empty one is taken, but not `.`, on which a shell stands.
+
+    Nor is a link, which no folder can be renamed to.
+    """
     if not out.name:
         raise UserError(f"{out} is no name that a folder can get. Give the path of a new folder.")
+    if out.is_symlink():
+        raise UserError(f"{out} is a link to {os.readlink(out)}. Give the folder that shall be made, not a link.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already. Give another output folder, or remove this one first.")
 
@@ -425,8 +451,12 @@ def make_locked_folder(folder: Path) -> int:
 def write_whole(path: Path, content: str) -> None:
     """Write a text file that is there as a whole or not at all; one that is there is replaced."""
     partial = path.with_name(f"{path.name}.new")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -16,6 +16,7 @@ finite.
 
 import dataclasses
 import difflib
+import os
 import re
 import reprlib
 import sys
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 from jai.errors import UserError
-from jai.files import parse_size
+from jai.files import parse_size, read_text
 
 Size = NewType("Size", int)  # bytes; written as a number or as "5GB"
 
@@ -176,8 +177,8 @@ def _converted(kind: Any, given: Any) -> Any:
     """The forms that YAML has for a value; anything else as it is."""
     if kind is Size and type(given) in (int, str):
         return parse_size(str(given))
-    if kind is Path and isinstance(given, str):
-        return Path(given)
+    if kind is Path and isinstance(given, str | Path):
+        return Path(os.path.expanduser(given))  # a shell leaves `--out=~/model` as it is, and YAML has no shell
     # YAML 1.1 reads 1e-5, which has no point, as a string.
     is_exponent = isinstance(given, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", given)
     return float(given) if kind is float and (type(given) is int or is_exponent) else given
@@ -327,12 +328,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct_mapping)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
+        values = yaml.load(read_text(path), Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is not valid YAML: {reason}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -356,10 +355,13 @@ def refuse_unknown(
     """
     unknown = sorted(set(names) - set(known))
     if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
+        with_underscores = unknown[0].replace("-", "_")
+        close = difflib.get_close_matches(with_underscores, known, n=1)
         advice = f"Known are: {', '.join(sorted(known))}." if len(known) <= 100 else "`--help` lists them all."
         if unknown[0] in (renamed or {}):
             advice = f"Today it is {(renamed or {})[unknown[0]]}."
+        elif with_underscores in known:
+            advice = f"Did you mean {with_underscores!r}?"
         elif len(unknown) > max(1, len(set(names)) // 2):
             count = f"{len(unknown)} of its {len(set(names))} options"
             advice = f"{count} are unknown here: is it meant for another command?"

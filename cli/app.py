@@ -10,6 +10,7 @@ import typer
 from jai.cli import conversion, evaluation, hub, packing, preferences, tokenizer, training, use
 from jai.cli.verb import PlainGroup
 from jai.errors import UserError
+from jai.files import full_disk
 from jai.logs import ignore_unused_kernel
 from jai.version import __version__
 
@@ -119,6 +120,8 @@ def main() -> None:
         _fail(f"This needs the package {package}, which is not installed. Install it: pip install 'jai-llm[{extra}]'")
     except OSError as error:  # of what no verb foresees: names that are too long, what nobody may read
         if error.filename is None:
+            if problem := full_disk(error):
+                _fail(f"The output could not be written: {problem}. Free some space or choose another disk.")
             raise
         _fail(f"{error.filename}: {error.strerror}. Give another path, or fix this one.")
     except SystemExit as exit_:

@@ -156,8 +156,10 @@ def test_convert_with_yaml_and_overrides(jai, tmp_path, tiny_phi3):
         ),
         (
             ["convert", "BASE", "OUT", "--verify", "--verify-text", "missing.txt"],
-            "missing.txt is no file",
+            "missing.txt does not exist. Give a UTF-8 text file",
         ),
+        (["convert", "BASE", "OUT", "--verify", "--verify-text", "BASE/model.safetensors"], "is not UTF-8 (byte"),
+        (["convert", "BASE", "OUT", "--verify", "--verify-text", "/dev/null"], "is a device, not a file"),
         (["convert", "BASE", "BASE"], "exists already"),
         (["inspect", "BASE"], "not 'jai'"),
         (["generate", "BASE", ""], "The prompt is empty"),
@@ -165,7 +167,7 @@ def test_convert_with_yaml_and_overrides(jai, tmp_path, tiny_phi3):
 )
 def test_errors_are_one_message_and_exit_code_1(jai, tmp_path, tiny_phi3, arguments, message):
     base = tiny_phi3(tmp_path / "base")
-    names = {"BASE": str(base), "OUT": str(tmp_path / "out")}
+    names = {"BASE": str(base), "OUT": str(tmp_path / "out"), "BASE/model.safetensors": base / "model.safetensors"}
     code, _, err = jai(*(names.get(argument, argument) for argument in arguments))
     assert code == 1
     assert message in err
@@ -178,6 +180,7 @@ def test_errors_are_one_message_and_exit_code_1(jai, tmp_path, tiny_phi3, argume
     ("text", "message"),
     [
         ("blok_size: 1", "has the option 'blok_size', which does not exist. Did you mean 'block_size'?"),
+        ("block-size: 1\nblock-repeats: [1]", "'block-repeats', which does not exist. Did you mean 'block_repeats'?"),
         ("base: other", "has the option 'base', which does not exist"),
         ("[1, 2]", "is no list of options"),
         ("just words", "is no list of options"),

@@ -445,7 +445,7 @@ class TestTrain:
         out = train(
             [str(folder), tmp_path / "c.txt"],
             str(base_folder),
-            tmp_path / "out",
+            tmp_path / "out folder",
             500,
             script="THAI",
             sample_bytes=20_000,
@@ -473,8 +473,8 @@ class TestTrain:
         assert "1 hidden, with other endings or links to folders left out" in printed
         assert "all of it up to 20.0 kB, then evenly by document (seed 7)" in printed
         assert "600 documents" in printed
-        assert f"jai tokenizer report {out} --text FILE" in printed
-        assert f"jai convert BASE OUT --tokenizer {out}" in printed
+        assert f"jai tokenizer report '{out}' --text FILE" in printed
+        assert f"jai convert BASE OUT --tokenizer '{out}'" in printed
 
     def test_the_order_of_the_inputs_does_not_matter(self, base_folder, tmp_path):
         files = [write(tmp_path / f"{i}.jsonl", [f"{text} {i} {n}" for n in range(20) for text in THAI]) for i in "ab"]

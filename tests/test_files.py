@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jai.errors import UserError
-from jai.files import check_is_file, from_json, new_folder, print_next, read_json, resumable_folder
+from jai.files import (
+    check_is_file,
+    from_json,
+    new_folder,
+    print_next,
+    read_json,
+    read_text,
+    resumable_folder,
+    write_whole,
+)
 from jai.hub import is_hub_id
 
 
@@ -64,6 +73,8 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, make, message)
     for read in (check_is_file, read_json):
         with pytest.raises(UserError, match=f"config.json {message}.*What to do"):
             read(path, "What to do.")
+    with pytest.raises(UserError, match=f"config.json {message}.*Give a UTF-8 text file"):
+        read_text(path)
 
 
 @pytest.mark.parametrize(("content", "message"), NO_JSON_OBJECTS.values(), ids=NO_JSON_OBJECTS)
@@ -143,6 +154,44 @@ def test_ctrl_c_says_that_nothing_was_kept_where_nothing_was(tmp_path, capsys, m
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
     assert "Nothing was kept." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [new_folder, lambda out: resumable_folder(out, {})], ids=["new", "resumable"])
+@pytest.mark.parametrize("target", ["nowhere", "empty"])
+def test_an_output_that_is_a_link_is_refused_before_the_work(tmp_path, make, target):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").symlink_to(target)
+    with pytest.raises(UserError, match=f"out is a link to {target}"), make(tmp_path / "out"):
+        pytest.fail("it began")
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "out"}
+
+
+@pytest.mark.parametrize("make", [new_folder, lambda out: resumable_folder(out, {})], ids=["new", "resumable"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space"), Exception("No space left on device (os error 28)"), ValueError("os error 28")]
+)
+def test_a_full_disk_is_one_error_whoever_writes(tmp_path, make, error):
+    """tokenizers and safetensors, which are written in Rust, raise no OSError."""
+    is_full = not isinstance(error, ValueError)
+    expected = pytest.raises(UserError, match=r"Could not write .*out: No space left on device. Free some space")
+    with expected if is_full else pytest.raises(ValueError, match="os error 28"), make(tmp_path / "out"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_read_whatever_program_saved_it(tmp_path):
+    (tmp_path / "text.txt").write_bytes("\ufeffไทย\r\n".encode())
+    assert read_text(tmp_path / "text.txt") == "ไทย\n"
+    (tmp_path / "text.txt").write_bytes("ไทย".encode("utf-16"))
+    with pytest.raises(UserError, match=r"text.txt is not UTF-8 \(byte 0\). Save it as UTF-8"):
+        read_text(tmp_path / "text.txt")
+
+
+def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path):
+    write_whole(tmp_path / "file", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "file", "new \ud800")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 
 @given(st.text(alphabet="aZ09_-./é ก\n", max_size=12) | st.text(max_size=8))

@@ -202,6 +202,12 @@ class TestRefused:
         with pytest.raises(UserError, match=message):
             generate(GenerateOptions(model=str(folder), prompt="x"))
 
+    def test_weights_that_may_not_be_read(self, checkpoint, monkeypatch):
+        """For which safetensors says that there is no such file. Root may read all, so who asks is told otherwise."""
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path).suffix != ".safetensors")
+        with pytest.raises(UserError, match=r"model.safetensors cannot be read\. Fetch it again, or ask whoever"):
+            generate(GenerateOptions(model=str(checkpoint), prompt="x"))
+
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
     @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff" * 40])
     def test_damaged_files(self, checkpoint, tmp_path, name, content):

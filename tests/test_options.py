@@ -219,6 +219,8 @@ def test_contradictions_are_refused():
     for values, message in [
         ({"layers": [0, 1], "block_repeats": [1]}, "plain stack, which has no blocks, but block_repeats"),
         ({"method": "dus-v1", "k": 4, "block_size": 2}, "plain stack, which has no blocks, but block_size"),
+        ({"layers": [0, 1], "skip_alpha": 0.1}, "plain stack, which has no skip alphas, but skip_alpha is"),
+        ({"layers": [0, 1], "skip_alpha_normalize": True}, "plain stack, without skip alphas. Leave skip_alpha_norm"),
         ({"expert_noise": 0.5}, "Only expert_init noise adds noise, but expert_noise"),
         ({"experts": 1, "expert_init": "random"}, "has one MLP a layer, but expert_init"),
         ({"init": "random"}, "Without a tokenizer there are no new rows, but init"),
@@ -226,6 +228,14 @@ def test_contradictions_are_refused():
     ]:
         with pytest.raises(UserError, match=message):
             ConvertOptions(**given_values | values)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Shells leave it in `--out=~/x`, and a folder named ~ is one that a user then removes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given_path in ("~/x", Path("~/x")):
+        assert ConvertOptions(base="b", out=given_path).out == tmp_path / "x"
+    assert ConvertOptions(base="b", out=Path("a~/x")).out == Path("a~/x")
 
 
 def test_yaml_numbers_without_a_point(tmp_path):

@@ -228,6 +228,17 @@ def test_that_the_old_language_is_not_watched_is_said(tmp_path, capsys, logs, la
         assert said in text if said else "comes back" not in text
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_one_message(tmp_path, monkeypatch, capsys):
+    """The system's error names no file."""
+    write_state(tmp_path, calm_logs())
+    monkeypatch.setattr("sys.argv", ["jai", "report", str(tmp_path), "--out", "/dev/full"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    assert "Error: The output could not be written: No space left on device." in capsys.readouterr().err
+
+
 def test_a_folder_without_logs_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no logs of training"):
         report_run(RunReportOptions(run=tmp_path / "nowhere"), Console(quiet=True))

@@ -6,6 +6,7 @@ Nothing heavy is imported before a tokenizer is there to load.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +140,12 @@ def whole_checkpoint(model: str, *, weights: bool = True) -> Path:
         read_json(path)
     _check_generation_config(folder / "generation_config.json")
     tokenizer_folder(folder)
-    if (weights or Path(model).is_dir()) and not any(folder.glob(WEIGHTS_PATTERN)):
+    files = [*folder.glob(WEIGHTS_PATTERN)]
+    if (weights or Path(model).is_dir()) and not files:
         raise UserError(f"{model} has no weights in safetensors files. Give a whole checkpoint.")
+    for path in files:
+        if not os.access(path, os.R_OK):  # safetensors says that there is no such file
+            raise UserError(f"{path} cannot be read. Fetch it again, or ask whoever owns it.")
     return folder
 
 

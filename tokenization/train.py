@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jai.files import new_folder, refuse_existing
+from jai.files import new_folder, print_next, refuse_existing
 from jai.tokenization.corpus import draw_sample, open_sources, sample_table
 from jai.tokenization.loading import RECORD_FILE, load_tokenizer
 from jai.tokenization.options import TrainTokenizerOptions
@@ -92,6 +92,9 @@ def train_tokenizer(options: TrainTokenizerOptions, console: Console | None = No
     learned = sum(1 for ids in pieces.values() if ids)
     console.print(f"Learnt {learned:,} pieces.", highlight=False)
     console.print(f"[bold green]Tokenizer written to[/] {escape(str(out))}", soft_wrap=True)
-    for command in (f"jai tokenizer report {out} --text FILE", f"jai convert BASE OUT --tokenizer {out}"):
-        console.print(f"Next: {escape(command)}", soft_wrap=True, highlight=False)
+    print_next(
+        console,
+        ["jai", "tokenizer", "report", out, "--text", "FILE"],
+        ["jai", "convert", "BASE", "OUT", "--tokenizer", out],
+    )
     return out

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jai.conversion.output.options import Dtype, WriteOptions
 from jai.errors import UserError
+from jai.files import read_text
 from jai.options import argument, check_values, option
 
 EmbeddingInit = Literal["mean", "random", "mean-normed"]
@@ -133,8 +134,8 @@ class ConvertOptions(WriteOptions):
             self._refuse_given(("expert_noise",), "Only expert_init noise adds noise")
         if self.verify_text is not None and not self.verify:
             raise UserError("verify_text is for --verify, which is not given. Give both or neither.")
-        if self.verify_text is not None and not self.verify_text.is_file():
-            raise UserError(f"--verify-text {self.verify_text} is no file. Give a UTF-8 text file.")
+        if self.verify_text is not None and not read_text(self.verify_text).strip():  # now: converting takes hours
+            raise UserError(f"{self.verify_text} has no text to compare the logits on. Give a UTF-8 text file.")
 
     def _refuse_given(self, names: tuple[str, ...], why: str) -> None:
         for name in names:

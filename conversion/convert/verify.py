@@ -22,6 +22,7 @@ from jai.conversion.inputs.phi3 import load_phi3_config
 from jai.conversion.inputs.reader import CheckpointReader
 from jai.conversion.inputs.values import dtype_names, is_rounded
 from jai.errors import UserError
+from jai.files import read_text
 from jai.modeling_jai import JaiForCausalLM
 from jai.tokenization.loading import has_tokenizer, load_tokenizer
 
@@ -200,7 +201,7 @@ def _token_ids(base_folder: Path, base_config: Phi3Config, text: Path) -> tuple[
     vocab_size = base_config.vocab_size
     if not has_tokenizer(base_folder):
         return torch.randint(vocab_size, (_MAX_TOKENS,), generator=torch.Generator().manual_seed(0)), True
-    content = text.read_text(encoding="utf-8")
+    content = read_text(text)
     tokenizer = load_tokenizer(base_folder, config=base_config)
     ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"], dtype=torch.long)
     return ids[ids < vocab_size], False  # the base has no rows for tokens that were added without resizing it
