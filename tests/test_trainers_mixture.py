@@ -252,6 +252,16 @@ def test_the_seed_of_the_data_decides_which_rows_are_taken(tiny_tokenizer):
     assert taken[0] == taken[1] != taken[2] == taken[3]
 
 
+def test_rows_of_sources_are_interleaved_and_one_may_stand_twice(tiny_tokenizer):
+    one, other = numbered("one", 40), numbered("other", 40)
+    sources = [{"path": one, "rows": 30}, {"path": other, "rows": 30}]
+    asked = questions(prepared(tiny_tokenizer, datasets=sources).train)
+    assert 5 < sum(question.startswith("one") for question in asked[:30]) < 25
+    twice = [{"path": one, "fraction": 1, "split": "train"}, {"path": one, "fraction": 3}]
+    shares = prepared(tiny_tokenizer, datasets=twice).mixture.shares
+    assert [(share.name, share.wanted) for share in shares] == [(f"{one} (1)", 0.25), (f"{one} (2)", 0.75)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
