@@ -59,7 +59,19 @@ CASES = [  # text, what is wrong with it in Thai, and in English
     ("ดู www.example.com/四 สวัสดี", OTHER, OTHER),  # the address ends where ASCII does
     (f"{THAI} someone.with.a.long.name@example.co.th", None, OTHER),
     (f"{THAI} <a class=something-that-is-long>", None, OTHER),
+    (f"{THAI}\n~~~\nprint('hello world, this is a long program')\n~~~", None, OTHER),
+    (f"{THAI} ``a long piece of code with a ` in the middle of it``", None, OTHER),
+    (f"{THAI} $αβγ = 1$", None, OTHER),
+    (f"{THAI} $$\nabcdefghijklmnopqrstuvwxyz\n$$", None, OTHER),
+    (rf"{THAI} \(abcdefghijklmnopqrstuvwxyz\)", None, OTHER),
+    (rf"{THAI} \begin{{align}}abcdefghijklmnopqrstuvwxyz\end{{align}}", None, OTHER),
+    (rf"{THAI} \operatorname{{abcdefghijklmnopqrstuvwxyz}}", None, OTHER),
+    *(
+        (f"{THAI} a-very-long-name.{end}/docs", None, OTHER)
+        for end in ["com", "org", "net", "edu", "gov", "io", "ai", "dev", "app", "th", "jp", "uk"]
+    ),
     # quoted names
+    *((f"{THAI} {quoted}", None, OTHER) for quoted in ("«四十二»", "「四十二」", "『四十二』", "‘四十二’")),
     (f'{THAI} "The Lord of the Rings: The Return of the King"', None, OTHER),
     (f"{THAI} “四十二”", None, OTHER),
     (f"{THAI} 《四十二》", None, OTHER),
