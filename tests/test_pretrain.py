@@ -291,6 +291,21 @@ class TestRun:
         with pytest.raises(UserError, match=r"`annealing` is 1, all of the 4 steps"):
             rows(max_steps=4, annealing=1, annealing_mixture=tmp_path / "annealing.yaml")
 
+    def test_the_trainer_gets_what_the_options_say(self, options, monkeypatch):
+        """Two whose effect takes a slow run; nothing is trained."""
+
+        class Built(Exception):
+            pass
+
+        def build(*args: Any, **given: Any) -> None:
+            raise Built(given["linear_cross_entropy"], given["router_statistics"])
+
+        monkeypatch.setattr(pretrain, "JaiPretrainTrainer", build)
+        for is_on in (True, False):
+            with pytest.raises(Built) as built:
+                run(options, linear_cross_entropy=is_on, router_statistics=not is_on)
+            assert built.value.args == (is_on, not is_on)
+
     def test_with_arguments_the_schedule_is_transformers_own(self, options):
         given = {"warmup_steps": 1, "lr_scheduler_kwargs": '{"num_decay_steps": 3, "decay_type": "linear"}'}
         logs = logs_of(run(options, **given))
