@@ -377,8 +377,8 @@ class JaiConfig(PreTrainedConfig):
             )
         if self.hidden_size % heads and self.head_dim == self.hidden_size // heads:
             raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) is no multiple of `num_attention_heads` ({heads}). Change one of "
-                "them, or give `head_dim`."
+                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` ({heads}). Change one "
+                "of them, or give `head_dim`."
             )
 
     def _check_experts(self):

@@ -116,9 +116,9 @@ def read_json(path: str | os.PathLike, remedy: str = "Fetch or save it again.") 
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     except UnicodeDecodeError as error:
-        problem = f"is no JSON: it is not UTF-8 (byte {error.start})"
+        problem = f"is not JSON: it is not UTF-8 (byte {error.start})"
     except ValueError as error:
-        problem = f"is no valid JSON ({error})"
+        problem = f"is not valid JSON ({error})"
     except RecursionError:
         problem = "is JSON that is nested too deeply"
     else:
@@ -271,7 +271,7 @@ class UnfinishedFolder:
         remedy = f"Remove {self.work} to start again."
         journal = read_json(self._journal, remedy)
         if not isinstance(finished := journal.get("finished"), dict) or "identity" not in journal:
-            raise UserError(f"{self._journal} is no journal of an unfinished folder. {remedy}")
+            raise UserError(f"{self._journal} is not a journal of an unfinished folder. {remedy}")
         changes = list(differences(journal["identity"], json.loads(json.dumps(self._identity))))
         if changes:
             more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
@@ -374,7 +374,7 @@ def refuse_existing(out: Path) -> None:
     Nor is a link, which no folder can be renamed to.
     """
     if not out.name:
-        raise UserError(f"{out} is no name that a folder can get. Give the path of a new folder.")
+        raise UserError(f"{out} is not a name that a folder can get. Give the path of a new folder.")
     if out.is_symlink():
         raise UserError(f"{out} is a link to {os.readlink(out)}. Give the folder that shall be made, not a link.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -509,7 +509,7 @@ def parse_size(text: str) -> int:
     units = {name.lower(): size for name, size in _UNITS.items()}
     if not found or found[2].lower() not in units or (size := int(float(found[1]) * units[found[2].lower()])) < 1:
         raise UserError(
-            f"{text!r} is no size. Give a number of bytes, with a unit if you like, such as 500MB, 2GiB or 1500000 "
+            f"{text!r} is not a size. Give a number of bytes, with a unit if you like, such as 500MB, 2GiB or 1500000 "
             f"(units: {', '.join(filter(None, _UNITS))})."
         )
     return size

@@ -52,12 +52,12 @@ def hub_refusal(name: str | Path, error: Exception) -> UserError:
 
     if constants.HF_HUB_OFFLINE:
         return UserError(
-            f"{name} is no local folder, and it is not in the Hub cache. HF_HUB_OFFLINE is set: give a folder, or "
+            f"{name} is not a local folder, and it is not in the Hub cache. HF_HUB_OFFLINE is set: give a folder, or "
             "unset it to download the model."
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return UserError(
-        f"{name} is no local folder, and it cannot be downloaded from the Hub: {reason}. Check the name and the "
+        f"{name} is not a local folder, and it cannot be downloaded from the Hub: {reason}. Check the name and the "
         "network; log in with `hf auth login` if the repository is private."
     )
 
@@ -65,7 +65,7 @@ def hub_refusal(name: str | Path, error: Exception) -> UserError:
 def no_config(folder: str | Path, remedy: str) -> UserError:
     """What to tell the user of a folder without config.json."""
     return UserError(
-        f"{folder} has no config.json, so it is no checkpoint. {remedy}{_gguf_hint(Path(folder).iterdir())}"
+        f"{folder} has no config.json, so it is not a checkpoint. {remedy}{_gguf_hint(Path(folder).iterdir())}"
     )
 
 

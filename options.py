@@ -335,7 +335,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path} is no list of options. Write one option a line, as in `seed: 0`.")
+        raise UserError(f"{path} is not a list of options. Write one option a line, as in `seed: 0`.")
     return values
 
 

@@ -54,7 +54,7 @@ def read_step(folder: Path) -> Step | None:
     except RecursionError:
         wrong = "it is nested too deeply"
     if wrong:
-        raise UserError(f"{path} is no record of how the checkpoint was made ({wrong}). {remedy}")
+        raise UserError(f"{path} is not a record of how the checkpoint was made ({wrong}). {remedy}")
     return step
 
 
@@ -175,9 +175,9 @@ def _wrong_step(step: Any) -> str | None:
         return f"its step {step['step']!r} has no list of inputs"
     for key in _MAPPINGS:
         if not isinstance(step.get(key, {}), dict):
-            return f"{key!r} of its step {step['step']!r} is no mapping"
+            return f"{key!r} of its step {step['step']!r} is not a mapping"
     if not isinstance(step.get("log_history", ""), str):
-        return f"'log_history' of its step {step['step']!r} is no name of a file"
+        return f"'log_history' of its step {step['step']!r} is not a name of a file"
     for entry in step["inputs"]:
         if not (
             isinstance(entry, dict)

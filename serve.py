@@ -119,7 +119,7 @@ def _refusing(build_server: Callable) -> Callable:
 
         async def is_no_object(request: Any, error: Exception) -> Any:
             # FastAPI repeats what was given, which ends in a traceback where it is nested deeply or NaN.
-            return JSONResponse({"detail": "The body is no JSON object."}, 422)
+            return JSONResponse({"detail": "The body is not a JSON object."}, 422)
 
         async def cannot_be_answered(request: Any, error: Exception) -> Any:
             reason = f"{type(error).__name__}: {error}"[:500].encode(errors="backslashreplace").decode()

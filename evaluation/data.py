@@ -224,7 +224,7 @@ def parsed_rows(path: Path, parse: Callable[[Mapping[str, Any]], Parsed]) -> Ite
         raise UserError(f"{path} cannot be read: {error.strerror}. Give a file that you may read.") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path}, line {number}, is no row that can be used ({error}). Fix the line, or fetch the file again."
+            f"{path}, line {number}, is not a row that can be used ({error}). Fix the line, or fetch the file again."
         ) from None
 
 

@@ -67,7 +67,7 @@ class Endpoint:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(
-                f"{self.url!r} is no address of an endpoint. Give one such as https://api.openai.com/v1 or "
+                f"{self.url!r} is not an address of an endpoint. Give one such as https://api.openai.com/v1 or "
                 "http://127.0.0.1:8000/v1."
             )
         if parts.username or parts.password or parts.query or parts.fragment:
@@ -434,7 +434,7 @@ def _read_reply(body: str, redacted: Callable[[str], str]) -> "ChatReply | _Prob
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        return _Problem("no JSON", f"the endpoint's answer is no whole JSON: {shown}")
+        return _Problem("no JSON", f"the endpoint's answer is not complete JSON: {shown}")
     try:
         choice = content["choices"][0]
         message = choice["message"]
@@ -446,7 +446,7 @@ def _read_reply(body: str, redacted: Callable[[str], str]) -> "ChatReply | _Prob
         text = None
     if not isinstance(text, str):
         return _Problem("no message", f"the endpoint's answer holds no message: {shown}")
-    text = redacted(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))  # half a pair is no UTF-8
+    text = redacted(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))  # half a pair is not UTF-8
     return ChatReply(
         text, model if isinstance(model, str) else "", reason if isinstance(reason, str) else None, *tokens
     )

@@ -267,7 +267,7 @@ def _check_figure(items: Sequence[Item], scale: float, task: str, metric: str, t
     if ours is None or not isinstance(theirs, int | float):
         return
     if abs(ours - theirs * scale) > 1e-9 * max(1.0, abs(theirs * scale)):
-        raise UserError(f"The metric {metric!r} of {task} is no mean over its items, so a suite cannot take it.")
+        raise UserError(f"The metric {metric!r} of {task} is not a mean over its items, so a suite cannot take it.")
 
 
 def _begin_record(run: EvaluationRun, record: TaskRecord) -> None:

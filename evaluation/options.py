@@ -125,7 +125,7 @@ class EvalOptions(JudgeOptions):
             raise UserError(f"--card writes into the checkpoint's folder, and {self.model} is none. Give a folder.")
         for flag, folder in (("--data", self.data), ("--include-path", self.include_path)):
             if folder is not None and not folder.is_dir():
-                raise UserError(f"{flag} {folder} is no folder. Give one that exists.")
+                raise UserError(f"{flag} {folder} is not a folder. Give one that exists.")
         if self.backend != "openai":
             whole_checkpoint(self.model, weights=False)
 
@@ -191,7 +191,7 @@ class CompareOptions:
         """
         for run in self.runs:
             if not Path(run).is_dir():
-                raise UserError(f"The run {run} is no folder. Give the folder of a run of `jai eval`.")
+                raise UserError(f"The run {run} is not a folder. Give the folder of a run of `jai eval`.")
         if self.figure is not None and self.figure.suffix not in _PICTURES:
             raise UserError(f"--figure {self.figure} has an unknown ending; expected {', '.join(_PICTURES)}.")
 
@@ -226,6 +226,6 @@ class ContaminationOptions:
             raise UserError("No suite is given. Name one with --suite; `jai eval CKPT` lists them.")
         for flag, folder in (("--data", self.data), ("--run", self.run)):
             if folder is not None and not folder.is_dir():
-                raise UserError(f"{flag} {folder} is no folder. Give one that exists.")
+                raise UserError(f"{flag} {folder} is not a folder. Give one that exists.")
         if self.out is not None:
             refuse_existing(self.out)

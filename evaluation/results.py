@@ -492,7 +492,7 @@ def open_run(
             run, or holds a run of another model or under other conditions.
     """
     if not (folder / RESULTS_FILE).exists() and not _is_free(folder):
-        raise UserError(f"{folder} exists already and is no evaluation. Give another output folder.")
+        raise UserError(f"{folder} exists already and is not an evaluation. Give another output folder.")
     lock = make_locked_folder(folder)
     try:
         asked = EvaluationResults(model, revision, json.loads(json.dumps(dict(conditions or {}))))
@@ -524,7 +524,7 @@ def read_run(folder: Path) -> tuple[EvaluationResults, list[Item]]:
     try:
         results = from_json(EvaluationResults, content)
     except TypeError as error:
-        raise UserError(f"{path} is no record of an evaluation ({error}). {remedy}") from None
+        raise UserError(f"{path} is not a record of an evaluation ({error}). {remedy}") from None
     return results, list(_read_items(folder / ITEMS_FILE))
 
 
@@ -549,7 +549,7 @@ def _read_items(path: Path) -> Iterator[Item]:
                 raise ValueError(f"the score is {item.score}")
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number}, is no outcome ({error}). Remove the line, or the folder."
+                f"{path}, line {number}, is not an outcome ({error}). Remove the line, or the folder."
             ) from None
         yield item
 

@@ -51,8 +51,8 @@ def read_adapter(contents: Contents) -> Adapter:
     config = read_json(folder / ADAPTER_CONFIG, "Save the adapter again with save_pretrained.")
     if not (_is_text(config.get("peft_type")) and _is_text(config.get("base_model_name_or_path"))):
         raise UserError(
-            f"{folder / ADAPTER_CONFIG} names no peft_type or no base_model_name_or_path, so it is no adapter of PEFT. "
-            "Save it again with save_pretrained."
+            f"{folder / ADAPTER_CONFIG} names no peft_type or no base_model_name_or_path, so it is not an adapter of "
+            "PEFT. Save it again with save_pretrained."
         )
     if not isinstance(config.get("revision"), str | None):
         raise UserError(
@@ -87,7 +87,7 @@ def on_hub(adapter: Adapter, base: str | None) -> Adapter:
     is_folder = base is None and adapter.base_folder is not None
     if is_folder or "/" not in name or not is_hub_id(name):
         raise UserError(
-            f"The adapter's base model is {name!r}, which is no model on the Hub. Publish the base first, then give "
+            f"The adapter's base model is {name!r}, which is not a model on the Hub. Publish the base first, then give "
             "its name: --base owner/name."
         )
     return replace(adapter, base=name, revision=adapter.revision if base is None else None)

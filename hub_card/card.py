@@ -293,7 +293,7 @@ def _plain_training(path: Path) -> CardStep:
     state = read_json(path, "Fix it or remove it.")
     history = state.get("log_history") or []
     if not (isinstance(history, list) and all(isinstance(entry, dict) for entry in history)):
-        raise UserError(f"log_history in {path} is no list of what was logged. Fix the file or remove it.")
+        raise UserError(f"log_history in {path} is not a list of what was logged. Fix the file or remove it.")
     metrics = {"steps": state.get("global_step"), "epochs": state.get("epoch")}
     for entry in history:  # the last one wins
         metrics |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}

@@ -64,7 +64,9 @@ def check_files(folder: str | os.PathLike) -> Contents:
         read_adapter(contents)
         return contents
     if "config.json" not in contents.kept:
-        raise UserError(f"{folder} has no config.json, so it is no checkpoint. Give the folder that holds the weights.")
+        raise UserError(
+            f"{folder} has no config.json, so it is not a checkpoint. Give the folder that holds the weights."
+        )
     config = read_json(folder / "config.json")
     if config.get("model_type") != "jai":
         raise UserError(

@@ -102,7 +102,7 @@ def read_contents(folder: str | os.PathLike) -> Contents:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is no folder. Give the folder of a checkpoint, as `jai convert` or `jai sft` wrote it."
+            f"{folder} is not a folder. Give the folder of a checkpoint, as `jai convert` or `jai sft` wrote it."
         )
     alone = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
     kind = Kind.ADAPTER if alone else Kind.MODEL

@@ -168,7 +168,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         evaluation = _parse(content)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(
-            f"{path} is no record of an evaluation ({type(error).__name__}: {error}). Measure again, or remove the "
+            f"{path} is not a record of an evaluation ({type(error).__name__}: {error}). Measure again, or remove the "
             "file."
         ) from None
     return evaluation
@@ -185,10 +185,10 @@ def _parse(content: Any) -> Evaluation:
         if not all(len(ends) == 2 and all(map(is_number, ends)) for ends in score.intervals.values()):
             raise ValueError(f"the intervals of {score.metric} are not two finite numbers each")
         if not all(is_number(value) for value in score.values.values()):
-            raise ValueError(f"{score.metric} has values that are no finite numbers")
+            raise ValueError(f"{score.metric} has values that are not finite numbers")
     for language, layers in evaluation.router_load.items():
         if not all(is_number(share) and 0 <= share <= 1 for layer in layers for share in layer):
-            raise ValueError(f"the router load of {language} has values that are no shares")
+            raise ValueError(f"the router load of {language} has values that are not shares")
         if not layers or len({len(layer) for layer in layers}) != 1:
             raise ValueError(f"the router load of {language} does not have the same experts in each layer")
     return evaluation

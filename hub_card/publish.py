@@ -253,8 +253,8 @@ def _check_repo_id(repo_id: str) -> None:
         raise UserError("An access token was given instead of the name of the repository. Give owner/name.")
     if not is_hub_id(repo_id):
         raise UserError(
-            f"{repo_id!r} is no name of a repository. Give owner/name, as in my-org/my-jai: letters, digits, '-', '_' "
-            "and '.', at most 96 of them."
+            f"{repo_id!r} is not a name of a repository. Give owner/name, as in my-org/my-jai: letters, digits, '-', "
+            "'_' and '.', at most 96 of them."
         )
 
 

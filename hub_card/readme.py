@@ -44,7 +44,7 @@ def check_metadata(path: Path, readme: str) -> None:
         _front_matter(readme)
     except ValueError as error:
         raise UserError(
-            f"The metadata at the head of {path} is no YAML mapping ({error}). Fix it: between two lines of ---, "
+            f"The metadata at the head of {path} is not a YAML mapping ({error}). Fix it: between two lines of ---, "
             "each line says `key: value`."
         ) from None
 

@@ -51,7 +51,7 @@ def other_answers(row: Mapping[str, Any]) -> OtherAnswers:
     if id_ is None and not isinstance(prompt, str):
         raise ValueError("neither `id` nor a text `prompt`")
     if not isinstance(answers, list) or not all(isinstance(each, str) for each in answers):
-        raise ValueError("`answers` is no list of texts")
+        raise ValueError("`answers` is not a list of texts")
     return OtherAnswers(None if id_ is None else str(id_), prompt if isinstance(prompt, str) else None, tuple(answers))
 
 

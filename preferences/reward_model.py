@@ -96,9 +96,7 @@ class RewardModel:
                     scores[number] = score
                 tell(start + len(some))
         if not all(map(torch.isfinite, torch.tensor(scores))):
-            raise UserError(
-                "The reward model gives rewards that are no finite numbers. Load it in float32, or train it anew."
-            )
+            raise UserError("The reward model gives rewards that are not finite. Load it in float32, or train it anew.")
         return scores
 
 

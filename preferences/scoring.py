@@ -93,7 +93,7 @@ def score_file(options: ScoreOptions, *, console: Console | None = None) -> Path
     calibration = read_calibration(local_folder(options.model, METADATA_PATTERNS))
     if calibration is None and options.keep_above is not None:
         raise UserError(
-            f"{options.model} has no calibration, so its logits are no probabilities, and --keep-above is one. Train "
+            f"{options.model} has no calibration, so its logits are not probabilities, and --keep-above is one. Train "
             "it with `jai reward` and held-out pairs (`test_split_size`), or leave --keep-above out."
         )
     count = sum(1 for _ in parsed_rows(options.file, scored_conversation))  # all are read before any is scored

@@ -117,7 +117,7 @@ class ShardRecord:
             return from_json(cls, read_json(path))
         except TypeError as error:
             raise UserError(
-                f"{path} is no record of a shard ({error}). Remove {path.parent.parent} and pack again."
+                f"{path} is not a record of a shard ({error}). Remove {path.parent.parent} and pack again."
             ) from None
 
 

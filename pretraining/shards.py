@@ -258,7 +258,9 @@ class PackedCorpus:
         """
         folder = Path(folder)
         if not (folder / INDEX_FILE).exists():
-            raise UserError(f"{folder} is no folder of packed text: it has no {INDEX_FILE}. Make one with `jai pack`.")
+            raise UserError(
+                f"{folder} is not a folder of packed text: it has no {INDEX_FILE}. Make one with `jai pack`."
+            )
         index = read_json(folder / INDEX_FILE, _REMEDY)
         if index.get("format") != FORMAT:
             raise UserError(
@@ -275,7 +277,7 @@ class PackedCorpus:
             shares = from_json(Shares, index["shares"])
             corpus = cls(folder, dtype, index["tokenizer"], sources, index["content_sha256"], shares)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / INDEX_FILE} is no index of packed text ({error}). {_REMEDY}") from error
+            raise UserError(f"{folder / INDEX_FILE} is not an index of packed text ({error}). {_REMEDY}") from error
         for path, size in corpus._sizes():
             try:
                 with path.open("rb") as file:  # it must be there, and may be read

@@ -208,15 +208,15 @@ def test_where_layers_come_from_is_only_said_where_it_is_known(folder, tiny_mode
     [
         (lambda e: e.pop("scores"), "KeyError"),
         (lambda e: e.update(scores=[{"metric": "acc"}]), "TypeError"),
-        (lambda e: e["scores"][0]["values"].update(DPO=float("nan")), "no finite numbers"),
-        (lambda e: e["scores"][0]["values"].update(DPO="0.3"), "no finite numbers"),
-        (lambda e: e["scores"][0]["values"].update(DPO=10**400), "no finite numbers"),
-        (lambda e: e["scores"][0]["values"].update(DPO=True), "no finite numbers"),
+        (lambda e: e["scores"][0]["values"].update(DPO=float("nan")), "not finite numbers"),
+        (lambda e: e["scores"][0]["values"].update(DPO="0.3"), "not finite numbers"),
+        (lambda e: e["scores"][0]["values"].update(DPO=10**400), "not finite numbers"),
+        (lambda e: e["scores"][0]["values"].update(DPO=True), "not finite numbers"),
         (lambda e: e["scores"][0]["values"].update(other=0.3), "not all among"),
         (lambda e: e["scores"][0].update(values={}), "no values"),
         (lambda e: e["scores"][0].update(intervals={"DPO": [0.1]}), "not two finite numbers"),
         (lambda e: e["scores"][0].update(intervals={"DPO": [0.1, float("inf")]}), "not two finite numbers"),
-        (lambda e: e.update(router_load={"th": [[2.0]]}), "no shares"),
+        (lambda e: e.update(router_load={"th": [[2.0]]}), "not shares"),
         (lambda e: e.update(router_load={"th": [[0.5, 0.5], [1.0]]}), "same experts"),
         (lambda e: e.update(router_load=[1]), "AttributeError"),
     ],
@@ -225,7 +225,7 @@ def test_a_damaged_evaluation_is_named(change, message, folder):
     record = json.loads((folder / EVALUATION_FILE).read_text())
     change(record)
     (folder / EVALUATION_FILE).write_text(json.dumps(record))
-    with pytest.raises(UserError, match=f"{EVALUATION_FILE} is no record of an evaluation .*{message}"):
+    with pytest.raises(UserError, match=f"{EVALUATION_FILE} is not a record of an evaluation .*{message}"):
         card_files(folder)["README.md"]
 
 

@@ -123,7 +123,7 @@ REFUSED = [
     ({"num_attention_heads": 0}, "`num_attention_heads` (0) must be a multiple of"),
     (
         {"hidden_size": 34},
-        "`hidden_size` (34) is no multiple of `num_attention_heads` (4). Change one of them, or give",
+        "`hidden_size` (34) is not a multiple of `num_attention_heads` (4). Change one of them, or give",
     ),
     ({"num_experts": 0}, "give 1 for a dense JAI, or more"),
     ({"num_experts_per_tok": 5}, "but there are 4 experts. Give a number from 1 to 4"),

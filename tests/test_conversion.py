@@ -337,7 +337,7 @@ def test_record_of_the_tokenizer_is_checked(tmp_path, base_with_tokenizer, train
     record["new_tokens"]["510"] = {"surface": "x", "pieces": [3]}
     refused(json.dumps(record), "first 510, which is 'x' of the pieces .* and missing by the two tokenizers")
     for broken in ("{", "[]", "{}", '{"new_tokens": [1]}', '{"new_tokens": {"a": {}}}'):
-        refused(broken, "is no record of a tokenizer's training")
+        refused(broken, "is not a record of a tokenizer's training")
     path.unlink()
     run(base_with_tokenizer, tmp_path / "b", tokenizer=str(trained_tokenizer))
     assert sha256(tmp_path / "a" / "model.safetensors") == sha256(tmp_path / "b" / "model.safetensors")
@@ -493,7 +493,7 @@ def break_rope(folder: Path) -> None:
     ("damage", "message"),
     [
         (break_rope, "is not valid"),
-        (break_json, "is no valid JSON"),
+        (break_json, "is not valid JSON"),
         (break_model_type, "LlamaForCausalLM of type 'llama'"),
         (break_config, "has no config.json"),
         (break_weights, "truncated or damaged"),

@@ -397,7 +397,7 @@ class TestTrouble:
                 "not a file beside it",
             ),
             (lambda index: index["weight_map"].update({"model.ghost": "/etc/passwd"}), "not a file beside it"),
-            (lambda index: index.pop("weight_map"), "is no index of weights"),
+            (lambda index: index.pop("weight_map"), "is not an index of weights"),
         ],
     )
     def test_a_damaged_index(self, changing_base, tmp_path, damage, message):

@@ -113,7 +113,7 @@ def entries(**tensors) -> bytes:
 
 HEADERS = {
     "deep": (header(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested too deeply"),
-    "list": (header(b"[]"), "no JSON object"),
+    "list": (header(b"[]"), "not a JSON object"),
     "list as an entry": (header(b'{"a": [1, 2]}'), "the entry of a has no dtype, shape and data_offsets"),
     "without dtype": (header(b'{"a": {"shape": [1], "data_offsets": [0, 4]}}', b"0000"), "entry of a has no dtype"),
     "dtype of another kind": (header(entries(a={"dtype": 32, "data_offsets": [0, 4]}), b"0000"), "entry of a"),
@@ -238,8 +238,8 @@ DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 DAMAGE = {
     "config: list": (write(CONFIG, "[]"), "config.json holds a list"),
     "config: deep": (write(CONFIG, DEEP), "config.json is JSON that is nested too deeply"),
-    "config: cut": (write(CONFIG, '{"model_type": "ph'), "config.json is no valid JSON"),
-    "config: not UTF-8": (write(CONFIG, b"\xff\xfe"), "config.json is no JSON: it is not UTF-8"),
+    "config: cut": (write(CONFIG, '{"model_type": "ph'), "config.json is not valid JSON"),
+    "config: not UTF-8": (write(CONFIG, b"\xff\xfe"), "config.json is not JSON: it is not UTF-8"),
     "config: pipe": (replace_by_pipe(CONFIG), "config.json is a named pipe, not a file"),
     "config: folder": (replace_by_folder(CONFIG), "config.json is a folder, not a file"),
     "config: dangling": (replace_by_link(CONFIG, "../blobs/12"), "config.json is a link to ../blobs/12"),
@@ -249,9 +249,9 @@ DAMAGE = {
     "config: a billion layers": (edit(num_hidden_layers=10**9), "num_hidden_layers is 1e.09, and at most 10,000"),
     "config: a trillion rows": (edit(vocab_size=10**12), "vocab_size is 1e.12, and at most"),
     "index: list": (write(INDEX, "[]"), "index.json holds a list"),
-    "index: empty": (damage_index(), "is no index of weights"),
-    "index: no names": (damage_index(weight_map={"a": 1, "b": None}), "is no index of weights"),
-    "index: list of names": (damage_index(weight_map=["model-1.safetensors"]), "is no index of weights"),
+    "index: empty": (damage_index(), "is not an index of weights"),
+    "index: no names": (damage_index(weight_map={"a": 1, "b": None}), "is not an index of weights"),
+    "index: list of names": (damage_index(weight_map=["model-1.safetensors"]), "is not an index of weights"),
     "index: folder": (damage_index(weight_map={"a": ".."}), "is a folder, not a file"),
     "index: null byte": (damage_index(weight_map={"a": "a\0b"}), "lacks a"),
     "index: long name": (damage_index(weight_map={"a": "a" * 5000}), "lacks aaa|cannot be read"),

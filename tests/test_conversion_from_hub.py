@@ -125,7 +125,7 @@ def test_a_hub_that_refuses_is_one_message(hub, tmp_path, fault):
     process = convert(hub, tmp_path / "out", **environment)
     assert process.returncode == 1
     error = process.stderr.strip().splitlines()[-1]
-    assert error.startswith("Error: lab/base is no local folder, and it cannot be downloaded from the Hub")
+    assert error.startswith("Error: lab/base is not a local folder, and it cannot be downloaded from the Hub")
     assert "Traceback" not in process.stderr
     assert hub.token not in process.stderr + process.stdout
     assert not (tmp_path / "out").exists()
@@ -161,6 +161,6 @@ def test_a_damaged_header_on_the_hub_is_one_message(hub, tmp_path):
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
     error = process.stderr.strip().splitlines()[-1]
-    assert error.startswith(f"Error: lab/base/{first.name} is no whole safetensors file")
+    assert error.startswith(f"Error: lab/base/{first.name} is not a complete safetensors file")
     assert "the bytes of b are 0 to 4, where 4 was expected" in error
     assert not (tmp_path / "out").exists()

@@ -108,4 +108,4 @@ def test_logits_that_are_no_numbers_are_an_error(run, tiny_phi3, tmp_path):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     code, _, error = run(base, *BLOCKS, "--duplicate-init", "copy")
     assert code == 1
-    assert f"{base} computes logits that are no numbers" in error
+    assert f"{base} computes logits that are not numbers" in error

@@ -326,7 +326,7 @@ def test_sizes(text, size):
     "text", ["", "MB", "0", "0.5", "-1", "-1MB", "1e9", "500M", "5 MB MB", "inf", "nan", "1,5MB", "๕MBx"]
 )
 def test_sizes_that_are_none(text):
-    with pytest.raises(UserError, match=r"is no size. Give a number of bytes.*500MB, 2GiB"):
+    with pytest.raises(UserError, match=r"is not a size. Give a number of bytes.*500MB, 2GiB"):
         parse_size(text)
 
 
@@ -633,13 +633,13 @@ class TestHub:
         for name, message in {
             "lab/thai:nowhere": "Bad split: nowhere. Available splits: ['train', 'test']",
             "lab/several": "Please pick one among the available configs: ['news', 'chat']",
-            "lab/none": "lab/none is no file or folder, and the Hub did not give a dataset of that name",
+            "lab/none": "lab/none is neither a file nor a folder, and the Hub did not give a dataset of that name",
             "lab/secret": "`hf auth login` if the dataset is private or gated",
             "lab/titles": "has no string column `text`, but: title (string), n (int64)",
             "lab/numbers": "has no string column `text`, but: text (int64)",
             "lab/holes": "lab/holes, row 2 has no string `text`",
             "lab/broken": "lab/broken",
-            "lab/empty": "lab/empty is no file or folder, and the Hub did not give",
+            "lab/empty": "lab/empty is neither a file nor a folder, and the Hub did not give",
         }.items():
             assert message in found[name], (name, found[name])
 
@@ -660,7 +660,9 @@ class TestHub:
 
     def test_a_hub_that_cannot_be_reached(self, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(UserError, match=r"lab/thai is no file or folder, and the Hub did not .*offline mode"):
+        with pytest.raises(
+            UserError, match=r"lab/thai is neither a file nor a folder, and the Hub did not .*offline mode"
+        ):
             open_sources(["lab/thai"])
 
 
@@ -677,7 +679,7 @@ class TestChecksComeBeforeTheReading:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"script": "Klingon"}, "'Klingon' is no script that Unicode knows"),
+            ({"script": "Klingon"}, "'Klingon' is not a script that Unicode knows"),
             ({"unit": "word", "script": "Lao"}, "unit word cuts Thai words only"),
             ({"unit": "letter"}, "unit is 'letter'; expected one of run, word, cluster"),
             ({"max_token_chars": 1}, "max_token_chars is 1; expected a whole number from 2"),

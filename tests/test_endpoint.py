@@ -209,8 +209,8 @@ def test_no_server(client_of):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("judge", "is no address"),
-        ("ftp://host/v1", "is no address"),
+        ("judge", "is not an address"),
+        ("ftp://host/v1", "is not an address"),
         ("https://user:secret@host/v1", "more than a place"),
         ("https://host/v1?key=secret", "more than a place"),
         ("https://host/v1/chat/completions", "address before /chat/completions"),

@@ -513,8 +513,8 @@ SERVER = {"backend": "openai", "base_url": "http://h/v1"}
         ({"backend": "vllm", "device": "cuda:1"}, "--device does nothing with --backend vllm"),
         ({"parallelize": True, "device": "cuda:1"}, "--parallelize takes all GPUs, and --device cuda:1 is one"),
         ({"card": True}, "--card writes into the checkpoint's folder, and owner/name is none"),
-        ({"data": Path("nowhere")}, "--data nowhere is no folder"),
-        ({"include_path": Path("nowhere")}, "--include-path nowhere is no folder"),
+        ({"data": Path("nowhere")}, "--data nowhere is not a folder"),
+        ({"include_path": Path("nowhere")}, "--include-path nowhere is not a folder"),
     ],
 )
 def test_options_that_do_nothing_or_do_not_go_together(options, problem):
@@ -560,7 +560,7 @@ def test_a_missing_file_is_named(checkpoint, tmp_path, data):
     ("line", "problem"),
     [
         ("{", "line 2"),
-        ('["a"]', "no JSON object"),
+        ('["a"]', "not a JSON object"),
         ('{"question": "ก", "choices": {"a": "1"}}', "without 'answer'"),
         ('{"question": "ก", "choices": {"a": "1"}, "answer": "\udcff"}', "line 2"),
     ],
@@ -666,7 +666,7 @@ def test_a_metric_that_is_no_mean(data, tmp_path):
     )
     suite = Suite(name="s", title="t", about="a", tasks=[{"task": "middle", "metric": "acc"}])
     plan = plan_suite(suite, TaskLoader(data=data, include_path=tmp_path))
-    with pytest.raises(UserError, match="The metric 'acc' of middle is no mean over its items"):
+    with pytest.raises(UserError, match="The metric 'acc' of middle is not a mean over its items"):
         measure(plan, Knows(), tmp_path / "run")
 
 
@@ -771,7 +771,7 @@ def suite_errors() -> Iterator:
     yield {**base, "tasks": [row, row]}, "two rows are named 't'"
     yield {**base, "tasks": ["t"]}, "task 1 is 't'"
     yield {**base, "means": [{"name": "m", "over": "subsets"}]}, "over is 'subsets'"
-    yield {**base, "means": [{"name": "m", "rows": ["u"]}]}, "'u', which is no row"
+    yield {**base, "means": [{"name": "m", "rows": ["u"]}]}, "'u', which is not a row"
     yield {**base, "means": [{"name": "m", "metrics": ["f1"]}]}, "'f1', which the row 't'"
 
 

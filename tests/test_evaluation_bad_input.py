@@ -151,10 +151,10 @@ def write_exam(data: Path, broken: str = "") -> None:
 
 
 CASES = {
-    "a missing folder": (["--suite", "mgsm", "--data", "nowhere"], "--data nowhere is no folder"),
+    "a missing folder": (["--suite", "mgsm", "--data", "nowhere"], "--data nowhere is not a folder"),
     "a missing file": (["--suite", "hall-bench"], r"hall-bench are not published\. Put yours .*hall_bench\.jsonl"),
     "a missing suite file": (["--suite", "mine.yaml"], r"mine\.yaml"),
-    "a malformed row": (["--suite", "thai-exam"], r"thai_exam/ic/test\.jsonl, line 6, is no row"),
+    "a malformed row": (["--suite", "thai-exam"], r"thai_exam/ic/test\.jsonl, line 6, is not a row"),
     "a malformed question": (["--suite", "mt-bench-th"], r"mt_bench_th\.jsonl, line 2, .*`turns`"),
     "no chat template": (["--suite", "mgsm"], "has no chat template, in which it is asked here"),
     "programs: code": (["--suite", "code"], "The suite code runs programs .*--allow-code-execution"),

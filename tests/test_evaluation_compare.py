@@ -178,7 +178,7 @@ def test_bad_input_is_one_error(tmp_path):
         compare_runs([tmp_path / "empty"])
     with pytest.raises(UserError, match=r"chart.gif has an unknown ending; expected .png, .svg, .pdf"):
         CompareOptions(runs=[str(run)], figure=Path("chart.gif")).check()
-    with pytest.raises(UserError, match="none is no folder"):
+    with pytest.raises(UserError, match="none is not a folder"):
         CompareOptions(runs=["none"]).check()
 
 

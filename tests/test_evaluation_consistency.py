@@ -65,7 +65,7 @@ def test_what_is_not_parallel_is_refused():
 def test_pairs_of_a_suite_name_rows_and_metrics(tmp_path):
     task = "title: t\nabout: a\ntasks: [{task: x, metric: acc}, {task: y, metric: f1}]\npairs: [{name: p, "
     for pair, message in [
-        ("english: x, thai: z, metric: acc}]", "the pair 'p' is of 'z', which is no row"),
+        ("english: x, thai: z, metric: acc}]", "the pair 'p' is of 'z', which is not a row"),
         ("english: x, thai: y, metric: acc}]", "the pair 'p' takes 'acc', which 'y' does not have"),
         ("english: x, thai: y}]", "pair 1 lacks 'metric'"),
     ]:

@@ -252,7 +252,7 @@ def test_a_run_of_something_else_is_refused(tmp_path):
         pass
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "weights").touch()
-    with pytest.raises(UserError, match="is no evaluation"), open_run(tmp_path / "other", **WHAT):
+    with pytest.raises(UserError, match="is not an evaluation"), open_run(tmp_path / "other", **WHAT):
         pass
 
 
@@ -265,7 +265,7 @@ def test_a_damaged_line_is_named(tmp_path, line):
         run.add(items_of([1.0]))
     path = Path(tmp_path / "run" / ITEMS_FILE)
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"items.jsonl, line 2, is no outcome"):
+    with pytest.raises(UserError, match=r"items.jsonl, line 2, is not an outcome"):
         read_run(tmp_path / "run")
 
 
@@ -289,7 +289,7 @@ def test_outcomes_in_a_named_pipe_are_refused(tmp_path):
 )
 def test_a_damaged_record_is_named(tmp_path, content, problem):
     (tmp_path / RESULTS_FILE).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"results.json is no record of an evaluation \(.*{problem}"):
+    with pytest.raises(UserError, match=rf"results.json is not a record of an evaluation \(.*{problem}"):
         read_run(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         read_run(tmp_path / "nothing")

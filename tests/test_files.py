@@ -52,10 +52,10 @@ NO_FILES = {
     "circular link": (make_link_to_itself, "is a link to config.json, which cannot be followed"),
 }
 NO_JSON_OBJECTS = {
-    "empty": (b"", "is no valid JSON"),
-    "cut": (b'{"a": [1, 2', "is no valid JSON"),
+    "empty": (b"", "is not valid JSON"),
+    "cut": (b'{"a": [1, 2', "is not valid JSON"),
     "deep": (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
-    "long number": (b'{"a": ' + b"1" * 5000 + b"}", "is no valid JSON"),
+    "long number": (b'{"a": ' + b"1" * 5000 + b"}", "is not valid JSON"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
     "binary": (b'{"a": "\xff"}', r"not UTF-8 \(byte 7\)"),
     "list": (b"[]", "holds a list, where a JSON object"),

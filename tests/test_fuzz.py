@@ -765,15 +765,18 @@ def test_what_fuzzing_found_is_refused(checkpoints, name, file, change, message)
     ("words", "message"),
     [
         # What no verb foresaw was a traceback.
-        (("export", "the/plain", ""), "is no name that a folder can get"),
-        (("snapshot", "the/dense", "."), "is no name that a folder can get"),
-        (("tokenizer", "train", "the/text.txt", "--base", "the/base", "--out", ""), "is no name that a folder can get"),
+        (("export", "the/plain", ""), "is not a name that a folder can get"),
+        (("snapshot", "the/dense", "."), "is not a name that a folder can get"),
+        (
+            ("tokenizer", "train", "the/text.txt", "--base", "the/base", "--out", ""),
+            "is not a name that a folder can get",
+        ),
         (("export", "a" * 5000, "OUT"), "File name too long"),
         (("export", "the/plain", "a" * 5000), "File name too long"),
         (("publish", "a" * 5000, "me/model"), "File name too long"),
         (
             ("tokenizer", "train", "x", "--base", "the/base", "--out", "OUT", "--script", "inf"),
-            "no script that Unicode",
+            "not a script that Unicode",
         ),
         (("generate", "the/jai", "\udcff"), "The prompt is not UTF-8"),
         (

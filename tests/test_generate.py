@@ -194,7 +194,7 @@ class TestRefused:
             generate(GenerateOptions(model=str(folder), prompt="x"))
 
     @pytest.mark.parametrize(
-        ("name", "message"), [("config.json", "is no checkpoint"), ("*.safetensors", "no weights")]
+        ("name", "message"), [("config.json", "is not a checkpoint"), ("*.safetensors", "no weights")]
     )
     def test_files_that_lack(self, checkpoint, tmp_path, name, message):
         folder = tmp_path / "without"
@@ -247,10 +247,10 @@ def test_errors_need_no_pytorch(tmp_path):
         (["generate", "x", "hi", "--temperature", "-1"], "temperature is -1.0"),
         (
             ["generate", "nobody/nothing", "hi"],
-            "nobody/nothing is no local folder, and it cannot be downloaded from the Hub",
+            "nobody/nothing is not a local folder, and it cannot be downloaded from the Hub",
         ),
         (["generate", str(tmp_path), "hi"], "no config.json"),
-        (["serve", "nobody/nothing@main", "--port", "1"], "nobody/nothing is no local folder, and it cannot"),
+        (["serve", "nobody/nothing@main", "--port", "1"], "nobody/nothing is not a local folder, and it cannot"),
         (["serve", str(tmp_path), "--port", "1"], "no config.json"),
     ):
         process = subprocess.run(

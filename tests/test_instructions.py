@@ -304,9 +304,9 @@ def test_the_four_figures():
         ({"kwargs": [{"keywords": []}]}, "expected a list of words"),
         ({"kwargs": [{"keywords": ["a"], "relation": "at least"}]}, "takes no 'relation'"),
         ({"kwargs": []}, "1 instructions and 0 kwargs"),
-        ({"kwargs": None}, "no row of IFEval"),
+        ({"kwargs": None}, "not a row of IFEval"),
         ({"instruction_id_list": [], "kwargs": []}, "no instruction"),
-        ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]}, "no row of IFEval"),
+        ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]}, "not a row of IFEval"),
         (
             {
                 "instruction_id_list": ["length_constraints:number_words"],

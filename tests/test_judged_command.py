@@ -255,7 +255,7 @@ def test_a_model_that_knows_some_answers_gets_that_score(data, tmp_path, suite, 
     [
         ({}, "--judge-url is not given"),
         ({"judge_url": "https://host/v1"}, "--judge-model is not given"),
-        ({"judge_url": "host", "judge_model": "m"}, "is no address of an endpoint"),
+        ({"judge_url": "host", "judge_model": "m"}, "is not an address of an endpoint"),
         ({"judge_url": "https://host/v1", "judge_model": "m", "judge_price": [1.0]}, "judge_price has 1 numbers"),
         ({"judge_url": "https://host/v1", "judge_model": "m", "judge_parameters": ["x"]}, "expected NAME=JSON"),
         ({"judge_url": "https://host/v1", "judge_model": "m", "judge_parameters": ["x={"]}, "expected NAME=JSON"),
@@ -270,7 +270,7 @@ def test_malformed_questions_are_named_by_file_and_line(checkpoint, data, tmp_pa
     with (data / "mt_bench_th.jsonl").open("a") as file:
         file.write('\n{"question_id": 9, "turns": []}\n')
     with ChatEndpoint(always("[[7]]")) as judge:
-        with pytest.raises(UserError, match=r"mt_bench_th\.jsonl, line 5, .*`turns` is no list of texts"):
+        with pytest.raises(UserError, match=r"mt_bench_th\.jsonl, line 5, .*`turns` is not a list of texts"):
             evaluate("mt-bench-th", judge=judge, model=str(checkpoint), data=data, out=tmp_path / "run")
         with pytest.raises(UserError, match=r"questions of hall-bench are not published\. Put yours"):
             evaluate("hall-bench", judge=judge, model=str(checkpoint), out=tmp_path / "run")

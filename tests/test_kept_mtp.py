@@ -154,7 +154,7 @@ class TestTrainingOn:
             run(options, tmp_path / "out", mtp_weight=0)
         phi3 = tiny_phi3(tmp_path / "phi3", vocab_size=len(tiny_tokenizer))
         tiny_tokenizer.save_pretrained(phi3)
-        with pytest.raises(UserError, match=r"`keep_mtp` is on, and .* is no JAI"):
+        with pytest.raises(UserError, match=r"`keep_mtp` is on, and .* is not a JAI"):
             run(options, tmp_path / "out", model_name_or_path=phi3)
         damaged = shutil.copytree(kept, tmp_path / "damaged")
         weights = load_file(damaged / "model.safetensors")

@@ -322,7 +322,7 @@ def test_a_run_of_replies_is_of_one_file(tmp_path, jai_eval_language):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").touch()
     code, _, err = jai_eval_language(path, "--out", tmp_path / "mine")
-    assert (code, "is no evaluation" in " ".join(err.split())) == (1, True)
+    assert (code, "is not an evaluation" in " ".join(err.split())) == (1, True)
     jai_eval_language(path, "--out", tmp_path / "run")
     code, _, err = jai_eval_language(path, "--out", tmp_path / "run", "--language", "en")
     assert (code, "holds another evaluation: language" in " ".join(err.split())) == (1, True)

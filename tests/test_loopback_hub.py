@@ -310,7 +310,7 @@ def test_errors_say_what_is_missing(hub, api, tmp_path):
         ("license: [mit", "YAML"),
         ("license: 3", "license"),
         ("tags: jai", "tags"),
-        ("- mit", "no mapping"),
+        ("- mit", "not a mapping"),
         ("base_model: /home/me/phi-3", "base_model"),
     ],
 )

@@ -392,7 +392,7 @@ def test_copies_of_one_base_layer_have_one_weight(tmp_path, models, tiny_phi3, c
         name = f"model.layers.{layer}.mlp.gate.weight"
         assert torch.equal(result[name], model[name])
     phi3 = [str(tiny_phi3(tmp_path / name, seed)) for seed, name in enumerate(("phi3-a", "phi3-b"))]
-    with pytest.raises(UserError, match=r"phi3-a is no JAI \(model_type 'phi3'\)"):
+    with pytest.raises(UserError, match=r"phi3-a is not a JAI \(model_type 'phi3'\)"):
         merge(MergeOptions(models=phi3, out=tmp_path / "phi3", weights=points, place_by="origin"))
 
 

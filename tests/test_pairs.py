@@ -635,7 +635,7 @@ def test_rewards_that_are_no_numbers(tiny_config, tiny_tokenizer, tmp_path):
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
     broken = RewardModel(str(saved(model, tiny_tokenizer, tmp_path / "reward")))
-    with pytest.raises(UserError, match="rewards that are no finite numbers"):
+    with pytest.raises(UserError, match="rewards that are not finite"):
         broken.scores([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], batch_size=1)
 
 
@@ -691,7 +691,7 @@ def test_files_that_are_wrong(prompts, tmp_path):
         with pytest.raises(UserError, match=r"bad\.jsonl, line 2, .*no `prompt`"):
             run(bad, tmp_path / "pairs", model, judge)
         others = write_rows(tmp_path / "others.jsonl", [{"id": 1, "answers": "x"}])
-        with pytest.raises(UserError, match=r"others\.jsonl, line 1, .*`answers` is no list"):
+        with pytest.raises(UserError, match=r"others\.jsonl, line 1, .*`answers` is not a list"):
             run(prompts, tmp_path / "pairs", model, judge, off_policy=others)
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "file").touch()

@@ -285,7 +285,7 @@ class TestRun:
         short = rows(max_steps=4, **more)  # 0.4 steps
         assert short["learning rate"] == "0.001 after 0 steps"
         assert short["annealing"] == (
-            "[yellow]none: 0.1 of 4 steps is no whole step, and without effect are weight decay 0.01[/]"
+            "[yellow]none: 0.1 of 4 steps is less than one step, and without effect are weight decay 0.01[/]"
         )
         assert rows(max_steps=5, annealing=0.2, **more)["annealing"] == "from step 4: weight decay 0.01"
         with pytest.raises(UserError, match=r"`annealing` is 1, all of the 4 steps"):
@@ -806,7 +806,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"packed": "nowhere"}, r"nowhere is no folder of packed text"),
+            ({"packed": "nowhere"}, r"nowhere is not a folder of packed text"),
             ({"max_steps": 5000}, r"The run takes 20,000 sequences of 48 tokens, and the text lasts for"),
             ({"packing_strategy": "wrapped"}, r"invalid choice: .wrapped."),
             ({"rho": 1.5}, r"`rho` is 1.5; expected a share"),

@@ -415,9 +415,9 @@ class TestRefusals:
         for damaged, problem in ((shards[1:], r"have [\d,]+ documents, not"), (5, "'shards' is a number")):
             index["sources"][0]["shards"] = damaged
             (folder / INDEX_FILE).write_text(json.dumps(index))
-            with pytest.raises(UserError, match=f"is no index of packed text .*{problem}"):
+            with pytest.raises(UserError, match=f"is not an index of packed text .*{problem}"):
                 PackedCorpus.open(folder)
-        with pytest.raises(UserError, match="is no folder of packed text"):
+        with pytest.raises(UserError, match="is not a folder of packed text"):
             PackedCorpus.open(tmp_path)
 
     def test_another_tokenizer(self, corpus, tmp_path, sentences):

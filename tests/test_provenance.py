@@ -151,8 +151,8 @@ GOOD = {"role": "base", "name": "x", "is_hub_id": False, "files": {}, "made_by":
         ({"step": "sft"}, "'sft' has no list of inputs"),
         ({"step": "sft", "inputs": {}}, "'sft' has no list of inputs"),
         ({"step": "sft", "inputs": [], "log_history": 1}, "'log_history' of its step 'sft'"),
-        ({"step": "sft", "inputs": [], "options": []}, "'options' of its step 'sft' is no mapping"),
-        ({"step": "sft", "inputs": [], "metrics": None}, "'metrics' of its step 'sft' is no mapping"),
+        ({"step": "sft", "inputs": [], "options": []}, "'options' of its step 'sft' is not a mapping"),
+        ({"step": "sft", "inputs": [], "metrics": None}, "'metrics' of its step 'sft' is not a mapping"),
         *[
             ({"step": "sft", "inputs": [{name: value for name, value in GOOD.items() if name != lost}]}, "lacks role")
             for lost in GOOD
@@ -164,14 +164,14 @@ GOOD = {"role": "base", "name": "x", "is_hub_id": False, "files": {}, "made_by":
 )
 def test_damaged_records_are_refused(record, message, tmp_path):
     (tmp_path / PROVENANCE_FILE).write_text(json.dumps(record))
-    with pytest.raises(UserError, match=rf"{PROVENANCE_FILE} is no record.*{message}.*Fetch the checkpoint again"):
+    with pytest.raises(UserError, match=rf"{PROVENANCE_FILE} is not a record.*{message}.*Fetch the checkpoint again"):
         read_step(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"step": "sft"', "no valid JSON"),
+        (b'{"step": "sft"', "not valid JSON"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"[]", "holds a list"),
         (b"[" * 100_000, "nested too deeply"),

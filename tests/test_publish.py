@@ -160,9 +160,9 @@ def an_adapter(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "is no folder"),
+        (shutil.rmtree, "is not a folder"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "no valid JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: changed_config(f, model_type="phi3"), "'phi3', not 'jai'.*jai convert"),
         (lambda f: changed_config(f, auto_map=None), "no auto_map"),
         (
@@ -178,8 +178,8 @@ def an_adapter(folder: Path) -> None:
         (index_names_more, "index of .* names model.layers.9.skip_alpha in .*which does not hold it"),
         (lambda f: sharded(f, keep_single=True), "has both"),
         (cut_off, "truncated"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"not a tensor in sight"), "no whole safetensors"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"not a tensor in sight"), "not a complete safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "not a complete safetensors"),
         (an_adapter, "names no peft_type"),
         *(
             (partial(replace_with, name=name, content=content), rf"{name} .*({message})")
@@ -202,8 +202,8 @@ def an_adapter(folder: Path) -> None:
         ),
         (lambda f: changed_config(f, auto_map={"AutoConfig": 5}), "names no code"),
         (lambda f: changed_config(f, auto_map={"AutoConfig": [["a.B"]]}), "names no code"),
-        (partial(index_says, weight_map=[]), "is no index of weights"),
-        (partial(index_says, weight_map={"a": 5}), "is no index of weights"),
+        (partial(index_says, weight_map=[]), "is not an index of weights"),
+        (partial(index_says, weight_map={"a": 5}), "is not an index of weights"),
         (partial(index_says, weight_map={"a": "../a.safetensors"}), "not a file beside it"),
         (partial(index_says, weight_map={"a": "pipe.safetensors"}), "pipe.safetensors is a named pipe, not a file"),
         (partial(index_says, weight_map={"a": "of-mine.safetensors"}), "of-mine.safetensors, a name under which none"),
@@ -222,14 +222,14 @@ def test_damaged_folders_are_refused(damage: Callable[[Path], None], message, fo
     [
         (PROVENANCE_FILE, '"x"', "holds a string"),
         (PROVENANCE_FILE, '{"inputs": []}', "names no step"),
-        (PROVENANCE_FILE, "[", "no valid JSON"),
+        (PROVENANCE_FILE, "[", "not valid JSON"),
         (PROVENANCE_FILE, "[" * 100_000, "nested too deeply"),
         ("evaluation.json", "[]", "holds a list"),
-        ("evaluation.json", '{"scores": 5}', "no record of an evaluation"),
+        ("evaluation.json", '{"scores": 5}', "not a record of an evaluation"),
         ("evaluation.json", "[" * 100_000, "nested too deeply"),
         ("trainer_state.json", "[]", "holds a list"),
-        ("trainer_state.json", '{"log_history": 5}', "no list of what was logged"),
-        ("trainer_state.json", '{"log_history": [5]}', "no list of what was logged"),
+        ("trainer_state.json", '{"log_history": 5}', "not a list of what was logged"),
+        ("trainer_state.json", '{"log_history": [5]}', "not a list of what was logged"),
     ],
 )
 def test_damaged_records_make_no_card(name, content, message, folder):
@@ -547,8 +547,8 @@ def refuse(folder, repo_id, hub: LoopbackHub, **options) -> str:
 def test_what_is_refused_before_any_work(folder, hub, api, monkeypatch):
     api.create_repo(REPO)
     started = hub.repo(REPO).head()
-    assert "no name of a repository" in refuse(folder, "my model", hub)
-    assert "no name of a repository" in refuse(folder, "a/b/c", hub)
+    assert "not a name of a repository" in refuse(folder, "my model", hub)
+    assert "not a name of a repository" in refuse(folder, "a/b/c", hub)
     assert "not logged in" in refuse(folder, REPO, hub, token=None)
     assert "(401: Invalid credentials" in refuse(folder, REPO, hub, token="hf_" + "x" * 34)
     assert "cannot be reached" in refuse(folder, REPO, hub, endpoint="http://127.0.0.1:9")
@@ -581,7 +581,9 @@ def test_what_is_refused_before_any_work(folder, hub, api, monkeypatch):
 )
 def test_a_card_by_hand_with_broken_metadata_is_refused_before_any_work(readme, message, folder, hub):
     (folder / "README.md").write_text(readme)
-    assert re.search(f"metadata at the head of .*README.md is no YAML mapping .*{message}", refuse(folder, REPO, hub))
+    assert re.search(
+        f"metadata at the head of .*README.md is not a YAML mapping .*{message}", refuse(folder, REPO, hub)
+    )
     assert hub.requests == []
 
 

@@ -175,7 +175,7 @@ def test_pickled_weights_are_refused_and_not_opened(folder, tmp_path):
     with pytest.raises(UserError, match="no safetensors weights"):
         weight_files(folder)
     shutil.copy(folder / "pytorch_model.bin", folder / "model.safetensors")  # under another name
-    with pytest.raises(UserError, match="no whole safetensors"):
+    with pytest.raises(UserError, match="not a complete safetensors"):
         check_files(folder)
     assert not mark.exists()
 

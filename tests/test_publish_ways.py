@@ -219,7 +219,9 @@ def adapter(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_an_adapter(adapter, checkpoint, hub, api, push, run_line):
-    with pytest.raises(UserError, match=r"base model is .*tiny-jai', which is no model on the Hub.*--base owner/name"):
+    with pytest.raises(
+        UserError, match=r"base model is .*tiny-jai', which is not a model on the Hub.*--base owner/name"
+    ):
         push(adapter)
     with pytest.raises(UserError, match="--base is for adapters"):
         push(checkpoint, base=BASE)
@@ -290,7 +292,7 @@ def piped(adapter: Path) -> None:
         (changed(revision=5), "revision 5; expected the name of a commit"),
         (lambda a: (a / "adapter_config.json").write_text("[]"), "holds a list, where a JSON object"),
         (lambda a: (a / "adapter_config.json").write_text("[" * 100_000), "nested too deeply"),
-        (lambda a: (a / "adapter_model.safetensors").write_bytes(b"x"), "no whole safetensors"),
+        (lambda a: (a / "adapter_model.safetensors").write_bytes(b"x"), "not a complete safetensors"),
         (piped, "is a named pipe, not a file"),
     ],
 )

@@ -183,8 +183,8 @@ def test_logs_without_a_loss_and_values_that_are_no_numbers_are_left_out(tmp_pat
 @pytest.mark.parametrize(
     ("history", "problem"),
     [
-        ({"step": 1}, "its log_history is no list of logs"),
-        ([{"step": 1, "loss": 1.0}, 5], "its log_history is no list of logs"),
+        ({"step": 1}, "its log_history is not a list of logs"),
+        ([{"step": 1, "loss": 1.0}, 5], "its log_history is not a list of logs"),
         ([{"step": 1, "loss": "1.0"}], "no number for its loss or its step"),
         ([{"step": True, "loss": 1.0}], "no number for its loss or its step"),
         ([{"step": 1.5, "loss": 1.0}], "no number for its loss or its step"),

@@ -308,7 +308,7 @@ class TestBadInput:
             extend_tokenizer(tiny_base, texts, 560)
 
     def test_unknown_script_and_cap(self, tiny_base):
-        with pytest.raises(UserError, match="'Klingon' is no script"):
+        with pytest.raises(UserError, match="'Klingon' is not a script"):
             extend_tokenizer(tiny_base, THAI_TEXT, 560, script="Klingon")
         with pytest.raises(UserError, match="max_token_chars is 1"):
             extend_tokenizer(tiny_base, THAI_TEXT, 560, max_token_chars=1)

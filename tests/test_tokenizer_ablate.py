@@ -374,7 +374,7 @@ GOOD = {
         ({"arms": [{"name": "a", "tokenizer": "t", "vocab_size": 9}]}, r"Give one of the two"),
         ({"seeds": [1, 1]}, r"two seeds of the name 1"),
         ({"training": {"tokens": "many"}}, r"training, tokens is 'many'; expected a whole number from 1"),
-        ({"training": {"tokens": 100}}, r"are no training"),
+        ({"training": {"tokens": 100}}, r"are too few to train on"),
         ({"training": {"tokens": 9000, "dtype": "int8"}}, r"dtype is 'int8'"),
         ({"model": {"hidden_size": 30}}, r"does not divide into 4 heads"),
         ({"languages": [{"name": "Thai", "texts": ["t"], "weight": 0}]}, r"weight is 0; expected a number above 0"),
@@ -398,7 +398,7 @@ def test_bad_files_are_refused(tmp_path, config):
     with pytest.raises(UserError, match=r"not valid YAML"):
         read_ablation_config(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text("- a")
-    with pytest.raises(UserError, match=r"is no list of options"):
+    with pytest.raises(UserError, match=r"is not a list of options"):
         read_ablation_config(tmp_path / "bad.yaml")
     with pytest.raises(UserError, match=r"workers is 0"):
         ablate(config, tmp_path / "out", workers=0, console=quiet())

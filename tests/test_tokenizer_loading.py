@@ -116,7 +116,7 @@ class TestRefused:
     @BOTH
     def test_what_the_hub_does_not_give(self, load):
         with pytest.raises(
-            UserError, match="nobody/nothing is no local folder, and it cannot be downloaded from the Hub"
+            UserError, match="nobody/nothing is not a local folder, and it cannot be downloaded from the Hub"
         ):
             load("nobody/nothing")
 
@@ -124,7 +124,7 @@ class TestRefused:
     def test_offline(self, load, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(
-            UserError, match=r"nothing is no local folder.* not in the Hub cache\. HF_HUB_OFFLINE is set"
+            UserError, match=r"nothing is not a local folder.* not in the Hub cache\. HF_HUB_OFFLINE is set"
         ):
             load("nobody/nothing")
 

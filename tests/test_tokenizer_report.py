@@ -431,8 +431,8 @@ class TestSubjects:
         ("change", "message"),
         [
             (lambda record: record["new_tokens"]["450"].update(surface="x"), "says that token 450 is 'x'"),
-            (lambda record: record.pop("base"), "is no record of `jai tokenizer train`"),
-            (lambda record: record.update(new_tokens=[1]), "is no record of `jai tokenizer train`"),
+            (lambda record: record.pop("base"), "is not a record of `jai tokenizer train`"),
+            (lambda record: record.update(new_tokens=[1]), "is not a record of `jai tokenizer train`"),
         ],
     )
     def test_a_record_that_is_wrong(self, trained, change, message):
@@ -461,7 +461,7 @@ class TestSubjects:
         if content is not None:
             (tmp_path / "tokenizer.json").write_text(content)
             (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-        with pytest.raises(UserError, match=r"has no tokenizer that can be loaded|tokenizer\.json is no valid JSON"):
+        with pytest.raises(UserError, match=r"has no tokenizer that can be loaded|tokenizer\.json is not valid JSON"):
             load_subjects([str(tmp_path)])
 
     def test_no_fast_implementation(self, tmp_path):

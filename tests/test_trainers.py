@@ -761,7 +761,7 @@ def test_recipes_parse(recipe, options, tmp_path):
     [
         (["--config"], r"without a file"),
         (["--config", "missing.yaml"], r"missing.yaml does not exist"),
-        (["--config=list.yaml"], r"no list of options"),
+        (["--config=list.yaml"], r"not a list of options"),
         (["--config=broken.yaml"], r"not valid YAML"),
         (["--lerning_rate", "1"], r"Did you mean 'learning_rate'"),
         (["--max_steps", "many"], r"--max_steps.*invalid int value: 'many'"),
@@ -787,8 +787,8 @@ def test_bad_command_lines(checkpoint, argv, message):
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, r"missing.jsonl does not exist"),
-        ("notes.txt", "hello", r"notes.txt is no data file.*\.jsonl"),
-        ("broken.jsonl", '{"text": "a"}\n{"text": ', r"Row 2 of broken.jsonl .* it is no valid JSON"),
+        ("notes.txt", "hello", r"notes.txt is not a data file.*\.jsonl"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": ', r"Row 2 of broken.jsonl .* it is not valid JSON"),
         ("empty.jsonl", "", r"empty.jsonl has no rows"),
         ("blank.jsonl", "\n", r"blank.jsonl \(split train\) has no rows"),
         ("columns.jsonl", '{"question": "a", "answer": "b"}\n', r"columns question, answer; expected `messages`"),
@@ -873,7 +873,7 @@ def test_checkpoints_that_are_refused(checkpoint, chats, tmp_path, tiny_model, t
 def test_a_damaged_history_is_refused_before_training(checkpoint, chats, tmp_path):
     damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
     (damaged / PROVENANCE_FILE).write_text('{"stage": "sft"}')
-    with pytest.raises(UserError, match=r"damaged/provenance.json is no record of how the checkpoint was made"):
+    with pytest.raises(UserError, match=r"damaged/provenance.json is not a record of how the checkpoint was made"):
         sft.main(arguments(damaged, chats, "out"))
     assert not Path("out").exists()
 

@@ -114,7 +114,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
     ("rows", "message"),
     [
         ([CHAT, "null", CHAT], r"Row 2 of .*it is null; expected columns"),
-        ([CHAT, "{", CHAT], r"Row 2 of .*it is no valid JSON"),
+        ([CHAT, "{", CHAT], r"Row 2 of .*it is not valid JSON"),
         ([CHAT, {"messages": None}, {"messages": None}], r"Row 2 of .*`messages` is null\. Rows like it: 3\."),
         ([{"text": "a"}, {"text": None}], r"Row 2 of .*`text` is null"),
         ([{"text": None}, {"text": "a"}], r"Row 1 of .*`text` is null"),
@@ -126,7 +126,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ([CHAT, {"messages": [user("hi"), assistant(None)]}], r"Row 2 of .*`messages` has no content in message 2"),
         (
             [CHAT, {"messages": [user(IMAGE), assistant("x")]}],
-            r"Row 2 of .*part of content that is no text in message 1 \(image_url\)",
+            r"Row 2 of .*part of content that is not text in message 1 \(image_url\)",
         ),
         ([CHAT, {"messages": []}], r"Row 2 of .*`messages` has no messages"),
         ([{"messages": "hi"}], r"Row 1 of .*`messages` is hi; expected a list of messages"),
@@ -160,7 +160,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ),
         (
             [CHAT, {"messages": [user("a"), assistant("", tool_calls=[{"name": "f", "arguments": "{"}])]}],
-            r"Row 2 of .*arguments of a call that are no valid JSON in message 2",
+            r"Row 2 of .*arguments of a call that are not valid JSON in message 2",
         ),
         (
             [CHAT, {"messages": [user("a"), assistant("", tool_calls=[CALL]), assistant("b")]}],
@@ -169,7 +169,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ([{"conversations": [{"from": "human", "value": None}]}], r"Row 1 of .*has no content in message 1"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}], r"Row 2 of .*`completion` is null"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], r"Row 2 of .*`completion` is empty"),
-        ([{**CHAT, "tools": "[{"}], r"Row 1 of .*`tools` is no valid JSON"),
+        ([{**CHAT, "tools": "[{"}], r"Row 1 of .*`tools` is not valid JSON"),
         ([{**CHAT, "tools": ["f"]}], r"Row 1 of .*`tools` is \['f'\]; expected a list of functions"),
         ([{**CHAT, "chat_template_kwargs": 5}], r"Row 1 of .*`chat_template_kwargs` is 5; expected a mapping"),
         (
@@ -178,7 +178,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ),
         (["5"], r"cannot be read: of row 1, it is 5"),
         (["null"], r"cannot be read: of row 1, it is null"),
-        (["{"], r"cannot be read: of row 1, it is no valid JSON"),
+        (["{"], r"cannot be read: of row 1, it is not valid JSON"),
         ([{"text": "a"}] * 3 + [{"text": None}] * 8, r"Row 4 of .*Rows like it: 5, 6, 7, 8, 9 and 2 more\."),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_stream_ends_at_its_first_faulty_row():
                     "rejected": [user("s"), assistant("b"), user("x"), assistant("d")],
                 }
             ],
-            r"differ in message 3, which is no answer",
+            r"differ in message 3, which is not an answer",
         ),
         ([{"chosen": [user("a"), assistant("b")], "rejected": [user("a")]}], r"is the beginning of the other"),
         (
@@ -724,7 +724,7 @@ def test_files_that_break_off_are_named():
     with pytest.raises(UserError, match=r"rows.jsonl.gz cannot be read"):
         load("rows.jsonl.gz")
     Path("rows.csv").write_bytes("text\nก".encode("tis-620"))
-    with pytest.raises(UserError, match=r"rows.csv cannot be read: it is no UTF-8 text.* Save it as UTF-8"):
+    with pytest.raises(UserError, match=r"rows.csv cannot be read: it is not UTF-8 text.* Save it as UTF-8"):
         load("rows.csv")
 
 

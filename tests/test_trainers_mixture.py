@@ -471,7 +471,7 @@ def test_a_record_says_which_rows_were_chosen(checkpoint):
 
 def test_revisions_are_of_the_hub(tiny_tokenizer):
     write("few.jsonl", [chat("a", "b")])
-    with pytest.raises(UserError, match=r"`revision` is abc, and few\.jsonl is no dataset on the Hub"):
+    with pytest.raises(UserError, match=r"`revision` is abc, and few\.jsonl is not a dataset on the Hub"):
         prepared(tiny_tokenizer, datasets=[{"path": "few.jsonl", "revision": "abc"}])
     with pytest.raises(UserError, match="`revision` in `datasets` is 5; expected text"):
         prepared(tiny_tokenizer, datasets=[{"path": "few.jsonl", "revision": 5}])

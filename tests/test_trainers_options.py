@@ -314,7 +314,7 @@ def test_a_missing_file_is_refused_before_anything_heavy_is_imported():
 import sys
 from jai.errors import UserError
 from jai.trainers.config_file import read_config_file
-for name, message in (("missing", "does not exist"), ("broken", "not valid YAML"), ("list", "no list of options")):
+for name, message in (("missing", "does not exist"), ("broken", "not valid YAML"), ("list", "not a list of options")):
     try:
         read_config_file(["--config", f"{name}.yaml"])
     except UserError as error:

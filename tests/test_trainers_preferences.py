@@ -468,7 +468,7 @@ def test_a_reference_without_numbers_is_refused(tiny_checkpoint, pairs):
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     model.save_pretrained(broken)
-    with pytest.raises(UserError, match="log-probabilities that are no finite numbers"):
+    with pytest.raises(UserError, match="log-probabilities that are not finite"):
         dpo.main(arguments(broken, pairs, "out", precompute_ref_log_probs=True))
 
 

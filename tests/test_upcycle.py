@@ -505,10 +505,10 @@ def test_bad_checkpoints_are_refused(phi3, dense, checkpoints, upcycled, tmp_pat
 
     convert(ConvertOptions(base=str(phi3), out=tmp_path / "other", block_size=2, block_repeats=[1, 1, 2], experts=1))
     refused(
-        r"other is no state of the model .*block_repeats \[1, 1, 2\] instead of \[1, 2, 1\]",
+        r"other is not a state of the model .*block_repeats \[1, 1, 2\] instead of \[1, 2, 1\]",
         snapshots=[str(tmp_path / "other")],
     )
-    refused("other is no state of the model", snapshots=checkpoints, base_weights=str(tmp_path / "other"))
+    refused("other is not a state of the model", snapshots=checkpoints, base_weights=str(tmp_path / "other"))
 
     lacking = tmp_path / "lacking"
     shutil.copytree(checkpoints[0], lacking)
@@ -577,5 +577,5 @@ def test_a_snapshot_whose_step_is_no_number_is_refused(dense, checkpoints, tmp_p
     snapshot(SnapshotOptions(checkpoint=checkpoints[0], out=damaged))
     config = damaged / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "global_step": "many"}))
-    with pytest.raises(UserError, match=r"is no snapshot: its global_step is 'many'"):
+    with pytest.raises(UserError, match=r"is not a snapshot: its global_step is 'many'"):
         run(dense, tmp_path / "jai", snapshots=[str(damaged)])

@@ -58,7 +58,7 @@ def load_tokenizer(
     except Exception as error:  # of many kinds: JSON's, KeyError, RecursionError, a bare Exception
         raise _refusal(name, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise UserError(f"{name} loads as a {type(tokenizer).__name__}, which is no tokenizer. {_ADVICE}")
+        raise UserError(f"{name} loads as a {type(tokenizer).__name__}, which is not a tokenizer. {_ADVICE}")
     _check_encodes(name, tokenizer)
     return tokenizer
 

@@ -229,7 +229,7 @@ def _recorded_new_ids(record: Path, tokenizer: PreTrainedTokenizerBase) -> tuple
         surfaces = {int(i): token["surface"] for i, token in content["new_tokens"].items() if token["pieces"]}
         base_entries = int(content["base"]["entries"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{record} is no record of `jai tokenizer train` ({error!r}). Fix or remove it.") from error
+        raise UserError(f"{record} is not a record of `jai tokenizer train` ({error!r}). Fix or remove it.") from error
     for i, surface in surfaces.items():
         if (found := tokenizer.convert_ids_to_tokens(i)) != surface:
             raise UserError(

@@ -32,7 +32,7 @@ def script_runs(script: str) -> regex.Pattern:
         return regex.compile(rf"{SPACE}?\p{{Script={script}}}+")
     except (regex.error, OverflowError) as error:
         raise UserError(
-            f"{script!r} is no script that Unicode knows. Give a name such as Thai, Lao, Khmer or Myanmar."
+            f"{script!r} is not a script that Unicode knows. Give a name such as Thai, Lao, Khmer or Myanmar."
         ) from error
 
 

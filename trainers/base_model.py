@@ -121,8 +121,8 @@ def prepare_chat(base: BaseModel, data: TrainingData, training_args: StageConfig
     if chat_template_path is not None:
         if not Path(chat_template_path).is_file():
             raise UserError(
-                f"`chat_template_path` names {chat_template_path}, which is no file. Give a .jinja file; templates of "
-                "other models are not taken over, because their tokens would resize the vocabulary."
+                f"`chat_template_path` names {chat_template_path}, which is not a file. Give a .jinja file; templates "
+                "of other models are not taken over, because their tokens would resize the vocabulary."
             )
         tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
         cast(SFTConfig, training_args).chat_template_path = None  # the tokenizer has it now

@@ -401,7 +401,7 @@ def _digest(content: Any) -> int:
     try:
         text = json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
     except UnicodeEncodeError as error:
-        raise RowFault("not text", "it holds half of a surrogate pair, which is no Unicode text") from error
+        raise RowFault("not text", "it holds half of a surrogate pair, which is not valid Unicode") from error
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 

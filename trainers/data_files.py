@@ -76,7 +76,7 @@ def open_splits(
     """
     path = check_data_name(name)
     if revision is not None and path.exists():
-        raise UserError(f"`revision` is {revision}, and {name} is no dataset on the Hub. Leave it out.")
+        raise UserError(f"`revision` is {revision}, and {name} is not a dataset on the Hub. Leave it out.")
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()  # by `save_to_disk`
     if config is not None and (path.is_file() or is_saved):
         raise UserError(
@@ -134,7 +134,7 @@ def _other_files(folder: Path, used: Sequence[str]) -> tuple[Path, ...]:
 def unreadable(name: str, error: BaseException) -> UserError:
     """What is said of data that breaks off or is no data at all."""
     if isinstance(error, UnicodeDecodeError):
-        return UserError(f"The data {name} cannot be read: it is no UTF-8 text ({error}). Save it as UTF-8.")
+        return UserError(f"The data {name} cannot be read: it is not UTF-8 text ({error}). Save it as UTF-8.")
     return UserError(
         f"The data {name} cannot be read: {error}. Every line must be one JSON object, and a column must have the same "
         "type in all of them."
@@ -155,7 +155,7 @@ def _read_json_lines(file: BinaryIO) -> Iterator[Any]:
             try:
                 yield json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                yield RowFault("no JSON", f"it is no valid JSON ({error})")
+                yield RowFault("no JSON", f"it is not valid JSON ({error})")
 
 
 def _read_json(file: BinaryIO) -> Iterator[Any]:

@@ -153,7 +153,7 @@ class JaiDPOTrainer(JaiTrainerMixin, DPOTrainer):
             values[places] = found.numpy()
             if not np.isfinite(values[places]).all():
                 raise UserError(
-                    "The reference gives log-probabilities that are no finite numbers, first in pair "
+                    "The reference gives log-probabilities that are not finite, first in pair "
                     f"{places[0] + 1:,} or soon after it. Load it in another `dtype` (float32, bfloat16), or check its "
                     "weights."
                 )

@@ -99,7 +99,7 @@ def check_model_files(name: str | None, revision: str | None = None) -> Path:
                     f": it is a LoRA adapter without its model. Merge it first, `jai merge-adapter {name} OUT`, and "
                     "give OUT here; or train the earlier stage with `merge_adapter: true`."
                     if (folder / "adapter_config.json").exists()
-                    else ", so it is no checkpoint. Give a folder that `jai convert` or an earlier stage wrote."
+                    else ", so it is not a checkpoint. Give a folder that `jai convert` or an earlier stage wrote."
                 )
             )
         if not any(folder.glob("*.safetensors")):
@@ -124,7 +124,7 @@ def check_data_name(name: str | None) -> Path:
     path = Path(name)
     suffix = data_suffix(path)
     if path.is_file() and suffix not in DATA_BUILDERS:
-        raise UserError(f"{name} is no data file that can be read. Give one that ends in {READABLE_DATA}.")
+        raise UserError(f"{name} is not a data file that can be read. Give one that ends in {READABLE_DATA}.")
     looks_local = suffix in DATA_BUILDERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1
     if looks_local and not path.exists():
         raise UserError(f"The data {name} does not exist. Give an existing file or folder, or a Hub id.")

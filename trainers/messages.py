@@ -145,13 +145,13 @@ def _read_part(part: Any, turn: int) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXT_PARTS:
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else part
-    raise RowFault("not text", f"has a part of content that is no text in message {turn} ({shortened(kind)})")
+    raise RowFault("not text", f"has a part of content that is not text in message {turn} ({shortened(kind)})")
 
 
 def _read_calls(message: Message, turn: int) -> list[dict[str, Any]]:
     calls = message.get("tool_calls") or message.get("function_call")
     if isinstance(calls, str):
-        calls = _parsed(calls, f"has a call that is no valid JSON in message {turn}")
+        calls = _parsed(calls, f"has a call that is not valid JSON in message {turn}")
     calls = [calls] if isinstance(calls, dict) else calls
     if not calls:
         return []
@@ -170,7 +170,7 @@ def _read_call(call: Any, turn: int) -> dict[str, Any]:
         )
     arguments = function.get("arguments", function.get("parameters")) or {}
     if isinstance(arguments, str):
-        arguments = _parsed(arguments, f"has arguments of a call that are no valid JSON in message {turn}")
+        arguments = _parsed(arguments, f"has arguments of a call that are not valid JSON in message {turn}")
     if not isinstance(arguments, dict):
         raise RowFault("tool calls", f"has {shortened(arguments)} as arguments of a call in message {turn}")
     read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}

@@ -103,7 +103,7 @@ def run_pretrain(
     check_options_with_model(arguments, base.config)
     if config.keep_mtp and not base.is_jai:
         raise UserError(
-            f"`keep_mtp` is on, and {base.name} is no JAI: a model of another kind does not find the layer in its "
+            f"`keep_mtp` is on, and {base.name} is not a JAI: a model of another kind does not find the layer in its "
             "checkpoint. Leave it out, or convert the model first."
         )
     corpus = PackedCorpus.open(str(config.packed))

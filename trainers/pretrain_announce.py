@@ -106,7 +106,7 @@ def step_rows(config: PretrainConfig, base: BaseModel, layout: StepLayout) -> It
         if changes and begins < layout.steps:
             yield "annealing", escape(f"from step {begins:,}: {', '.join(changes)}")
         elif changes:
-            no_step = f"none: {config.annealing:g} of {layout.steps:,} steps is no whole step"
+            no_step = f"none: {config.annealing:g} of {layout.steps:,} steps is less than one step"
             yield "annealing", f"[yellow]{no_step}, and without effect are {escape(', '.join(changes))}[/]"
 
 

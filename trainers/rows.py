@@ -264,7 +264,7 @@ def _pair(prompt: list[Message], chosen: list[Message], rejected: list[Message],
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
         if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
             raise RowFault(
-                "different questions", f"`chosen` and `rejected` differ in message {same + 1}, which is no answer"
+                "different questions", f"`chosen` and `rejected` differ in message {same + 1}, which is not an answer"
             )
     prompt = _with_system(row, prompt)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -399,7 +399,7 @@ def _extras(row: Mapping[str, Any]) -> Row:
         try:
             tools = json.loads(tools or "[]")
         except (ValueError, RecursionError) as error:
-            raise RowFault("tools", f"`tools` is no valid JSON ({error})") from error
+            raise RowFault("tools", f"`tools` is not valid JSON ({error})") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowFault("tools", f"`tools` is {shortened(tools)}; expected a list of functions")
     if isinstance(kwargs, str):

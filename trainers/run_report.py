@@ -100,7 +100,7 @@ def _losses(history: Any, path: Path) -> list[Log]:
     logs: list[Log] = []
     for log in history if isinstance(history, list) else [None]:
         if not isinstance(log, dict):
-            raise UserError(f"{path} is damaged: its log_history is no list of logs. Give another run.")
+            raise UserError(f"{path} is damaged: its log_history is not a list of logs. Give another run.")
         numbers = {key: value for key, value in log.items() if _is_number(value)}
         if "loss" in log:
             if "loss" not in numbers or type(numbers.get("step")) is not int:

@@ -77,8 +77,8 @@ def resume_checkpoint(config: TrainingArguments) -> tuple[Path | None, list[Path
         return checkpoint, unfinished
     if read_state(Path(wanted)) is None:
         raise UserError(
-            f"`resume_from_checkpoint` names {wanted}, which is no whole checkpoint: it has no readable {_STATE}. Give "
-            "a checkpoint-N folder of an earlier run, or `true` for the last one in `output_dir`."
+            f"`resume_from_checkpoint` names {wanted}, which is not a complete checkpoint: it has no readable "
+            f"{_STATE}. Give a checkpoint-N folder of an earlier run, or `true` for the last one in `output_dir`."
         )
     return Path(wanted), []
 

@@ -59,7 +59,7 @@ def adapter_folder(name: str) -> Path:
     folder = local_folder(name, [CONFIG, WEIGHTS, CALIBRATION_FILE, "provenance.json"])
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).exists():
-            raise UserError(f"{name} has no {file}, and is no LoRA adapter of PEFT. Give the folder that has one.")
+            raise UserError(f"{name} has no {file}, and is not a LoRA adapter of PEFT. Give the folder that has one.")
         check_is_file(folder / file)
     return folder
 

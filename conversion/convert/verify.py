@@ -176,7 +176,7 @@ def verify(
 def _finite(logits: torch.Tensor, model: str) -> torch.Tensor:
     if not logits.isfinite().all():
         raise UserError(
-            f"{model} computes logits that are no numbers (NaN or infinite) from finite weights, in fp32: some of the "
+            f"{model} computes logits that are not numbers (NaN or infinite) from finite weights, in fp32: some of the "
             "weights are too large. Look at how it was trained, and take another checkpoint."
         )
     return logits

@@ -181,7 +181,7 @@ def _check_tokenizer_record(path: Path, pieces: dict[int, list[int]], surfaces: 
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{path} is no record of a tokenizer's training. Remove it, or train the tokenizer again "
+            f"{path} is not a record of a tokenizer's training. Remove it, or train the tokenizer again "
             "(jai tokenizer train)."
         ) from None
     found = {id_: (surfaces[id_], ids) for id_, ids in pieces.items()}

@@ -73,7 +73,7 @@ def parse_header(file: BinaryIO, size: int, name: str) -> Header:
         raw = file.read(length)
         tensors = json.loads(raw, object_pairs_hook=_without_duplicates)
         if not isinstance(tensors, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         tensors.pop("__metadata__", None)
         for tensor, entry in tensors.items():
             _check_entry(tensor, entry)
@@ -81,7 +81,7 @@ def parse_header(file: BinaryIO, size: int, name: str) -> Header:
     except (struct.error, ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(
-            f"{name} is no whole safetensors file: its header cannot be read ({reason}). Fetch or save it again."
+            f"{name} is not a complete safetensors file: its header cannot be read ({reason}). Fetch or save it again."
         ) from None
     if size != 8 + length + end:
         raise UserError(

@@ -71,7 +71,7 @@ def open_jai(name: str, *, planned_only: bool = False) -> JaiCheckpoint:
     if is_snapshot:
         step = content.pop("global_step", None)
         if step is not None and type(step) is not int:
-            raise UserError(f"{folder} is no snapshot: its global_step is {step!r}, not a number. Save it again.")
+            raise UserError(f"{folder} is not a snapshot: its global_step is {step!r}, not a number. Save it again.")
         config = make_config(JaiConfig, content | {"model_type": JaiConfig.model_type}, folder)
     else:
         config, step = load_jai_config(folder), _trainer_step(folder)
@@ -185,5 +185,5 @@ def _trainer_step(folder: Path) -> int | None:
     remedy = "Fetch the checkpoint again, or remove this file."
     step = read_json(path, remedy).get("global_step")
     if type(step) is not int:
-        raise UserError(f"{path} is no state of a Trainer. {remedy}")
+        raise UserError(f"{path} is not a state of a Trainer. {remedy}")
     return step

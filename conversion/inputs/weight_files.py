@@ -49,7 +49,7 @@ def weight_map(folder: Path) -> dict[str, str] | None:
         )
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
-        raise UserError(f"{index} is no index of weights: it has no weight_map of names. Fetch or save it again.")
+        raise UserError(f"{index} is not an index of weights: it has no weight_map of names. Fetch or save it again.")
     outside = [name for name in file_of.values() if Path(name).name != name]
     if outside:
         raise UserError(

@@ -130,8 +130,8 @@ def _places(options: MergeOptions, first: MergeInput) -> list[int]:
         return list(range(layers))
     if first.model_type != JaiConfig.model_type:
         raise UserError(
-            f"place_by is origin, but {first.name} is no JAI (model_type {first.model_type!r}): its layers are copies "
-            "of none. Leave place_by out."
+            f"place_by is origin, but {first.name} is not a JAI (model_type {first.model_type!r}): its layers are "
+            "copies of none. Leave place_by out."
         )
     places = [planned.origin for planned in load_jai_config(first.folder).running_plan]
     if len(places) != layers:

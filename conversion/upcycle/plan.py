@@ -107,7 +107,7 @@ def _check_same_model(checkpoint: JaiCheckpoint, dense: JaiCheckpoint) -> None:
             f"{name} {getattr(checkpoint.config, name)} instead of {getattr(dense.config, name)}" for name in differing
         )
         raise UserError(
-            f"{checkpoint.name} is no state of the model {dense.name}: it has {listed}. Give checkpoints of one "
+            f"{checkpoint.name} is not a state of the model {dense.name}: it has {listed}. Give checkpoints of one "
             "training."
         )
 

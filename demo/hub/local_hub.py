@@ -289,7 +289,7 @@ class LocalHub:
         except yaml.YAMLError as error:
             metadata, errors = {}, [f"YAML: {error}"]
         if metadata is not None and not isinstance(metadata, dict):
-            metadata, errors = {}, ["the metadata is no mapping"]
+            metadata, errors = {}, ["the metadata is not a mapping"]
         if metadata is None:
             metadata, warnings = {}, ["empty or missing yaml metadata in repo card"]
         kinds = {"tags": list, "license": str, "library_name": str, "pipeline_tag": str, "base_model_relation": str}

@@ -143,7 +143,7 @@ def instruction_row(row: Mapping[str, Any], language: str) -> InstructionRow:
         instructions = [_instruction(INSTRUCTION_SETS[language], *each) for each in zip(names, arguments, strict=True)]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
-            f"The row {key!r} is no row of IFEval ({type(error).__name__}: {error}). It needs key, prompt, "
+            f"The row {key!r} is not a row of IFEval ({type(error).__name__}: {error}). It needs key, prompt, "
             "instruction_id_list and kwargs."
         ) from None
     except ValueError as error:

@@ -93,7 +93,7 @@ def _parsed(place: str, row: Mapping[str, Any], parse: Callable[[Mapping[str, An
     try:
         return parse(row)
     except ValueError as error:
-        raise UserError(f"{place}, is no question ({error}). Give a file of your own with --data.") from None
+        raise UserError(f"{place}, is not a question ({error}). Give a file of your own with --data.") from None
 
 
 def _hub_rows(suite: JudgedSuite) -> Any:

@@ -140,7 +140,7 @@ class PairwiseOptions(JudgeOptions):
         """
         self.check_judge()
         if self.data is not None and not self.data.is_dir():
-            raise UserError(f"--data {self.data} is no folder. Give one that exists.")
+            raise UserError(f"--data {self.data} is not a folder. Give one that exists.")
         for path in (self.first, self.second):
             check_is_file(path, "Give a file of answers, such as answers-mt-bench-th.jsonl of a run.")
 

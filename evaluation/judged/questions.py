@@ -74,11 +74,11 @@ def chat_question(row: Mapping[str, Any]) -> ChatQuestion:
     """
     turns = row.get("turns", row.get("prompt"))
     if not _is_texts(turns) or not turns:
-        raise ValueError("`turns` is no list of texts, what the user says turn by turn")
+        raise ValueError("`turns` is not a list of texts, what the user says turn by turn")
     references = row.get("reference") or ()
     is_list = isinstance(references, list | tuple) and len(references) <= len(turns)
     if not is_list or not all(each == "" or _is_text(each) for each in references):
-        raise ValueError(f"`reference` is no list of {len(turns)} texts, one a turn")
+        raise ValueError(f"`reference` is not a list of {len(turns)} texts, one a turn")
     return ChatQuestion(_id(row), _category(row), tuple(turns), tuple(references))
 
 
@@ -94,7 +94,7 @@ def fact_question(row: Mapping[str, Any]) -> FactQuestion:
     question, answer = row.get("question"), row.get("answer")
     facts = row.get("facts", row.get("context")) or ""
     if not _is_text(question):
-        raise ValueError("`question` is no text")
+        raise ValueError("`question` is not text")
     if not isinstance(facts, str) or not (answer is None or _is_text(answer)) or not (facts.strip() or answer):
         raise ValueError("no text `facts` (or `context`) and no text `answer`, so no answer can be checked")
     return FactQuestion(_id(row), _category(row), str(question), facts, answer)
@@ -130,7 +130,7 @@ def _id(row: Mapping[str, Any]) -> str:
 def _category(row: Mapping[str, Any]) -> str | None:
     value = row.get("category")
     if value is not None and not _is_text(value):
-        raise ValueError("`category` is no text")
+        raise ValueError("`category` is not text")
     return value
 
 

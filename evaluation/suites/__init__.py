@@ -112,7 +112,7 @@ class Suite:
         for mean in self.means:
             for label in mean.rows:
                 if label not in labels:
-                    raise UserError(f"the mean {mean.name!r} is over {label!r}, which is no row.")
+                    raise UserError(f"the mean {mean.name!r} is over {label!r}, which is not a row.")
             for row in self.rows_of(mean):
                 if missing := sorted(set(mean.metrics) - set(row.metrics)):
                     raise UserError(
@@ -124,7 +124,7 @@ class Suite:
         for pair in self.pairs:
             for label in (pair.english, pair.thai):
                 if label not in rows:
-                    raise UserError(f"the pair {pair.name!r} is of {label!r}, which is no row.")
+                    raise UserError(f"the pair {pair.name!r} is of {label!r}, which is not a row.")
                 if pair.metric not in rows[label].metrics:
                     raise UserError(f"the pair {pair.name!r} takes {pair.metric!r}, which {label!r} does not have.")
 

@@ -74,7 +74,7 @@ class AblationConfig:
         if self.training.rows < 1:
             raise UserError(
                 f"{self.training.tokens} tokens in rows of {self.training.context} and steps of "
-                f"{self.training.batch_rows} rows are no training. Give more tokens."
+                f"{self.training.batch_rows} rows are too few to train on. Give more tokens."
             )
         if self.model.hidden_size % self.model.num_attention_heads:
             raise UserError(
