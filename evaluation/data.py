@@ -216,7 +216,7 @@ def parsed_rows(path: Path, parse: Callable[[Mapping[str, Any]], Parsed]) -> Ite
                 if line.strip():
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if not isinstance(row, dict):
-                        raise ValueError("no JSON object")
+                        raise ValueError("not a JSON object")
                     yield parse(row)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged after line {number} ({error}). Fetch it again.") from None

@@ -157,7 +157,7 @@ def test_a_pull_request(folder, hub, api, push, run_line):
     # The answer was lost, the pull request was not: the second try finds it, and makes no other.
     output = StringIO()
     result = push(folder, create_pr=True, token=guest, output=output)
-    assert "refs/pr/1 has this title and goes on" in output.getvalue()
+    assert "refs/pr/1 with this title is continued" in output.getvalue()
     assert result.url == f"{hub.endpoint}/{REPO}/discussions/1"
     assert set(hub.repo(REPO).head().files) == {".gitattributes"}
     assert hub.content(REPO, "model.safetensors", "refs/pr/1") == (folder / "model.safetensors").read_bytes()
@@ -251,7 +251,7 @@ def test_an_adapter(adapter, checkpoint, hub, api, push, run_line):
 
     with pytest.raises(UserError, match="holds a PEFT adapter"):
         push(checkpoint, REPO)
-    with pytest.raises(UserError, match="holds a whole model"):
+    with pytest.raises(UserError, match="holds a complete model"):
         push(adapter, BASE, base=BASE)
 
 

@@ -56,6 +56,9 @@ class FinderWithout:
     def find_spec(self, name: str, *where: Any) -> ModuleSpec | None:
         return None if name.partition(".")[0] == self.package else self.finder.find_spec(name, *where)
 
+    def __getattr__(self, name: str) -> Any:  # importlib.metadata asks finders for the distributions of the others
+        return getattr(self.finder, name)
+
 
 @pytest.fixture
 def without_package(monkeypatch) -> Iterator[Callable[[str], None]]:

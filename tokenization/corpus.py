@@ -423,8 +423,8 @@ def _open_dataset(
             reason = "access to it must be asked for" if gated else "it has none that you may see"
         raise UserError(
             f"{name} is neither a file nor a folder, and the Hub did not give a dataset of that name: {reason}. Check "
-            "the name (owner/name, owner/name:split or owner/name:config:split), the network, and `hf auth login` if the "
-            "dataset is private or gated."
+            "the name (owner/name, owner/name:split or owner/name:config:split), the network, and `hf auth login` if "
+            "the dataset is private or gated."
         ) from error
     if rows.features is not None:
         present = ", ".join(f"{column} ({getattr(kind, 'dtype', kind)})" for column, kind in rows.features.items())
