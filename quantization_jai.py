@@ -34,11 +34,14 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own, with double quantisation
 QUANT_TYPES = ("nf4", "fp4")
-BITSANDBYTES = "0.50"  # the first with kernels for the CPU
+BITSANDBYTES = "0.50"  # what is tested here; those before it round FP4 in another way, or not at all (0.46)
 _MATRICES = ("gate_up_proj", "down_proj")
 _OWN = ("eager", "grouped_mm", "batched_mm")  # implementations that are computed here
 
@@ -418,22 +421,27 @@ def _param_wrapper() -> type:
     class ParamWrapper(base):
         """PEFT's, for experts in four bits: the factors multiply the rows beside the frozen matrices.
 
-        PEFT knows a wrapper by the name of its class, so that is the name of its own.
+        After `dequantize()` it is what PEFT's own is. PEFT knows a wrapper by the name of its class, so that is the
+        name of its own.
         """
 
         def get_param(self) -> torch.Tensor:
             """What PEFT reads the shape, device and dtype of: a single 0 that stands for the whole matrix."""
             experts: Any = self.get_base_layer()
+            if not isinstance(experts, JaiExperts4bit):
+                return super().get_param()
             packed, shape = getattr(experts, self.parameter_name), experts.shapes[self.parameter_name]
             return torch.zeros((), dtype=experts.compute_dtype, device=packed.device).expand(len(packed), *shape)
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            experts: Any = self.get_base_layer()
+            if not isinstance(experts, JaiExperts4bit):
+                return super().forward(x, *args, **kwargs)
             self._check_forward_args(x, *args, **kwargs)
             kwargs.pop("adapter_names", None)
             active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
             with ExitStack() as stack:
                 if active:
-                    experts: Any = self.get_base_layer()
                     stack.enter_context(experts.adapted(self.parameter_name, self._lora(active)))
                 return self.base_layer(x, *args, **kwargs)
 
@@ -447,10 +455,13 @@ def _param_wrapper() -> type:
             return Lora4bit(a_ERC, torch.cat([b * scale for b, _, scale in factors], dim=2), 1.0)
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            if _peft().tuners.tuners_utils.check_adapters_to_merge(self, adapter_names):
+            if not isinstance(self.get_base_layer(), JaiExperts4bit):
+                super().merge(safe_merge, adapter_names)
+            elif _peft().tuners.tuners_utils.check_adapters_to_merge(self, adapter_names):
                 raise ValueError(
                     "An adapter cannot be merged into experts in four bits. Merge it into the checkpoint in 16 bits "
-                    "that they were made of (jai merge-adapter ADAPTER OUT --base CKPT), or call `dequantize()` first."
+                    "that they were made of (jai merge-adapter ADAPTER OUT --base CKPT), or load it on what "
+                    "`model.dequantize()` gives."
                 )
 
     ParamWrapper.__qualname__ = "ParamWrapper"
@@ -534,6 +545,8 @@ class JaiBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model, *args, **kwargs):
         super()._process_model_before_weight_loading(model, *args, **kwargs)
+        if not self.pre_quantized:
+            _say_what_skips_nothing(model, self.quantization_config.llm_int8_skip_modules or ())
         found = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_four_bits")]
         chosen = [(name, module) for name, module in found if should_convert_module(name, self.modules_to_not_convert)]
         if chosen and getattr(model.config, "distributed_config", None) is not None:
@@ -593,6 +606,8 @@ class JaiBnb8BitHfQuantizer(Bnb8BitHfQuantizer):
     def _process_model_before_weight_loading(self, model, *args, **kwargs):
         super()._process_model_before_weight_loading(model, *args, **kwargs)
         skipped = self.modules_to_not_convert
+        if not self.pre_quantized:
+            _say_what_skips_nothing(model, self.quantization_config.llm_int8_skip_modules or ())
         left = [
             name
             for name, module in model.named_modules()
@@ -608,6 +623,17 @@ class JaiBnb8BitHfQuantizer(Bnb8BitHfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         _save_as_it_is(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def _say_what_skips_nothing(model, skipped: Iterable[str]):
+    """transformers passes over names that fit nothing, as `mlp.experts.gate_up_proj`, which is no module."""
+    names = [name for name, _ in model.named_modules()]
+    for each in skipped:
+        if all(should_convert_module(name, [each]) for name in names):
+            logger.warning(
+                f"`llm_int8_skip_modules` has {each!r}, with which no module's name begins or ends: for it nothing is "
+                'left as it is. The experts are "mlp.experts".'
+            )
 
 
 def _save_as_it_is(model):

@@ -4,6 +4,7 @@
 import copy
 import gc
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,8 +29,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import jai.kernels.register  # noqa: F401  "jai_fused"
-from jai import JaiForCausalLM, JaiForSequenceClassification
+from jai import JaiForCausalLM, JaiForSequenceClassification, quantization_jai
 from jai.modeling_jai import JaiExperts
+from jai.planning.memory import WEIGHT_BYTES
 from jai.quantization_jai import (
     JaiBnb4BitHfQuantizer,
     JaiExperts4bit,
@@ -111,7 +113,10 @@ def test_bytes_a_parameter(tiny_config, sizes):
     for double, least, most in ((False, 0.5625, 0.57), (True, 0.5156, 0.53)):
         with torch.device("meta"):
             stored = experts.in_four_bits(four_bits(double)).parameters()
-        assert least <= sum(p.numel() * p.element_size() for p in stored) / whole <= most
+        actual = sum(p.numel() * p.element_size() for p in stored) / whole
+        assert least <= actual <= most
+        if sizes[0] == 5120:
+            assert actual == pytest.approx(WEIGHT_BYTES["nf4-double" if double else "nf4"], rel=1e-5)
 
 
 def test_parameters_count_as_what_they_stand_for(model, whole):
@@ -591,6 +596,15 @@ def test_an_old_or_missing_bitsandbytes(whole, monkeypatch):
         JaiForCausalLM.from_pretrained(whole, quantization_config=four_bits())
 
 
+def test_the_oldest_bitsandbytes_is_the_same_wherever_it_stands():
+    home = Path(quantization_jai.__file__).parent
+    for file in ("pyproject.toml", "README.md", "hub_card/card_template.md"):
+        assert set(re.findall(r"bitsandbytes>=([\d.]+)", (home / file).read_text())) == {quantization_jai.BITSANDBYTES}
+    page = " ".join((home / "docs/four-bits.md").read_text().split())
+    assert f"bitsandbytes {quantization_jai.BITSANDBYTES} or later" in page
+    assert f"older than {quantization_jai.BITSANDBYTES}" in page
+
+
 def test_eight_bits_would_leave_the_experts(whole, tiny_model, tmp_path):
     eight = BitsAndBytesConfig(load_in_8bit=True)
     with pytest.raises(ValueError, match=r"leave the experts.*load_in_4bit=True"):
@@ -612,6 +626,20 @@ def test_experts_that_are_to_be_skipped_stay_whole(whole, tmp_path):
     assert not experts_of(model)
     model.save_pretrained(tmp_path)
     assert not experts_of(JaiForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_name_that_skips_nothing_is_said(whole, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(quantization_jai.logger, "warning", said.append)
+    skipped = ["lm_head", "mlp.experts.gate_up_proj", "model.layers.1"]
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        how = BitsAndBytesConfig(**{bits: True}, llm_int8_skip_modules=[*skipped, "mlp.experts"])
+        JaiForCausalLM.from_pretrained(whole, quantization_config=how).save_pretrained(tmp_path / bits)
+        (warning,) = said
+        assert "has 'mlp.experts.gate_up_proj'" in warning
+        JaiForCausalLM.from_pretrained(tmp_path / bits)
+        assert len(said) == 1  # what is stored is as it is
+        said.clear()
 
 
 def test_an_implementation_that_cannot_read_four_bits(model, whole):

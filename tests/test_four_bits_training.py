@@ -18,6 +18,7 @@ import jai.kernels.register  # noqa: F401  "jai_fused"
 from jai import JaiForCausalLM
 from jai.auto import load_causal_model
 from jai.errors import UserError
+from jai.modeling_jai import JaiExperts
 from jai.quantization_jai import Lora4bit, ParamWrapper, peft_config_of_four_bits
 from jai.trainers.expert_lora import adapting_four_bits
 
@@ -202,6 +203,22 @@ def test_two_adapters_add_and_none_is_the_model_itself(whole):
         with torch.no_grad():
             results.append((each(INPUT_IDS).logits, without))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dequantised_model_keeps_its_adapter(whole):
+    """And can then be merged, of linear layers apart, whose class PEFT chose for bitsandbytes'."""
+    experts_alone = config(target_modules=[], init_lora_weights=False)
+    for given in (config(init_lora_weights=False), experts_alone):
+        torch.manual_seed(0)
+        model = get_peft_model(load(whole), adapting_four_bits(given)).train()
+        with torch.no_grad():
+            expected = model(INPUT_IDS).logits
+            model.base_model.model.dequantize()
+            torch.testing.assert_close(model(INPUT_IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.model.layers[0].mlp.experts, JaiExperts)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(INPUT_IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_checkpointing_changes_nothing(whole):

@@ -132,9 +132,17 @@ def test_a_reward_model_gets_its_head(base, tmp_path):
     adapted = get_peft_model(model, LoraConfig(r=3, task_type="SEQ_CLS", **options))
     adapted.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "reward_calibration.json").write_text("{}")
+    JaiForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    run(tmp_path / "adapter", tmp_path / "in-half", base=str(tmp_path / "half"))
+    assert {value.dtype for value in load_file(tmp_path / "in-half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert not (tmp_path / "in-half" / "tokenizer.json").exists()
+    shutil.copyfile(base / "tokenizer.json", tmp_path / "adapter" / "tokenizer.json")
+    shutil.copyfile(base / "tokenizer_config.json", tmp_path / "adapter" / "tokenizer_config.json")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("the adapter's own")
     said = run(tmp_path / "adapter", tmp_path / "out", verify=True)
     assert "jai score" in said
     assert (tmp_path / "out" / "reward_calibration.json").read_text() == "{}"
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "the adapter's own"
     actual, loading = JaiForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values())
     assert actual.num_labels == 1
@@ -173,6 +181,13 @@ def test_what_does_not_fit_is_refused(base, tiny_checkpoint, tmp_path):
     for values, message in (
         ({"use_dora": True}, "`use_dora` to True"),
         ({"rank_pattern": {"q_proj": 2}}, "`rank_pattern`"),
+        ({"alpha_pattern": {"q_proj": 2}}, "`alpha_pattern`"),
+        ({"bias": "lora_only"}, "`bias` to 'lora_only'"),
+        ({"lora_bias": True}, "`lora_bias`"),
+        ({"fan_in_fan_out": True}, "`fan_in_fan_out`"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "`layer_replication`"),
+        ({"use_qalora": True}, "`use_qalora`"),
+        ({"alora_invocation_tokens": [1, 2]}, "`alora_invocation_tokens`"),
         ({"peft_type": "IA3"}, "'IA3'; only LORA"),
         ({"r": 0}, "no sound rank"),
         ({"r": 10**400, "use_rslora": True}, "no sound rank"),

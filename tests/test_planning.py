@@ -415,7 +415,13 @@ def test_setup_of_a_stage_is_what_its_options_say():
     four = {"load_in_4bit": "true", "use_bnb_nested_quant": "true"}
     quantised = stage_setup(SFT_OPTIONS, given | four, lora=LoraConfig(r=5))
     assert isinstance(quantised, Setup)
-    assert quantised.weights == "nf4-double"
+    assert (quantised.weights, quantised.compute) == ("nf4-double", 2)
+    exact = stage_setup(SFT_OPTIONS, given | four | {"dtype": "float32", "bf16": "false"}, lora=LoraConfig(r=5))
+    assert isinstance(exact, Setup)
+    assert exact.compute == 4
+    # Those in four bits are dequantised once for all rows, and not copied for each.
+    model, batched = configuration(), replace(exact, experts="batched_mm")
+    assert peak_memory(model, batched) == peak_memory(model, replace(exact, experts="grouped_mm"))
 
 
 @pytest.mark.parametrize(

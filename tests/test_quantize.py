@@ -49,6 +49,7 @@ def run(model: Path, out: Path, **options) -> str:
 def test_every_weight_is_what_transformers_makes_of_the_whole_model(checkpoints, tmp_path, kind, to, double):
     run(checkpoints[kind], tmp_path / "out", double_quant=double, dtype=to, verify=True)
     dtype = torch.bfloat16 if "bfloat16" in (kind, to) else torch.float32
+    assert read_step(tmp_path / "out")["options"]["dtype"] == str(dtype).removeprefix("torch.")
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

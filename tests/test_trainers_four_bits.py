@@ -2,6 +2,7 @@
 """The stages on four bits, from their options: the same as on the dequantised weights, and what is refused."""
 
 import importlib
+import json
 import re
 import shutil
 from importlib import metadata
@@ -13,7 +14,7 @@ import torch
 import yaml
 from json_lines import write_rows
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_four_bits import SIZES, four_bits
 from test_trainers import arguments, chat, log_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -66,12 +67,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_checkpoint) -> Path:
-    """Its routers are numbers of bf16, to which TRL rounds what learns beside quantised weights."""
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), **SIZES)
-    weights = load_file(folder / "model.safetensors")
-    rounded = {name: value.bfloat16().float() for name, value in weights.items() if name.endswith("mlp.gate.weight")}
-    save_file({**weights, **rounded}, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +181,23 @@ class TestStages:
         assert losses(out)[0] == pytest.approx(0.6931, abs=1e-3)
         assert losses(out)[-1] < 0.68
 
+    def test_another_reference_of_dpo_is_in_four_bits_too(self, checkpoint, preferences, monkeypatch):
+        trainers, save = [], stages.save_result
+        monkeypatch.setattr(
+            stages, "save_result", lambda trainer, *a, **k: (trainers.append(trainer), save(trainer, *a, **k))[1]
+        )
+        options = {**FOUR_BITS, "max_steps": 1, "ref_model_name_or_path": str(checkpoint)}
+        out = dpo.main(arguments(checkpoint, preferences, "dpo", **options))
+        assert trainers[0].ref_model.is_loaded_in_4bit
+        assert losses(out)[0] == pytest.approx(0.6931, abs=1e-3)
+
     def test_a_checkpoint_in_four_bits_trains_as_it_is_and_resumes(self, quantized, checkpoint, chats, capsys):
         options = {**FOUR_BITS, "load_in_4bit": False, "save_strategy": "steps", "save_steps": 2}
         out = sft.main(arguments(quantized, chats, "run", **options))
-        assert "in 4 bits (nf4)" in " ".join(capsys.readouterr().out.split())
+        said = " ".join(capsys.readouterr().out.split())
+        assert "in 4 bits (nf4)" in said
+        assert "transformers.AutoModelForCausalLM.from_pretrained('run'" in said
+        assert "jai merge-adapter run OUT --base CKPT-IN-16-BITS" in said
         assert losses(out) == pytest.approx(
             losses(sft.main(arguments(checkpoint, chats, "asked", **FOUR_BITS))), rel=1e-4
         )
@@ -197,6 +206,20 @@ class TestStages:
         )
         assert losses(again) == pytest.approx(losses(out), rel=1e-4)
         assert read_step(out)["options"].get("load_in_4bit") in (None, False)
+
+    def test_what_the_adapter_copies_of_the_model_begins_as_it_is_there(self, checkpoint, chats):
+        """TRL rounds what learns beside quantised weights to bf16."""
+        options = {**FOUR_BITS, "learning_rate": 0, "max_steps": 1, "new_row_ids": "300-309"}
+        learning = ["--trainable", "attention", "router", "new_rows"]
+        out = sft.main([*arguments(checkpoint, chats, "still", **options), *learning])
+        stored, weights = load_file(out / "adapter_model.safetensors"), load_file(checkpoint / "model.safetensors")
+        gates = [name for name in weights if name.endswith("mlp.gate.weight")]
+        assert gates
+        for name in gates:
+            assert torch.equal(stored[f"base_model.model.{name}"], weights[name])
+        for name in ("model.embed_tokens", "lm_head"):
+            rows = stored[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"]
+            assert torch.equal(rows, weights[f"{name}.weight"][300:310])
 
     def test_an_evaluation_before_training_changes_nothing(self, checkpoint, chats, tmp_path):
         """On some processors bitsandbytes packs linear layers in it, which then have other gradients."""
@@ -215,9 +238,13 @@ class TestStages:
         assert {"adapter_model.safetensors", "adapter_config.json"} <= {file.name for file in out.iterdir()}
 
     @pytest.mark.parametrize("scales", [False, True])
-    def test_reward_with_double_quantisation(self, checkpoint, preferences, scales):
+    def test_reward_with_double_quantisation(self, checkpoint, preferences, scales, capsys):
         options = {**FOUR_BITS, "use_bnb_nested_quant": scales, "gradient_checkpointing": scales}
+        if scales:
+            options |= {"bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "bfloat16"}
         out = reward.main(arguments(checkpoint, preferences, f"reward-{scales}", **options))
+        form = "4 bits (fp4, scales in 8 bits)" if scales else "4 bits (nf4)"
+        assert form in " ".join(capsys.readouterr().out.split())
         assert losses(out)[-1] < losses(out)[0]
 
 
@@ -369,13 +396,18 @@ def test_no_engine_cuts_weights_in_four_bits(engine, stored, checkpoint, quantiz
         ("quantized", {"use_peft": False, "load_in_4bit": False}, r"weights are quantised.*Set `use_peft: true`"),
         ("quantized", {"merge_adapter": True}, r"cannot be merged into them.*jai merge-adapter"),
         ("quantized", {"load_in_4bit": False, "load_in_8bit": True}, r"cannot be quantised again"),
+        ("fp8", {}, r"weights are quantised \(fp8\), and cannot be quantised again"),
         ("odd", {}, r"`intermediate_size` is 96.*multiple of 64"),
     ],
 )
 def test_what_cannot_be_is_refused_before_weights_are_read(
     base, options, message, checkpoint, quantized, chats, tiny_checkpoint, tmp_path
 ):
-    folder = {"checkpoint": checkpoint, "quantized": quantized, "odd": tmp_path / "odd"}[base]
+    folder = {"checkpoint": checkpoint, "quantized": quantized, "odd": tmp_path / "odd", "fp8": tmp_path / "fp8"}[base]
+    if base == "fp8":
+        shutil.copytree(checkpoint, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
     if base == "odd":
         tiny_checkpoint(folder, **{**SIZES, "intermediate_size": 96})
     with pytest.raises(UserError, match=message):

@@ -18,9 +18,10 @@ from typing import TypeVar, cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -116,7 +117,8 @@ def train_parts(model: nn.Module, parts: TrainableParts) -> TrainedModel:
     """Let the parts of a model learn and freeze the rest. Call it before an optimiser is made.
 
     What an adapter holds is trained in fp32, as PEFT has it of LoRA's factors: in bf16, in which TRL puts them beside
-    quantised weights, most steps are smaller than the distance to the next number, and would be lost.
+    quantised weights, most steps are smaller than the distance to the next number, and would be lost. What it copied
+    from the model, routers and rows, begins with the model's own values and not with those that TRL rounded.
 
     Args:
         model: a causal language model, or PEFT's model around one, whose adapter was made for these parts.
@@ -141,6 +143,9 @@ def _train_adapter(model: PeftModel, parts: TrainableParts) -> TrainedModel:
             owner, attribute = _owner(model, IN_PEFT + name)
             cast(nn.Parameter, getattr(owner, attribute)).requires_grad_(True)
             trained.alphas[IN_PEFT + name] = owner
+    for copied, original in _copies(model):
+        if copied.requires_grad and copied.dtype != original.dtype and torch.equal(copied, original.to(copied.dtype)):
+            copied.data = original.detach().clone()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -152,6 +157,18 @@ def _train_adapter(model: PeftModel, parts: TrainableParts) -> TrainedModel:
             if (entries := parts.entries.get(parameter_name)) is not None:
                 trained.partial += _partial_lora(module, entries)
     return trained
+
+
+def _copies(model: PeftModel) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """What adapters learn that is a copy of something of the model, and that, which is frozen."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            originals = dict(module.original_module.named_parameters())
+            for copy in module.modules_to_save.values():
+                yield from ((parameter, originals[name]) for name, parameter in copy.named_parameters())
+        elif isinstance(module, TrainableTokensLayer):
+            for adapter, rows in module.trainable_tokens_delta.items():
+                yield rows, module.trainable_tokens_original[adapter]
 
 
 def _partial_lora(lora: ParamWrapper, entries: Entries) -> Iterator[PartlyTrained]:
