@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
 
+from jai import JaiForCausalLM
+from jai.conversion.adapter.command import merge_lora
+from jai.conversion.adapter.options import MergeAdapterOptions
 from jai.conversion.convert.command import convert
 from jai.conversion.convert.options import ConvertOptions
 from jai.conversion.export.command import export
@@ -23,6 +27,8 @@ from jai.conversion.merge.command import merge
 from jai.conversion.merge.options import MergeOptions
 from jai.conversion.output import shards
 from jai.conversion.output.options import WriteOptions
+from jai.conversion.quantize.command import quantize
+from jai.conversion.quantize.options import QuantizeOptions
 from jai.conversion.upcycle.command import upcycle
 from jai.conversion.upcycle.options import SnapshotOptions, UpcycleOptions
 from jai.conversion.upcycle.snapshot import snapshot
@@ -78,6 +84,8 @@ VALUES: dict[type, dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any
     },
     ExportOptions: {"to": ({}, {}, {"model": "DENSE0", "to": "phi3"})},
     SnapshotOptions: {},
+    QuantizeOptions: {"dtype": ({}, {}, {"dtype": "bfloat16"}), "double_quant": ({}, {}, {"double_quant": True})},
+    MergeAdapterOptions: {"base": ({}, {}, {"base": "MODEL2"})},
 }
 # Tested elsewhere, by name: what they change is no byte of the output.
 HOW_TO_WRITE = {field.name for field in dataclasses.fields(WriteOptions)} | {"stream", "verify_text"}
@@ -99,6 +107,8 @@ WORKS: dict[type, Work] = {
     MergeOptions: Work(merge, {"models": ["MODEL1", "MODEL2"]}),
     ExportOptions: Work(export, {"model": "MODEL_WITHOUT_SKIPS"}),
     SnapshotOptions: Work(snapshot, {"checkpoint": "DENSE0"}),
+    QuantizeOptions: Work(quantize, {"model": "MODEL_IN_BLOCKS"}),
+    MergeAdapterOptions: Work(merge_lora, {"adapter": "ADAPTER"}),
 }
 
 
@@ -117,6 +127,10 @@ def checkpoints(tmp_path_factory, tiny_phi3, tiny_tokenizer, tiny_model, sentenc
     tiny_model(1, num_local_experts=1).save_pretrained(folder / "DENSE1_COPY")
     tiny_model(0, skip_alpha=0.0).save_pretrained(folder / "MODEL_WITHOUT_SKIPS")
     tiny_model(0, num_local_experts=1, skip_alpha=0.0).save_pretrained(folder / "DENSE0_WITHOUT_SKIPS")
+    tiny_model(0, hidden_size=64, intermediate_size=64).save_pretrained(folder / "MODEL_IN_BLOCKS")
+    model = JaiForCausalLM.from_pretrained(folder / "MODEL1")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(folder / "ADAPTER")
     return {path.name: str(path) for path in folder.iterdir()} | {"DENSE0": str(folder / "DENSE0_WITHOUT_SKIPS")}
 
 

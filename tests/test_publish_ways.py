@@ -367,7 +367,7 @@ def quantizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with bitsandbytes and torchao, whose CPU kernels are enough here."""
     folder = tmp_path_factory.mktemp("quantizers")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    run = subprocess.run([*install, "bitsandbytes>=0.48", "torchao>=0.16"], capture_output=True, text=True)
+    run = subprocess.run([*install, "bitsandbytes>=0.50", "torchao>=0.16"], capture_output=True, text=True)
     if run.returncode:
         pytest.skip(f"bitsandbytes and torchao cannot be installed here: {run.stderr.strip().splitlines()[-1]}")
     return folder
