@@ -39,6 +39,7 @@ from jai.quantization_jai import (
     lora_reaching_four_bits,
     quantize_matrices,
 )
+from loopback_hub import LoopbackHub
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "block_repeats": [1, 2]}
 INPUT_IDS = torch.arange(5, 25).reshape(2, 10)
@@ -401,6 +402,8 @@ logits = {"four bits": again(ids).logits}
 logits["by its folder"] = AutoModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)(ids).logits
 again.load_adapter(adapter)
 logits["beside it"] = again(ids).logits
+model.push_to_hub("loopback/four")
+logits["from the Hub"] = AutoModelForCausalLM.from_pretrained("loopback/four", trust_remote_code=True)(ids).logits
 torch.save(logits, out + "/logits.pt")
 for folder, how in ((whole, {"quantization_config": how}), (out, {})):
     try:
@@ -412,18 +415,22 @@ for folder, how in ((whole, {"quantization_config": how}), (out, {})):
 
 
 def test_a_process_without_the_package_quantises_saves_and_loads(whole, tmp_path, run_as_stranger):
-    """And loads an adapter of its experts, by its folder too."""
+    """And loads an adapter of its experts, by its folder too; and pushes to the Hub, and loads it from there."""
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
     model = AutoModelForCausalLM.from_pretrained(whole, quantization_config=four_bits())
-    expected = {"four bits": model(INPUT_IDS).logits}
+    expected = dict.fromkeys(("four bits", "from the Hub"), model(INPUT_IDS).logits)
     adapted = get_peft_model(model, lora_reaching_four_bits(lora)).eval()
     lora.base_model_name_or_path = str(tmp_path / "out")
     adapted.save_pretrained(tmp_path / "adapter")
     expected |= dict.fromkeys(("by its folder", "beside it"), adapted(INPUT_IDS).logits)
     folders = [str(folder) for folder in (whole, tmp_path / "out", tmp_path / "adapter")]
-    run = run_as_stranger(STRANGER, {"HF_HOME": str(tmp_path / "home")}, *folders)
-    assert run.returncode == 0, run.stderr
+    with LoopbackHub(tmp_path / "hub") as hub:
+        run = run_as_stranger(STRANGER, hub.environment(), *folders)
+        assert run.returncode == 0, run.stderr
+        assert (
+            hub.content("loopback/four", "model.safetensors") == (tmp_path / "out" / "model.safetensors").read_bytes()
+        )
     assert (tmp_path / "out" / "quantization_jai.py").exists()
     torch.testing.assert_close(torch.load(tmp_path / "out" / "logits.pt"), expected)
     assert (expected["beside it"] - expected["four bits"]).abs().max() > 0.1
