@@ -58,6 +58,7 @@ STAGES = {
     "sft": Run("sft", "chats", {}),
     "dpo": Run("dpo", "preferences", {}),
     "kto": Run("kto", "labelled", {}),
+    "cpo": Run("cpo", "preferences", {}),
     "orpo": Run("orpo", "preferences", {}),
     # Its head's first values are drawn in fp32, and TRL rounds them, too: not more than their error may be seen.
     "reward": Run("reward", "preferences", {"learning_rate": 0.001}),
@@ -318,7 +319,7 @@ def test_once_round(checkpoint, chats, in_empty_folder, monkeypatch, run_as_stra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["sft", "dpo", "kto", "orpo", "reward", "grpo"])
+@pytest.mark.parametrize("verb", STAGES)
 def test_each_stage_once_round(
     verb, quantized, dequantized, request, even_factors, in_empty_folder, monkeypatch, capsys
 ):
