@@ -248,7 +248,7 @@ def test_bad_input_is_one_error(tmp_path, data):
         with pytest.raises(UserError, match=message):
             report([tmp_path / name], tmp_path / "suite.yaml", data=data, out=tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="questions of ruler-th are made anew"):
+    with pytest.raises(UserError, match="questions of ruler-th are generated for each model"):
         report([tmp_path / "bad.jsonl"], "ruler-th", data=data)
     with pytest.raises(UserError, match="No suite is given"):
         ContaminationOptions(texts=["x"], suite=[]).check()

@@ -255,7 +255,7 @@ def test_the_field_and_the_language_are_options(tmp_path, jai_eval_language):
         (['{"response": "a"}', "{"], [], "line 2, "),
         (['{"x": "a"}'], [], "line 1, .*none of response, .*--field"),
         (['{"response": "a"}', '{"completion": "a"}'], [], "line 2, .*response is None"),
-        (['{"messages": [{"role": "user", "content": "a"}]}'], [], "line 1, .*no row.*assistant"),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], [], "line 1, .*not a row.*assistant"),
         (['{"resps": []}'], [], "line 1, "),
         ([], [], "has no replies"),
         (['{"response": "a"}'], ["--language", "de"], "--language|language is 'de'"),

@@ -713,7 +713,7 @@ class TestResume:
         (out / "checkpoint-2" / "trainer_state.json").unlink()
         with pytest.raises(UserError, match="has no checkpoint that is whole"):
             run(again)
-        with pytest.raises(UserError, match="no whole checkpoint: it has no readable trainer_state"):
+        with pytest.raises(UserError, match="not a complete checkpoint: it has no readable trainer_state"):
             run(options, resume_from_checkpoint=out / "checkpoint-2")
 
 

@@ -264,7 +264,7 @@ def test_a_constant_learning_rate_may_go_on_for_longer(checkpoint, data, capsys)
     del options["adam_beta2"], options["weight_decay"]  # as an older version writes it that has no such option
     options["of_old"] = 1
     state_file.write_text(json.dumps(state))
-    with pytest.raises(UserError, match=r"other options: weight_decay was None and is 0\.5\. It goes on"):
+    with pytest.raises(UserError, match=r"other options: weight_decay was None and is 0\.5\. It can be resumed"):
         main([*longer, "--weight_decay", "0.5"])
     del state["stateful_callbacks"]["RunIdentity"]
     state_file.write_text(json.dumps(state))

@@ -326,7 +326,7 @@ def test_rows_that_are_too_long_are_left_out_on_demand(tiny_tokenizer):
     assert questions(result.train) == ["a"]
     assert "they have more than 40 tokens (row 2 of rows.jsonl)" in result.notes[0]
     split = {"max_length": 40, "packing": True, "packing_strategy": "bfd_split"}
-    for options, why in ((split, "packing goes on"), ({"max_length": None}, "`max_length` is null")):
+    for options, why in ((split, "packing continues"), ({"max_length": None}, "`max_length` is null")):
         result = prepared(tiny_tokenizer, name, training=options, drop_truncated=True)
         assert (result.rows, len(result.notes)) == (2, 1)
         assert result.notes[0].startswith(f"`drop_truncated` leaves nothing out: no row is cut off, for {why}")
