@@ -235,7 +235,7 @@ def _build(
         why = f"their prompts alone have {longest} tokens or more (raise `max_length`)"
         if kept_whole:
             why = f"an answer with its prompt has more than {longest} tokens (raise `max_length`)"
-        splits = (("train", data.train, trainer.train_dataset), ("evaluate", data.evaluation, trainer.eval_dataset))
+        splits = (("trained", data.train, trainer.train_dataset), ("evaluated", data.evaluation, trainer.eval_dataset))
         for use, given, left in splits:
             _report_dropped(console, data.name, use, given, left, why)
     return trainer
@@ -291,9 +291,9 @@ def _report_dropped(console: Console, name: str, use: str, given: Any, left: Any
     if not isinstance(given, Dataset) or not isinstance(left, Dataset):
         return
     if not len(left):
-        raise UserError(f"None of the examples in {name} can be {use.removesuffix('e')}ed on: {why}.")
+        raise UserError(f"None of the examples in {name} can be {use} on: {why}.")
     if dropped := len(given) - len(left):
-        what = "examples" if use == "train" else "examples to evaluate on"
+        what = "examples" if use == "trained" else "examples to evaluate on"
         console.print(f"[yellow]Left out {dropped:,} of {len(given):,} {what}:[/] {why}.")
 
 

@@ -144,7 +144,8 @@ def _train_adapter(model: PeftModel, parts: TrainableParts) -> TrainedModel:
             cast(nn.Parameter, getattr(owner, attribute)).requires_grad_(True)
             trained.alphas[IN_PEFT + name] = owner
     for copied, original in _copies(model):
-        if copied.requires_grad and copied.dtype != original.dtype and torch.equal(copied, original.to(copied.dtype)):
+        is_narrower = copied.dtype.itemsize < original.dtype.itemsize
+        if copied.requires_grad and is_narrower and torch.equal(copied, original.to(copied.dtype)):
             copied.data = original.detach().clone()
     for parameter in model.parameters():
         if parameter.requires_grad:
