@@ -246,7 +246,7 @@ def report(name: str, results: list[Result]) -> None:
         cells = []
         for row in (row for row in rows if row["form"] == form):
             apart = f" ± {row['apart_percent']}" if row["apart_percent"] else ""
-            cells.append(f"{row['bits_per_character']} (+{row['cost_percent']}{apart} %)")
+            cells.append(f"{row['bits_per_character']} ({float(row['cost_percent']):+.2f}{apart} %)")
         print(f"| {form} | {FORMS[form][0]:g} | {' | '.join(cells)} |")
     print(f"\nappended to {append('four_bits', rows)}")
 
