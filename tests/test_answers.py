@@ -333,6 +333,12 @@ def test_the_number_of_a_quantity(text, number):
     assert (found and found.number) == number
 
 
+@pytest.mark.parametrize(("unit", "kind"), [("ตร.ม", "area"), ("กม", "length"), ("บ", "baht"), ("min", "time")])
+def test_the_full_stop_of_an_abbreviation_may_be_missing(unit, kind):
+    assert read_quantity(f"42 {unit}").kind == read_quantity(f"42 {unit}.").kind == kind
+    assert not same_answer("42 ตร.ซม", "42 ตร.ม.")
+
+
 def test_a_unit_after_a_scale_counts():
     assert read_quantity("2 million dollars").kind == "dollars"
     assert not same_answer("2 million dollars", "2 million baht")
